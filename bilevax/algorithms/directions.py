@@ -1,0 +1,129 @@
+"""The three directions that stochastic bilevel algorithms are made of, from one pass through each objective.
+
+``D_y = ∇_y g``, ``D_v = ∇²_yy g·v + ∇_y f``, ``D_x = ∇²_xy g·v + ∇_x f``, whose common root has ``v = −(∇²_yy g)⁻¹ ∇_y f`` and ``D_x`` the
+hypergradient.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import tree
+from bilevax.base import Ctx, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
+from bilevax.results import RESULTS, first, unless
+
+
+class Inner(NamedTuple):
+    """What one pass through the inner objective gives: ``∇_y g``, ``∇²_yy g·v``, ``∇²_xy g·v``, the model's new state."""
+
+    grad: PyTree
+    product: PyTree
+    cross: PyTree
+    model: PyTree = None
+
+
+class Outer(NamedTuple):
+    """What one pass through the outer objective gives: value, ``∇_y f``, ``∇_x f``, aux."""
+
+    value: Any
+    y: PyTree
+    x: PyTree
+    aux: PyTree = None
+
+
+class Directions(NamedTuple):
+    """``(D_y, D_v, D_x)``, shaped as inner parameters, inner parameters, outer parameters."""
+
+    y: PyTree
+    v: PyTree
+    x: PyTree
+
+
+def inner_pass(problem: Problem, y: PyTree, x: PyTree, v: PyTree, ctx: Ctx) -> Inner:
+    """Gradient and both products with `v` by one forward-over-reverse pass: a jvp of ``∇g`` along ``(v, 0)``."""
+
+    def gradients(y):
+        (grad, grad_x), (model, _) = jax.grad(problem.inner, (0, 1), has_aux=True)(y, x, ctx)
+        return (grad, grad_x), (grad, model)
+
+    _, (product, cross), (grad, model) = jax.jvp(gradients, (y,), (v,), has_aux=True)
+    return Inner(grad, product, cross, model)
+
+
+def inner_grad(problem: Problem, y: PyTree, x: PyTree, ctx: Ctx) -> tuple[PyTree, PyTree]:
+    """``∇_y g`` and the model's new state."""
+    grad, (model, _) = jax.grad(problem.inner, has_aux=True)(y, x, ctx)
+    return grad, model
+
+
+def hessian_product(problem: Problem, y: PyTree, x: PyTree, v: PyTree, ctx: Ctx) -> PyTree:
+    """``∇²_yy g·v``; the gradients that come along are dead code."""
+    return inner_pass(problem, y, x, v, ctx).product
+
+
+def outer_pass(problem: Problem, y: PyTree, x: PyTree, ctx: Ctx) -> Outer:
+    """Value and both gradients of the outer objective."""
+    (value, (_, aux)), (f_y, f_x) = jax.value_and_grad(problem.outer, (0, 1), has_aux=True)(y, x, ctx)
+    return Outer(value, f_y, f_x, aux)
+
+
+def combined(g: Inner, f: Outer) -> Directions:
+    """``(D_y, D_v, D_x)`` of the two passes."""
+    return Directions(g.grad, tree.add(g.product, f.y), tree.add(g.cross, f.x))
+
+
+def descend(params: PyTree, size: Any, direction: PyTree) -> PyTree:
+    """``params − size · direction``."""
+    return tree.axpy(-size, direction, params)
+
+
+def report(
+    inner: InnerState, outer: PyTree, f: Outer, d: Directions, batches: Callable, calls: dict[str, Any], diagnostics: dict[str, Any] | None = None
+) -> StepInfo:
+    """The step's `StepInfo`: its code names the first of the quantities that left the finite numbers, or the batch that brought it.
+
+    Args:
+      inner: the inner state that the value belongs to.
+      outer: the outer parameters that it belongs to.
+      f: the outer pass there.
+      d: the directions that were taken; the norm of ``d.x`` stands for the hypergradient's.
+      batches: draws the step's batches again, after a failure only (`drawn`).
+      calls: oracle calls of the step by name, a batch each.
+      diagnostics: further columns of the history.
+    """
+    grad_norm = tree.norm(d.x)
+    code = first(
+        unless(jnp.isfinite(tree.norm(d.y)), RESULTS.inner_nonfinite),
+        unless(jnp.isfinite(f.value), RESULTS.outer_nonfinite),
+        unless(jnp.isfinite(tree.norm(d.v)), RESULTS.adjoint_nonfinite),
+        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
+    )
+    # Not the batches themselves: what a branch reads is copied out of the data at every step, whether it is taken or not.
+    finite = lax.cond(code >= 10, batches, lambda: jnp.asarray(True))
+    code = jnp.where(finite, code, jnp.int32(RESULTS.nonfinite_batch))
+    columns = {name: jnp.asarray(count, jnp.int32) for name, count in calls.items()}
+    return StepInfo(f.value, grad_norm, (inner, outer), code, {**columns, **(diagnostics or {})}, f.aux)
+
+
+def drawn(problem: Problem, feeds: Feeds, draws: Draws) -> Callable:
+    """A function that tells whether the batches of a step, so many of each stream, are finite."""
+
+    def finite():
+        ok = jnp.asarray(True)
+        for draw, feed, count in zip((problem.inner_draw, problem.hyper_draw, problem.outer_draw), feeds[:3], draws, strict=True):
+            if not count:  # of a stream read on the host there is no batch then, not even to trace
+                continue
+            ok &= lax.fori_loop(0, count, lambda i, ok, draw=draw, feed=feed: ok & tree.all_finite(draw(feed, i).batch), jnp.asarray(True))
+        return ok
+
+    return finite
+
+
+def counts(inner_gradients: Any = 0, products: Any = 0, outer_gradients: Any = 0) -> dict[str, Any]:
+    """Oracle calls of a step, a batch each; `products` are Hessian-vector and mixed products, those of one pass counted apart."""
+    return {"inner_gradients": inner_gradients, "products": products, "outer_gradients": outer_gradients}

@@ -1,0 +1,73 @@
+"""The double loop: solve the lower level from where it stands, take a hypergradient, step the outer parameters."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import optax
+
+from bilevax import check, optimizer
+from bilevax.base import Algorithm, Bound, Draws, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, StepInfo
+from bilevax.estimate import estimate
+
+
+class DoubleLoopState(NamedTuple):
+    """Where a double loop stands: inner state, outer parameters, outer optimizer's state, method's state."""
+
+    inner: InnerState
+    outer: PyTree
+    outer_opt: PyTree
+    method: PyTree
+
+
+def double_loop(inner_solver: InnerSolver, hypergradient: Hypergradient, outer_optimizer: optax.GradientTransformation) -> Algorithm:
+    """K inner steps from the last inner point, one hypergradient, one step of the outer optimizer.
+
+    ``y_{t+1} = solver(g(·, x_t), y_t)``; ``x_{t+1} = project(optimizer(x_t, ∇f(y_{t+1}, x_t)))``. Inner parameters, both optimizers and the
+    adjoint are warm-started from step to step.
+
+    Args:
+      inner_solver: an `InnerSolver`.
+      hypergradient: a `Hypergradient` method.
+      outer_optimizer: any optax transformation. Numbers bound by `bilevax.tunable` are leaves: others of them cost no new trace.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError: for arguments of another kind.
+
+    Example:
+      >>> import optax, bilevax as bx
+      >>> bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 10), bx.hypergradient.implicit(bx.linear.cg(maxiter=10)), optax.adam(1e-2)).draws
+      Draws(inner=10, hyper=1, outer=1)
+
+    Source: Pedregosa, "Hyperparameter optimization with approximate gradient" (ICML 2016); Arbel and Mairal, "Amortized implicit
+    differentiation for stochastic bilevel optimization" (ICLR 2022), on warm-starting both systems.
+    """
+    check.pieces(inner_solver, hypergradient, "inner_solver")
+    check.transformation(outer_optimizer, "outer_optimizer")
+    settings = dict(inner_solver=inner_solver, hypergradient=hypergradient, outer_optimizer=outer_optimizer)
+    return Algorithm(Bound("double_loop", _init, **settings), Bound("double_loop", _step, **settings), Draws(inner_solver.steps, 1, 1))
+
+
+def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, hypergradient, outer_optimizer) -> DoubleLoopState:
+    check.sees_init(problem.inner_init, hypergradient)
+    inner = inner._replace(opt=inner_solver.init(inner.params))
+    return DoubleLoopState(inner, outer, optimizer.init(outer_optimizer, outer), hypergradient.init(inner.params))
+
+
+def _step(
+    problem: Problem, state: DoubleLoopState, feeds: Feeds, *, inner_solver, hypergradient, outer_optimizer
+) -> tuple[DoubleLoopState, StepInfo]:
+    inner, est = estimate(problem, inner_solver, hypergradient, state.inner, state.outer, feeds, state.method)
+    updates, outer_opt = optimizer.update(outer_optimizer, est.grad, state.outer_opt, state.outer, value=est.value, grad=est.grad)
+    outer = optimizer.apply(state.outer, updates)
+    if problem.project is not None:
+        outer = problem.project(outer)
+    diagnostics = {k: v for k, v in est.info.items() if k not in ("code", "grad_norm")}
+    info = StepInfo(est.value, est.info["grad_norm"], (inner, state.outer), est.info["code"], diagnostics, est.aux)
+    return DoubleLoopState(inner, outer, outer_opt, est.state), info
+
+
+__all__ = ["DoubleLoopState", "double_loop"]

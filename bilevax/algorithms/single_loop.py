@@ -1,0 +1,236 @@
+"""Single-loop algorithms: one stochastic step each on the inner parameters, the adjoint and the outer parameters."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from bilevax import optimizer, tree
+from bilevax.algorithms import memory, steps
+from bilevax.algorithms.directions import Directions, combined, counts, drawn, inner_grad, inner_pass, outer_pass, report
+from bilevax.algorithms.steps import StepSize
+from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
+
+
+class SingleLoopState(NamedTuple):
+    """Where a single-loop algorithm stands.
+
+    Attributes:
+      inner: inner parameters, the state of their step, the model's state.
+      outer: outer parameters.
+      adjoint: ``v ≈ −(∇²_yy g)⁻¹ ∇_y f``.
+      opt: states of the steps on the adjoint and on the outer parameters.
+      memory: of earlier directions.
+    """
+
+    inner: InnerState
+    outer: PyTree
+    adjoint: PyTree
+    opt: tuple
+    memory: PyTree = ()
+
+
+class Moves(NamedTuple):
+    """The steps on the three variables."""
+
+    y: Any
+    v: Any
+    x: Any
+
+
+def moves(inner_step: StepSize, outer_step: StepSize, adjoint_step: StepSize | None, decay: float = 0.0) -> Moves:
+    """Transformations of the three step arguments; the adjoint's step is the inner one's by default."""
+    adjoint = inner_step if adjoint_step is None else adjoint_step
+    arguments = ((inner_step, "inner_step"), (adjoint, "adjoint_step"), (outer_step, "outer_step"))
+    return Moves(*(steps.transformation(step, name, decay) for step, name in arguments))
+
+
+def start(problem: Problem, inner: InnerState, outer: PyTree, moves: Moves, name: str, first_memory: PyTree = ()) -> SingleLoopState:
+    """The first state, with the adjoint at zero."""
+    steps.warm_only(problem, name)
+    adjoint = tree.zeros_like(inner.params)
+    opt = (optimizer.init(moves.v, adjoint), optimizer.init(moves.x, outer))
+    return SingleLoopState(inner._replace(opt=optimizer.init(moves.y, inner.params)), outer, adjoint, opt, first_memory)
+
+
+def advance(problem: Problem, state: SingleLoopState, d: Directions, moves: Moves, model: PyTree, new_memory: PyTree = ()) -> SingleLoopState:
+    """All three variables moved along their directions."""
+    y, y_opt = steps.move(moves.y, d.y, state.inner.opt, state.inner.params)
+    v, v_opt = steps.move(moves.v, d.v, state.opt[0], state.adjoint)
+    x, x_opt = steps.move(moves.x, d.x, state.opt[1], state.outer)
+    return SingleLoopState(InnerState(y, y_opt, model), steps.projected(problem, x), v, (v_opt, x_opt), new_memory)
+
+
+def soba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, decay: float = 0.5) -> Algorithm:
+    """SOBA: stochastic gradient steps on all three variables at once.
+
+    ``y −= a_t D_y``, ``v −= a_t D_v``, ``x −= b_t D_x``, all at the old point, with ``a_t, b_t ∝ t^{−decay}``. One batch of the inner data serves
+    the three parts of g, one of the outer data those of f; `hyper_data` is not used.
+
+    Args:
+      inner_step: ``a``, a positive number, or an optax transformation that takes ``D_y`` as gradient.
+      outer_step: ``b``, likewise.
+      adjoint_step: step of ``v``; default `inner_step`.
+      decay: exponent of the decay of steps given as numbers; 0 for constant steps.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError, ValueError: for steps that are neither a positive number nor a transformation.
+
+    Example:
+      >>> import jax.numpy as jnp, bilevax as bx
+      >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2) / 2
+      >>> outer = lambda y, x, batch: jnp.sum((y - 3.0) ** 2) / 2
+      >>> algorithm = bx.algorithms.soba(0.5, 0.2, decay=0.0)
+      >>> solution = bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.zeros(2), algorithm=algorithm, num_steps=200)
+      >>> bool(jnp.allclose(solution.outer_params, 3.0, atol=1e-3))
+      True
+
+    Source: Dagréou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables stochastic and global variance reduction
+    algorithms" (NeurIPS 2022), section 3.1.
+    """
+    settings = dict(moves=moves(inner_step, outer_step, adjoint_step, decay))
+    return Algorithm(Bound("soba", _soba_init, **settings), Bound("soba", _soba_step, **settings), Draws(1, 0, 1))
+
+
+def _soba_init(problem, inner, outer, *, moves) -> SingleLoopState:
+    return start(problem, inner, outer, moves, "soba")
+
+
+def _soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves) -> tuple[SingleLoopState, StepInfo]:
+    inner_ctx, outer_ctx, g, f = passes(problem, state, feeds)
+    d = combined(g, f)
+    info = report(state.inner, state.outer, f, d, drawn(problem, feeds, Draws(1, 0, 1)), counts(1, 2, 1))
+    return advance(problem, state, d, moves, g.model), info
+
+
+def passes(problem: Problem, state: SingleLoopState, feeds: Feeds) -> tuple:
+    """One batch of each level and a pass through each objective there: what a single-loop step starts with."""
+    inner_ctx = problem.inner_draw(feeds.inner, 0)._replace(model=state.inner.model)
+    outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=state.inner.model)
+    g = inner_pass(problem, state.inner.params, state.outer, state.adjoint, inner_ctx)
+    return inner_ctx, outer_ctx, g, outer_pass(problem, state.inner.params, state.outer, outer_ctx)
+
+
+def ma_soba(
+    inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, momentum: float = 0.1, decay: float = 0.0
+) -> Algorithm:
+    """MA-SOBA: SOBA with a moving average of the outer direction and constant steps.
+
+    ``h = (1 − θ) h + θ D_x``, ``y −= a D_y``, ``v −= a D_v``, ``x −= b h``; h starts at the first ``D_x``.
+
+    Args:
+      inner_step: ``a``, a positive number or an optax transformation.
+      outer_step: ``b``, likewise.
+      adjoint_step: step of ``v``; default `inner_step`.
+      momentum: θ in (0, 1]; 1 is SOBA.
+      decay: exponent of the decay of steps given as numbers.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.algorithms.ma_soba(0.1, 0.05, momentum=0.2).draws
+      Draws(inner=1, hyper=0, outer=1)
+
+    Source: Chen, Xiao and Balasubramanian, "Optimal algorithms for stochastic bilevel optimization under relaxed smoothness conditions"
+    (JMLR 2024), algorithm 1.
+    """
+    settings = dict(moves=moves(inner_step, outer_step, adjoint_step, decay), momentum=steps.positive(momentum, "momentum", 1))
+    return Algorithm(Bound("ma_soba", _ma_soba_init, **settings), Bound("ma_soba", _ma_soba_step, **settings), Draws(1, 0, 1))
+
+
+def _ma_soba_init(problem, inner, outer, *, moves, momentum) -> SingleLoopState:
+    return start(problem, inner, outer, moves, "ma_soba", tree.zeros_like(outer))
+
+
+def _ma_soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, momentum) -> tuple[SingleLoopState, StepInfo]:
+    inner_ctx, outer_ctx, g, f = passes(problem, state, feeds)
+    d = combined(g, f)
+    mean = memory.momentum(state.memory, d.x, jnp.where(feeds.step == 0, 1.0, momentum))
+    d = d._replace(x=mean)
+    info = report(state.inner, state.outer, f, d, drawn(problem, feeds, Draws(1, 0, 1)), counts(1, 2, 1))
+    return advance(problem, state, d, moves, g.model, mean), info
+
+
+class _Previous(NamedTuple):
+    direction: PyTree
+    outer: PyTree
+
+
+def fsla(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, momentum: float = 0.5, decay: float = 0.5) -> Algorithm:
+    """FSLA: stochastic gradient steps on ``y`` and ``v``, then STORM on ``x``.
+
+    ``y⁺ = y − a_t ∇_y g(y, x)``, ``v⁺ = v − a_t D_v(y⁺, x, v)``, ``d = D_x(y⁺, x, v⁺) + (1 − η_t)(d − D_x(y, x⁻, v))``, ``x⁺ = x − b_t d``,
+    with x⁻ the outer parameters before the last step and ``a_t, b_t, η_t ∝ t^{−decay}``. Each of the three lines draws its own batch (the second
+    and third from `hyper_data`).
+
+    Args:
+      inner_step: ``a``, a positive number or an optax transformation.
+      outer_step: ``b``, likewise.
+      adjoint_step: step of ``v``; default `inner_step`.
+      momentum: ``η`` at the start, in (0, 1].
+      decay: exponent of the decay of η and of steps given as numbers.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.algorithms.fsla(0.1, 0.05).draws
+      Draws(inner=1, hyper=2, outer=2)
+
+    Source: Li, Gu and Huang, "A fully single loop algorithm for bilevel optimization without Hessian inverse" (AAAI 2022), algorithm 1.
+    """
+    settings = dict(
+        moves=moves(inner_step, outer_step, adjoint_step, decay),
+        momentum=steps.positive(momentum, "momentum", 1),
+        decay=steps.positive(decay, "decay", zero=True),
+    )
+    return Algorithm(Bound("fsla", _fsla_init, **settings), Bound("fsla", _fsla_step, **settings), Draws(1, 2, 2))
+
+
+def _fsla_init(problem, inner, outer, *, moves, momentum, decay) -> SingleLoopState:
+    return start(problem, inner, outer, moves, "fsla", _Previous(tree.zeros_like(outer), outer))
+
+
+def _fsla_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, momentum, decay) -> tuple[SingleLoopState, StepInfo]:
+    y_old, x, v_old = state.inner.params, state.outer, state.adjoint
+    model = state.inner.model
+    inner_ctx = problem.inner_draw(feeds.inner, 0)._replace(model=model)
+    d_y, model = inner_grad(problem, y_old, x, inner_ctx)
+    y, y_opt = steps.move(moves.y, d_y, state.inner.opt, y_old)
+
+    hyper = [problem.hyper_draw(feeds.hyper, i)._replace(model=model) for i in range(2)]
+    outer = [problem.outer_draw(feeds.outer, i)._replace(model=model) for i in range(2)]
+    product = inner_pass(problem, y, x, v_old, hyper[0]).product
+    d_v = tree.add(product, outer_pass(problem, y, x, outer[0]).y)
+    v, v_opt = steps.move(moves.v, d_v, state.opt[0], v_old)
+
+    f = outer_pass(problem, y, x, outer[1])
+    new = tree.add(inner_pass(problem, y, x, v, hyper[1]).cross, f.x)
+    x_old = state.memory.outer
+    old = tree.add(inner_pass(problem, y_old, x_old, v_old, hyper[1]).cross, outer_pass(problem, y_old, x_old, outer[1]).x)
+    number = jnp.asarray(feeds.step + 1).astype(jnp.result_type(float))
+    # The first step has nothing to remember.
+    weight = jnp.where(feeds.step == 0, 1.0, momentum * jnp.power(number, -decay))
+    d_x = memory.storm(state.memory.direction, new, old, weight)
+    x_new, x_opt = steps.move(moves.x, d_x, state.opt[1], x)
+
+    inner = InnerState(y, y_opt, model)
+    info = report(inner, x, f, Directions(d_y, d_v, d_x), drawn(problem, feeds, Draws(1, 2, 2)), counts(1, 3, 3))
+    new_state = SingleLoopState(inner, steps.projected(problem, x_new), v, (v_opt, x_opt), _Previous(d_x, x))
+    return new_state, info
+
+
+__all__ = ["SingleLoopState", "fsla", "ma_soba", "soba"]

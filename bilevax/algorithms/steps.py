@@ -1,0 +1,97 @@
+"""Step sizes: a number, which may decay with the step's number, or any optax transformation."""
+
+from __future__ import annotations
+
+import numbers
+from typing import Any, TypeAlias
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+
+from bilevax import check, optimizer, tree
+from bilevax.base import Feeds, Problem, PyTree
+from bilevax.inner.tunable import tunable
+
+StepSize: TypeAlias = float | optax.GradientTransformation
+
+
+def positive(value: Any, argument: str, upper: float = np.inf, zero: bool = False) -> Any:
+    """A positive number as a float; traced numbers pass. `zero` allows 0, and `upper` is the largest allowed."""
+    if isinstance(value, (jax.core.Tracer, jax.Array)) and jnp.ndim(value) == 0 and isinstance(value, jax.core.Tracer):
+        return value
+    low = "at least 0" if zero else "positive"
+    limit = "" if upper == np.inf else f" and at most {upper}"
+    real = isinstance(value, numbers.Real) or (isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 0)
+    if isinstance(value, bool) or not real:
+        raise TypeError(f"{argument}: got {check.describe(value)}; expected a number, {low}{limit}. Try {argument}=0.1.")
+    if not (float(value) >= 0 if zero else float(value) > 0) or float(value) > upper or not np.isfinite(float(value)):
+        raise ValueError(f"{argument}: got {value!r}; expected a finite number, {low}{limit}. Try {argument}=0.1.")
+    return float(value)
+
+
+def _descent(step_size, decay) -> optax.GradientTransformation:
+    def init(params):
+        return jnp.zeros((), jnp.int32)
+
+    def update(grads, count, params=None):
+        size = -step_size * jnp.power((count + 1).astype(jnp.result_type(float)), -decay)
+        return tree.scale(size, grads), count + 1
+
+    return optax.GradientTransformation(init, update)
+
+
+def transformation(step: StepSize, argument: str, decay: float = 0.0) -> optax.GradientTransformation:
+    """`step` as a transformation: a number `a` becomes ``−a t^{−decay} d`` with leaves for numbers, a transformation stays what it is.
+
+    Args:
+      step: a positive number, or an optax transformation (then `decay` does not apply: put a schedule into it).
+      argument: the argument's name, for messages.
+      decay: exponent of the step's number t = 1, 2, ...
+
+    Returns:
+      A ``GradientTransformation``.
+
+    Raises:
+      TypeError, ValueError: for anything else.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> sgd = transformation(0.5, "step")
+      >>> sgd.update(jnp.ones(2), sgd.init(jnp.ones(2)))[0].tolist()
+      [-0.5, -0.5]
+    """
+    if isinstance(step, tuple) or hasattr(step, "init"):
+        check.transformation(step, argument)
+        return step
+    if callable(step):
+        raise TypeError(f"{argument}: got {check.describe(step)}; expected a positive number, or an optax transformation. Try 0.1.")
+    return tunable(_descent, step_size=positive(step, argument), decay=positive(decay, "decay", zero=True))
+
+
+def move(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
+    """Parameters after one step of `opt` along `direction`, and its state."""
+    updates, state = optimizer.update(opt, direction, state, params)
+    return optimizer.apply(params, updates), state
+
+
+def warm_only(problem: Problem, name: str) -> None:
+    """Refuse a starting point that depends on the outer parameters: these algorithms keep their inner point from step to step."""
+    if problem.inner_init is not None:
+        raise ValueError(
+            f"inner_init: got a function of the outer parameters, with {name}, which goes on from its last inner point and gives the initial one no "
+            "derivative; expected None. Try algorithms.double_loop with hypergradient.unrolled()."
+        )
+
+
+def projected(problem: Problem, outer: PyTree) -> PyTree:
+    """`outer` in the problem's feasible set."""
+    return outer if problem.project is None else problem.project(outer)
+
+
+def random_key(feeds: Feeds, name: str) -> jax.Array:
+    """The step's own key, for algorithms that draw."""
+    if feeds.key is None:
+        raise ValueError(f"key: got None although {name} draws random numbers; expected a PRNG key. Try jax.random.key(0).")
+    return feeds.key

@@ -1,0 +1,356 @@
+"""Two-loop algorithms: several stochastic steps on the inner parameters and on the adjoint for each outer step: AmIGO, StocBiO, BSA, TTSA."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import check, optimizer, tree
+from bilevax.algorithms import steps as _steps
+from bilevax.algorithms.directions import Directions, counts, descend, drawn, hessian_product, inner_grad, inner_pass, outer_pass, report
+from bilevax.algorithms.steps import StepSize
+from bilevax.base import Algorithm, Bound, Ctx, Draws, Feed, Feeds, InnerState, Problem, PyTree
+
+
+class TwoLoopState(NamedTuple):
+    """Where a two-loop algorithm stands: inner state, outer parameters, state of the outer step, and the adjoint with the state of its step."""
+
+    inner: InnerState
+    outer: PyTree
+    outer_opt: PyTree
+    adjoint: tuple = ()
+
+
+class Contexts(NamedTuple):
+    """The contexts of one linearisation point, drawn one after another from a stream: ``at(i)``."""
+
+    draw: Callable
+    feed: Feed
+    model: PyTree
+
+    def at(self, i) -> Ctx:
+        """The i-th of them."""
+        return self.draw(self.feed, i)._replace(model=self.model)
+
+
+def descent(problem: Problem, state: InnerState, outer: PyTree, feed: Feed, opt, num: int) -> tuple[InnerState, PyTree]:
+    """`num` stochastic steps on the inner parameters, a fresh batch each, and the last direction."""
+
+    def body(i, carry):
+        state, _ = carry
+        d, model = inner_grad(problem, state.params, outer, problem.inner_draw(feed, i)._replace(model=state.model))
+        y, y_opt = _steps.move(opt, d, state.opt, state.params)
+        return InnerState(y, y_opt, model), d
+
+    return _loop(num, body, (state, tree.zeros_like(state.params)))
+
+
+def _loop(num, body, carry):
+    return body(0, carry) if isinstance(num, int) and num == 1 else lax.fori_loop(0, num, body, carry)
+
+
+def neumann(problem: Problem, points: tuple, rhs: tuple, hyper: Contexts, num: Any, size: Any) -> tuple:
+    """``a Σ_{q=0}^{num} Π_{i≤q} (I − a H_i) w`` at several points at once, on shared batches: Ji et al.'s series with fresh batches.
+
+    Args:
+      problem: both objectives.
+      points: ``(y, x)`` pairs.
+      rhs: a ``w`` for each.
+      hyper: contexts of the products, one an iteration.
+      num: Hessian-vector products at each point.
+      size: ``a``.
+    """
+
+    def body(i, carry):
+        terms, sums = carry
+        terms = _contracted(problem, points, terms, hyper.at(i), size)
+        return terms, tuple(map(tree.add, sums, terms))
+
+    _, sums = lax.fori_loop(0, num, body, (rhs, rhs))
+    return tuple(tree.scale(size, s) for s in sums)
+
+
+def truncated(problem: Problem, points: tuple, rhs: tuple, hyper: Contexts, num: int, size: Any, key: jax.Array) -> tuple:
+    """``Q a Π_{i<p} (I − a H_i) w`` with ``p`` uniform on 0 to Q − 1: one unbiased term of the Neumann series of Q (Ghadimi and Wang).
+
+    Arguments as `neumann`, with ``Q = num``; at most Q − 1 contexts are drawn.
+    """
+    p = jax.random.randint(key, (), 0, num, jnp.int32)
+    terms = lax.fori_loop(0, p, lambda i, terms: _contracted(problem, points, terms, hyper.at(i), size), rhs)
+    return tuple(tree.scale(num * size, t) for t in terms)
+
+
+def _contracted(problem, points, terms, ctx, size):
+    return tuple(descend(t, size, hessian_product(problem, y, x, t, ctx)) for (y, x), t in zip(points, terms, strict=True))
+
+
+def adjoint_hypergradient(problem: Problem, y: PyTree, x: PyTree, q: PyTree, f_x: PyTree, ctx: Ctx) -> PyTree:
+    """``∇_x f − ∇²_xy g·q``."""
+    return tree.sub(f_x, inner_pass(problem, y, x, q, ctx).cross)
+
+
+def _settings(inner_step, outer_step, num, inner_decay=0.0, outer_decay=0.0):
+    return dict(
+        inner=_steps.transformation(inner_step, "inner_step", inner_decay),
+        outer=_steps.transformation(outer_step, "outer_step", outer_decay),
+        num=check.count(num, "steps"),
+    )
+
+
+def _start(problem: Problem, state: InnerState, outer_params: PyTree, inner, outer, name: str) -> TwoLoopState:
+    _steps.warm_only(problem, name)
+    return TwoLoopState(state._replace(opt=optimizer.init(inner, state.params)), outer_params, optimizer.init(outer, outer_params))
+
+
+def _outer_move(problem: Problem, state: TwoLoopState, opt, d_x: PyTree) -> tuple[PyTree, PyTree]:
+    x, x_opt = _steps.move(opt, d_x, state.outer_opt, state.outer)
+    return _steps.projected(problem, x), x_opt
+
+
+# ---- AmIGO
+
+
+def amigo(
+    inner_step: StepSize,
+    outer_step: StepSize,
+    *,
+    steps: int = 10,
+    adjoint_step: StepSize | None = None,
+    adjoint_steps: int | None = None,
+) -> Algorithm:
+    """AmIGO: stochastic steps on the inner parameters, stochastic steps on a warm-started adjoint, one outer step.
+
+    K times ``y −= a ∇_y g(y, x)``; M times ``q −= c (∇²_yy g·q − ∇_y f(y, x))``; ``x −= b (∇_x f − ∇²_xy g·q)``. Every step draws a fresh batch of
+    the inner data (of `hyper_data` for those with second derivatives); one batch of the outer data serves the whole outer step.
+
+    Args:
+      inner_step: ``a``, a positive number or an optax transformation.
+      outer_step: ``b``, likewise.
+      steps: K.
+      adjoint_step: ``c``; default `inner_step`.
+      adjoint_steps: M; default `steps`.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.algorithms.amigo(0.1, 0.05, steps=5).draws
+      Draws(inner=5, hyper=6, outer=1)
+
+    Source: Arbel and Mairal, "Amortized implicit differentiation for stochastic bilevel optimization" (ICLR 2022), algorithm 1.
+    """
+    adjoint_steps = steps if adjoint_steps is None else adjoint_steps
+    settings = _settings(inner_step, outer_step, steps)
+    settings["adjoint"] = _steps.transformation(inner_step if adjoint_step is None else adjoint_step, "adjoint_step")
+    settings["adjoint_num"] = check.count(adjoint_steps, "adjoint_steps")
+    return Algorithm(Bound("amigo", _amigo_init, **settings), Bound("amigo", _amigo_step, **settings), Draws(steps, adjoint_steps + 1, 1))
+
+
+def _amigo_init(problem, state, outer_params, *, inner, outer, adjoint, **_) -> TwoLoopState:
+    q = tree.zeros_like(state.params)
+    return _start(problem, state, outer_params, inner, outer, "amigo")._replace(adjoint=(q, optimizer.init(adjoint, q)))
+
+
+def _amigo_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, outer, num, adjoint, adjoint_num):
+    x = state.outer
+    point, d_y = descent(problem, state.inner, x, feeds.inner, inner, num)
+    y = point.params
+    hyper = Contexts(problem.hyper_draw, feeds.hyper, point.model)
+    outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=point.model)
+    f = outer_pass(problem, y, x, outer_ctx)
+
+    def body(i, carry):
+        q, q_opt, _ = carry
+        d = tree.sub(hessian_product(problem, y, x, q, hyper.at(i)), f.y)
+        q, q_opt = _steps.move(adjoint, d, q_opt, q)
+        return q, q_opt, d
+
+    q, q_opt, d_v = _loop(adjoint_num, body, (*state.adjoint, tree.zeros_like(y)))
+    last = hyper.at(adjoint_num)
+    d_x = adjoint_hypergradient(problem, y, x, q, f.x, last)
+    info = report(point, x, f, Directions(d_y, d_v, d_x), drawn(problem, feeds, Draws(num, adjoint_num + 1, 1)), counts(num, adjoint_num + 1, 1))
+    return TwoLoopState(point, *_outer_move(problem, state, outer, d_x), (q, q_opt)), info
+
+
+# ---- StocBiO
+
+
+def stocbio(
+    inner_step: StepSize,
+    outer_step: StepSize,
+    *,
+    steps: int = 10,
+    neumann_step: float | None = None,
+    neumann_steps: int = 10,
+) -> Algorithm:
+    """StocBiO: stochastic steps on the inner parameters, a Neumann series with fresh batches, one outer step.
+
+    K times ``y −= a ∇_y g(y, x)``; ``q = c Σ_{j=0}^{Q} Π_{i≤j} (I − c H_i) ∇_y f``; ``x −= b (∇_x f − ∇²_xy g·q)``.
+
+    Args:
+      inner_step: ``a``, a positive number or an optax transformation.
+      outer_step: ``b``, likewise.
+      steps: K.
+      neumann_step: ``c``, below 2 over the largest inner curvature; default `inner_step`, where that is a number.
+      neumann_steps: Q, Hessian-vector products.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.algorithms.stocbio(0.1, 0.05, steps=5, neumann_steps=8).draws
+      Draws(inner=5, hyper=9, outer=1)
+
+    Source: Ji, Yang and Liang, "Bilevel optimization: convergence analysis and enhanced design" (ICML 2021), algorithms 2 and 3.
+    """
+    settings = dict(**_settings(inner_step, outer_step, steps), **neumann_settings(inner_step, neumann_step, neumann_steps))
+    return Algorithm(
+        Bound("stocbio", _two_loop_init, name="stocbio", **settings), Bound("stocbio", _stocbio_step, **settings), Draws(steps, neumann_steps + 1, 1)
+    )
+
+
+def neumann_settings(inner_step: StepSize, neumann_step: float | None, neumann_steps: int) -> dict:
+    """``size`` and ``terms`` of a Neumann series."""
+    if neumann_step is None:
+        if hasattr(inner_step, "init"):
+            raise ValueError("neumann_step: got None with an optax transformation as inner_step; expected a positive number. Try neumann_step=0.1.")
+        neumann_step = inner_step
+    return dict(size=_steps.positive(neumann_step, "neumann_step"), terms=check.count(neumann_steps, "neumann_steps"))
+
+
+def _two_loop_init(problem, state, outer_params, *, name, inner, outer, **_) -> TwoLoopState:
+    return _start(problem, state, outer_params, inner, outer, name)
+
+
+def _stocbio_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, outer, num, size, terms):
+    x = state.outer
+    point, d_y = descent(problem, state.inner, x, feeds.inner, inner, num)
+    y = point.params
+    hyper = Contexts(problem.hyper_draw, feeds.hyper, point.model)
+    outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=point.model)
+    f = outer_pass(problem, y, x, outer_ctx)
+    (q,) = neumann(problem, ((y, x),), (f.y,), hyper, terms, size)
+    last = hyper.at(terms)
+    d_x = adjoint_hypergradient(problem, y, x, q, f.x, last)
+    info = report(point, x, f, Directions(d_y, q, d_x), drawn(problem, feeds, Draws(num, terms + 1, 1)), counts(num, terms + 1, 1))
+    return TwoLoopState(point, *_outer_move(problem, state, outer, d_x)), info
+
+
+# ---- BSA, TTSA
+
+
+def bsa(
+    inner_step: StepSize,
+    outer_step: StepSize,
+    *,
+    steps: int = 10,
+    neumann_step: float | None = None,
+    neumann_steps: int = 10,
+    inner_decay: float = 0.5,
+    outer_decay: float = 0.5,
+) -> Algorithm:
+    """BSA: stochastic steps on the inner parameters, one random term of the Neumann series, one outer step.
+
+    K times ``y −= a ∇_y g(y, x)``; ``q = Q c Π_{i<p} (I − c H_i) ∇_y f`` with ``p ~ U{0, ..., Q − 1}``; ``x −= b_t (∇_x f − ∇²_xy g·q)``. The run
+    needs a key.
+
+    Args:
+      inner_step: ``a``, a positive number or an optax transformation.
+      outer_step: ``b``, likewise.
+      steps: K.
+      neumann_step: ``c``, at most 1 over the largest inner curvature; default `inner_step`, where that is a number.
+      neumann_steps: Q.
+      inner_decay: exponent of the decay of `inner_step`, counted in inner steps, where that is a number.
+      outer_decay: exponent of the decay of `outer_step`, counted in outer steps, where that is a number.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind; later, without a key.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.algorithms.bsa(0.1, 0.05, steps=5, neumann_steps=8).draws
+      Draws(inner=5, hyper=8, outer=1)
+
+    Source: Ghadimi and Wang, "Approximation methods for bilevel programming" (arXiv 1802.02246), algorithms 2 and 3.
+    """
+    settings = dict(**_settings(inner_step, outer_step, steps, inner_decay, outer_decay), **neumann_settings(inner_step, neumann_step, neumann_steps))
+    return Algorithm(Bound("bsa", _two_loop_init, name="bsa", **settings), Bound("bsa", _bsa_step, **settings), Draws(steps, neumann_steps, 1))
+
+
+def ttsa(
+    inner_step: StepSize,
+    outer_step: StepSize,
+    *,
+    neumann_step: float | None = None,
+    neumann_steps: int = 10,
+    inner_decay: float = 0.4,
+    outer_decay: float = 0.6,
+) -> Algorithm:
+    """TTSA: one stochastic inner step, one random term of the Neumann series, one slower outer step.
+
+    `bsa` with K = 1 and two time scales: ``a_t ∝ t^{−0.4}``, ``b_t ∝ t^{−0.6}``. The run needs a key.
+
+    Args:
+      inner_step: ``a``, a positive number or an optax transformation.
+      outer_step: ``b``, likewise.
+      neumann_step: ``c``, at most 1 over the largest inner curvature; default `inner_step`, where that is a number.
+      neumann_steps: Q.
+      inner_decay: exponent of the decay of `inner_step`, where that is a number.
+      outer_decay: exponent of the decay of `outer_step`, where that is a number.
+
+    Returns:
+      An `Algorithm`.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind; later, without a key.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.algorithms.ttsa(0.1, 0.05, neumann_steps=8).draws
+      Draws(inner=1, hyper=8, outer=1)
+
+    Source: Hong, Wai, Wang and Yang, "A two-timescale stochastic algorithm framework for bilevel optimization" (SIAM J. Optim. 2023),
+    algorithm 1.
+    """
+    return bsa(
+        inner_step,
+        outer_step,
+        steps=1,
+        neumann_step=neumann_step,
+        neumann_steps=neumann_steps,
+        inner_decay=inner_decay,
+        outer_decay=outer_decay,
+    )
+
+
+def _bsa_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, outer, num, size, terms):
+    x = state.outer
+    point, d_y = descent(problem, state.inner, x, feeds.inner, inner, num)
+    y = point.params
+    hyper = Contexts(problem.hyper_draw, feeds.hyper, point.model)
+    outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=point.model)
+    f = outer_pass(problem, y, x, outer_ctx)
+    (q,) = truncated(problem, ((y, x),), (f.y,), hyper, terms, size, _steps.random_key(feeds, "bsa"))
+    last = hyper.at(terms - 1)
+    d_x = adjoint_hypergradient(problem, y, x, q, f.x, last)
+    # Half of the series is expected; the products are counted as if all of it were.
+    info = report(point, x, f, Directions(d_y, q, d_x), drawn(problem, feeds, Draws(num, terms, 1)), counts(num, terms, 1))
+    return TwoLoopState(point, *_outer_move(problem, state, outer, d_x)), info
+
+
+__all__ = ["TwoLoopState", "amigo", "bsa", "stocbio", "ttsa"]

@@ -1,0 +1,369 @@
+"""The solution map of a minimization as a function that can be differentiated any number of times."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bilevax import base, tree
+from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
+from bilevax.linear.cg import cg
+from bilevax.results import RESULTS, SolveError, worst
+
+
+class ArgminInfo(NamedTuple):
+    """How one inner solve ended.
+
+    Attributes:
+      value: the objective at the returned point.
+      grad_norm: ``‖∇_y g‖`` there. The derivative is off by about this over the smallest curvature.
+      code: a `RESULTS` code: ``success``, ``inner_not_converged`` or ``inner_nonfinite``.
+    """
+
+    value: Any
+    grad_norm: Any
+    code: Any
+
+
+def argmin(
+    objective: Callable,
+    solver: InnerSolver,
+    *,
+    linear_solver: LinearSolver | None = None,
+    tol: float | None = None,
+    max_residual: float = 1e-2,
+    throw: bool = False,
+) -> Argmin:
+    r"""Turn a minimization into a function of everything that its objective reads.
+
+    .. math::
+        y^*(\theta) = \arg\min_y g(y, \theta), \qquad \partial y^* = -(\nabla^2_{yy} g)^{-1} \nabla^2_{y\theta} g \; \partial\theta
+
+    The result is an ordinary JAX function: ``grad``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``, ``vmap`` and ``jit`` apply to any order, and
+    it may be called inside the objective of another `argmin`, to any depth. The solver runs undifferentiated, so a ``while_loop`` inside it
+    is welcome. Arrays that the objective closes over are differentiated like arguments, traced ones included.
+
+    The derivative with respect to `inner_init` is zero: a solution does not depend on where the search for it began. Where it should
+    (meta-learning an initialisation), unroll the solve, or add a proximal term to the objective and pass the initialisation as an argument.
+
+    Args:
+      objective: pure function ``(inner, *args) -> scalar``; any number of arguments, any pytrees. As with ``jax.jit`` and ``jax.lax.scan``,
+        what it captures is read when it is first traced: what changes from call to call is an argument, or captured by a function made anew.
+      solver: an `InnerSolver`; it is run for its `steps` from `inner_init`, without batches.
+      linear_solver: solver of the symmetric systems in the inner Hessian; default ``linear.cg`` close to the precision of the inner
+        parameters. ``linear.minres()`` takes an indefinite Hessian, which a stationary point that is no minimum has.
+      tol: the largest ``‖∇_y g‖`` that counts as solved, one gradient more. Default: the solver's own word, if it gives one (a fixed number
+        of optax steps does not: give `tol` there). ``jnp.inf`` takes any finite point.
+      max_residual: relative residual of a linear solve above which the derivative is NaN instead of wrong. ``jnp.inf`` accepts anything.
+      throw: raise where a solve failed, under ``jit`` too. Costs a host callback in the program (taken on failure, and always under ``vmap``),
+        and a program with one is not kept in JAX's persistent compilation cache.
+
+    Returns:
+      ``fn(inner_init, *args) -> y*``, a pytree like `inner_init`. A solve that failed (left the finite numbers, or missed its tolerance) is
+      NaN in every floating-point leaf, its derivatives too, in its own lane under ``vmap``: no line search above accepts it and no result
+      hides it. ``fn.with_info(inner_init, *args) -> (y, ArgminInfo)`` returns the point as reached and the code that says what happened.
+      Under ``jit`` build it once; a new objective function is a new trace.
+
+    Raises:
+      TypeError: for an objective or solver of another kind, complex or non-array leaves.
+      ValueError: for an objective that is not a real scalar, an `inner_init` without floating-point leaves, a `tol` that is not positive.
+      SolveError: with `throw`, when a solve failed. From compiled code it comes as ``jax.errors.JaxRuntimeError`` with the same text.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, bilevax as bx
+      >>> ridge = lambda w, lam: jnp.sum((w - 1.0) ** 2) + lam * jnp.sum(w**2)
+      >>> fn = bx.argmin(ridge, bx.inner.optax(optax.sgd(0.1), steps=100))  # w* = 1 / (1 + lam)
+      >>> w, dw = jax.jvp(lambda lam: fn(jnp.zeros(2), lam), (1.0,), (1.0,))
+      >>> w.round(4).tolist(), dw.round(4).tolist()
+      ([0.5, 0.5], [-0.25, -0.25])
+
+    Source: Blondel et al., "Efficient and modular implicit differentiation" (NeurIPS 2022, arXiv 2105.15183), section 2. The composition
+    with ``jax.lax.custom_linear_solve``, which keeps every derivative symmetric and exact, is this library's.
+    """
+    if not (isinstance(solver, InnerSolver) or (callable(getattr(solver, "init", None)) and callable(getattr(solver, "step", None)))):
+        raise TypeError(f"solver: got {solver!r}; expected an InnerSolver such as inner.optax(optax.sgd(0.1), steps=100).")
+    if tol is not None:
+        _check_positive("tol", tol, 1e-6)
+    if not isinstance(throw, bool):
+        raise TypeError(f"throw: got {throw!r}; expected True or False.")
+    return Argmin(_Traceable(objective), solver, _linear(linear_solver, max_residual), tol, throw)
+
+
+def attach(objective: Callable, linear_solver: LinearSolver | None = None, *, max_residual: float = 1e-2) -> Callable:
+    r"""The identity on a solved point, with the implicit derivative of the point.
+
+    .. math::
+        \mathrm{attach}(y, \theta) = y, \qquad \partial\,\mathrm{attach} = -(\nabla^2_{yy} g)^{-1} \nabla^2_{y\theta} g \; \partial\theta
+
+    `argmin` is a solve and this. Use it where the solve is your own: in a training loop that carries warm starts, say.
+
+    Args:
+      objective: ``(inner, *args) -> scalar`` that `y` minimizes.
+      linear_solver: as for `argmin`.
+      max_residual: as for `argmin`.
+
+    Returns:
+      ``fn(y, *args) -> y``, differentiable in `args` and in what `objective` closes over, any number of times. The tangent of `y` itself is
+      dropped.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, bilevax as bx
+      >>> from bilevax.argmin import attach
+      >>> fn = attach(lambda y, x: (y - x**2) ** 2)
+      >>> float(jax.grad(lambda x: fn(x**2, x))(3.0))
+      6.0
+
+    Source: as `argmin`.
+    """
+    traceable, linear = _Traceable(objective), _linear(linear_solver, max_residual)
+
+    def attached(y: PyTree, *args: PyTree) -> PyTree:
+        traced = traceable.trace(y, args)
+        static, dynamic = base.split((traced.value, linear))
+        return tree.combine(_attached(static, dynamic, traced.inner, traced.outer), traced.outer.fixed)
+
+    return attached
+
+
+class Argmin:
+    """What `argmin` returns: call it for the solution, or `with_info` for the solution and how the solve ended."""
+
+    def __init__(self, traceable: _Traceable, solver: InnerSolver, linear: _Linear, tol, throw: bool):
+        self._traceable, self._solver, self._linear, self._tol, self._throw = traceable, solver, linear, tol, throw
+
+    def __repr__(self) -> str:
+        return f"argmin({self._traceable.name}, {self._solver!r})"
+
+    def __call__(self, inner_init: PyTree, *args: PyTree) -> PyTree:
+        traced = self._traceable.trace(inner_init, args)
+        y, info = self._solve("guarded", traced)
+        if self._throw and isinstance(info.code, jax.core.Tracer):
+            y, _ = self._solve("throwing", traced)  # the solve above is dead code
+        elif self._throw:
+            _raise(info.code, info.grad_norm, name=self._traceable.name)
+        return tree.combine(y, traced.outer.fixed)
+
+    def with_info(self, inner_init: PyTree, *args: PyTree) -> tuple[PyTree, ArgminInfo]:
+        """The point as reached, and what is known of it; nothing is raised or replaced by NaN."""
+        traced = self._traceable.trace(inner_init, args)
+        y, info = self._solve("informed", traced)
+        return tree.combine(y, traced.outer.fixed), info
+
+    def _solve(self, mode: str, traced: _Traced) -> tuple[PyTree, ArgminInfo]:
+        static, dynamic = base.split((traced.value, self._solver, self._linear, self._tol))
+        return _solved(static, mode, self._traceable.name, dynamic, traced.inner, traced.outer)
+
+
+# ---- the objective with nothing captured
+
+
+class _Outer(NamedTuple):
+    fixed: PyTree  # non-float leaves of the inner parameters
+    args: PyTree
+    settings: tuple  # dynamic leaves of the objective's own configuration
+    captured: list  # arrays that the objective closes over
+
+
+class _Traced(NamedTuple):
+    value: Objective
+    inner: PyTree  # its float leaves
+    outer: _Outer
+
+
+class _Traceable:
+    """A user's objective, traced to a jaxpr whose captured arrays are operands.
+
+    A custom rule that closes over a traced array leaks it as soon as the rule runs after the trace has ended (grad of jit, for one).
+    ``jax.closure_convert`` hoists floating-point tracers only; the constants of a jaxpr are all that is captured, keys and integers too.
+    """
+
+    def __init__(self, objective: Callable):
+        if isinstance(objective, Objective) and (objective.has_aux or objective.stateful or objective.keyed):
+            raise TypeError(f"objective: got {objective!r}; expected a plain function (inner, *args) -> scalar. Pass state and keys as arguments.")
+        if not callable(objective):
+            raise TypeError(f"objective: got {type(objective).__name__}; expected a function (inner, *args) -> scalar.")
+        plain = objective.fn if isinstance(objective, Objective) else objective
+        self.name = Objective(plain).name
+        self._static, self._dynamic = base.split(plain)
+        self._flat = self._function()
+
+    def _function(self) -> Callable:
+        static = self._static
+        return lambda inner, args, settings: base.join(static, settings)(inner, *args)
+
+    def trace(self, inner: PyTree, args: tuple) -> _Traced:
+        inner, args = tree.strong(_checked("inner_init", inner)), jax.tree.map(jnp.asarray, _checked("args", args))
+        params, fixed = tree.partition(inner)
+        if not jax.tree.leaves(params):
+            raise ValueError(f"inner_init: got {inner!r}, which has no floating-point leaf; expected something to minimize over.")
+        closed = jax.make_jaxpr(self._flat)(inner, args, self._dynamic)
+        if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
+            # JAX remembers the trace of a function; one that captured a tracer may be of a trace that has ended.
+            closed = jax.make_jaxpr(self._function())(inner, args, self._dynamic)
+        if len(closed.out_avals) != 1 or closed.out_avals[0].shape != () or not jnp.issubdtype(closed.out_avals[0].dtype, jnp.floating):
+            shapes = ", ".join(str(aval) for aval in closed.out_avals)
+            raise ValueError(f"objective: {self.name} returned ({shapes}); expected one real scalar. Try jnp.sum or jnp.mean, and no aux.")
+        value = Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr))
+        return _Traced(value, params, _Outer(fixed, args, self._dynamic, list(closed.consts)))
+
+
+def _evaluate(inner, outer: _Outer, batch, *, jaxpr):
+    operands = jax.tree.leaves((tree.combine(inner, outer.fixed), outer.args, outer.settings))
+    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, outer.captured))(*operands)[0]
+
+
+def _checked(name: str, values: PyTree) -> PyTree:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(values):
+        where = f"{name}{jax.tree_util.keystr(path)}"
+        try:
+            dtype = jnp.result_type(leaf)
+        except TypeError as error:
+            raise TypeError(f"{where}: got {leaf!r} of type {type(leaf).__name__}; expected an array or a number. Try capturing it.") from error
+        if jnp.issubdtype(dtype, jnp.complexfloating):
+            raise TypeError(f"{where}: got dtype {dtype}; expected real numbers. Try its real and imaginary parts as two leaves.")
+    return values
+
+
+# ---- the solve
+
+
+@partial(jax.jit, static_argnums=(0, 1, 2))
+def _solved(static: Static, mode: str, name: str, dynamic: tuple, inner: PyTree, outer: _Outer) -> tuple[PyTree, ArgminInfo]:
+    value, solver, linear, tol = base.join(static, dynamic)
+    start, given, solver, tol = jax.tree.map(_constant, (inner, outer, solver, tol))
+    state, report = Lower(value, solver, _no_batch).run(InnerState(start, solver.init(start)), given, Feed())
+    y, report = lax.stop_gradient((state.params, report))
+
+    own_word = report["code"][-1] if "code" in report else jnp.int32(RESULTS.success)
+    reached, grad_norm = report["value"][-1], jnp.full((), jnp.nan)
+    if mode == "informed" or tol is not None:
+        (reached, _), gradient = jax.value_and_grad(value, has_aux=True)(y, given, Ctx())
+        grad_norm = tree.norm(gradient)
+    if tol is not None:
+        own_word = jnp.where(grad_norm <= tol, RESULTS.success, RESULTS.inner_not_converged)
+    code = worst(own_word, jnp.where(tree.all_finite(y), RESULTS.success, RESULTS.inner_nonfinite))
+    info = lax.stop_gradient(ArgminInfo(reached, grad_norm, code))
+
+    if mode != "informed":
+        bad = info.code >= RESULTS.inner_not_converged
+        if mode == "throwing":
+            report_failure = partial(_raise, name=name)
+            flag = jax.ShapeDtypeStruct((), jnp.bool_)
+            bad = lax.cond(
+                bad,
+                lambda: jax.pure_callback(report_failure, flag, info.code, info.grad_norm, vmap_method="broadcast_all"),
+                lambda: jnp.asarray(False),
+            )
+        y = jax.tree.map(lambda leaf: jnp.where(bad, jnp.asarray(jnp.nan, leaf.dtype), leaf), y)
+    return _solution(*base.split((value, linear)), y, outer), info
+
+
+def _constant(leaf):
+    """Cut off from differentiation, functions and Python numbers left alone."""
+    return lax.stop_gradient(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf
+
+
+def _no_batch(feed: Feed, i) -> Ctx:
+    return Ctx()
+
+
+def _raise(codes, grad_norms, *, name: str):
+    codes, grad_norms = np.asarray(codes), np.asarray(grad_norms)
+    if np.any(codes >= RESULTS.inner_not_converged):
+        worst_code = RESULTS(int(np.max(codes)))
+        norm = float(np.max(grad_norms))
+        raise SolveError(worst_code, None, f" in argmin({name})" + ("" if np.isnan(norm) else f", gradient norm {norm:.2e}"))
+    return np.zeros(codes.shape, np.bool_)
+
+
+# ---- the one rule
+
+
+class _Linear(NamedTuple):
+    solver: Any
+    max_residual: Any
+
+
+def _linear(solver, max_residual) -> _Linear:
+    if not (solver is None or callable(solver)):
+        raise TypeError(f"linear_solver: got {solver!r}; expected (matvec, b, x0) -> (x, info), such as linear.cg().")
+    _check_positive("max_residual", max_residual, 1e-2)
+    return _Linear(solver, max_residual)
+
+
+@partial(jax.jit, static_argnums=(0,))
+def _attached(static: Static, dynamic: tuple, inner: PyTree, outer: _Outer) -> PyTree:
+    return _solution(static, dynamic, lax.stop_gradient(inner), outer)
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _solution(static: Static, dynamic: tuple, inner: PyTree, outer: _Outer) -> PyTree:
+    return inner
+
+
+def _solution_jvp(static: Static, primals, tangents):
+    dynamic, inner, outer = primals
+    inner = _solution(static, dynamic, inner, outer)  # through the rule again: derivatives of the derivative move the point, too
+    value, linear = base.join(static, dynamic)
+    operands, treedef = jax.tree.flatten(outer)
+    moves = jax.tree.leaves(tangents[2], is_leaf=_is_zero)
+    moving = [i for i, t in enumerate(moves) if not _is_zero(t)]
+    if not moving:
+        return inner, tree.zeros_like(inner)
+
+    def gradient(inner, moved):
+        full = list(operands)
+        for i, leaf in zip(moving, moved, strict=True):
+            full[i] = leaf
+        return jax.grad(value, has_aux=True)(inner, treedef.unflatten(full), Ctx())[0]
+
+    moved, direction = [operands[i] for i in moving], [moves[i] for i in moving]
+    still, held = tree.zeros_like(inner), tree.zeros_like(moved)
+    # The gradient holds the solves of all levels below, so it is written into the program once.
+    _, products = jax.linearize(gradient, inner, moved)
+    mixed = products(still, direction)
+    # Linear already: linearized again, what the Hessian does not need of it is dead code instead of arithmetic on zeros.
+    _, hvp = jax.linearize(lambda v: products(v, held), still)
+    solve = partial(_linear_solve, linear)
+    return inner, lax.custom_linear_solve(lambda v: _together(hvp(v)), _together(tree.neg(mixed)), solve, symmetric=True)
+
+
+_solution.defjvp(_solution_jvp, symbolic_zeros=True)
+
+
+def _together(vector: PyTree) -> PyTree:
+    """`vector`, of which to the eyes of differentiation either every leaf moves or none does.
+
+    JAX transposes a linear solve only if all leaves of its right side are linear; where an argument reaches some leaves of the solution's system
+    and not the others (a bias that it does not enter), those would be constants.
+    """
+    return lax.optimization_barrier(vector) if len(jax.tree.leaves(vector)) > 1 else vector
+
+
+def _is_zero(tangent) -> bool:
+    return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
+
+
+def _linear_solve(linear: _Linear, matvec, b):
+    # A default near the rounding unit: what is differentiated again should not carry a looser error than it must.
+    unit = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b))
+    solver = cg(maxiter=1000, tol=100 * unit) if linear.solver is None else linear.solver
+    x, info = solver(matvec, b, tree.zeros_like(b))
+    bad = ~(info.residual <= linear.max_residual)
+    return jax.tree.map(lambda leaf: jnp.where(bad, jnp.asarray(jnp.nan, leaf.dtype), leaf), x)
+
+
+def _check_positive(name: str, value, example: float) -> None:
+    if isinstance(value, jax.core.Tracer):
+        return
+    if isinstance(value, bool) or not isinstance(value, (int, float, np.number, jax.Array)):
+        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; expected a positive number. Try {name}={example}.")
+    if not value > 0:
+        raise ValueError(f"{name}: got {value!r}; expected a positive number. Try {name}={example}.")

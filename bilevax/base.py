@@ -1,0 +1,428 @@
+"""The core types: named tuples of pure functions, and a Protocol for each function in them.
+
+Everything that is configured here (objectives, solvers, methods, algorithms) is a pytree. Its functions and integers are static and
+compared by equality; its floats and arrays are leaves. A run therefore recompiles when the mathematics changes and not when a number does.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+PyTree = Any
+Scalar = Any
+
+
+# ---- settings as leaves
+
+
+@jax.tree_util.register_pytree_node_class
+class Bound:
+    """A function with some keyword arguments bound: ``Bound("cg", _cg, maxiter=20)(matvec, b, x0)``.
+
+    The bound values are pytree children, so floats and arrays among them can change without a new trace, and two factories called with
+    equal settings compare equal as static structure. `name` and the settings are what `repr` shows.
+    """
+
+    def __init__(self, name: str, fn: Callable, /, **settings):
+        self.name, self.fn, self.settings = name, fn, settings
+
+    def __call__(self, *args, **kwargs):
+        return self.fn(*args, **self.settings, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in self.settings.items())})"
+
+    def tree_flatten(self):
+        return tuple(self.settings.values()), (self.name, self.fn, tuple(self.settings))
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        name, fn, keys = aux
+        return cls(name, fn, **dict(zip(keys, children, strict=True)))
+
+
+def _short(value) -> str:
+    if isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value):
+        return f"<{value.dtype}{list(value.shape)}>"
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__
+    return repr(value)
+
+
+class Static:
+    """The hashable half of `split`."""
+
+    def __init__(self, treedef, leaves: tuple):
+        self.treedef, self.leaves = treedef, leaves
+        try:
+            self._hash = hash((treedef, leaves))
+        except TypeError as error:
+            bad = next(leaf for leaf in leaves if not _hashable(leaf))
+            raise TypeError(
+                f"settings: got an unhashable {type(bad).__name__} ({bad!r}); expected functions, numbers, strings or arrays. "
+                "Try a tuple in place of a list, or pass the value as data."
+            ) from error
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        return isinstance(other, Static) and self.treedef == other.treedef and self.leaves == other.leaves
+
+
+def _hashable(leaf) -> bool:
+    try:
+        hash(leaf)
+    except TypeError:
+        return False
+    return True
+
+
+class _Hole:
+    def __repr__(self):
+        return "<dynamic>"
+
+
+_HOLE = _Hole()
+
+
+def split(tree: PyTree) -> tuple[Static, tuple]:
+    """Separate configuration into a hashable static part and its dynamic leaves (floats and arrays).
+
+    Concrete scalars become Python floats, hence weakly typed when traced: a float32 step size does not promote bfloat16 parameters.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    static, dynamic = [], []
+    for leaf in leaves:
+        if isinstance(leaf, (float, np.floating, np.ndarray, jax.Array)):
+            static.append(_HOLE)
+            dynamic.append(_weak(leaf))
+        else:
+            static.append(leaf)
+    return Static(treedef, tuple(static)), tuple(dynamic)
+
+
+def _weak(leaf):
+    scalar = isinstance(leaf, (float, np.floating)) or (
+        not isinstance(leaf, jax.core.Tracer) and jnp.ndim(leaf) == 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
+    return float(leaf) if scalar else leaf
+
+
+def join(static: Static, dynamic: tuple) -> PyTree:
+    """Undo `split`."""
+    values = iter(dynamic)
+    return static.treedef.unflatten([next(values) if leaf is _HOLE else leaf for leaf in static.leaves])
+
+
+# ---- what an objective sees
+
+
+class Ctx(NamedTuple):
+    """What one evaluation of an objective is given besides the parameters. Methods hand it on and never look inside.
+
+    `index` is the batch's number where the data is a fixed partition (`data.partitioned`), for methods that keep a table of batches.
+    """
+
+    batch: PyTree = None
+    key: jax.Array | None = None
+    model: PyTree = None
+    index: Any = None
+
+
+class Feed(NamedTuple):
+    """A stream of batches: `data` that `draw` reads, the stream's key, and the index of the next draw.
+
+    `order` is what a draw would find out at each step, found out for many of them at once: the first draw's index, and an array with an entry a draw.
+    """
+
+    data: PyTree = None
+    key: Any = None
+    step: Any = 0
+    order: Any = None
+
+
+class Feeds(NamedTuple):
+    """The streams of one step of an algorithm, a key for its own randomness, and the step's number."""
+
+    inner: Feed = Feed()
+    hyper: Feed = Feed()
+    outer: Feed = Feed()
+    key: jax.Array | None = None
+    step: Any = 0
+
+
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["fn", "has_aux", "stateful", "keyed"], meta_fields=[])
+@dataclasses.dataclass(frozen=True, repr=False)
+class Objective:
+    """A user's function in the one form that the library calls: ``(inner, outer, ctx) -> (value, (model, aux))``.
+
+    Made by `bilevax.objective`; equal functions with equal flags are equal objectives.
+    """
+
+    fn: Callable
+    has_aux: bool = False
+    stateful: bool = False
+    keyed: bool = False
+
+    def __call__(self, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[Scalar, tuple[PyTree, PyTree]]:
+        args = (inner, outer, ctx.batch) + ((ctx.model,) if self.stateful else ())
+        out = self.fn(*args, **({"key": ctx.key} if self.keyed else {}))
+        if not (self.has_aux or self.stateful):
+            return out, (ctx.model, None)
+        value, rest = out
+        if self.has_aux and self.stateful:
+            return value, tuple(rest)  # type: ignore[return-value]
+        return value, ((rest, None) if self.stateful else (ctx.model, rest))
+
+    @property
+    def name(self) -> str:
+        """The user's function's name, for messages."""
+        fn = self.fn
+        while isinstance(fn, Bound) and "fn" in fn.settings:
+            fn = fn.settings["fn"]
+        return getattr(fn, "__name__", None) or repr(fn)
+
+    def __repr__(self) -> str:
+        flags = [flag for flag in ("has_aux", "stateful", "keyed") if getattr(self, flag)]
+        return f"objective({', '.join([self.name] + [f'{flag}=True' for flag in flags])})"
+
+
+def objective(fn: Callable, *, has_aux: bool = False, stateful: bool = False, keyed: bool = False) -> Objective:
+    """Declare what an objective takes and returns beyond ``fn(inner_params, outer_params, batch) -> scalar``.
+
+    A plain three-argument function needs no wrapping. Wrap once, at module level: a run is compiled once for each objective.
+
+    Args:
+      fn: pure function of ``(inner_params, outer_params, batch[, model_state][, key=])``, the same order at both levels.
+      has_aux: `fn` returns ``(value, aux)``. The outer objective's aux is stacked in the history, one row a step.
+      stateful: `fn` takes ``model_state`` as fourth argument and returns ``(value, model_state)`` (``(value, (model_state, aux))`` with
+        `has_aux`). The state moves on real inner steps only, never on hypergradient passes.
+      keyed: `fn` takes a PRNG key as ``key=``; evaluations that are differenced share one key.
+
+    Returns:
+      An `Objective`. Wrapping one again returns it unchanged when no flag is given.
+
+    Raises:
+      TypeError: if `fn` is not callable, or is an `Objective` already and flags are given.
+
+    Example:
+      >>> import bilevax as bx
+      >>> bx.objective(lambda w, lam, batch: ((w - lam) ** 2, {"w": w}), has_aux=True)
+      objective(<lambda>, has_aux=True)
+    """
+    if isinstance(fn, Objective):
+        if has_aux or stateful or keyed:
+            raise TypeError(f"fn: got {fn!r}, which is wrapped already; expected a plain function. Give all flags in one call of objective.")
+        return fn
+    if not callable(fn):
+        raise TypeError(f"fn: got {type(fn).__name__}; expected a function (inner_params, outer_params, batch) -> scalar.")
+    return Objective(fn, has_aux, stateful, keyed)
+
+
+# ---- the pieces
+
+
+class Draw(Protocol):
+    """How a stream finds the batch of its i-th draw from here."""
+
+    def __call__(self, feed: Feed, i: Any) -> Ctx: ...
+
+
+class InnerState(NamedTuple):
+    """Where an inner solver stands: parameters, its optimizer's state, the model's state."""
+
+    params: PyTree
+    opt: PyTree = ()
+    model: PyTree = None
+
+
+class InnerInit(Protocol):
+    def __call__(self, params: PyTree) -> PyTree: ...
+
+
+class InnerStep(Protocol):
+    def __call__(self, objective: Objective, state: InnerState, outer: PyTree, ctx: Ctx) -> tuple[InnerState, dict[str, Scalar]]: ...
+
+
+class Update(Protocol):
+    """An optimizer's update as a function of the gradient: ``(grads, opt, params, **extra) -> (updates, opt)``."""
+
+    def __call__(self, grads: PyTree, opt: PyTree, params: PyTree) -> tuple[PyTree, PyTree]: ...
+
+
+class InnerSolver(NamedTuple):
+    """Moves `inner_params`: ``init(params) -> opt`` and ``step(objective, state, outer, ctx) -> (state, info)``, `steps` times.
+
+    Attributes:
+      init: optimizer state from inner parameters.
+      step: one step; its info has at least ``value`` (the inner objective before the step).
+      steps: steps for each outer step.
+      update: what SAMA differentiates; None where the solver is not a gradient transformation.
+      reversible: False where a ``while_loop`` inside forbids reverse mode, so that unrolling is refused.
+    """
+
+    init: InnerInit
+    step: InnerStep
+    steps: int = 1
+    update: Update | None = None
+    reversible: bool = True
+
+    def __repr__(self) -> str:
+        return repr(self.step)
+
+
+class Lower(NamedTuple):
+    """A lower level: objective, solver and the draw of its batches."""
+
+    objective: Objective
+    solver: InnerSolver
+    draw: Draw
+
+    def run(self, state: InnerState, outer: PyTree, feed: Feed, lo: int = 0, hi: int | None = None) -> tuple[InnerState, dict[str, Scalar]]:
+        """Steps `lo` to `hi` (default: all) of the solve. The info's leaves have a leading axis, a row a step."""
+        hi = self.solver.steps if hi is None else hi
+
+        def body(state, i):
+            ctx = self.draw(feed, i)._replace(model=state.model)
+            return self.solver.step(self.objective, state, outer, ctx)
+
+        if hi - lo == 1:  # no loop to trace, and the solver's own loop stays the outermost one
+            state, info = body(state, lo)
+            return state, jax.tree.map(lambda a: jnp.asarray(a)[None], info)
+        return lax.scan(body, state, jnp.arange(lo, hi, dtype=jnp.int32))
+
+
+Pullback = Callable[[PyTree], tuple[PyTree, PyTree, PyTree, dict[str, Scalar]]]
+
+
+class HypergradientInit(Protocol):
+    def __call__(self, inner: PyTree) -> PyTree: ...
+
+
+class HypergradientVjp(Protocol):
+    def __call__(self, lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree) -> tuple[InnerState, Pullback]: ...
+
+
+class Hypergradient(NamedTuple):
+    """How a cotangent on a solved lower level is pulled back to what the solution depends on; the shape of ``jax.vjp``.
+
+    ``solution, pullback = vjp(lower, inner_state, outer, feed, ctx, state)`` solves, and
+    ``outer_cotangent, init_cotangent, state, info = pullback(inner_cotangent)`` pulls back.
+
+    Attributes:
+      init: method state (a warm adjoint, say) from inner parameters.
+      vjp: as above. `ctx` is the context of second-order products, drawn apart from the solve's own.
+      sees_init: the pullback returns a cotangent on the initial inner point; otherwise None stands there.
+      order: how often the solution may be differentiated: 1 where only this pullback is right, 2 where the derivative is exact again.
+    """
+
+    init: HypergradientInit
+    vjp: HypergradientVjp
+    sees_init: bool = False
+    order: int = 2
+
+    def __repr__(self) -> str:
+        return repr(self.vjp)
+
+
+class LinearInfo(NamedTuple):
+    """What a linear solver says of its answer: matvecs done, ``‖Ax − b‖/‖b‖`` at the returned point, and a `RESULTS` code."""
+
+    iterations: Any
+    residual: Any
+    code: Any
+
+
+@runtime_checkable
+class LinearSolver(Protocol):
+    """``(matvec, b, x0) -> (x, LinearInfo)`` on pytrees."""
+
+    def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree) -> tuple[PyTree, LinearInfo]: ...
+
+
+class Problem(NamedTuple):
+    """Both objectives and how their batches are drawn: what an algorithm solves.
+
+    `inner_init` maps outer parameters to the inner starting point of each step (None: warm start); `project` maps outer parameters into
+    their feasible set after each outer step.
+    """
+
+    inner: Objective
+    outer: Objective
+    inner_draw: Draw
+    hyper_draw: Draw
+    outer_draw: Draw
+    inner_init: Callable[[PyTree], PyTree] | None = None
+    project: Callable[[PyTree], PyTree] | None = None
+
+
+class StepInfo(NamedTuple):
+    """What one step of an algorithm reports.
+
+    Attributes:
+      value: the outer objective at `point`.
+      grad_norm: norm of the hypergradient (or of the direction that stands for it).
+      point: ``InnerState`` and outer parameters that `value` belongs to.
+      code: a `RESULTS` code as int32; a failure ends the run and the step is undone.
+      diagnostics: scalars by name, a column of the history each.
+      aux: the outer objective's aux.
+    """
+
+    value: Scalar
+    grad_norm: Scalar
+    point: tuple[InnerState, PyTree]
+    code: Scalar
+    diagnostics: dict[str, Scalar]
+    aux: PyTree = None
+
+
+class Draws(NamedTuple):
+    """How many batches one step of an algorithm draws from each stream."""
+
+    inner: int = 1
+    hyper: int = 1
+    outer: int = 1
+
+
+class AlgorithmInit(Protocol):
+    def __call__(self, problem: Problem, inner: InnerState, outer: PyTree) -> PyTree: ...
+
+
+class AlgorithmStep(Protocol):
+    def __call__(self, problem: Problem, state: PyTree, feeds: Feeds) -> tuple[PyTree, StepInfo]: ...
+
+
+class Algorithm(NamedTuple):
+    """Moves both levels: ``init(problem, inner_state, outer) -> state`` and ``step(problem, state, feeds) -> (state, StepInfo)``.
+
+    A state has the fields `inner` (an `InnerState`) and `outer`. `draws` says how many batches a step draws from each stream. `undoes`: where a step
+    reports a failure, it returns the state that it was given. Otherwise the driver restores that, at the price of a copy of the whole state a step.
+    """
+
+    init: AlgorithmInit
+    step: AlgorithmStep
+    draws: Draws = Draws()
+    undoes: bool = False
+
+    def __repr__(self) -> str:
+        return repr(self.step)
+
+
+class Estimate(NamedTuple):
+    """One hypergradient: outer `value`, its `grad`, the solved `inner_params`, `state` to go on from, `info` to read, the outer `aux`."""
+
+    value: Scalar
+    grad: PyTree
+    inner_params: PyTree
+    state: PyTree
+    info: dict[str, Scalar]
+    aux: PyTree = None

@@ -1,0 +1,264 @@
+"""Refusals: what cannot work is said before anything is compiled, with the argument, what came, what was expected, and what to try."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax import tree
+from bilevax.base import Algorithm, Bound, Ctx, Draw, Hypergradient, InnerSolver, Objective, Problem, PyTree, objective
+
+
+def describe(value: Any) -> str:
+    """A short description of what was given."""
+    if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        return f"{value.dtype}{list(value.shape)}"
+    text = repr(value)
+    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+
+
+# ---- parameters
+
+
+def params(value: PyTree, argument: str) -> None:
+    """A pytree of arrays with at least one real floating-point leaf."""
+    leaves = jax.tree_util.tree_leaves_with_path(value)
+    if not leaves:
+        raise ValueError(f"{argument}: got {value!r}, which has no leaf; expected a pytree of arrays.")
+    for path, leaf in leaves:
+        place = argument + jax.tree_util.keystr(path)
+        if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+            raise TypeError(f"{place}: got {describe(leaf)}; expected real numbers. Try its real and imaginary parts as two leaves.")
+    if not any(tree.is_float(leaf) for _, leaf in leaves):
+        kinds = sorted({str(leaf.dtype) for _, leaf in leaves})
+        raise TypeError(
+            f"{argument}: got leaves of {', '.join(kinds)} only; expected at least one floating-point leaf, since nothing else can be learned by "
+            "gradient. Try jnp.asarray(value, jnp.float32)."
+        )
+
+
+def arrays(value: PyTree, argument: str) -> PyTree:
+    """`value` with strong arrays as leaves, or an error that names the leaf that cannot be one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)) or getattr(leaf, "dtype", None) == np.dtype(object):
+            raise TypeError(
+                f"{argument}{jax.tree_util.keystr(path)}: got {describe(leaf)}; expected an array or a number. Keep functions, strings and "
+                "settings out of parameters."
+            )
+    return tree.strong(value)
+
+
+def finite(value: PyTree, argument: str) -> None:
+    """No NaN or infinity in concrete leaves."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if isinstance(leaf, jax.core.Tracer) or not tree.is_float(leaf) or not leaf.is_fully_addressable:
+            continue
+        with jax.ensure_compile_time_eval():  # a constant under a transformation is still looked at now
+            bad = int(jnp.sum(~jnp.isfinite(leaf)))
+        if bad:
+            raise ValueError(
+                f"{argument}{jax.tree_util.keystr(path)}: got {bad} non-finite of {leaf.size} values at the start; expected finite numbers."
+            )
+
+
+def bind_fixed(problem: Problem, inner_fixed: PyTree, outer_fixed: PyTree) -> Problem:
+    """`problem` on floating-point leaves only: the other leaves ride along as bound values of its functions."""
+    if not jax.tree.leaves((inner_fixed, outer_fixed)):
+        return problem
+
+    def bind(obj: Objective) -> Objective:
+        return dataclasses.replace(obj, fn=Bound(obj.name, _with_fixed, fn=obj.fn, inner_fixed=inner_fixed, outer_fixed=outer_fixed))
+
+    problem = problem._replace(inner=bind(problem.inner), outer=bind(problem.outer))
+    if problem.inner_init is not None:
+        problem = problem._replace(inner_init=Bound("inner_init", _init_with_fixed, fn=problem.inner_init, outer_fixed=outer_fixed))
+    if problem.project is not None:
+        problem = problem._replace(project=Bound("project", _init_with_fixed, fn=problem.project, outer_fixed=outer_fixed))
+    return problem
+
+
+def _with_fixed(inner, outer, *args, fn, inner_fixed, outer_fixed, **kwargs):
+    return fn(tree.combine(inner, inner_fixed), tree.combine(outer, outer_fixed), *args, **kwargs)
+
+
+def _init_with_fixed(outer, *, fn, outer_fixed):
+    return tree.partition(fn(tree.combine(outer, outer_fixed)))[0]
+
+
+# ---- pieces
+
+
+def problem(
+    inner_objective: Callable,
+    outer_objective: Callable,
+    inner_draw: Draw,
+    hyper_draw: Draw,
+    outer_draw: Draw,
+    inner_init: Callable | None = None,
+    project: Callable | None = None,
+) -> Problem:
+    """A `Problem` of these functions, each refused by name if it is none."""
+    for name, fn in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
+        if not callable(fn):
+            raise TypeError(
+                f"{name}: got {describe(fn)}; expected a function (inner_params, outer_params, batch) -> scalar, or objective(...) of one."
+            )
+    for name, optional in (("inner_init", inner_init), ("project", project)):
+        if optional is not None and not callable(optional):
+            raise TypeError(f"{name}: got {describe(optional)}; expected a function of outer_params, or None.")
+    for draw in (inner_draw, hyper_draw, outer_draw):
+        if not callable(draw):
+            raise TypeError(f"inner_draw: got {describe(draw)}; expected a draw (feed, i) -> Ctx such as data.same or data.stacked.")
+    return Problem(objective(inner_objective), objective(outer_objective), inner_draw, hyper_draw, outer_draw, inner_init, project)
+
+
+def pieces(solver: Any, method: Any, argument: str = "solver") -> None:
+    """An inner solver and a hypergradient method."""
+    if not isinstance(solver, InnerSolver):
+        hint = " Try inner.optax(optimizer, steps)." if hasattr(solver, "update") else " Try inner.lbfgs() or inner.optax(optimizer, steps)."
+        raise TypeError(f"{argument}: got {describe(solver)}; expected an InnerSolver.{hint}")
+    if isinstance(solver.steps, bool) or not isinstance(solver.steps, int) or solver.steps < 1:
+        raise ValueError(f"{argument}.steps: got {solver.steps!r}; expected an integer of at least 1.")
+    if not isinstance(method, Hypergradient):
+        hint = " Call the factory: hypergradient.implicit()." if callable(method) else " Try hypergradient.implicit()."
+        raise TypeError(f"hypergradient: got {describe(method)}; expected a Hypergradient.{hint}")
+
+
+def transformation(optimizer: Any, argument: str) -> None:
+    """An optax transformation."""
+    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
+        hint = " Call it first, as in optax.adam(1e-2)." if callable(optimizer) else " Try optax.adam(1e-2)."
+        raise TypeError(f"{argument}: got {describe(optimizer)}; expected an optax gradient transformation.{hint}")
+
+
+def algorithm(value: Any) -> None:
+    """An algorithm."""
+    if isinstance(value, Algorithm):
+        return
+    hint = " Call the factory, as in algorithms.double_loop(solver, hypergradient, outer_optimizer)." if callable(value) else ""
+    if isinstance(value, Hypergradient) or hasattr(value, "update"):
+        hint = " Try algorithms.double_loop(inner_solver, hypergradient, outer_optimizer)."
+    raise TypeError(f"algorithm: got {describe(value)}; expected an Algorithm, or None for the documented default.{hint}")
+
+
+def sees_init(inner_init: Callable | None, method: Hypergradient) -> None:
+    """A method that follows the initial point, where the initial point depends on the outer parameters."""
+    if inner_init is not None and not method.sees_init:
+        raise ValueError(
+            f"inner_init: got a function of the outer parameters, with {method!r}, which gives the initial inner point no derivative (an exact "
+            "solution does not depend on where it was started); expected a method that sees it. Try hypergradient.unrolled(), or put a proximal term "
+            "‖y − x‖² into the inner objective and drop inner_init."
+        )
+
+
+def key(value: Any, problem: Problem, sampled: bool) -> None:
+    """A PRNG key where something draws."""
+    keyed = [name for name, obj in (("inner_objective", problem.inner), ("outer_objective", problem.outer)) if obj.keyed]
+    if value is None:
+        if keyed or sampled:
+            cause = f"{' and '.join(keyed)} takes a key" if keyed else "the data is sampled"
+            raise ValueError(f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0).")
+        return
+    is_key(value)
+
+
+def is_key(value: Any) -> None:
+    """A PRNG key of either style."""
+    old_style = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape[-1:] == (2,)
+    if not old_style and not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key: got {describe(value)}; expected a PRNG key. Try jax.random.key({value if isinstance(value, int) else 0}).")
+
+
+def count(value: Any, argument: str) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{argument}: got {value!r}; expected an integer of at least 1.")
+    return int(value)
+
+
+# ---- objectives, by abstract evaluation
+
+
+def objectives(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, inner_ctx: Ctx, outer_ctx: Ctx) -> jnp.dtype:
+    """Both objectives return what they say they do on these shapes; the outer value's dtype. The user's own errors pass with their own frames."""
+    if problem.inner_init is not None:
+        same_structure(jax.eval_shape(problem.inner_init, outer), inner, "inner_init", "inner_params")
+    if problem.project is not None:
+        same_structure(jax.eval_shape(problem.project, outer), outer, "project", "outer_params")
+    if model is not None and not (problem.inner.stateful or problem.outer.stateful):
+        raise ValueError(
+            f"model_state: got {jax.tree.structure(model)} although neither objective takes it; expected None, or an inner objective wrapped by "
+            "objective(fn, stateful=True)."
+        )
+    _, new_model = _evaluate(problem.inner, "inner_objective", inner, outer, inner_ctx._replace(model=model))
+    if problem.inner.stateful:
+        same_structure(new_model, model, "inner_objective's new model_state", "model_state")
+    return _evaluate(problem.outer, "outer_objective", inner, outer, outer_ctx._replace(model=model))[0]
+
+
+def _evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[jnp.dtype, PyTree]:
+    name = f"{argument} ({obj.name})"
+    if obj.stateful and ctx.model is None:
+        raise ValueError(f"model_state: got None although {name} is stateful; expected its initial model state.")
+    args = (inner, outer, ctx.batch) + ((ctx.model,) if obj.stateful else ())
+    kwargs = {"key": ctx.key} if obj.keyed else {}
+    form = "(inner_params, outer_params, batch" + (", model_state" if obj.stateful else "") + (", *, key)" if obj.keyed else ")")
+    try:
+        inspect.signature(obj.fn).bind(*args, **kwargs)
+    except TypeError as error:
+        raise TypeError(
+            f"{name}: got a function of {inspect.signature(obj.fn)}; expected one of {form}. Say by objective(fn, stateful=, keyed=) what it takes."
+        ) from error
+    except ValueError:  # no signature to read (some builtins): the call itself will tell
+        pass
+    out = jax.eval_shape(obj.fn, *args, **kwargs)
+    if obj.has_aux or obj.stateful:
+        extra = "(model_state, aux)" if obj.has_aux and obj.stateful else "aux" if obj.has_aux else "model_state"
+        want = f"(value, {extra})"
+        if not (isinstance(out, tuple) and len(out) == 2):
+            raise TypeError(f"{name}: returned {_shapes(out)}; expected {want}, since it was wrapped with {_flags(obj)}.")
+        value, rest = out
+        if obj.has_aux and obj.stateful and not (isinstance(rest, (tuple, list)) and len(rest) == 2):
+            raise TypeError(f"{name}: returned (value, {_shapes(rest)}); expected {want}.")
+    else:
+        value, rest = out, None
+        if isinstance(out, (tuple, list, dict)):
+            raise TypeError(
+                f"{name}: returned {_shapes(out)}; expected a scalar. Wrap it: objective({obj.name}, has_aux=True) if the rest is auxiliary."
+            )
+    if not hasattr(value, "shape"):
+        raise TypeError(f"{name}: returned {_shapes(value)}; expected a scalar array.")
+    if value.shape != ():
+        raise ValueError(f"{name}: returned {describe(value)}; expected a scalar (shape ()). Try jnp.mean or jnp.sum over the batch.")
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise TypeError(f"{name}: returned {value.dtype}; expected a real floating-point scalar, since it is differentiated.")
+    return value.dtype, (rest[0] if obj.has_aux else rest) if obj.stateful else None
+
+
+def _flags(obj: Objective) -> str:
+    return ", ".join(f"{flag}=True" for flag in ("has_aux", "stateful") if getattr(obj, flag))
+
+
+def _shapes(out: PyTree) -> str:
+    return str(jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") else type(a).__name__, out)).replace("'", "")
+
+
+def same_structure(got: PyTree, want: PyTree, name: str, like: str) -> None:
+    """`got` has the structure, shapes and dtypes of `want`."""
+    got_leaves, got_def = jax.tree_util.tree_flatten_with_path(got)
+    want_leaves, want_def = jax.tree_util.tree_flatten_with_path(want)
+    if got_def != want_def:
+        paths_got, paths_want = ({jax.tree_util.keystr(p) for p, _ in leaves} for leaves in (got_leaves, want_leaves))
+        differing = sorted(paths_got ^ paths_want)
+        raise ValueError(f"{name}: got structure {got_def}; expected that of {like}, {want_def}. Differing paths: {differing or 'container types'}.")
+    for (path, a), (_, b) in zip(got_leaves, want_leaves, strict=True):
+        if jnp.shape(a) != jnp.shape(b) or a.dtype != b.dtype:
+            raise ValueError(
+                f"{name}{jax.tree_util.keystr(path)}: got {a.dtype}{list(jnp.shape(a))}; expected {b.dtype}{list(jnp.shape(b))}, as in {like}."
+            )

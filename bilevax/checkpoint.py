@@ -1,0 +1,389 @@
+"""Runs that survive: checkpoints of the whole run state through orbax, with a digest of their own.
+
+A checkpoint is one folder ``step_<n>`` that appears complete or not at all. It holds every leaf of the run state, the history up to there, and a
+manifest: the leaves' paths, shapes and dtypes, and 64 bits of digest for each, computed on the devices from the values and their positions alone, so
+that it can be checked on any number of devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import signal
+import threading
+import time
+import warnings
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from bilevax import check, tree
+from bilevax.base import PyTree
+
+FORMAT = 1
+_NAME = re.compile(r"^step_(\d+)$")
+
+
+class Checkpointing(NamedTuple):
+    """Where a run is saved, every how many steps, and how many checkpoints stay."""
+
+    directory: str
+    every: int
+    keep: int
+
+
+def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointing:
+    """Save the run every `n` steps, and resume from what is there.
+
+    A run that is started again with the same arguments and directory goes on from its newest checkpoint, the order of its data included, and ends
+    with the same bits on the same devices; on another number of devices they are equal to rounding. Its `Solution` is that of the undisturbed run:
+    the history is saved, too, and ``num_steps`` counts from the first start. An iterable of batches is read from its beginning and passed over to
+    the place where the run stands.
+
+    Saving overlaps with the next steps. SIGTERM (what schedulers send before they take a machine away) saves at the end of the chunk in
+    progress and ends the run with ``RESULTS.preempted``; a run that is killed without a word loses what it did since its last save.
+
+    A checkpoint that cannot be read back exactly (cut off, altered by as little as one bit, incomplete) is reported by a warning that names it, put
+    aside as ``damaged_step_<n>``, and the one before it is used. A checkpoint of another problem is refused.
+
+    Args:
+      n: steps between two saves, at least 1. The end of the run is saved as well.
+      directory: a folder of this run alone, made if need be; with several processes, one that all of them see.
+      keep: how many checkpoints stay, at least 1. With 1 a damaged newest one has none before it.
+
+    Returns:
+      A value for ``solve_bilevel(..., checkpoint=...)`` or ``solve_multilevel(..., checkpoint=...)``. Needs the extra ``checkpoint``.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind; in the run, for a directory that holds checkpoints of another problem, another key, or
+        of a run that started elsewhere; RuntimeError if all checkpoints in it are damaged.
+
+    Example:
+      >>> import tempfile, jax.numpy as jnp, optax, bilevax as bx
+      >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
+      >>> outer = lambda y, x, batch: 0.5 * jnp.sum((y - 3.0) ** 2)
+      >>> algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.1))
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     keywords = dict(algorithm=algorithm, checkpoint=bx.checkpoint.every(10, folder))
+      ...     first = bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.zeros(2), num_steps=20, **keywords)
+      ...     more = bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.zeros(2), num_steps=30, **keywords)  # does the last ten steps
+      >>> first.stats["resumed_from"], more.stats["resumed_from"], len(more.history["value"])
+      (0, 20, 30)
+    """
+    if not isinstance(directory, (str, os.PathLike)):
+        raise TypeError(f"directory: got {check.describe(directory)}; expected a path.")
+    place = os.fspath(directory)
+    return Checkpointing(place if "://" in place else os.path.abspath(place), check.count(n, "n"), check.count(keep, "keep"))
+
+
+# ---- the digest
+
+
+def _bits(leaf):
+    """The leaf's bits as uint32, 64-bit entries as two along a last axis."""
+    if leaf.dtype == jnp.bool_ or jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 4:
+        return leaf.astype(jnp.int32).astype(jnp.uint32)
+    size = leaf.dtype.itemsize
+    if size >= 4:
+        return lax.bitcast_convert_type(leaf, jnp.uint32)
+    return lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}[size]).astype(jnp.uint32)
+
+
+def _mixed(value, constant: int):
+    value = (value ^ (value >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
+    value = (value ^ (value >> jnp.uint32(15))) * jnp.uint32(constant)
+    return value ^ (value >> jnp.uint32(16))
+
+
+@jax.jit
+def _digests(leaves: list):
+    """Two words a leaf: wrapping sums of a bijection of each entry's bits, chosen by its place. Sums do not care who holds which part."""
+    words = []
+    for leaf in leaves:
+        bits = _bits(leaf)
+        place = jnp.zeros(bits.shape, jnp.uint32)
+        for axis, length in enumerate(bits.shape):
+            place = place * jnp.uint32(length % 2**32) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
+        for constant in (0x846CA68B, 0x9E3779B1):
+            words.append(jnp.sum(_mixed(bits ^ _mixed(place + jnp.uint32(1), constant), constant), dtype=jnp.uint32))
+    return words
+
+
+def _digest(leaves: list) -> list[int]:
+    return [int(word) for word in jax.device_get(_digests(leaves))]
+
+
+# ---- what is in a checkpoint
+
+
+def _plain(leaf):
+    """A leaf as an array that can be written: PRNG keys as their data."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _flat(value: PyTree) -> dict[str, Any]:
+    """Leaves by path."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(value)}
+
+
+def _describe(leaf) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+def _history_digest(columns: dict[str, np.ndarray]) -> str:
+    total = hashlib.blake2b(digest_size=16)
+    for path, column in columns.items():
+        total.update(path.encode())
+        total.update(np.ascontiguousarray(column).tobytes())
+    return total.hexdigest()
+
+
+class _Damaged(Exception):
+    """A checkpoint that does not give back what was saved."""
+
+
+class Store:
+    """The checkpoints of one run, in one directory. Every process of a run makes one and calls the same methods."""
+
+    def __init__(self, spec: Checkpointing, start: int):
+        try:
+            import orbax.checkpoint as ocp
+            from etils import epath
+        except ImportError as error:
+            raise ImportError("checkpoint= needs orbax; try pip install 'bilevax[checkpoint]'.") from error
+        self.spec, self.start, self.primary = spec, start, jax.process_index() == 0
+        self.folder = epath.Path(spec.directory)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"checkpoint: got the directory {spec.directory!r}, which is a file; expected a folder.")
+        if self.primary:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):  # what a killed process was writing
+                left.rmtree()
+        self._agree("opened")
+        self._ocp, self._writer = ocp, ocp.StandardCheckpointer()
+        self.saved: int | None = None
+        self.seconds = 0.0  # for which saving kept the run waiting
+
+    def _agree(self, what: str) -> None:
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"bilevax checkpoint {what}")
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        found = [_NAME.match(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int, prefix: str = "") -> Any:
+        return self.folder / f"{prefix}step_{step:09d}"
+
+    # ---- saving
+
+    def save(self, run: PyTree, history: dict, step: int) -> None:
+        """Begin to write this state and history; waits only for the save before it."""
+        begin = time.perf_counter()
+        self._writer.wait_until_finished()
+        self._prune(self.spec.keep)
+        if self.path(step).exists():
+            raise FileExistsError(
+                f"checkpoint: {self.path(step)} exists already, and a save over it would be lost; expected a directory that no other run writes to."
+            )
+        leaves = {path: _plain(leaf) for path, leaf in _flat(run).items()}
+        if jax.default_backend() == "cpu":  # there the writer may read the very buffers that the next chunk overwrites
+            leaves = {path: tree.copy(leaf) for path, leaf in leaves.items()}
+        rows = {path: np.asarray(column) for path, column in _flat(history).items()}
+        manifest = {
+            "format": FORMAT,
+            "start": self.start,
+            "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
+            "digests": _digest(list(leaves.values())),
+            "history": {path: _describe(column) for path, column in rows.items()},
+            "history_digest": _history_digest(rows),
+        }
+        text = json.dumps(manifest)
+        metadata = {"manifest": text, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+        self._writer.save(self.path(step), _numbered(leaves, rows), custom_metadata=metadata)
+        self.saved = step
+        self.seconds += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Wait for the save in flight."""
+        begin = time.perf_counter()
+        self._writer.wait_until_finished()
+        self._prune(self.spec.keep)
+        self._writer.close()
+        self.seconds += time.perf_counter() - begin
+
+    def _prune(self, keep: int) -> None:
+        if self.primary:
+            for step in self.steps()[:-keep]:
+                self.path(step).rmtree()
+
+    # ---- reading
+
+    def restore(self, run: PyTree) -> tuple[PyTree, dict] | None:
+        """The newest sound checkpoint's state, placed as `run` is, and its history; None where there is no checkpoint."""
+        steps, damaged = self.steps(), []
+        for step in reversed(steps):
+            manifest = found = None
+            problem: Exception | None = None
+            try:
+                manifest = self._manifest(step)
+            except Exception as error:
+                problem = error
+            if manifest is not None:
+                self._same_problem(run, manifest, step)
+                try:
+                    found = self._read(run, manifest, step)
+                except Exception as error:  # whatever the reader trips over: the file is not what was written
+                    problem = error
+            if self._everywhere(found is not None):
+                assert found is not None
+                self._same_key(run.key, found[0].key, step)
+                if self.primary:
+                    for bad in damaged:
+                        self.path(bad).rename(self._aside(bad))
+                self._agree("restored")
+                self.saved = step
+                return found
+            reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+            warnings.warn(
+                f"checkpoint: {self.path(step)} is damaged ({reason}); going back to the one before it. It is kept as {self._aside(step).name}.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            damaged.append(step)
+        if damaged:
+            raise RuntimeError(
+                f"checkpoint: all of {[str(self.path(s)) for s in damaged]} are damaged. Move the directory away to start anew, or put a backup back."
+            )
+        return None
+
+    def _aside(self, step: int) -> Any:
+        place, number = self.path(step, "damaged_"), 1
+        while place.exists():
+            place, number = self.folder / f"damaged_step_{step:09d}_{number}", number + 1
+        return place
+
+    def _everywhere(self, ok: bool) -> bool:
+        if jax.process_count() == 1:
+            return ok
+        from jax.experimental import multihost_utils
+
+        return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+    def _manifest(self, step: int) -> dict:
+        metadata = self._writer.metadata(self.path(step)).custom_metadata
+        if not metadata or "manifest" not in metadata:
+            raise _Damaged("it has no manifest")
+        text = metadata["manifest"]
+        if hashlib.blake2b(text.encode(), digest_size=16).hexdigest() != metadata.get("digest"):
+            raise _Damaged("its manifest does not have the manifest's digest")
+        return json.loads(text)
+
+    def _same_problem(self, run: PyTree, manifest: dict, step: int) -> None:
+        want = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
+        got = manifest["leaves"]
+        differing = [f"{path} ({got.get(path, 'absent')} there, {want.get(path, 'absent')} here)" for path in {**want, **got} if want.get(path) != got.get(path)]
+        if differing or manifest["format"] != FORMAT:
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise ValueError(
+                f"checkpoint: {self.path(step)} belongs to another problem; expected the state of this one. Differing paths: "
+                f"{', '.join(differing[:8])}{more}. Give this run a directory of its own."
+            )
+        if manifest["start"] != self.start:
+            raise ValueError(
+                f"checkpoint: {self.path(step)} belongs to a run that started at step {manifest['start']}, and this one starts at {self.start}; "
+                "expected a directory for each call of its own."
+            )
+
+    def _same_key(self, key: Any, saved: Any, step: int) -> None:
+        if key is not None and (np.asarray(_plain(key)) != np.asarray(_plain(saved))).any():
+            raise ValueError(
+                f"checkpoint: {self.path(step)} was made with another key; expected the same one, which decides the order of the data. Give this run "
+                "a directory of its own."
+            )
+
+    def _read(self, run: PyTree, manifest: dict, step: int) -> tuple[PyTree, dict]:
+        wanted = {path: _plain(leaf) for path, leaf in _flat(run).items()}
+        like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in wanted.items()}
+        columns = {path: _empty(text) for path, text in manifest["history"].items()}
+        restored = self._writer.restore(self.path(step), _numbered(like, columns))
+        leaves = {path: restored.get(f"s{i}", wanted[path]) for i, path in enumerate(like)}  # an array without entries is not written
+        # What was on no particular device before must not be bound to one now: the step would be compiled again.
+        leaves = {path: leaf if wanted[path].committed else jnp.asarray(np.asarray(leaf)) for path, leaf in leaves.items()}
+        if _digest(list(leaves.values())) != manifest["digests"]:
+            pairs = zip(_digest(list(leaves.values())), manifest["digests"], strict=True)
+            wrong = sorted({list(leaves)[i // 2] for i, (a, b) in enumerate(pairs) if a != b})
+            raise _Damaged(f"the digest differs at {wrong[:5]}")
+        rows = {path: np.asarray(restored.get(f"h{i}", column)) for i, (path, column) in enumerate(columns.items())}
+        if _history_digest(rows) != manifest["history_digest"]:
+            raise _Damaged("the digest of the history differs")
+        flat, structure = jax.tree.flatten(run)
+        keys = zip(flat, leaves.values(), strict=True)
+        values = [
+            jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if jnp.issubdtype(old.dtype, jax.dtypes.prng_key) else new for old, new in keys
+        ]
+        return structure.unflatten(values), rows
+
+
+def _numbered(leaves: dict, rows: dict) -> dict:
+    """Names that any storage takes, in the order of the manifest; arrays without entries are left out."""
+    out = {f"s{i}": leaf for i, leaf in enumerate(leaves.values()) if np.prod(leaf.shape, dtype=np.int64)}
+    return out | {f"h{i}": column for i, column in enumerate(rows.values()) if column.size}
+
+
+def _empty(text: str) -> np.ndarray:
+    dtype, shape = text.split("[", 1)
+    return np.zeros(json.loads("[" + shape), jnp.dtype(dtype))
+
+
+def as_history(rows: dict[str, np.ndarray], like: PyTree = None) -> dict:
+    """Columns by path as the nested history that `like` shows; without it, as nested dicts as far as the paths tell."""
+    if like is not None:
+        return jax.tree_util.tree_map_with_path(lambda path, _: rows[jax.tree_util.keystr(path)], like)
+    out: dict = {}
+    for path, column in rows.items():
+        keys = re.findall(r"\['([^']*)'\]", path)
+        if "".join(f"['{key}']" for key in keys) != path:  # not dicts all the way
+            keys = [keys[0], path]
+        inner = out
+        for key in keys[:-1]:
+            inner = inner.setdefault(key, {})
+        inner[keys[-1]] = column
+    return out
+
+
+# ---- preemption
+
+
+class Preemption:
+    """``with Preemption() as asked:`` ``asked()`` is true after a SIGTERM, on every process once it came to one of them."""
+
+    def __init__(self):
+        self._flag, self._before, self._mine = threading.Event(), None, threading.current_thread() is threading.main_thread()
+
+    def __enter__(self):
+        if self._mine:  # handlers can be set in the main thread only
+            self._before = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
+        return self
+
+    def __exit__(self, *_):
+        if self._mine:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
+
+    def __call__(self) -> bool:
+        if jax.process_count() == 1:
+            return self._flag.is_set()
+        from jax.experimental import multihost_utils
+
+        return bool(np.any(multihost_utils.process_allgather(np.asarray(self._flag.is_set()))))
+
+
+__all__ = ["Checkpointing", "every"]

@@ -1,0 +1,17 @@
+"""How wrong a hypergradient is: against a reference, against other methods, and by a bound."""
+
+from bilevax.diagnostics.bound import Constants, ErrorBound, error_bound, estimate_constants
+from bilevax.diagnostics.checking import HypergradientReport, check_hypergradient
+from bilevax.diagnostics.compare import ComparisonRow, HypergradientComparison, compare_hypergradients
+
+__all__ = [
+    "ComparisonRow",
+    "Constants",
+    "ErrorBound",
+    "HypergradientComparison",
+    "HypergradientReport",
+    "check_hypergradient",
+    "compare_hypergradients",
+    "error_bound",
+    "estimate_constants",
+]

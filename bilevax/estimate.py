@@ -1,0 +1,194 @@
+"""One hypergradient: solve, take the outer gradient, pull it back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import check, tree
+from bilevax.base import Ctx, Draw, Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, objective
+from bilevax.data import same
+from bilevax.results import RESULTS, first, unless
+
+
+class EstimateState(NamedTuple):
+    """What the next estimate starts from: the inner optimizer's state, the model's state, the method's (a warm adjoint), and draws done."""
+
+    opt: PyTree
+    model: PyTree
+    method: PyTree
+    step: Any
+
+
+def estimate(
+    problem: Problem, solver: InnerSolver, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds, state: PyTree
+) -> tuple[InnerState, Estimate]:
+    """Solve the lower level from `inner` and differentiate the outer objective at its solution, on floating-point leaves only.
+
+    Returns the solved inner state, and an `Estimate` whose `state` is the method's and whose info has ``code`` and ``grad_norm``.
+    """
+    init_pullback: Callable | None = None
+    if problem.inner_init is not None:
+        params, init_pullback = jax.vjp(problem.inner_init, outer)
+        inner = inner._replace(params=params, opt=solver.init(params))
+    lower = Lower(problem.inner, solver, problem.inner_draw)
+    hyper_ctx = problem.hyper_draw(feeds.hyper, 0)
+    solution, pullback = method.vjp(lower, inner, outer, feeds.inner, hyper_ctx, state)
+
+    outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=solution.model)
+    value_and_grads = jax.value_and_grad(problem.outer, (0, 1), has_aux=True)
+    (value, (_, aux)), (inner_cotangent, direct) = value_and_grads(solution.params, outer, outer_ctx)
+    cotangent, init_cotangent, state, info = pullback(inner_cotangent)
+    grad = tree.add(direct, cotangent)
+    if init_pullback is not None:
+        grad = tree.add(grad, init_pullback(init_cotangent)[0])
+
+    grad_norm = tree.norm(grad)
+    code = first(
+        jnp.where(info["code"] == RESULTS.inner_nonfinite, info["code"], jnp.int32(0)),
+        unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
+        info["code"],
+        unless(jnp.isfinite(info["inner_grad_norm"]), RESULTS.adjoint_nonfinite) if "inner_grad_norm" in info else 0,
+        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
+    )
+    code = _blame_batch(problem, solver, feeds, code)
+    return solution, Estimate(value, grad, solution.params, state, {**info, "grad_norm": grad_norm, "code": code}, aux)
+
+
+_NONFINITE = (RESULTS.inner_nonfinite, RESULTS.outer_nonfinite, RESULTS.adjoint_nonfinite, RESULTS.hypergradient_nonfinite)
+
+
+def _blame_batch(problem: Problem, solver: InnerSolver, feeds: Feeds, code):
+    """After something became non-finite, and only then, look whether a batch already was: its draws are pure, so they can be drawn again."""
+
+    def batches_finite():
+        def inner(i, ok):
+            return ok & tree.all_finite(problem.inner_draw(feeds.inner, i).batch)
+
+        ok = lax.fori_loop(0, solver.steps, inner, jnp.asarray(True))
+        ok &= tree.all_finite(problem.hyper_draw(feeds.hyper, 0).batch)
+        return ok & tree.all_finite(problem.outer_draw(feeds.outer, 0).batch)
+
+    nonfinite = jnp.any(jnp.asarray([code == c for c in _NONFINITE]))
+    finite = lax.cond(nonfinite, batches_finite, lambda: jnp.asarray(True))
+    return jnp.where(finite, code, jnp.int32(RESULTS.nonfinite_batch))
+
+
+class HypergradFn:
+    """What `value_and_hypergrad` returns: call it, or make a first state with `init`."""
+
+    def __init__(self, problem: Problem, solver: InnerSolver, method: Hypergradient):
+        self.problem, self.solver, self.method = problem, solver, method
+
+    def __repr__(self) -> str:
+        return f"value_and_hypergrad({self.problem.inner.name}, {self.problem.outer.name}, solver={self.solver!r}, hypergradient={self.method!r})"
+
+    def init(self, inner_params: PyTree, *, model_state: PyTree = None) -> EstimateState:
+        """A first `state` for these inner parameters. Passing it from the start keeps one trace, where ``state=None`` and then a state make two.
+
+        Args:
+          inner_params: pytree with floating-point leaves.
+          model_state: initial model state of a stateful inner objective.
+
+        Returns:
+          An `EstimateState`.
+        """
+        params, _ = tree.partition(tree.strong(inner_params))
+        opt, method = tree.strong((self.solver.init(params), self.method.init(params)))
+        return EstimateState(opt, None if model_state is None else tree.strong(model_state), method, jnp.zeros((), jnp.int32))
+
+    def __call__(
+        self,
+        inner_params: PyTree,
+        outer_params: PyTree,
+        inner_batch: PyTree = None,
+        outer_batch: PyTree = None,
+        *,
+        hyper_batch: PyTree = None,
+        state: EstimateState | None = None,
+        key: jax.Array | None = None,
+    ) -> Estimate:
+        """Value and hypergradient at ``(inner_params, outer_params)``; see `value_and_hypergrad`."""
+        problem = self.problem
+        inner_params, outer_params = tree.strong(inner_params), tree.strong(outer_params)
+        check.params(inner_params, "inner_params")
+        check.params(outer_params, "outer_params")
+        check.key(key, problem, sampled=False)
+        if state is None:
+            state = self.init(inner_params)
+        (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)
+        problem = check.bind_fixed(problem, inner_fixed, outer_fixed)
+        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+        inner_batch, outer_batch = (jax.tree.map(jnp.asarray, b) for b in (inner_batch, outer_batch))
+        inner_feed = Feed(inner_batch, keys[0], jnp.zeros((), jnp.int32))
+        if hyper_batch is None:
+            hyper_ctx_feed = inner_feed._replace(key=keys[1])
+        else:
+            hyper_ctx_feed, problem = Feed(jax.tree.map(jnp.asarray, hyper_batch), keys[1], 0), problem._replace(hyper_draw=same)
+        feeds = Feeds(inner_feed, hyper_ctx_feed, Feed(outer_batch, keys[2], 0), None if key is None else jax.random.fold_in(key, 3), state.step)
+        check.objectives(problem, inner, outer, state.model, _context(problem.inner_draw, inner_feed), _context(same, feeds.outer))
+        solution, out = estimate(problem, self.solver, self.method, InnerState(inner, state.opt, state.model), outer, feeds, state.method)
+        new_state = EstimateState(solution.opt, solution.model, out.state, state.step + 1)
+        return out._replace(
+            grad=tree.combine(out.grad, jax.tree.map(lambda a: None, outer_fixed)),
+            inner_params=tree.combine(solution.params, inner_fixed),
+            state=new_state,
+        )
+
+
+def _context(draw: Draw, feed: Feed) -> Ctx:
+    return jax.eval_shape(lambda feed: draw(feed, 0), feed)
+
+
+def value_and_hypergrad(
+    inner_objective: Callable,
+    outer_objective: Callable,
+    *,
+    solver: InnerSolver,
+    hypergradient: Hypergradient,
+    inner_init: Callable[[PyTree], PyTree] | None = None,
+    inner_draw: Draw = same,
+) -> HypergradFn:
+    """The outer objective at the lower level's solution, and its total derivative: the ``jax.value_and_grad`` of bilevel problems.
+
+    ``y = solver(inner_objective, x)``, ``value = f(y, x)``, ``grad = ∇_x f + (∂y/∂x)' ∇_y f``.
+
+    Args:
+      inner_objective: ``g(inner_params, outer_params, batch) -> scalar``, or an `objective`.
+      outer_objective: ``f(inner_params, outer_params, batch) -> scalar``, or an `objective`.
+      solver: an `InnerSolver`, run once for each call from ``inner_params``.
+      hypergradient: a `Hypergradient` method.
+      inner_init: ``outer_params -> inner_params``, where each solve starts from a function of the outer parameters.
+      inner_draw: how the solver's K steps read `inner_batch`: ``data.same`` gives each of them the whole, ``data.stacked`` gives step i the
+        i-th entry of the leading axis.
+
+    Returns:
+      ``fn(inner_params, outer_params, inner_batch=None, outer_batch=None, *, hyper_batch=None, state=None, key=None) -> Estimate``, free to be
+      jitted, vmapped and scanned, with ``fn.init(inner_params, model_state=)`` for a first state. `hyper_batch` is for second-order products
+      (default: as drawn from `inner_batch`). ``Estimate.state`` carries optimizer state, model state and warm starts to the next call, and
+      ``Estimate.grad`` has None at outer leaves that are not floating-point.
+
+    Raises:
+      TypeError, ValueError: for arguments that cannot work, before anything is compiled; see the message.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, bilevax as bx
+      >>> ridge = lambda w, lam, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2) + jnp.exp(lam) * w @ w
+      >>> loss = lambda w, lam, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)
+      >>> fn = jax.jit(bx.value_and_hypergrad(ridge, loss, solver=bx.inner.lbfgs(), hypergradient=bx.hypergradient.implicit()))
+      >>> x, y = jnp.eye(3), jnp.array([1.0, 2.0, 3.0])
+      >>> estimate = fn(jnp.zeros(3), jnp.float32(0.0), (x, y), (x, y + 0.1))
+      >>> float(estimate.grad) > 0
+      True
+    """
+    check.pieces(solver, hypergradient)
+    problem = check.problem(inner_objective, outer_objective, inner_draw, inner_draw, same, inner_init=inner_init)
+    check.sees_init(inner_init, hypergradient)
+    return HypergradFn(problem, solver, hypergradient)
+
+
+__all__ = ["EstimateState", "HypergradFn", "estimate", "objective", "value_and_hypergrad"]

@@ -1,0 +1,34 @@
+"""What every method does first: run the lower level without differentiating it, and say how that went."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import tree
+from bilevax.base import Feed, InnerState, Lower, PyTree, Scalar
+from bilevax.results import RESULTS, worst
+
+
+def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Scalar]:
+    """The info of a solve in scalars: last value, last gradient's norm, iterations in all, and a code that knows divergence.
+
+    ``inner_grad_norm`` is that of the last gradient that the solver took, where it reports one. A method that evaluates the gradient at the solution
+    itself puts that norm in its place.
+    """
+    out = {"inner_value": inner_info["value"][-1]}
+    if "grad_norm" in inner_info:
+        out["inner_grad_norm"] = inner_info["grad_norm"][-1]
+    if "iterations" in inner_info:
+        out["inner_iterations"] = jnp.sum(inner_info["iterations"])
+    code = inner_info["code"][-1] if "code" in inner_info else jnp.int32(RESULTS.success)
+    finite = tree.all_finite(solution.params)
+    return {**out, "code": worst(code, jnp.where(finite, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_nonfinite)))}
+
+
+def forward(lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed) -> tuple[InnerState, dict[str, Scalar]]:
+    """Solve the lower level; nothing of it is differentiated."""
+    inner_state, outer, feed = lax.stop_gradient((inner_state, outer, feed))
+    solution, info = lower.run(inner_state, outer, feed)
+    return lax.stop_gradient(solution), summary(jax.tree.map(lax.stop_gradient, info), solution)

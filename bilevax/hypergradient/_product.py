@@ -1,0 +1,54 @@
+"""The mixed product ``∇²_xy g · q`` of first-order methods: exact, or by a central difference."""
+
+from __future__ import annotations
+
+import math
+import numbers
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax import tree
+from bilevax.base import Ctx, Objective, PyTree, Scalar
+from bilevax.results import RESULTS
+
+
+def exact(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTree) -> PyTree:
+    """One forward sweep over ``∇_x g``; nothing is kept."""
+
+    def outer_gradient(inner):
+        return jax.grad(objective, 1, has_aux=True)(inner, outer, ctx)[0]
+
+    return jax.jvp(outer_gradient, (inner,), (q,))[1]
+
+
+def central_difference(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTree, radius: Scalar) -> tuple[PyTree, Scalar]:
+    """``[∇_x g(y + εq) − ∇_x g(y − εq)] / 2ε`` with ``ε = radius / ‖q‖``, both in the one context, and a `RESULTS` code.
+
+    For ``q = 0`` both points are `y`, and the product is exactly zero.
+    """
+    size = tree.norm(q)
+    eps = radius / jnp.where(size > 0, size, jnp.ones_like(size))
+
+    def outer_gradient(inner):
+        return jax.grad(objective, 1, has_aux=True)(inner, outer, ctx)[0]
+
+    up, down = tree.axpy(eps, q, inner), tree.axpy(-eps, q, inner)
+    product = tree.scale(size / (2 * radius), tree.sub(outer_gradient(up), outer_gradient(down)))
+    # In half precision a displacement may round away, and the difference with it.
+    error = tree.norm(tree.axpy(-2 * eps, q, tree.sub(up, down)))
+    lost = jnp.isfinite(size) & (error > 0.2 * radius)
+    return product, jnp.where(lost, jnp.int32(RESULTS.difference_lost), jnp.int32(RESULTS.success))
+
+
+def check_positive(name: str, value, example: float):
+    """A positive, finite number as a float; a traced one is taken as it is."""
+    if isinstance(value, jax.core.Tracer):
+        return value
+    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or (isinstance(value, (np.ndarray, jax.Array)) and jnp.ndim(value) == 0)):
+        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); expected a positive number. Try {name}={example}.")
+    number = float(value)  # type: ignore[arg-type]
+    if not 0 < number < math.inf:
+        raise ValueError(f"{name}: got {value!r}; expected a positive, finite number. Try {name}={example}.")
+    return number

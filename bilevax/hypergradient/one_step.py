@@ -1,0 +1,57 @@
+"""One-step differentiation: the identity in place of the inverse Hessian."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from bilevax import tree
+from bilevax.base import Bound, Hypergradient
+from bilevax.hypergradient import _product
+from bilevax.hypergradient._forward import forward
+
+
+def one_step(scale: float = 1.0) -> Hypergradient:
+    """The adjoint is the cotangent itself, times a number: ``dx = −∇²_xy g · (scale · w)``.
+
+    The derivative of a single gradient step of size `scale` taken at the solution: the first term of the Neumann series. Its error does not go
+    away with more inner steps; it is small where ``scale · ∇²_yy g`` is close to the identity. One mixed product, whatever the solver.
+
+    Args:
+      scale: positive; the inner step size gives T1-T2, a bound on ``1 / λ_max`` of the inner Hessian the safest direction.
+
+    Returns:
+      A first-order `Hypergradient` (``order=1``). Its info has the counters ``gradients``, ``hvps`` and ``mixed_products``, and ``inner_grad_norm``, of the
+      last gradient that the solver took.
+
+    Raises:
+      TypeError, ValueError: if `scale` is not a positive, finite number.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, bilevax as bx
+      >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2)
+      >>> outer = lambda y, x, batch: jnp.sum(y)
+      >>> method = bx.hypergradient.one_step(scale=0.25)
+      >>> fn = bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(optax.sgd(0.5), 1), hypergradient=method)
+      >>> fn(jnp.zeros(1), jnp.ones(1)).grad.tolist()
+      [0.5]
+
+    Source: Luketina et al., "Scalable gradient-based tuning of continuous regularization hyperparameters" (ICML 2016), T1-T2; Bolte, Pauwels
+    and Vaiter, "One-step differentiation of iterative algorithms" (NeurIPS 2023).
+    """
+    return Hypergradient(init=_init, vjp=Bound("one_step", _vjp, scale=_product.check_positive("scale", scale, 1.0)), order=1)
+
+
+def _init(inner):
+    return ()
+
+
+def _vjp(lower, inner_state, outer, feed, ctx, state, *, scale):
+    solution, info = forward(lower, inner_state, outer, feed)
+    ctx = ctx._replace(model=solution.model)
+
+    def pullback(w):
+        product = _product.exact(lower.objective, solution.params, outer, ctx, tree.scale(scale, w))
+        counts = {"gradients": jnp.int32(0), "hvps": jnp.int32(0), "mixed_products": jnp.int32(1)}
+        return tree.neg(product), None, state, {**info, **counts}
+
+    return solution, pullback

@@ -1,0 +1,118 @@
+"""Any jaxopt solver as an inner solver."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevax import base, tree
+from bilevax.base import PyTree
+from bilevax.inner import _tolerance as tolerance
+from bilevax.results import RESULTS
+
+
+def jaxopt(solver: Any, **settings) -> base.InnerSolver:
+    """Solve the lower level with a jaxopt solver, given as its class and keyword arguments.
+
+    jaxopt binds the objective when a solver is built, so the solver is built inside, with the lower level's objective and with jaxopt's own
+    differentiation off: the hypergradient method differentiates here. Each solve starts at the last inner parameters and with fresh solver state.
+
+    Args:
+      solver: a jaxopt class that minimises ``fun``: ``jaxopt.LBFGS``, ``BFGS``, ``NonlinearCG``, ``GradientDescent``, ``ProximalGradient``,
+        ``ProjectedGradient``.
+      **settings: its arguments but ``fun``, ``has_aux``, ``value_and_grad``, ``implicit_diff`` and ``unroll``; ``maxiter`` and ``tol`` above
+        all. What its ``run`` takes beside the parameters goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. Floats are leaves.
+
+    Returns:
+      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end; jaxopt's own optimality
+      error where there is a ``prox`` or ``projection``), ``iterations`` and ``code``: inner_not_converged where the error is above its ``tol``.
+
+    Raises:
+      TypeError: if `solver` is not a jaxopt class, or has no such argument.
+
+    Example:
+      >>> import warnings
+      >>> warnings.simplefilter("ignore", DeprecationWarning)
+      >>> import jax.numpy as jnp, jaxopt, bilevax as bx
+      >>> from bilevax import base
+      >>> solver = bx.inner.jaxopt(jaxopt.LBFGS, maxiter=50, tol=1e-4)
+      >>> g = bx.objective(lambda y, x, batch: jnp.sum(jnp.cosh(y - x)))
+      >>> state, info = solver.step(g, base.InnerState(jnp.zeros(3)), jnp.ones(3), base.Ctx())
+      >>> bool(jnp.allclose(state.params, 1.0, atol=1e-3)), int(info["code"])
+      (True, 0)
+
+    References:
+      Blondel et al., Efficient and modular implicit differentiation, 2022 (jaxopt).
+    """
+    if not inspect.isclass(solver) or not (hasattr(solver, "init_state") and hasattr(solver, "run")):
+        raise TypeError(f"solver: got {solver!r}; expected a jaxopt class and its keyword arguments. Try inner.jaxopt(jaxopt.LBFGS, maxiter=100).")
+    taken = inspect.signature(solver).parameters
+    if "fun" not in taken:
+        raise TypeError(f"solver: {solver.__name__} has no argument fun; expected a solver that minimises an objective, such as jaxopt.LBFGS.")
+    ours = [name for name in ("fun", "has_aux", "value_and_grad", "implicit_diff", "unroll") if name in settings]
+    if ours:
+        raise TypeError(f"{ours[0]}: is set by bilevax; leave it out.")
+    run_names = set(inspect.signature(solver.init_state).parameters) - {"self", "init_params", "args", "kwargs"}
+    unknown = [name for name in settings if name not in taken and name not in run_names]
+    if unknown:
+        raise TypeError(f"{unknown[0]}: is no argument of jaxopt.{solver.__name__}; expected some of {', '.join(sorted(set(taken) - {'fun'}))}.")
+    if "maxiter" in settings:
+        tolerance.check_count("maxiter", settings["maxiter"])
+    if "tol" in settings:
+        settings["tol"] = tolerance.check_positive("tol", settings["tol"])
+    runtime = {name: settings.pop(name) for name in list(settings) if name not in taken}
+    return base.InnerSolver(
+        init=base.Bound("init", _init),
+        step=base.Bound(f"jaxopt.{solver.__name__}", _solve, solver=solver, settings=settings, runtime=runtime),
+        steps=1,
+        update=None,
+        reversible=False,
+    )
+
+
+def _init(params: PyTree) -> tuple:
+    return ()
+
+
+@contextlib.contextmanager
+def _lenient():
+    """What jaxopt needs: it mixes dtypes and ranks on its own, and warns of its age; none of that is the user's doing."""
+    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        warnings.simplefilter("ignore", DeprecationWarning)
+        warnings.simplefilter("ignore", FutureWarning)
+        yield
+
+
+def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver, settings: dict, runtime: dict):
+    def value(params, outer, ctx):
+        # The user's own code keeps the promotion rules that it was written under.
+        with jax.numpy_dtype_promotion(promotion), jax.numpy_rank_promotion(rank):
+            return objective(params, outer, ctx)[0]
+
+    promotion, rank = (getattr(jax.config, name) for name in ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion"))
+    taken = inspect.signature(solver).parameters
+    off = {name: False for name in ("implicit_diff", "unroll") if name in taken}
+    with _lenient():
+        built = solver(fun=value, **settings, **off)
+        params, inside = built.run(state.params, **runtime, outer=outer, ctx=ctx)
+    params = jax.tree.map(tolerance.like, params, state.params)
+    point = tolerance.evaluate(objective, params, outer, ctx)
+    error = jnp.asarray(inside.error).astype(point.value.dtype)
+    constrained = any(name in taken for name in ("prox", "projection"))
+    tol = jnp.asarray(built.tol).astype(error.dtype)
+    code = jnp.where(error <= tol, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
+    finite = tolerance.is_finite(point) & tree.all_finite(params)
+    info = {
+        "value": objective(state.params, outer, ctx)[0],
+        "grad_norm": error if constrained else point.grad_norm,
+        "iterations": jnp.asarray(inside.iter_num, jnp.int32),
+        "code": jnp.where(finite, code, jnp.int32(RESULTS.inner_nonfinite)),
+    }
+    # A solve that left the finite numbers gives the point that it began at.
+    params, model = tree.where(finite, (params, point.model), (state.params, state.model))
+    return base.InnerState(params, state.opt, model), info

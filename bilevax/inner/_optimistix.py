@@ -1,0 +1,89 @@
+"""Any optimistix minimiser as an inner solver."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevax import base, tree
+from bilevax.base import PyTree
+from bilevax.inner import _tolerance as tolerance
+from bilevax.results import RESULTS
+
+
+def optimistix(solver: Any, *, maxiter: int = 256) -> base.InnerSolver:
+    """Solve the lower level with an optimistix minimiser (``pip install bilevax[optimistix]``).
+
+    Each solve starts at the last inner parameters and with fresh solver state; the hypergradient method differentiates, not optimistix.
+
+    Args:
+      solver: an optimistix minimiser: ``optimistix.BFGS(rtol=1e-6, atol=1e-6)``. Its tolerances are leaves.
+      maxiter: most steps in one solve.
+
+    Returns:
+      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations`` and ``code``
+      (inner_not_converged where optimistix reports anything but success).
+
+    Raises:
+      ImportError: if optimistix is not installed.
+      TypeError, ValueError: if `solver` is not a minimiser, or `maxiter` not an int of at least 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optimistix, bilevax as bx
+      >>> from bilevax import base
+      >>> solver = bx.inner.optimistix(optimistix.BFGS(rtol=1e-5, atol=1e-5))
+      >>> g = bx.objective(lambda y, x, batch: jnp.sum(jnp.cosh(y - x)))
+      >>> state, info = solver.step(g, base.InnerState(jnp.zeros(3)), jnp.ones(3), base.Ctx())
+      >>> bool(jnp.allclose(state.params, 1.0, atol=1e-3)), int(info["code"])
+      (True, 0)
+
+    References:
+      Rader, Lyons and Kidger, Optimistix: modular optimisation in JAX and Equinox, 2024.
+    """
+    library = _library()
+    if not isinstance(solver, library.AbstractMinimiser):
+        raise TypeError(f"solver: got {type(solver).__name__}; expected an optimistix minimiser. Try optimistix.BFGS(rtol=1e-6, atol=1e-6).")
+    tolerance.check_count("maxiter", maxiter)
+    name = f"optimistix.{type(solver).__name__}"
+    return base.InnerSolver(base.Bound("init", _init), base.Bound(name, _solve, solver=solver, maxiter=maxiter), 1, None, False)
+
+
+def _library():
+    try:
+        import optimistix
+    except ImportError as error:
+        raise ImportError("inner.optimistix needs the package optimistix. Install it with: pip install 'bilevax[optimistix]'") from error
+    return optimistix
+
+
+def _init(params: PyTree) -> tuple:
+    return ()
+
+
+def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver, maxiter: int):
+    library = _library()
+    promotion, rank = (getattr(jax.config, name) for name in ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion"))
+
+    def value(params, args):
+        # The user's own code keeps the promotion rules that it was written under.
+        with jax.numpy_dtype_promotion(promotion), jax.numpy_rank_promotion(rank):
+            return objective(params, args[0], base.Ctx(*args[1]))[0]
+
+    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optimistix mixes dtypes and ranks on its own
+        found = library.minimise(value, solver, state.params, (outer, tuple(ctx)), max_steps=maxiter, throw=False)
+        succeeded = found.result == library.RESULTS.successful
+    params = jax.tree.map(tolerance.like, found.value, state.params)
+    point = tolerance.evaluate(objective, params, outer, ctx)
+    code = jnp.where(succeeded, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
+    finite = tolerance.is_finite(point) & tree.all_finite(params)
+    info = {
+        "value": objective(state.params, outer, ctx)[0],
+        "grad_norm": point.grad_norm,
+        "iterations": jnp.asarray(found.stats["num_steps"], jnp.int32),
+        "code": jnp.where(finite, code, jnp.int32(RESULTS.inner_nonfinite)),
+    }
+    # A solve that left the finite numbers gives the point that it began at.
+    params, model = tree.where(finite, (params, point.model), (state.params, state.model))
+    return base.InnerState(params, state.opt, model), info

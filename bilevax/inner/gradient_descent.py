@@ -1,0 +1,155 @@
+"""Gradient descent to a relative tolerance."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import base, tree
+from bilevax.base import PyTree
+from bilevax.inner import _tolerance as tolerance
+
+SUFFICIENT, GROW, SHRINK = 0.3, 1.25, 0.5
+
+
+class DescentState(NamedTuple):
+    """The next trial step (0 before the first solve) and the largest gradient norm that a solve began at."""
+
+    step_size: Any
+    scale: Any
+
+
+def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
+    """Gradient descent to ``‖∇_y g‖ <= tol · scale``, with a fixed or a backtracked step and stall detection.
+
+    ``y⁺ = y − t ∇_y g(y, x)``
+
+    One step is a whole solve, a single ``while_loop`` with one value and gradient an iteration. A fixed number of fixed steps, which may be
+    unrolled, is ``inner.optax(optax.sgd(t), steps)``. With ``step_size=None`` the step is halved until ``g(y⁺) <= g(y) − 0.3 t ‖∇g‖²`` (by slopes
+    where rounding blurs the values), grows by a quarter after each accepted step, and is kept from solve to solve.
+
+    `scale` is the largest gradient norm that a solve began at, so a warm start stops at the accuracy of the cold one. Where rounding forbids
+    `tol`, the solve stops at the stall (20 steps without a new best value or gradient norm), and the code is success if the gradient is at its
+    rounding level (``100 eps`` relative to `scale` and to curvature times ``‖y‖``), inner_not_converged otherwise. A step that would leave the
+    finite numbers is not taken; with a fixed step it ends the solve as inner_nonfinite.
+
+    Args:
+      step_size: fixed step, or None for backtracking.
+      maxiter: most iterations (accepted steps) in one solve.
+      tol: relative tolerance on the gradient norm.
+
+    Returns:
+      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations``,
+      ``evaluations`` and ``code``.
+
+    Raises:
+      TypeError, ValueError: if `maxiter` is not an int of at least 1, or `tol` or `step_size` is not a positive float.
+
+    Example:
+      >>> import jax.numpy as jnp, bilevax as bx
+      >>> from bilevax import base
+      >>> solver = bx.inner.gradient_descent(tol=1e-5)
+      >>> g = bx.objective(lambda y, x, batch: jnp.sum(jnp.cosh(y - x)))
+      >>> y = jnp.zeros(3)
+      >>> state, info = solver.step(g, base.InnerState(y, solver.init(y)), jnp.ones(3), base.Ctx())
+      >>> bool(jnp.allclose(state.params, 1.0, atol=1e-4)), int(info["code"])
+      (True, 0)
+
+    References:
+      Armijo, Minimization of functions having Lipschitz continuous first partial derivatives, 1966.
+    """
+    tol = tolerance.check(maxiter, tol)
+    fixed = None if step_size is None else tolerance.check_positive("step_size", step_size)
+    return base.InnerSolver(
+        init=base.Bound("init", _init),
+        step=base.Bound("gradient_descent", _solve, step_size=fixed, maxiter=maxiter, tol=tol),
+        steps=1,
+        update=None,
+        reversible=False,
+    )
+
+
+def _init(params: PyTree) -> DescentState:
+    zero = jnp.zeros((), tolerance.scalar_dtype(params))
+    return DescentState(zero, jnp.zeros_like(zero))
+
+
+class _Carry(NamedTuple):
+    point: tolerance.Point
+    opt: DescentState
+    best: tolerance.Best
+    curvature: Any
+    first_value: Any
+    iterations: Any
+    evaluations: Any
+    diverged: Any
+    stop: Any
+
+
+def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, step_size, maxiter: int, tol):
+    params = state.params
+    dtype, unit = tolerance.scalar_dtype(params), tolerance.eps(params)
+    tol = jnp.asarray(tol).astype(dtype)
+    zero = jnp.zeros((), dtype)
+
+    def body(carry: _Carry) -> _Carry:
+        point, t = carry.point, carry.opt.step_size
+        first = carry.evaluations == 0  # the start is evaluated by the loop too, at gradient zero: one copy of the objective
+        trial = tolerance.evaluate(objective, tree.axpy(-t, point.grads, point.params), outer, ctx)
+        finite = tolerance.is_finite(trial)
+        drop = jnp.where(first, zero, point.grad_norm**2)
+        slope = -tree.dot(trial.grads, point.grads)
+        if step_size is None:
+            descends = trial.value <= point.value - SUFFICIENT * t * drop
+            blurred = jnp.abs(trial.value - point.value) <= 10 * unit * jnp.abs(point.value)
+            accepted = finite & (first | jnp.where(blurred, slope <= (1 - 2 * SUFFICIENT) * drop, descends))
+            start = jnp.where(t > 0, t, 1.0 / jnp.where(trial.grad_norm > 0, trial.grad_norm, 1.0))
+            next_t = jnp.where(first, start, jnp.where(accepted, GROW * t, SHRINK * t))
+        else:
+            accepted = finite
+            next_t = jnp.broadcast_to(jnp.asarray(step_size).astype(dtype), ())
+
+        new = tree.where(accepted, trial, point)
+        scale = jnp.where(first & finite, jnp.maximum(carry.opt.scale, trial.grad_norm), carry.opt.scale)
+        length = t * jnp.sqrt(drop)
+        met = (slope + drop) * t / jnp.where(length > 0, length * length, 1.0)
+        telling = finite & (length > unit**0.5 * tree.norm(point.params))
+        best = tolerance.update_best(carry.best, trial, accepted)
+        # A step so small that it no longer moves the point has nothing left to halve.
+        lost = ~first & ~accepted & (length <= 0.1 * unit * (tree.norm(point.params) + length))
+        diverged = ~finite & (first | (step_size is not None))
+        return _Carry(
+            tree.where(first, trial, new),
+            DescentState(next_t, scale),
+            best,
+            jnp.where(telling, jnp.maximum(carry.curvature, met), carry.curvature),
+            jnp.where(first, trial.value, carry.first_value),
+            carry.iterations + (accepted & ~first).astype(jnp.int32),
+            carry.evaluations + 1,
+            diverged,
+            (new.grad_norm <= tol * scale) | (best.age >= tolerance.PATIENCE) | lost | diverged,
+        )
+
+    first_step = state.opt.step_size if step_size is None else jnp.asarray(step_size).astype(dtype)
+    start = _Carry(
+        point=tolerance.unevaluated(params, state.model),
+        opt=DescentState(first_step, state.opt.scale),
+        best=tolerance.first_best(params),
+        curvature=zero if step_size is None else 1 / first_step,  # a fixed step that works is at most about 1/L
+        first_value=zero,
+        iterations=jnp.int32(0),
+        evaluations=jnp.int32(0),
+        diverged=jnp.asarray(False),
+        stop=jnp.asarray(False),
+    )
+    end = lax.while_loop(lambda carry: ~carry.stop & (carry.iterations < maxiter), body, start)
+    info = {
+        "value": end.first_value,
+        "grad_norm": end.point.grad_norm,
+        "iterations": end.iterations,
+        "evaluations": end.evaluations,
+        "code": tolerance.verdict(end.point, tol=tol, scale=end.opt.scale, curvature=end.curvature, diverged=end.diverged),
+    }
+    return base.InnerState(end.point.params, end.opt, end.point.model), info

@@ -1,0 +1,312 @@
+"""L-BFGS to a relative tolerance."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import base, tree
+from bilevax.base import PyTree, Scalar
+from bilevax.inner import _tolerance as tolerance
+
+SUFFICIENT, CURVATURE = 1e-4, 0.9  # weak Wolfe conditions
+SEARCH = 20  # evaluations in one line search before the memory is dropped, or the solve given up
+
+
+class LbfgsState(NamedTuple):
+    """The memory of a solve, kept for the next one. ``S`` holds steps ``s``, differences of iterates, and ``U`` the changes ``u`` of the gradient.
+
+    Attributes:
+      pairs: like the parameters, each leaf with leading axes ``(2, memory)``: ``S`` and ``U``, the oldest pair at `head`.
+      inverse: ``(memory, memory)``, ``R⁻¹`` with ``R_ij = s_i·u_j`` where pair i is not newer than pair j; zero for slots not in use.
+      diagonal: ``(memory,)``, ``s_i·u_i``; zero for slots not in use.
+      changes: ``(memory, memory)``, ``U'U``.
+      head: the slot that is written next.
+      gamma: the initial inverse Hessian is ``gamma · I``; 0 before the first pair.
+      scale: the largest gradient norm that a solve began at.
+    """
+
+    pairs: PyTree
+    inverse: Any
+    diagonal: Any
+    changes: Any
+    head: Any
+    gamma: Any
+    scale: Any
+
+
+def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.InnerSolver:
+    """L-BFGS to ``‖∇_y g‖ <= tol · scale``, with a weak Wolfe line search and stall detection.
+
+    ``y⁺ = y − t H ∇_y g(y, x)``, with ``H`` the inverse BFGS matrix of the last `memory` pairs ``s = y⁺ − y``, ``u = ∇g(y⁺) − ∇g(y)``.
+
+    One step is a whole solve: a single ``while_loop`` whose body is one value and gradient. Search and descent share that one evaluation, so
+    the objective is compiled once and an iteration whose unit step is accepted costs one evaluation; ``optax.lbfgs`` and jaxopt's L-BFGS
+    compile it several times. ``H`` is applied in its compact form, from the small matrices of inner products, which takes four products with the
+    memory and no sequential recursion over it. Pairs without positive curvature are skipped, and a search that fails drops the memory, so
+    non-convex lower levels are safe. Near the minimum, where values no longer tell two points apart, slopes decide (approximate Wolfe).
+
+    `scale` is the largest gradient norm that a solve began at, and the memory is kept from solve to solve: a warm start stops at the accuracy of
+    the cold one, after fewer iterations. Where rounding forbids `tol`, the solve stops at the stall (40 evaluations without a new best value or
+    gradient norm), and the code is success if the gradient
+    is at its rounding level (``100 eps`` relative to `scale` and to curvature times ``‖y‖``), inner_not_converged otherwise.
+
+    Args:
+      maxiter: most iterations (accepted steps) in one solve.
+      tol: relative tolerance on the gradient norm.
+      memory: pairs kept.
+
+    Returns:
+      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations``,
+      ``evaluations`` and ``code``.
+
+    Raises:
+      TypeError, ValueError: if `maxiter` or `memory` is not an int of at least 1, or `tol` is not a positive float.
+
+    Example:
+      >>> import jax.numpy as jnp, bilevax as bx
+      >>> from bilevax import base
+      >>> solver = bx.inner.lbfgs(tol=1e-5)
+      >>> g = bx.objective(lambda y, x, batch: jnp.sum(jnp.cosh(y - x)))
+      >>> y = jnp.zeros(3)
+      >>> state, info = solver.step(g, base.InnerState(y, solver.init(y)), jnp.ones(3), base.Ctx())
+      >>> bool(jnp.allclose(state.params, 1.0, atol=1e-4)), int(info["code"])
+      (True, 0)
+
+    References:
+      Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989. Byrd, Nocedal and Schnabel, Representations of
+      quasi-Newton matrices and their use in limited memory methods, 1994 (compact form). Hager and Zhang, A new conjugate gradient method with
+      guaranteed descent, 2005 (approximate Wolfe). Lewis and Overton, Nonsmooth optimization via quasi-Newton methods, 2013 (bracketing).
+    """
+    tol = tolerance.check(maxiter, tol)
+    tolerance.check_count("memory", memory)
+    return base.InnerSolver(
+        init=base.Bound("init", _init, memory=memory),
+        step=base.Bound("lbfgs", _solve, maxiter=maxiter, tol=tol),
+        steps=1,
+        update=None,
+        reversible=False,
+    )
+
+
+def _init(params: PyTree, *, memory: int) -> LbfgsState:
+    dtype = tolerance.scalar_dtype(params)
+    pairs = jax.tree.map(lambda p: jnp.zeros((2, memory, *p.shape), p.dtype), params)
+    square, zero = jnp.zeros((memory, memory), dtype), jnp.zeros((), dtype)
+    return LbfgsState(pairs, square, jnp.zeros((memory,), dtype), jnp.zeros_like(square), jnp.int32(0), zero, jnp.zeros_like(zero))
+
+
+# ---- the inverse Hessian estimate
+
+
+def inverse_hessian_product(state: LbfgsState, v: PyTree) -> PyTree:
+    """``H v`` with the inverse Hessian estimate that a solve left behind: positive definite, and ``v`` itself while no pair is kept.
+
+    Args:
+      state: the `opt` of the `InnerState` that an `lbfgs` step returned.
+      v: like the inner parameters.
+
+    Returns:
+      ``H v``, like `v`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from bilevax.inner.lbfgs import inverse_hessian_product, lbfgs
+      >>> inverse_hessian_product(lbfgs().init(jnp.zeros(2)), jnp.ones(2)).tolist()
+      [1.0, 1.0]
+    """
+    gamma = jnp.where(state.gamma > 0, state.gamma, jnp.ones_like(state.gamma))
+    return _apply(state, v, _products(state.pairs, v), gamma)
+
+
+def _apply(state: LbfgsState, v: PyTree, products: jax.Array, gamma: Scalar) -> PyTree:
+    """The compact form: ``Hv = γv + S R⁻ᵀ[(D + γ U'U) p − γ U'v] − γ U p`` with ``p = R⁻¹ S'v``; `products` are ``S'v`` and ``U'v``."""
+    p = _matvec(state.inverse, products[0])
+    a = _matvec(state.inverse.T, state.diagonal * p + gamma * (_matvec(state.changes, p) - products[1]))
+    coefficients = jnp.stack([a, -gamma * p])
+
+    def leaf(u, rows):
+        sums = lax.dot_general(coefficients, rows.astype(gamma.dtype), (((0, 1), (0, 1)), ((), ())), precision=lax.Precision.HIGHEST)
+        return (gamma * u.astype(gamma.dtype) + sums).astype(u.dtype)
+
+    return jax.tree.map(leaf, v, state.pairs)
+
+
+def _matvec(a: jax.Array, b: jax.Array) -> jax.Array:
+    return jnp.sum(a * b[None, :], axis=1)  # a dozen numbers: a fused sum costs less than a call of a matrix product
+
+
+def _products(pairs: PyTree, v: PyTree) -> jax.Array:
+    """``(2, memory)``: ``S'v`` and ``U'v``. Contracting all trailing axes at once reshapes nothing, so shardings hold."""
+    dtype = tolerance.scalar_dtype(v)
+
+    def leaf(rows, u):
+        axes = (tuple(range(2, rows.ndim)), tuple(range(u.ndim)))
+        wide = tolerance.scalar_dtype(u)
+        return lax.dot_general(rows, u, (axes, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=wide).astype(dtype)
+
+    parts = jax.tree.leaves(jax.tree.map(leaf, pairs, v))
+    return sum(parts[1:], parts[0])
+
+
+def _remember(state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar) -> LbfgsState:
+    """Write a pair over the oldest one where `keep` holds.
+
+    Dropping the oldest pair strikes the first row and column off ``R``, hence off ``R⁻¹``; a new last column ``(r, su)`` of ``R`` gives
+    ``R⁻¹`` the column ``(−R⁻¹ r, 1) / su``. So the inverse is kept by products, with no order to sort and no system to solve.
+    """
+    size, head = state.diagonal.shape[0], state.head
+
+    def write(rows, old, new):
+        pair = jnp.stack([old.astype(rows.dtype), new.astype(rows.dtype)])
+        return rows.at[:, head].set(jnp.where(keep, pair, rows[:, head]))
+
+    pairs = jax.tree.map(write, state.pairs, s, u)
+    products = _products(pairs, u)
+    here = jnp.arange(size, dtype=head.dtype) == head
+    older = jnp.where(here[:, None] | here[None, :], jnp.zeros_like(su), state.inverse)
+    su_safe = jnp.where(keep, su, jnp.ones_like(su))
+    column = jnp.where(here, jnp.ones_like(su), -_matvec(older, products[0])) / su_safe
+    inverse = jnp.where(here[None, :], column[:, None], older)
+    changes = jnp.where(here[None, :], products[1][:, None], jnp.where(here[:, None], products[1][None, :], state.changes))
+    uu = jnp.sum(jnp.where(here, products[1], jnp.zeros_like(su)))
+    return LbfgsState(
+        pairs,
+        jnp.where(keep, inverse, state.inverse),
+        jnp.where(keep & here, su, state.diagonal),
+        jnp.where(keep, changes, state.changes),
+        jnp.where(keep, (head + 1) % size, head).astype(head.dtype),
+        jnp.where(keep, su / jnp.where(keep, uu, jnp.ones_like(uu)), state.gamma),
+        state.scale,
+    )
+
+
+# ---- the solve
+
+
+class _Search(NamedTuple):
+    """A line search under way: from the current point along `direction`, with slope `slope` there, trying the step `t` in ``(low, high)``."""
+
+    direction: PyTree
+    slope: Any
+    t: Any
+    low: Any
+    low_slope: Any
+    high: Any
+    count: Any
+
+
+class _Carry(NamedTuple):
+    point: tolerance.Point
+    memory: LbfgsState
+    search: _Search
+    best: tolerance.Best
+    curvature: Any
+    first_value: Any
+    iterations: Any
+    evaluations: Any
+    stop: Any
+
+
+def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol):
+    params, memory = state.params, state.opt
+    dtype, unit = tolerance.scalar_dtype(params), tolerance.eps(params)
+    tol = jnp.asarray(tol).astype(dtype)
+    zero, infinite = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
+
+    def body(carry: _Carry) -> _Carry:
+        point, search = carry.point, carry.search
+        first = carry.evaluations == 0  # the start itself is evaluated by the loop, along a zero direction: one copy of the objective
+        step = tree.scale(search.t, search.direction)
+        trial = tolerance.evaluate(objective, tree.add(point.params, step), outer, ctx)
+        finite = tolerance.is_finite(trial)
+        slope = tree.dot(trial.grads, search.direction)
+
+        blurred = jnp.abs(trial.value - point.value) <= 10 * unit * jnp.abs(point.value)
+        descends = trial.value <= point.value + SUFFICIENT * search.t * search.slope
+        enough = finite & jnp.where(blurred, slope <= (2 * SUFFICIENT - 1) * search.slope, descends)
+        accepted = jnp.where(first, finite, enough & (slope >= CURVATURE * search.slope))
+
+        new = tree.where(accepted, trial, point)
+        scale = jnp.where(first & finite, jnp.maximum(carry.memory.scale, trial.grad_norm), carry.memory.scale)
+        change = tree.sub(trial.grads, point.grads)
+        su, ss, uu = tree.dot(step, change), tree.dot(step, step), tree.dot(change, change)
+        convex = su > unit * jnp.sqrt(ss * uu)  # also false at the start, whose step is zero, and for NaN
+        kept = _remember(carry.memory, step, change, su, accepted & ~first & convex)._replace(scale=scale)
+        length = jnp.sqrt(ss)
+        met = su / jnp.where(ss > 0, ss, jnp.ones_like(ss))
+        telling = finite & ~first & (length > unit**0.5 * tree.norm(point.params))
+        curvature = jnp.where(telling, jnp.maximum(carry.curvature, met), carry.curvature)
+
+        # A search that finds nothing drops the memory once; without any memory there is nothing left to try.
+        count = jnp.where(accepted, 0, search.count + 1)
+        failed = ~accepted & ~first & (count >= SEARCH)
+        bare = ~jnp.any(kept.diagonal > 0)
+        kept = kept._replace(
+            inverse=jnp.where(failed, jnp.zeros_like(kept.inverse), kept.inverse),
+            diagonal=jnp.where(failed, jnp.zeros_like(kept.diagonal), kept.diagonal),
+        )
+        restart = accepted | failed
+
+        gamma = jnp.where(kept.gamma > 0, kept.gamma, 1.0 / jnp.where(new.grad_norm > 0, new.grad_norm, 1.0))
+        direction = tree.neg(_apply(kept, new.grads, _products(kept.pairs, new.grads), gamma))
+        down = tree.dot(direction, new.grads)
+        uphill = ~(down < 0)  # by rounding, or NaN
+        direction = tree.where(uphill, tree.scale(-gamma, new.grads), direction)
+        down = jnp.where(uphill, -gamma * new.grad_norm**2, down)
+        fresh = _Search(direction, down, jnp.ones_like(zero), zero, down, infinite, jnp.int32(0))
+        narrowed = _narrow(search._replace(count=count.astype(jnp.int32)), slope, enough, finite)
+
+        best = tolerance.update_best(carry.best, trial, accepted)
+        best = best._replace(age=jnp.where(accepted, best.age, best.age + 1))  # at the rounding level it is searches that cost
+        done = (new.grad_norm <= tol * scale) | (best.age >= 2 * SEARCH) | (failed & bare) | (first & ~finite)
+        return _Carry(
+            tree.where(first, trial, new),
+            kept,
+            tree.where(restart, fresh, narrowed),
+            best,
+            curvature,
+            jnp.where(first, trial.value, carry.first_value),
+            carry.iterations + (accepted & ~first).astype(jnp.int32),
+            carry.evaluations + 1,
+            done,
+        )
+
+    start = _Carry(
+        point=tolerance.unevaluated(params, state.model),
+        memory=memory,
+        search=_Search(tree.zeros_like(params), zero, zero, zero, zero, infinite, jnp.int32(0)),
+        best=tolerance.first_best(params),
+        curvature=zero,
+        first_value=infinite,
+        iterations=jnp.int32(0),
+        evaluations=jnp.int32(0),
+        stop=jnp.asarray(False),
+    )
+    end = lax.while_loop(lambda carry: ~carry.stop & (carry.iterations < maxiter), body, start)
+    info = {
+        "value": end.first_value,
+        "grad_norm": end.point.grad_norm,
+        "iterations": end.iterations,
+        "evaluations": end.evaluations,
+        "code": tolerance.verdict(end.point, tol=tol, scale=end.memory.scale, curvature=end.curvature),
+    }
+    return base.InnerState(end.point.params, end.memory, end.point.model), info
+
+
+def _narrow(search: _Search, slope: Scalar, enough: Scalar, finite: Scalar) -> _Search:
+    """The next step to try: the secant's zero of the slope, kept inside the bracket, or further out while there is no upper end."""
+    t, low, low_slope = search.t, search.low, search.low_slope
+    bend = slope - low_slope
+    secant = low - low_slope * (t - low) / jnp.where(bend > 0, bend, 1.0)
+    secant = jnp.where(finite & (bend > 0), secant, jnp.where(enough, jnp.inf, low + 0.1 * (t - low)))
+    low_new, slope_new = jnp.where(enough, t, low), jnp.where(enough, slope, low_slope)
+    high = jnp.where(enough, search.high, t)
+    bounded = jnp.isfinite(high)
+    width = jnp.where(bounded, high - low_new, 0.0)
+    inside = jnp.clip(secant, low_new + 0.1 * width, high - 0.1 * width)
+    outside = jnp.clip(secant, 2.0 * t, 10.0 * t)
+    return search._replace(t=jnp.where(bounded, inside, outside), low=low_new, low_slope=slope_new, high=high)

@@ -1,0 +1,50 @@
+"""The identity in place of the inverse."""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+
+from bilevax import tree
+from bilevax.base import Bound, LinearInfo
+from bilevax.linear import _common
+from bilevax.results import RESULTS
+
+
+def identity(scale: float = 1.0) -> Bound:
+    r"""The right-hand side itself, scaled: the adjoint of one-step and T1-T2 hypergradients.
+
+    .. math::
+        x = a b
+
+    Its one matvec measures the residual, and is dead code in a program that does not read it. `x0` is ignored.
+
+    Args:
+      scale: the factor a; the inner step size makes x the adjoint of one gradient step.
+
+    Returns:
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. The code is success or ``adjoint_nonfinite``: how far x is from a solution is
+      what the residual says.
+
+    Raises:
+      TypeError, ValueError: for a scale of another kind or not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from bilevax import linear
+      >>> x, info = linear.identity(0.5)(lambda v: 4.0 * v, jnp.array([1.0, 2.0]), jnp.zeros(2))
+      >>> x.tolist(), float(info.residual)
+      ([0.5, 1.0], 1.0)
+
+    Reference:
+      Luketina, Berglund, Greff and Raiko 2016, Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters.
+    """
+    _common.check_positive("scale", scale, 1.0)
+    return Bound("identity", _identity, scale=scale)
+
+
+def _identity(matvec, b, x0=None, *, scale):
+    b, _ = _common.prepare(b, b)
+    x = tree.scale(scale, b)
+    residual = _common.relative(tree.norm(tree.sub(b, matvec(x))), tree.norm(b))
+    code = jnp.where(jnp.isfinite(residual), RESULTS.success, RESULTS.adjoint_nonfinite)
+    return x, LinearInfo(jnp.int32(1), residual, code.astype(jnp.int32))

@@ -1,0 +1,88 @@
+"""The minimal residual method."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax.numpy as jnp
+
+from bilevax import tree
+from bilevax.base import Bound
+from bilevax.linear import _common, _krylov
+
+PyTree = Any
+
+
+def minres(maxiter: int = 100, tol: float = 1e-6) -> Bound:
+    r"""MINRES for symmetric systems, definite or not: a saddle of the lower level, or the Lagrangian system of several levels.
+
+    .. math::
+        x_k = \arg\min_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad K_k(A, r) = \mathrm{span}\{r, Ar, \dots, A^{k-1} r\}
+
+    One matvec an iteration; one more for the residual at the end, and one for a start other than zero. Seven vectors of memory.
+
+    Args:
+      maxiter: the most iterations.
+      tol: stop at ``‖Ax − b‖ <= tol ‖b‖``.
+
+    Returns:
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown`` (a singular matrix that cannot give b),
+      ``adjoint_nonfinite``, ``adjoint_not_converged``.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind or not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from bilevax import linear
+      >>> x, info = linear.minres()(lambda v: jnp.array([1.0, -2.0]) * v, jnp.array([1.0, 1.0]), jnp.zeros(2))
+      >>> x.round(3).tolist(), int(info.code)
+      ([1.0, -0.5], 0)
+
+    Reference:
+      Paige and Saunders 1975, Solution of Sparse Indefinite Systems of Linear Equations.
+    """
+    _common.check_count("maxiter", maxiter)
+    _common.check_positive("tol", tol, 1e-6)
+    return Bound("minres", _minres, maxiter=maxiter, tol=tol)
+
+
+class _State(NamedTuple):
+    v_old: PyTree  # Lanczos vector before p
+    w: PyTree  # the last two search directions
+    w_old: PyTree
+    beta: Any  # subdiagonal of the tridiagonal matrix
+    cos: Any  # last rotation
+    sin: Any
+    delta: Any  # entries of the next column, after the rotations so far
+    epsilon: Any
+    phi: Any  # norm of the residual
+
+
+def _start(r, r_norm):
+    zero = tree.zeros_like(r)
+    none = jnp.zeros_like(r_norm)
+    state = _State(zero, zero, zero, none, -jnp.ones_like(r_norm), none, none, none, r_norm)
+    return state, tree.scale(1 / jnp.where(r_norm > 0, r_norm, 1), r)
+
+
+def _step(x, s: _State, v, av, a_norm):
+    alpha = tree.dot(v, av)
+    u = tree.axpy(-s.beta, s.v_old, tree.axpy(-alpha, v, av))
+    beta = tree.norm(u)
+    # Column k of the tridiagonal matrix is (beta_k, alpha_k, beta_k+1): the last rotation acts on it, then a new one clears beta_k+1.
+    upper = s.cos * s.delta + s.sin * alpha
+    corner = s.sin * s.delta - s.cos * alpha
+    gamma = jnp.hypot(corner, beta)
+    breakdown = gamma <= 10 * float(jnp.finfo(gamma.dtype).eps) * a_norm
+    safe = jnp.where(breakdown, 1, gamma)
+    cos, sin = corner / safe, beta / safe
+    w = tree.scale(1 / safe, tree.axpy(-upper, s.w, tree.axpy(-s.epsilon, s.w_old, v)))
+    x = tree.axpy(jnp.where(breakdown, 0, cos * s.phi), w, x)
+    state = _State(v, w, s.w, beta, cos, sin, -s.cos * beta, s.sin * beta, sin * s.phi)
+    p = tree.scale(1 / jnp.where(beta > 0, beta, 1), u)
+    return x, state, p, _krylov.Step(jnp.where(breakdown, s.phi, state.phi), breakdown=breakdown)
+
+
+def _minres(matvec, b, x0=None, *, maxiter, tol):
+    return _krylov.run(matvec, b, x0, _start, _step, maxiter=maxiter, tol=tol, progress=0.5)

@@ -1,0 +1,84 @@
+"""The truncated Neumann series."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import tree
+from bilevax.base import Bound
+from bilevax.linear import _common
+
+_POWER_STEPS = 10  # enough to be within a factor 2 of the largest of a million eigenvalues, which is what convergence asks for
+
+
+def neumann(terms: int = 10, step: float | None = None) -> Bound:
+    r"""The first terms of the Neumann series: the inverse that stochastic bilevel methods estimate.
+
+    .. math::
+        x = a \sum_{i < K} (I - a A)^i b, \qquad b - A x = (I - a A)^K b
+
+    K matvecs, the last of which measures the residual; no starting point is used (`x0` is ignored). The series converges for symmetric
+    positive definite A and :math:`0 < a < 2 / \lambda_{max}`. Three vectors of memory.
+
+    Args:
+      terms: the number K of terms.
+      step: the step a. None takes ``1 / λ`` with an estimate λ of the largest eigenvalue by power iteration, 10 matvecs more a solve.
+
+    Returns:
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. A truncation has no tolerance to miss: the code is success where the residual
+      is below that of x = 0, ``adjoint_not_converged`` where it is not (the series diverges), or ``adjoint_nonfinite``.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind or not positive.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from bilevax import linear
+      >>> x, info = linear.neumann(2, step=0.5)(lambda v: jnp.array([1.0, 2.0]) * v, jnp.array([1.0, 1.0]), jnp.zeros(2))
+      >>> x.tolist(), int(info.iterations)
+      ([0.75, 0.5], 2)
+
+    Reference:
+      Lorraine, Vicol and Duvenaud 2020, Optimizing Millions of Hyperparameters by Implicit Differentiation, algorithm 3.
+    """
+    _common.check_count("terms", terms)
+    if step is not None:
+        _common.check_positive("step", step, 0.1)
+    return Bound("neumann", _neumann, terms=_common.Size(terms), step=step)
+
+
+def largest_eigenvalue(matvec, like, steps: int = _POWER_STEPS):
+    """An estimate from below of the largest absolute eigenvalue of a symmetric operator, by power iteration from a fixed random vector."""
+    v = tree.add(tree.normal_like(jax.random.key(0), like), tree.zeros_like(like))  # the sum has the sharding of `like`
+
+    def body(_, carry):
+        v, size = carry
+        v = matvec(tree.scale(1 / jnp.where(size > 0, size, 1), v))
+        return v, tree.norm(v)
+
+    return lax.fori_loop(0, steps, body, (v, tree.norm(v)))[1]
+
+
+def _neumann(matvec, b, x0=None, *, terms, step):
+    b, _ = _common.prepare(b, b)
+    b_norm = tree.norm(b)
+    cost = int(terms)
+    if step is None:
+        size = largest_eigenvalue(matvec, b)
+        step = 1 / jnp.where(size > 0, size, 1)
+        cost += _POWER_STEPS
+    step = jnp.asarray(step, b_norm.dtype)
+
+    last = int(terms) - 1
+
+    def body(i, carry):
+        # The last product is of x itself: it costs what the identity b - Ax = (I - aA)^K b would, which hides rounding.
+        p, total = carry
+        r = tree.axpy(-jnp.where(i == last, 1, step), matvec(p), tree.where(i == last, b, p))
+        total = tree.where(i == last, total, tree.add(total, r))
+        return tree.where(i == last - 1, tree.scale(step, total), r), total
+
+    r, total = lax.fori_loop(0, last + 1, body, (b if last else tree.scale(step, b), b))
+    return tree.scale(step, total), _common.info(cost, _common.relative(tree.norm(r), b_norm), jnp.int32(0))

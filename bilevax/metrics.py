@@ -1,0 +1,87 @@
+"""Measures on held-out data, taken inside the compiled loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import check
+from bilevax.base import PyTree
+
+
+class Metrics(NamedTuple):
+    """A function of an iterate and held-out data, how often it is evaluated, and which of its values chooses the kept iterate."""
+
+    fn: Callable[..., dict]
+    data: PyTree = None
+    every: int = 1
+    select: str | None = None
+    mode: str = "min"
+    stateful: bool = False
+
+    def row(self, inner, outer, model, step) -> dict:
+        """The metrics at this step, NaN where it is not one of the n-th."""
+
+        def evaluate():
+            return jax.tree.map(jnp.asarray, self.fn(inner, outer, self.data, *((model,) if self.stateful else ())))
+
+        if self.every == 1:
+            return evaluate()
+        shapes = jax.eval_shape(evaluate)
+        nan = {k: jnp.full(v.shape, jnp.nan, v.dtype) for k, v in shapes.items()}
+        return lax.cond(step % self.every == 0, evaluate, lambda: nan)
+
+
+def metrics(
+    fn: Callable[..., dict], data: PyTree = None, *, every: int = 1, select: str | None = None, mode: str = "min", stateful: bool = False
+) -> Metrics:
+    """Evaluate `fn` on held-out data every n steps, inside the compiled loop; its values are columns of the history.
+
+    Args:
+      fn: pure function ``(inner_params, outer_params, data) -> {name: scalar}``.
+      data: pytree of arrays handed to `fn` whole.
+      every: steps between evaluations (at steps 0, n, 2n, ...); rows between hold NaN.
+      select: name of the metric that ``keep="best"`` goes by, in place of the outer value.
+      mode: ``"min"`` or ``"max"``, of `select`.
+      stateful: `fn` takes the model state as fourth argument.
+
+    Returns:
+      A `Metrics` for ``solve_bilevel(..., metrics=...)``.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind.
+
+    Example:
+      >>> import jax.numpy as jnp, bilevax as bx
+      >>> held_out = jnp.arange(4.0)
+      >>> bx.metrics(lambda w, lam, y: {"error": jnp.mean((w - y) ** 2)}, held_out, every=5, select="error").every
+      5
+    """
+    if not callable(fn):
+        raise TypeError(f"metrics: got {check.describe(fn)}; expected a function (inner_params, outer_params, data) -> dict of scalars.")
+    if mode not in ("min", "max"):
+        raise ValueError(f"mode: got {mode!r}; expected 'min' or 'max'.")
+    if select is not None and not isinstance(select, str):
+        raise TypeError(f"select: got {check.describe(select)}; expected the name of a metric, or None.")
+    return Metrics(fn, jax.tree.map(jnp.asarray, data), check.count(every, "every"), select, mode, stateful)
+
+
+def check_metrics(value: Metrics, inner: PyTree, outer: PyTree, model: PyTree, taken: set[str]) -> None:
+    """The metrics are a dict of floating-point scalars with names of their own."""
+    name = getattr(value.fn, "__name__", repr(value.fn))
+    out = jax.eval_shape(lambda d: value.fn(inner, outer, d, *((model,) if value.stateful else ())), value.data)
+    if not isinstance(out, dict) or not out:
+        raise TypeError(f"metrics ({name}): returned {type(out).__name__}; expected a dict of scalars by name.")
+    for key, leaf in out.items():
+        if getattr(leaf, "shape", None) != () or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            raise TypeError(f"metrics ({name})[{key!r}]: got {check.describe(leaf)}; expected a floating-point scalar. Try jnp.mean(...).")
+        if key in taken:
+            raise ValueError(
+                f"metrics ({name}): got the name {key!r}, which is a column of the history already; expected another one than {sorted(taken)}."
+            )
+    if value.select is not None and value.select not in out:
+        raise ValueError(f"select: got {value.select!r}; expected one of the metrics {sorted(out)}.")

@@ -1,0 +1,218 @@
+"""The total objective of a level: its own, with the levels nested in it replaced by their best responses.
+
+It is an ordinary objective ``(inner, outer, ctx) -> (value, (model, aux))``, so every solver and every method works on it unchanged. `inner` is the
+level's variable, `outer` a dict of the variables that its gradient depends on. The warm states of the levels inside travel as its model state, as
+BatchNorm's statistics do: they move on real inner steps and stand still on hypergradient passes.
+
+How a nested best response is differentiated is its own method's affair:
+
+- ``order=2`` and unrolled: through the solve's steps, by ordinary differentiation.
+- ``order=2`` otherwise: exactly, any number of times, by `argmin.attach` at the solved point.
+- ``order=1``: once, by the method's own pullback. The result is guarded: differentiating it again raises, since it would be wrong without a sign.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+from jax import lax
+
+from bilevax import tree
+from bilevax.argmin import attach
+from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, join, split
+from bilevax.data import draw_number
+from bilevax.level import System
+
+
+class LevelBatch(NamedTuple):
+    """What the total objective of a level is given: its own batch, and what the levels inside draw theirs from."""
+
+    own: PyTree
+    key: Any
+    number: Any  # of this draw: the levels inside count their own draws from it
+    data: dict[str, PyTree]  # of all levels
+    rest: dict[str, PyTree]  # variables of the levels that its gradient does not depend on
+
+
+class LevelModel(NamedTuple):
+    """The model state of a total objective: the level's own, and the warm states of the levels inside."""
+
+    mine: PyTree
+    below: dict[str, InnerState]
+
+
+# ---- one level as others see it
+
+
+def lower(system: System, name: str) -> Lower:
+    """A level as a lower one: its total objective, its solver, its draws."""
+    return Lower(
+        total_objective(system, name), system.solvers[name], Bound("level", _draw, draw=system.draws[name], index=system.graph.index(name), name=name)
+    )
+
+
+def total_objective(system: System, name: str) -> Objective:
+    """The objective of level `name` in which the levels nested in it are replaced by their best responses."""
+    return Objective(Bound(system.objectives[name].name, _total, system=system, name=name), has_aux=True, stateful=True, keyed=True)
+
+
+def start_state(system: System, name: str, states: dict[str, InnerState]) -> InnerState:
+    """The warm state of a level with those of the levels inside it, from one state a level."""
+    own = states[name]
+    return own._replace(model=LevelModel(own.model, {j: states[j] for j in system.graph[name].held}))
+
+
+def end_states(name: str, solution: InnerState) -> dict[str, InnerState]:
+    """Undo `start_state`: one state for each level that moved."""
+    return {**solution.model.below, name: solution._replace(model=solution.model.mine)}
+
+
+def hyper_context(side: Lower, feed: Feed) -> Ctx:
+    """The context of second-order products: the draw after the solve's own."""
+    return side.draw(feed, side.solver.steps)
+
+
+def level_feed(system: System, name: str, env: dict[str, PyTree], data: dict, key, step) -> Feed:
+    """The stream of one level: the data of all levels, and the variables that this one does not depend on."""
+    wanted = {name, *system.graph[name].total}
+    return Feed((data, lax.stop_gradient({n: v for n, v in env.items() if n not in wanted})), key, step)
+
+
+def inside(system: System, name: str, env: dict[str, PyTree], batch: LevelBatch) -> tuple[Lower, Feed]:
+    """A level inside another one's objective, and its stream there."""
+    side = lower(system, name)
+    key = None if batch.key is None else jax.random.fold_in(batch.key, system.graph.index(name))
+    return side, level_feed(system, name, env, batch.data, key, batch.number * (side.solver.steps + 1))
+
+
+def _draw(feed: Feed, i, *, draw: Draw, index: int, name: str) -> Ctx:
+    data, rest = feed.data
+    ctx = draw(feed._replace(data=data.get(name)), i)
+    number = draw_number(feed, i)
+    key = None if feed.key is None else jax.random.fold_in(jax.random.fold_in(feed.key, number), index)
+    return ctx._replace(batch=LevelBatch(ctx.batch, key, number, data, rest))
+
+
+# ---- the total objective
+
+
+def _total(inner, outer, batch: LevelBatch, model: LevelModel, *, key, system: System, name: str):
+    env, below = {**batch.rest, **outer, name: inner}, model.below
+    for j in system.graph[name].nested:
+        env[j], below = _respond(system, name, j, env, batch, below)
+    value, (mine, aux) = system.objectives[name](env, None, Ctx(batch.own, key, model.mine))
+    return value, (LevelModel(mine, below), aux)
+
+
+def _respond(system: System, reader: str, name: str, env: dict, batch: LevelBatch, below: dict) -> tuple[PyTree, dict]:
+    """The best response of level `name`, differentiable in `env`, and the warm states after its solve."""
+    method, (side, feed) = system.methods[name], inside(system, name, env, batch)
+    start = lax.stop_gradient(start_state(system, name, below))
+    given = {n: env[n] for n in system.graph[name].total}
+    ctx = hyper_context(side, feed)
+    if method.order < 2:
+        solution = _guarded_solve(side, method, message(system, reader, name), start, given, feed, ctx)
+        y = solution.params
+    elif method.sees_init:
+        solution, _ = method.vjp(side, start, given, feed, ctx, method.init(start.params))
+        y = solution.params
+    else:
+        solution, _ = lax.stop_gradient(side.run(start, lax.stop_gradient(given), feed))
+        y = attached(system, name, side, solution, given, ctx._replace(model=solution.model))
+    return y, {**below, **lax.stop_gradient(end_states(name, solution))}
+
+
+def attached(system: System, name: str, side: Lower, solution: InnerState, given: dict, ctx: Ctx) -> PyTree:
+    """The solved variable of a level with its exact derivative in `given`."""
+    if applies_jointly(system, name):
+        return system.joint(system, name, solution, given, ctx)
+    solver, max_residual = linear_settings(system.methods[name])
+
+    def value(y, given, ctx):
+        return side.objective(y, given, ctx)[0]
+
+    return attach(value, solver, max_residual=max_residual)(solution.params, given, ctx)
+
+
+def applies_jointly(system: System, name: str) -> bool:
+    """Whether this level, with others inside it, is differentiated as one system: all of them exactly, none by its steps."""
+    inside = system.graph[name].held
+    return bool(inside) and all(system.methods[n].order > 1 and not system.methods[n].sees_init for n in (name, *inside))
+
+
+def linear_settings(method: Hypergradient) -> tuple[Any, Any]:
+    """The linear solver that an implicit method was given, with its damping, and the residual that it accepts; else the exact default."""
+    settings = method.vjp.settings if isinstance(method.vjp, Bound) and method.vjp.name == "implicit" else {}
+    solver, damping = settings.get("linear"), settings.get("damping")
+    if solver is not None and damping is not None:
+        solver = Bound("damped", _damped, linear=solver, damping=damping)
+    return solver, settings.get("max_residual", 1e-2)
+
+
+def _damped(matvec, b, x0, *, linear, damping):
+    return linear(lambda v: tree.axpy(damping, v, matvec(v)), b, x0)
+
+
+# ---- first-order methods: once and no more
+
+
+def message(system: System, reader: str, name: str) -> str:
+    """Why a second derivative through this level's solution is refused."""
+    method = system.methods[name]
+    upper = f"level {reader!r}" + (f" is differentiated by {system.methods[reader]!r}, which needs" if reader in system.methods else " asks for")
+    return (
+        f"hypergradient of level {name!r}: got {method!r}, whose derivative is right once only, but {upper} a second derivative through it; expected "
+        "a method of order 2 below, such as hypergradient.implicit(), or one above that takes first derivatives only, such as "
+        "hypergradient.finite_difference(), zeroth_order() or sama(product='difference')."
+    )
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def once(why: str, value: PyTree, given: PyTree) -> PyTree:
+    """`value`, which depends on `given` in a way that must not be differentiated: doing so raises."""
+    return value
+
+
+@once.defjvp
+def _refuse(why, primals, tangents):
+    raise ValueError(why)
+
+
+@jax.tree_util.register_static
+class _Code(NamedTuple):
+    """A pullback with nothing captured; rides along with the residuals without becoming an array."""
+
+    jaxpr: Any
+    structure: Any
+
+
+def _guarded_solve(side, method, why, start, given, feed, ctx) -> InnerState:
+    static, dynamic = split((side, method, why))
+    return _guarded(static, given, (dynamic, start, feed, ctx))
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _guarded(static, given, rest):
+    return _guarded_fwd(static, given, rest)[0]
+
+
+def _guarded_fwd(static, given, rest):
+    dynamic, start, feed, ctx = rest
+    side, method, why = join(static, dynamic)
+    solution, pullback = method.vjp(side, start, given, feed, ctx, method.init(start.params))
+    closed, shape = jax.make_jaxpr(lambda w: pullback(w)[0], return_shape=True)(solution.params)
+    residuals = (closed.consts, _Code(closed.jaxpr, jax.tree.structure(shape)), given, rest)
+    return once(why, solution, given), residuals
+
+
+def _guarded_bwd(static, residuals, cotangent):
+    captured, code, given, rest = residuals
+    _, _, why = join(static, rest[0])
+    out = jex.jaxpr_as_fun(jex.ClosedJaxpr(code.jaxpr, captured))(*jax.tree.leaves(cotangent.params))
+    return once(why, jax.tree.unflatten(code.structure, out), (given, cotangent.params)), None
+
+
+_guarded.defvjp(_guarded_fwd, _guarded_bwd)

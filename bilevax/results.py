@@ -1,0 +1,131 @@
+"""How a run ended, and what to do about it."""
+
+from __future__ import annotations
+
+import enum
+
+import jax.numpy as jnp
+
+
+class RESULTS(enum.IntEnum):
+    """How a run ended. Failures carry what happened, the likely causes, and what to try (`message`).
+
+    The integer is what compiled code carries; `worst` combines two of them. Codes of 10 and more are failures: they end a run, undo its
+    last step, and raise unless ``throw=False``.
+    """
+
+    success = 0
+    converged = 1
+    stopped = 2
+    tolerance_not_met = 3
+    data_exhausted = 4
+    inner_not_converged = 5
+    preempted = 6
+    nonfinite_batch = 10
+    inner_nonfinite = 11
+    adjoint_not_converged = 20
+    adjoint_breakdown = 21
+    negative_curvature = 22
+    adjoint_nonfinite = 23
+    difference_lost = 24
+    adaptation_zero = 25
+    outer_nonfinite = 30
+    hypergradient_nonfinite = 31
+
+    @property
+    def failed(self) -> bool:
+        """Whether this ends a run and raises."""
+        return self >= 10
+
+    @property
+    def message(self) -> str:
+        """What happened, likely causes, what to try."""
+        return _MESSAGES[self]
+
+
+_MESSAGES = {
+    RESULTS.success: "All steps were done.",
+    RESULTS.converged: "The hypergradient's norm fell below tol times its first value.",
+    RESULTS.stopped: "A callback asked to stop.",
+    RESULTS.tolerance_not_met: "All steps were done, and the hypergradient is still above tol. Give more steps, or a larger outer step.",
+    RESULTS.data_exhausted: "An iterator of batches came to its end before num_steps. Pass something that can be iterated again, or fewer steps.",
+    RESULTS.preempted: "SIGTERM came, and the run was saved. Start it again with the same arguments and checkpoint directory, and it goes on from there.",
+    RESULTS.nonfinite_batch: (
+        "A batch held NaN or infinity. The data itself, or its preprocessing (a division by a zero spread, a log of zero), is the cause. "
+        "Check it with jnp.isfinite before the run."
+    ),
+    RESULTS.inner_nonfinite: (
+        "The inner solve left the finite numbers: the lower level diverged. Usually the inner step size is too large for its curvature (which "
+        "moves with the outer parameters), or the outer step is so large that it made the lower level unbounded. Try a smaller inner step, a line "
+        "search (inner.lbfgs, inner.agd), gradient clipping, a smaller outer step, or project= to keep the outer parameters in a safe set."
+    ),
+    RESULTS.inner_not_converged: (
+        "The inner solver stopped short of its tolerance, so the point is not the best response. Try more iterations, a looser tolerance (float32 "
+        "rarely gets below 1e-5), or a regulariser that makes the lower level strongly convex."
+    ),
+    RESULTS.adjoint_not_converged: (
+        "The adjoint system H q = f_y was left with a large residual, so the hypergradient would be wrong. Likely an ill-conditioned or singular inner "
+        "Hessian, or too few iterations. Try more iterations, damping (implicit(damping=1e-3)), a preconditioner, a regulariser in the inner "
+        "objective, or max_residual= if a rough hypergradient is enough."
+    ),
+    RESULTS.adjoint_breakdown: (
+        "The linear solver broke down: a division by (nearly) zero inside its recurrence. Likely a singular or non-symmetric inner Hessian. Try damping, "
+        "linear.minres for symmetric indefinite Hessians, or linear.gmres for anything else."
+    ),
+    RESULTS.negative_curvature: (
+        "The adjoint solve met a direction in which the inner Hessian is negative: the point is no minimum of the lower level, or a saddle of it. "
+        "Try more inner steps, damping larger than the negative curvature, linear.minres, or an unrolled hypergradient."
+    ),
+    RESULTS.adjoint_nonfinite: (
+        "The adjoint became NaN or infinite although the inner point is finite. Likely a Hessian that overflows, a kink (norm at zero, sqrt at zero) in "
+        "the inner objective, or a divergent Neumann series. Try a smooth form of the objective, damping, or linear.cg."
+    ),
+    RESULTS.difference_lost: (
+        "The finite difference moved the inner parameters by less than their dtype can hold, so the hypergradient would be noise. Try a larger "
+        "radius=, float32 inner parameters, or an exact mixed product (hypergradient.one_step, sama(product='exact'))."
+    ),
+    RESULTS.adaptation_zero: (
+        "The inner optimizer's update does not depend on the gradient to first order, so SAMA's adaptation of a non-zero cotangent is exactly zero and "
+        "with it the hypergradient. Sign updates (optax.lion, sign_sgd), a MultiSteps step that only accumulates, clipping of every entry and a "
+        "learning rate of zero all do this; so does Adam when the whole gradient is exactly zero (give it eps_root=1e-12). Try another inner "
+        "optimizer, or hypergradient.one_step, finite_difference or implicit, which do not differentiate the update."
+    ),
+    RESULTS.outer_nonfinite: (
+        "The outer objective is NaN or infinite at a finite inner point. Look at the outer objective at the returned iterate: a log of zero, a division, "
+        "an overflow. Working with logits and jax.nn's stable losses usually cures it."
+    ),
+    RESULTS.hypergradient_nonfinite: (
+        "The hypergradient is NaN or infinite although both objectives are finite. Likely a derivative that does not exist (sqrt or a norm at zero, "
+        "jnp.where around a NaN branch), or an unrolled solve whose reverse pass overflowed. Try smooth forms, fewer unrolled steps, or implicit."
+    ),
+}
+
+
+class SolveError(RuntimeError):
+    """A run failed. `solution` holds all that it reached: the kept iterate, the state before the failing step, the history."""
+
+    def __init__(self, result: RESULTS, solution, where: str = ""):
+        self.result, self.solution = result, solution
+        super().__init__(f"{result.name}{where}: {result.message} (throw=False returns the solution instead; it is also in this error's .solution.)")
+
+
+def worst(*codes):
+    """The largest of some codes, as int32: failures win over successes, and the order of the enum decides among failures."""
+    out = jnp.asarray(codes[0], jnp.int32)
+    for code in codes[1:]:
+        out = jnp.maximum(out, jnp.asarray(code, jnp.int32))
+    return out
+
+
+def first(*codes):
+    """The first failure among some codes, in the order in which a step meets them; otherwise the largest."""
+    out = worst(*codes)
+    for code in reversed(codes):
+        code = jnp.asarray(code, jnp.int32)
+        out = jnp.where(code >= 10, code, out)
+    return out
+
+
+def unless(condition, code: RESULTS):
+    """`code` where `condition` (a traced scalar) is false, success where it holds."""
+    return jnp.where(condition, jnp.int32(RESULTS.success), jnp.int32(code))

@@ -1,0 +1,153 @@
+"""An algorithm on batches of tasks, each device on tasks of its own, with no communication inside its loops."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+
+from bilevax.base import Bound, Objective, Problem, PyTree, StepInfo, join, split
+from bilevax.data import Stream
+from bilevax.sharding.axis import enter, leave
+from bilevax.tasks import _over_tasks
+
+SUMMED = ("inner_value",)  # diagnostics that add up over tasks
+NORMS = ("inner_grad_norm", "cotangent_norm")  # and those whose squares do
+
+
+def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTree) -> Any:
+    """`plan` with the algorithm's step inside ``shard_map`` over the task axis, and both objectives on a device's own tasks."""
+    problem, algorithm = plan.problem, plan.algorithm
+    devices = sharding.mesh.shape[sharding.axis]
+    if not isinstance(problem, Problem):
+        raise ValueError("sharding: got tasks() for more than two levels; expected data_parallel(), fsdp() or by_path(...) there.")
+    lengths = {int(leaf.shape[0]) if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(start.params)}
+    if len(lengths) != 1 or 0 in lengths or (count := lengths.pop()) % devices:
+        shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves(start.params)]
+        raise ValueError(
+            f"inner_params: got shapes {shapes} for tasks on {devices} devices; expected a common leading task axis whose length is a multiple "
+            f"of {devices}."
+        )
+    for name, objective, expected in (("inner_objective", problem.inner, ("sum",)), ("outer_objective", problem.outer, ("mean", "sum"))):
+        if _reduce_of(objective) not in expected:
+            raise ValueError(
+                f"{name}: got {objective!r} with sharding.tasks(); expected bilevax.tasks(fn, {expected[0]!r}), whose tasks depend on none but themselves."
+            )
+    local = problem._replace(
+        inner=_localised(problem.inner, sharding.axis, count, "own"),
+        outer=_localised(problem.outer, sharding.axis, count, _reduce_of(problem.outer)),
+    )
+    if problem.inner_init is not None:
+        local = local._replace(inner_init=Bound("inner_init", _own_start, fn=problem.inner_init, axis=sharding.axis))
+    streams = tuple(isinstance(source, Stream) for source in sources)
+    settings = dict(step=algorithm.step, sharding=sharding, count=count, streams=streams, state_spec=_state_spec(plan, sharding.axis, start, outer))
+    return plan._replace(problem=local, algorithm=algorithm._replace(step=Bound(repr(algorithm.step), _step, **settings)))
+
+
+def _reduce_of(objective: Objective) -> str | None:
+    fn = objective.fn
+    while isinstance(fn, Bound):
+        if fn.fn is _over_tasks:
+            return fn.settings["reduce"]
+        fn = fn.settings.get("fn")
+    return None
+
+
+def _localised(objective: Objective, axis: str, count: int, reduce: str) -> Objective:
+    settings = dict(fn=objective.fn, has_aux=objective.has_aux, axis=axis, count=count, reduce=reduce)
+    return dataclasses.replace(objective, fn=Bound(objective.name, _own_tasks, **settings))
+
+
+def _own(value: PyTree, axis: str, count: int) -> PyTree:
+    """This device's entries of what was made for all tasks."""
+    size = count // lax.axis_size(axis)
+    return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, lax.axis_index(axis) * size, size), value)
+
+
+def _own_tasks(inner, outer, batch, *, fn, has_aux, axis, count, reduce, **keyed):
+    here = count // lax.axis_size(axis)
+    if any(leaf.shape[0] != here for leaf in jax.tree.leaves(batch)):  # drawn in the step, for all tasks
+        batch = _own(batch, axis, count)
+    if "key" in keyed:
+        keyed = {"key": jax.random.fold_in(keyed["key"], lax.axis_index(axis))}
+    out = fn(inner, enter(outer, axis), batch, **keyed)
+    value, aux = out if has_aux else (out, None)
+    if reduce != "own":
+        value = leave(value / lax.axis_size(axis) if reduce == "mean" else value, axis)
+    return (value, aux) if has_aux else value
+
+
+def _own_start(outer, *, fn, axis):
+    made = fn(enter(outer, axis))
+    return _own(made, axis, jax.tree.leaves(made)[0].shape[0])
+
+
+def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count, streams, state_spec):
+    axis, everywhere, split_first = sharding.axis, PartitionSpec(), PartitionSpec(sharding.axis)
+    static, dynamic = split((problem, step))
+
+    def feed_spec(feed, stream):
+        def leaf(a):
+            place = 1 if stream else 0
+            return PartitionSpec(*[None] * place, axis) if jnp.ndim(a) > place and a.shape[place] == count else everywhere
+
+        return feed._replace(data=jax.tree.map(leaf, feed.data), key=everywhere, step=everywhere, order=everywhere)
+
+    specs = [feed_spec(feed, stream) for feed, stream in zip((feeds.inner, feeds.hyper, feeds.outer), streams, strict=True)]
+    feeds_spec = feeds._replace(inner=specs[0], hyper=specs[1], outer=specs[2], key=everywhere, step=everywhere)
+    point = (state_spec.inner, state_spec.outer)
+    info_spec = StepInfo(everywhere, everywhere, point, everywhere, everywhere, split_first)
+
+    def local(dynamic, state, feeds):
+        problem, step = join(static, dynamic)
+        state, info = step(problem, state, feeds)
+        diagnostics = {name: _reduced(name, value, axis) for name, value in info.diagnostics.items()}
+        return state, info._replace(code=lax.pmax(info.code, axis), diagnostics=diagnostics)
+
+    # Without check_vma: the step's loops carry values that differ by device beside constants that do not, which it would refuse to mix.
+    run = jax.shard_map(local, mesh=sharding.mesh, in_specs=(everywhere, state_spec, feeds_spec), out_specs=(state_spec, info_spec), check_vma=False)
+    return run(dynamic, state, feeds)
+
+
+def _reduced(name: str, value, axis: str):
+    value = jnp.asarray(value)
+    if name in SUMMED:
+        return lax.psum(value, axis)
+    if name in NORMS:
+        return jnp.sqrt(lax.psum(value * value, axis))
+    return lax.pmax(value, axis)
+
+
+def _state_spec(plan: Any, axis: str, start: Any, outer: PyTree) -> PyTree:
+    """Which axis of each leaf of the algorithm's state counts tasks: the one that is twice as long for twice as many."""
+
+    def shapes(times: int) -> PyTree:
+        params = jax.tree.map(lambda a: jax.ShapeDtypeStruct((times * a.shape[0], *a.shape[1:]), a.dtype), start.params)
+
+        def init(params, outer):
+            problem = plan.problem
+            if problem.inner_init is not None:
+                problem = problem._replace(inner_init=lambda outer: params)
+            return plan.algorithm.init(problem, start._replace(params=params), outer)
+
+        return jax.eval_shape(init, params, outer)
+
+    def spec(one, two):
+        grown = [i for i, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
+        return PartitionSpec(*[None] * grown[0], axis) if grown else PartitionSpec()
+
+    return jax.tree.map(spec, shapes(1), shapes(2))
+
+
+def run_specs(plan: Any, shapes: Any) -> tuple[PartitionSpec, ...]:
+    """The specs of a whole run state's leaves."""
+    spec = plan.algorithm.step.settings["state_spec"]
+    full = jax.tree.map(lambda _: PartitionSpec(), shapes)._replace(algorithm=spec)
+    if full.best is not None:
+        full = full._replace(best=full.best._replace(inner=spec.inner.params))
+    return tuple(jax.tree.leaves(full, is_leaf=lambda a: isinstance(a, PartitionSpec)))

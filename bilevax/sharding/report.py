@@ -1,0 +1,216 @@
+"""What a sharded step costs before it is run: bytes of state on each device, collectives in the compiled program."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bilevax.base import join
+from bilevax.chunk import one_step
+from bilevax.data import Stream
+from bilevax.streams import Window
+
+KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
+
+
+class Piece(NamedTuple):
+    """One leaf of the state: its path, shape and dtype as a whole, its partition spec, and the bytes that one device holds."""
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    spec: Any
+    device_bytes: int
+    total_bytes: int
+
+
+class Collective(NamedTuple):
+    """Collectives of one kind and size in the compiled step.
+
+    Attributes:
+      kind: as XLA calls it, "all-reduce" for example.
+      bytes: size of one on one device.
+      shapes: what it carries, as XLA writes it.
+      count: how often a step runs it; in a loop that ends by a condition, how often one pass does.
+      loop: it stands in a loop whose number of passes is not known at compile time.
+    """
+
+    kind: str
+    bytes: int
+    shapes: str
+    count: int
+    loop: bool
+
+
+class Report(NamedTuple):
+    """A step that was compiled and not run.
+
+    Attributes:
+      pieces: the leaves of the state.
+      collectives: what the devices say to each other in one step.
+      state_bytes: of one device, all pieces together.
+      total_bytes: of the state as a whole.
+      peak_bytes: what the compiled step needs on one device, arguments and temporaries; None where the backend does not say.
+    """
+
+    pieces: tuple[Piece, ...]
+    collectives: tuple[Collective, ...]
+    state_bytes: int
+    total_bytes: int
+    peak_bytes: int | None
+
+    def __repr__(self) -> str:
+        lines = [f"state: {_size(self.state_bytes)} a device of {_size(self.total_bytes)} in all; step: {_size(self.peak_bytes)} a device"]
+        lines += [f"  {_size(p.device_bytes):>10}  {p.dtype}{list(p.shape)} {p.spec}  {p.path}" for p in self.pieces if p.total_bytes >= 64]
+        lines.append("collectives:" if self.collectives else "no collectives")
+        for c in self.collectives:
+            lines.append(f"  {c.count:>4} x {_size(c.bytes):>10}  {c.kind}{', each pass of a loop' if c.loop else ''}  {c.shapes}")
+        return "\n".join(lines)
+
+
+def _size(count: float | None) -> str:
+    if count is None:
+        return "unknown"
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if count < 1024 or unit == "GiB":
+            return f"{count:.4g} {unit}"
+        count /= 1024
+    raise AssertionError
+
+
+def dry_run(driver: Callable, *args, **kwargs) -> Report:
+    """Compile one step of `solve_bilevel` or `solve_multilevel` and say what it holds and sends, without running it.
+
+    Args:
+      driver: `bilevax.solve_bilevel` or `bilevax.solve_multilevel`.
+      *args: its arguments.
+      **kwargs: its keywords, ``sharding`` among them.
+
+    Returns:
+      A `Report`; printing it shows a table.
+
+    Raises:
+      TypeError: without a sharding.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, bilevax as bx
+      >>> inner = lambda y, x, batch: jnp.mean((batch @ y - x) ** 2) + jnp.sum(y**2)
+      >>> outer = lambda y, x, batch: jnp.mean((batch @ y - 1.0) ** 2)
+      >>> algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 3), bx.hypergradient.sama(), optax.sgd(0.1))
+      >>> report = bx.sharding.dry_run(
+      ...     bx.solve_bilevel, inner, outer, jnp.zeros(512), jnp.zeros(()), inner_data=jnp.ones((16, 512)), outer_data=jnp.ones((16, 512)),
+      ...     algorithm=algorithm, sharding=bx.sharding.fsdp(jax.devices()[:1]),
+      ... )
+      >>> report.state_bytes == report.total_bytes  # on one device
+      True
+    """
+    import dataclasses
+
+    from bilevax.sharding.placement import Sharding
+
+    sharding = kwargs.pop("sharding", None)
+    if not isinstance(sharding, Sharding):
+        raise TypeError(f"sharding: got {sharding!r}; expected one of sharding's factories. Try sharding.data_parallel().")
+    return driver(*args, **kwargs, sharding=dataclasses.replace(sharding, dry=True))
+
+
+def of_step(static: Any, dynamic: tuple, run: Any, sources: tuple, draws: Any) -> Report:
+    """The report of one step of a run."""
+    plan = join(static, dynamic)
+    window = Window(sources, draws, 1, plan.layout.put_window)
+    data, _ = window.read(0, 1) if any(isinstance(s, Stream) for s in sources) else (tuple(s.data for s in sources), 1)
+    step = jax.jit(lambda dynamic, run, data: one_step(join(static, dynamic), run, data), donate_argnums=(1,))
+    compiled = step.lower(dynamic, run, data).compile()
+    pieces = tuple(_piece(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(run))
+    return Report(
+        pieces,
+        collectives(compiled.as_text()),
+        sum(p.device_bytes for p in pieces),
+        sum(p.total_bytes for p in pieces),
+        _peak(compiled),
+    )
+
+
+def _peak(compiled: Any) -> int | None:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return int(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
+
+
+def _piece(path: Any, leaf: jax.Array) -> Piece:
+    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    local = leaf.sharding.shard_shape(leaf.shape)
+    size = leaf.dtype.itemsize
+    device, total = (int(np.prod(shape, dtype=np.int64)) * size for shape in (local, leaf.shape))
+    return Piece(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), getattr(leaf.sharding, "spec", None), device, total)
+
+
+# ---- reading the compiled program
+
+_OP = re.compile(rf"= (?P<shape>.+?) (?P<kind>{'|'.join(KINDS)})(?P<phase>-start|-done)?\(")
+_SHAPE = re.compile(r"([a-z]\w*)\[([\d,]*)\]")
+_CALLED = re.compile(r"(?:to_apply|calls|body|true_computation|false_computation)=%?([\w.\-]+)|branch_computations=\{([^}]*)\}")
+_TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
+
+
+def _bytes_of(shapes: str) -> int:
+    total = 0.0
+    for dtype, dims in _SHAPE.findall(shapes):
+        digits = re.findall(r"\d+", dtype)
+        each = _BYTES.get(dtype, int(digits[0]) / 8 if digits else 0)
+        total += each * int(np.prod([int(d) for d in dims.split(",") if d], dtype=np.int64))
+    return int(total)
+
+
+def collectives(text: str) -> tuple[Collective, ...]:
+    """The collectives in a compiled program (``jitted.lower(...).compile().as_text()``), those in loops times the passes where XLA knows them."""
+    bodies: dict[str, list[str]] = {}
+    entry = name = None
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            match = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
+            if match and not line.startswith("HloModule"):
+                name = match[2]
+                bodies[name] = []
+                entry = name if match[1] else entry
+        elif line.startswith("}"):
+            name = None
+        elif name is not None:
+            bodies[name].append(line)
+    found: dict[tuple, int] = {}
+
+    def walk(name: str, times: int, loop: bool) -> None:
+        for line in bodies.get(name, ()):
+            op = _OP.search(line)
+            if op and op["phase"] != "-done":
+                shape = op["shape"]
+                if op["phase"] == "-start" and op["kind"] != "all-reduce":  # its result holds the operands, too
+                    shape = shape[len(shape) // 2 :]
+                key = (op["kind"], _bytes_of(shape), re.sub(r"\{[^}]*\}|/\*[^*]*\*/", "", shape), loop)
+                found[key] = found.get(key, 0) + times
+                continue
+            is_loop = " while(" in line
+            trips = _TRIPS.search(line)
+            for one, several in _CALLED.findall(line):
+                for called in [one] if one else [c.strip().lstrip("%") for c in several.split(",")]:
+                    if is_loop and trips:
+                        walk(called, times * int(trips[1]), loop)
+                    else:
+                        walk(called, times, loop or is_loop)
+            condition = re.search(r"condition=%?([\w.\-]+)", line)
+            if condition:
+                walk(condition[1], times * (int(trips[1]) + 1 if trips else 1), loop or not trips)
+
+    if entry is not None:
+        walk(entry, 1, False)
+    return tuple(Collective(kind, size, shapes, count, loop) for (kind, size, shapes, loop), count in sorted(found.items(), key=lambda item: -item[0][1]))
+
+
+__all__ = ["Collective", "Piece", "Report", "collectives", "dry_run"]

@@ -1,0 +1,94 @@
+"""Batches of tasks: one lower level a task, side by side along a leading axis."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+
+from bilevax import check
+from bilevax.base import Bound, Objective, PyTree, objective
+
+
+def tasks(fn: Callable, reduce: str = "mean") -> Objective:
+    r"""An objective over a batch of tasks, from the objective of one task.
+
+    .. math::
+        F(Y, x) = \frac{1}{T} \sum_{t=1}^{T} f(y_t, x, \mathrm{batch}_t), \qquad Y = (y_1, \dots, y_T)
+
+    Take the sum for the inner objective, so that each task's gradient is its own, and the mean for the outer one. Any solver, method and
+    algorithm then works on all tasks at once; only what looks at all inner parameters together (clipping by the global norm, a line
+    search) sees the tasks as one.
+
+    Args:
+      fn: ``(inner_params, outer_params, batch) -> scalar`` for one task, or `objective` of one (`has_aux`, `keyed`: a key of its own each).
+      reduce: "mean" or "sum".
+
+    Returns:
+      An `Objective` whose inner parameters and batch have a leading task axis, and whose outer parameters have none; its aux is stacked.
+
+    Raises:
+      TypeError: for a function that is none, or a stateful one.
+      ValueError: for another `reduce`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, bilevax as bx
+      >>> loss = lambda w, x, batch: jnp.sum((w - batch) ** 2) / 2
+      >>> fn = bx.value_and_hypergrad(
+      ...     bx.tasks(loss, "sum"), bx.tasks(loss), solver=bx.inner.optax(optax.sgd(0.5), steps=1),
+      ...     hypergradient=bx.hypergradient.unrolled(), inner_init=bx.task_copies(3),
+      ... )  # MAML: three tasks, one inner step each, from a shared initialisation
+      >>> batch = jnp.array([[1.0], [2.0], [3.0]])
+      >>> fn(jnp.zeros((3, 1)), jnp.zeros(1), batch, batch).grad.tolist()
+      [-0.5]
+
+    Source: Finn, Abbeel and Levine, "Model-agnostic meta-learning for fast adaptation of deep networks" (ICML 2017), algorithm 1.
+    """
+    one = objective(fn)
+    if one.stateful:
+        raise TypeError(f"fn: got {one!r}; expected one without model state, which could be each task's or all tasks'. Put it in inner_params.")
+    if reduce not in ("mean", "sum"):
+        raise ValueError(f"reduce: got {reduce!r}; expected 'mean' or 'sum'.")
+    settings = dict(fn=one.fn, has_aux=one.has_aux, keyed=one.keyed, reduce=reduce)
+    return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), has_aux=one.has_aux, keyed=one.keyed)
+
+
+def _over_tasks(inner, outer, batch, *, fn, has_aux, keyed, reduce, key=None):
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((inner, batch))}
+    if len(lengths) != 1 or () in lengths:
+        shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves((inner, batch))]
+        raise ValueError(f"inner_params and batch: got shapes {shapes}; expected one common task axis in front. Try bx.task_copies(num_tasks).")
+    keys = jax.random.split(key, lengths.pop()[0]) if keyed else None
+
+    def one(inner, batch, key):
+        out = fn(inner, outer, batch, key=key) if keyed else fn(inner, outer, batch)
+        return out if has_aux else (out, None)
+
+    values, aux = jax.vmap(one)(inner, batch, keys)
+    value = jnp.mean(values) if reduce == "mean" else jnp.sum(values)
+    return (value, aux) if has_aux else value
+
+
+def task_copies(num_tasks: int) -> Callable[[PyTree], PyTree]:
+    """The `inner_init` of MAML: every task starts from the outer parameters.
+
+    Args:
+      num_tasks: length of the task axis, at least 1.
+
+    Returns:
+      ``outer_params -> inner_params`` with a leading task axis.
+
+    Raises:
+      ValueError: for fewer than 1.
+
+    Example:
+      >>> import jax.numpy as jnp, bilevax as bx
+      >>> bx.task_copies(2)(jnp.ones(3)).shape
+      (2, 3)
+    """
+    return Bound("task_copies", _copies, num_tasks=check.count(num_tasks, "num_tasks"))
+
+
+def _copies(outer, *, num_tasks):
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (num_tasks, *jnp.shape(a))), outer)

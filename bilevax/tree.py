@@ -1,0 +1,138 @@
+"""Algebra on pytrees of arrays: the vectors of every solver here.
+
+Inner products are leafwise ``sum(a * b)``: unlike ``jnp.vdot`` they never reshape, so they keep any sharding of the leaves.
+"""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+PyTree = Any
+
+
+def _accumulator(*leaves) -> jnp.dtype:
+    """The dtype that sums over these leaves are taken in: their own, and float32 for the half precisions."""
+    return reduce(_wider, (jnp.result_type(u) for u in leaves), jnp.dtype(jnp.float32))
+
+
+def _wider(a, b) -> jnp.dtype:
+    """The dtype that holds both; numpy's rule, since jnp's refuses two dtypes under strict promotion."""
+    return np.promote_types(a, b)
+
+
+def dot(a: PyTree, b: PyTree) -> jax.Array:
+    """Inner product ``sum_leaves sum(a * b)``, accumulated in float32 or wider."""
+
+    def leaf(u, v):
+        dtype = _accumulator(u, v)
+        return jnp.sum(u.astype(dtype) * v.astype(dtype))
+
+    parts = [leaf(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
+    if not parts:
+        return jnp.zeros(())
+    dtype = reduce(_wider, (p.dtype for p in parts))
+    return sum(p.astype(dtype) for p in parts)  # type: ignore[return-value]
+
+
+def norm(a: PyTree) -> jax.Array:
+    """Euclidean norm over all leaves."""
+    return jnp.sqrt(dot(a, a))
+
+
+def add(a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise ``a + b``."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def sub(a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise ``a - b``."""
+    return jax.tree.map(jnp.subtract, a, b)
+
+
+def neg(a: PyTree) -> PyTree:
+    """Leafwise ``-a``."""
+    return jax.tree.map(jnp.negative, a)
+
+
+def scale(s, a: PyTree) -> PyTree:
+    """Leafwise ``s * a``, each leaf keeping its dtype."""
+
+    def leaf(u):
+        dtype = _accumulator(u)
+        return (jnp.asarray(s, dtype) * u.astype(dtype)).astype(u.dtype)  # a scalar from a wider leaf must not promote this one
+
+    return jax.tree.map(leaf, a)
+
+
+def axpy(s, a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise ``s * a + b``, each leaf keeping the dtype of ``b``."""
+
+    def leaf(u, v):
+        dtype = _accumulator(u, v)
+        return (jnp.asarray(s, dtype) * u.astype(dtype) + v.astype(dtype)).astype(v.dtype)
+
+    return jax.tree.map(leaf, a, b)
+
+
+def zeros_like(a: PyTree) -> PyTree:
+    """Leafwise zeros."""
+    return jax.tree.map(jnp.zeros_like, a)
+
+
+def where(condition, a: PyTree, b: PyTree) -> PyTree:
+    """Leafwise ``a`` if ``condition`` (a scalar) else ``b``; PRNG keys included."""
+    return jax.tree.map(lambda u, v: jnp.where(condition, u, v), a, b)
+
+
+def normal_like(key: jax.Array, a: PyTree) -> PyTree:
+    """A standard normal draw with the structure, shapes and dtypes of ``a``."""
+    leaves, treedef = jax.tree.flatten(a)
+    keys = jax.random.split(key, max(len(leaves), 1))
+    return treedef.unflatten([jax.random.normal(k, u.shape, u.dtype) for k, u in zip(keys, leaves, strict=False)])
+
+
+def size(a: PyTree) -> int:
+    """Number of entries over all leaves."""
+    return sum(int(np.prod(jnp.shape(u))) for u in jax.tree.leaves(a))
+
+
+def is_float(leaf) -> bool:
+    """Whether a leaf is a real floating-point array or number: what gradients are taken with respect to."""
+    return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
+
+
+def all_finite(a: PyTree) -> jax.Array:
+    """True when every entry of every floating-point leaf is finite. One scalar, no transfer."""
+    flags = [jnp.all(jnp.isfinite(u)) for u in jax.tree.leaves(a) if is_float(u)]
+    return reduce(jnp.logical_and, flags, jnp.asarray(True))
+
+
+def partition(a: PyTree) -> tuple[PyTree, PyTree]:
+    """Split into the floating-point leaves and the others, each with None in the other's places."""
+    return jax.tree.map(lambda u: u if is_float(u) else None, a), jax.tree.map(lambda u: None if is_float(u) else u, a)
+
+
+def combine(a: PyTree, b: PyTree) -> PyTree:
+    """Undo `partition`."""
+    return jax.tree.map(lambda u, v: v if u is None else u, a, b, is_leaf=lambda u: u is None)
+
+
+def strong(a: PyTree) -> PyTree:
+    """Arrays in place of Python and numpy numbers, weak types stripped, so that ``f(0.1)`` and a float32 share one trace."""
+
+    def leaf(u):
+        u = jnp.asarray(u)
+        return u if jnp.issubdtype(u.dtype, jax.dtypes.extended) else lax.convert_element_type(u, u.dtype)
+
+    return jax.tree.map(leaf, a)
+
+
+def copy(a: PyTree) -> PyTree:
+    """Fresh buffers with the same values and shardings: what is donated later must not be the caller's."""
+    return jax.tree.map(jnp.copy, strong(a))
