@@ -1,0 +1,15 @@
+"""Settings of the whole suite: eight virtual devices, x64, strict promotion, warnings as errors (pyproject), a persistent compilation cache."""
+
+import os
+import tempfile
+
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+import jax
+
+jax.config.update("jax_enable_x64", True)
+jax.config.update("jax_numpy_dtype_promotion", "strict")
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "bilevax-jax-cache")))
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)

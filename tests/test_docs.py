@@ -1,0 +1,88 @@
+"""Every ``python`` block of the README and of the docs runs, a page in one namespace from top to bottom.
+
+A block fenced as ``output`` that follows a ``python`` block holds what that block prints, and is compared with it.
+"""
+
+import contextlib
+import io
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+from tests.readers import as_reader
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
+FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*?$", re.MULTILINE | re.DOTALL)
+
+
+class Block(NamedTuple):
+    language: str
+    body: str
+    line: int
+
+
+def blocks(text: str) -> list[Block]:
+    """The fenced blocks of a page, unindented, with the line at which each body begins."""
+    found = []
+    for match in FENCE.finditer(text):
+        indent = len(match["indent"])
+        body = "".join(line[indent:] if line.strip() else line for line in match["body"].splitlines(keepends=True))
+        found.append(Block(match["language"], body, text.count("\n", 0, match.start("body")) + 1))
+    return found
+
+
+def run_page(path: Path, text: str) -> int:
+    """Run a page's python blocks; returns how many ran."""
+    namespace: dict = {"__name__": "__main__"}
+    printed, ran = None, 0
+    for block in blocks(text):
+        if block.language == "python":
+            out = io.StringIO()
+            # Blank lines before the code make a traceback name the page's own line.
+            code = compile("\n" * (block.line - 1) + block.body, str(path), "exec")
+            with contextlib.redirect_stdout(out):
+                exec(code, namespace)
+            printed, ran = out.getvalue(), ran + 1
+        elif block.language == "output":
+            assert printed is not None, f"{path}:{block.line}: output without a python block before it"
+            assert printed.strip() == block.body.strip(), f"{path}:{block.line}: the page shows another output than its code prints"
+            printed = None
+    return ran
+
+
+def _id(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_page(page, tmp_path):
+    text = page.read_text()
+    with as_reader(tmp_path):
+        ran = run_page(page, text)
+    assert ran == len(re.findall(r"^ *```python", text, re.MULTILINE)), "a python block was not recognised"
+
+
+@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/concepts.md", "docs/write-your-own.md"])
+def test_page_has_code(name):
+    assert any(block.language == "python" for block in blocks((ROOT / name).read_text()))
+
+
+def test_a_broken_block_fails():
+    with pytest.raises(ZeroDivisionError):
+        run_page(Path("page.md"), "```python\nx = 1\n```\ntext\n\n```python\nx / 0\n```\n")
+
+
+def test_another_output_fails():
+    with pytest.raises(AssertionError, match=r"page\.md:6"):
+        run_page(Path("page.md"), "```python\nprint(1 + 1)\n```\n\n```output\n3\n```\n")
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_relative_links(page):
+    """Links between the files of the repository lead somewhere."""
+    text = FENCE.sub("", page.read_text())
+    for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
+        assert (page.parent / target).exists(), f"{_id(page)}: broken link {target}"

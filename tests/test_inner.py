@@ -1,0 +1,459 @@
+"""Inner solvers against closed forms: convergence, warm starts, rounding, non-finite numbers, vmap, and what costs a trace."""
+
+import subprocess
+import sys
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import optimistix
+import pytest
+
+from bilevax import base, inner
+from bilevax.inner.lbfgs import inverse_hessian_product
+from bilevax.results import RESULTS
+
+with warnings.catch_warnings():
+    warnings.simplefilter("ignore", DeprecationWarning)
+    import jaxopt
+
+DIM = 6
+RNG = np.random.default_rng(0)
+Q, _ = np.linalg.qr(RNG.normal(size=(DIM, DIM)))
+A = Q @ np.diag(np.geomspace(1.0, 30.0, DIM)) @ Q.T
+X = RNG.normal(size=(20, DIM))
+T = RNG.normal(size=20)
+LABELS = np.sign(X @ RNG.normal(size=DIM) + RNG.normal(size=20))
+
+
+def quadratic(y, x, batch):
+    """``½y'Ay − x'y``, on a tree of two leaves: ``y* = A⁻¹x``."""
+    v = jnp.concatenate([y["a"], y["b"].reshape(-1)])
+    a = jnp.asarray(A, v.dtype)
+    return 0.5 * jnp.sum(v * (a @ v)) - jnp.sum(x * v)
+
+
+def ridge(w, lam, batch):
+    features, targets = batch
+    return 0.5 * jnp.mean((features @ w - targets) ** 2) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+
+
+def logistic(w, lam, batch):
+    features, labels = batch
+    return jnp.mean(jax.nn.softplus(-labels * (features @ w))) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+
+
+def newton(lam, steps=30):
+    """The logistic minimiser, by Newton's method in numpy."""
+    w = np.zeros(DIM)
+    for _ in range(steps):
+        s = 1 / (1 + np.exp(LABELS * (X @ w)))
+        grad = -X.T @ (LABELS * s) / len(s) + np.exp(lam) * w
+        w = w - np.linalg.solve((X.T * (s * (1 - s))) @ X / len(s) + np.diag(np.exp(lam)), grad)
+    return w
+
+
+def split_tree(v, dtype=np.float64):
+    return {"a": jnp.asarray(v[:2], dtype), "b": jnp.asarray(np.reshape(v[2:], (2, 2)), dtype)}
+
+
+def flat(tree):
+    return np.concatenate([np.ravel(leaf) for leaf in jax.tree.leaves(tree)])
+
+
+def solve(solver, fn, params, outer, batch=None, state=None):
+    """One jitted step from `params`, or from a state that an earlier one returned."""
+    state = base.InnerState(params, solver.init(params)) if state is None else state
+    run = jax.jit(lambda state, outer, batch: solver.step(base.objective(fn), state, outer, base.Ctx(batch=batch)))
+    return run(state, outer, batch)
+
+
+DESCENT = {
+    "gradient_descent": lambda **k: inner.gradient_descent(maxiter=5000, **k),
+    "gradient_descent_fixed": lambda **k: inner.gradient_descent(1 / 40, maxiter=5000, **k),
+    "agd": lambda **k: inner.agd(maxiter=5000, **k),
+    "lbfgs": lambda **k: inner.lbfgs(**k),
+}
+each_descent = pytest.mark.parametrize("name", DESCENT)
+
+
+# ---- closed forms
+
+
+@each_descent
+def test_quadratic_on_a_tree(name):
+    x = np.arange(1.0, DIM + 1)
+    state, info = solve(DESCENT[name](tol=1e-11), quadratic, split_tree(np.zeros(DIM)), jnp.asarray(x))
+    np.testing.assert_allclose(flat(state.params), np.linalg.solve(A, x), rtol=0, atol=1e-9)
+    assert int(info["code"]) == RESULTS.success
+    assert float(info["value"]) == 0.0
+    assert float(info["grad_norm"]) <= 1e-11 * np.linalg.norm(x)
+    assert 0 < int(info["iterations"]) <= int(info["evaluations"])
+
+
+@each_descent
+def test_ridge_and_logistic(name):
+    lam = np.linspace(-2.0, 0.0, DIM)
+    w0 = jnp.zeros(DIM)
+    solver = DESCENT[name](tol=1e-11)
+    state, info = solve(solver, ridge, w0, jnp.asarray(lam), (jnp.asarray(X), jnp.asarray(T)))
+    exact = np.linalg.solve(X.T @ X / len(T) + np.diag(np.exp(lam)), X.T @ T / len(T))
+    np.testing.assert_allclose(state.params, exact, rtol=0, atol=1e-9)
+    state, info = solve(solver, logistic, w0, jnp.asarray(lam), (jnp.asarray(X), jnp.asarray(LABELS)))
+    np.testing.assert_allclose(state.params, newton(lam), rtol=0, atol=1e-9)
+    assert int(info["code"]) == RESULTS.success
+
+
+def test_agd_needs_far_fewer_iterations_than_descent_at_condition_1e4():
+    scales = jnp.geomspace(1.0, 1e4, 40)
+
+    def fn(y, x, batch):
+        return 0.5 * jnp.sum(scales * (y - x) ** 2)
+
+    counts = {}
+    for name in ("gradient_descent", "agd", "lbfgs"):
+        solver = {"gradient_descent": inner.gradient_descent, "agd": inner.agd, "lbfgs": inner.lbfgs}[name](maxiter=200_000, tol=1e-8)
+        state, info = solve(solver, fn, jnp.zeros(40), jnp.ones(40))
+        assert int(info["code"]) == RESULTS.success
+        np.testing.assert_allclose(state.params, 1.0, rtol=0, atol=1e-3)
+        counts[name] = int(info["evaluations"])
+    assert counts["agd"] * 10 < counts["gradient_descent"], counts
+    assert counts["lbfgs"] < counts["agd"], counts
+
+
+@each_descent
+def test_rosenbrock_like_non_convex(name):
+    """A double well: the solver finds a minimum, never the maximum between, from a start with negative curvature."""
+
+    def fn(y, x, batch):
+        return jnp.sum((y**2 - x) ** 2) / 4
+
+    solver = inner.gradient_descent(0.1, tol=1e-10) if name == "gradient_descent_fixed" else DESCENT[name](tol=1e-10)
+    state, info = solve(solver, fn, jnp.asarray([0.1, -0.2]), jnp.asarray([1.0, 2.0]))
+    np.testing.assert_allclose(np.abs(state.params), np.sqrt([1.0, 2.0]), rtol=0, atol=1e-8)
+    assert int(info["code"]) == RESULTS.success
+
+
+# ---- tolerances
+
+
+@each_descent
+def test_warm_start_is_cheaper_and_as_accurate(name):
+    solver = DESCENT[name](tol=1e-9)
+    x = jnp.arange(1.0, DIM + 1)
+    cold, first = solve(solver, quadratic, split_tree(np.zeros(DIM)), x)
+    warm, second = solve(solver, quadratic, None, x * (1 + 1e-5), state=cold)
+    assert int(second["code"]) == RESULTS.success
+    assert int(second["iterations"]) < int(first["iterations"])
+    # A tolerance relative to the warm start's own gradient would ask for five digits more.
+    assert float(second["grad_norm"]) <= 1e-9 * float(jnp.linalg.norm(x)) * (1 + 1e-4)
+    again, third = solve(solver, quadratic, None, x * (1 + 1e-5), state=warm)
+    assert int(third["iterations"]) == 0 and int(third["code"]) == RESULTS.success
+    np.testing.assert_array_equal(flat(again.params), flat(warm.params))
+
+
+@each_descent
+def test_start_at_the_minimum(name):
+    """No scale to be relative to: the solve ends at the rounding level, and says success."""
+    x = np.arange(1.0, DIM + 1)
+    params = split_tree(np.linalg.solve(A, x))
+    state, info = solve(DESCENT[name](tol=1e-9), quadratic, params, jnp.asarray(x))
+    assert int(info["code"]) == RESULTS.success
+    assert int(info["evaluations"]) < 200
+    np.testing.assert_allclose(flat(state.params), flat(params), rtol=0, atol=1e-13)
+
+
+@each_descent
+def test_float32_stalls_at_the_rounding_level(name):
+    x = jnp.arange(1.0, DIM + 1, dtype=jnp.float32)
+    state, info = solve(DESCENT[name](tol=1e-14), quadratic, split_tree(np.zeros(DIM), np.float32), x)
+    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
+    assert int(info["code"]) == RESULTS.success
+    assert int(info["evaluations"]) < 2000
+    np.testing.assert_allclose(flat(state.params), np.linalg.solve(A, np.arange(1.0, DIM + 1)), rtol=0, atol=2e-5)
+
+
+@each_descent
+def test_out_of_iterations_is_said(name):
+    solver = {
+        "gradient_descent": inner.gradient_descent(maxiter=2),
+        "gradient_descent_fixed": inner.gradient_descent(1 / 40, maxiter=2),
+        "agd": inner.agd(maxiter=2),
+        "lbfgs": inner.lbfgs(maxiter=2),
+    }[name]
+    _, info = solve(solver, quadratic, split_tree(np.zeros(DIM)), jnp.arange(1.0, DIM + 1))
+    assert int(info["code"]) == RESULTS.inner_not_converged
+    assert int(info["iterations"]) == 2
+
+
+@each_descent
+def test_nonfinite_objective_ends_at_once(name):
+    params = split_tree(np.ones(DIM))
+    state, info = solve(DESCENT[name](), lambda y, x, batch: quadratic(y, x, batch) * jnp.nan, params, jnp.ones(DIM))
+    assert int(info["code"]) == RESULTS.inner_nonfinite
+    assert int(info["evaluations"]) == 1
+    np.testing.assert_array_equal(flat(state.params), 1.0)
+
+
+def test_a_wall_of_nan_is_stepped_back_from():
+    """``y − log y`` from far off: a full step leaves the domain, a shorter one does not."""
+
+    def fn(y, x, batch):
+        return jnp.sum(x * y - jnp.log(y))
+
+    for solver in (inner.gradient_descent(tol=1e-9), inner.agd(tol=1e-9), inner.lbfgs(tol=1e-9)):
+        state, info = solve(solver, fn, jnp.full(3, 0.05), jnp.asarray([0.5, 1.0, 2.0]))
+        np.testing.assert_allclose(state.params, [2.0, 1.0, 0.5], rtol=0, atol=1e-6)
+        assert int(info["code"]) == RESULTS.success
+
+
+def test_a_fixed_step_that_diverges_is_nonfinite_and_keeps_the_last_finite_point():
+    state, info = solve(inner.gradient_descent(10.0, maxiter=100_000), lambda y, x, batch: jnp.sum(jnp.cosh(y - x)), jnp.zeros(2), jnp.full(2, 3.0))
+    assert int(info["code"]) == RESULTS.inner_nonfinite
+    assert bool(jnp.all(jnp.isfinite(state.params)))
+
+
+@each_descent
+def test_vmap_is_a_loop(name):
+    solver = DESCENT[name](tol=1e-10)
+    xs = jnp.asarray(RNG.normal(size=(3, DIM)))
+    params = split_tree(np.zeros(DIM))
+
+    def one(x):
+        state, info = solver.step(base.objective(quadratic), base.InnerState(params, solver.init(params)), x, base.Ctx())
+        return state.params, info["iterations"]
+
+    batched, counts = jax.jit(jax.vmap(one))(xs)
+    single = jax.jit(one)
+    for i, x in enumerate(xs):
+        params_i, count = single(x)
+        assert abs(int(count) - int(counts[i])) <= 0.1 * int(count)  # sums in another order tip a line search's choices now and then
+        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=0, atol=1e-9), batched, params_i)
+
+
+@each_descent
+def test_model_state_moves_with_the_solve(name):
+    """The state that comes back is the one that the objective returned at the returned point."""
+
+    def fn(y, x, batch, model):
+        return 0.5 * jnp.sum((y - x) ** 2), {"mean": jnp.mean(y)}
+
+    solver = DESCENT[name](tol=1e-9)
+    y = jnp.zeros(3)
+    model = {"mean": jnp.asarray(7.0)}
+    state, _ = solver.step(base.objective(fn, stateful=True), base.InnerState(y, solver.init(y), model), jnp.ones(3), base.Ctx(model=model))
+    np.testing.assert_allclose(state.model["mean"], jnp.mean(state.params), rtol=0, atol=1e-15)
+
+
+# ---- the L-BFGS matrix
+
+
+def test_inverse_hessian_product_is_the_bfgs_matrix():
+    """Against the dense BFGS recursion on the stored pairs, oldest first."""
+    solver = inner.lbfgs(tol=1e-3, memory=4)
+    state, info = solve(solver, quadratic, split_tree(np.zeros(DIM)), jnp.arange(1.0, DIM + 1))
+    assert int(info["iterations"]) > 4  # the ring has wrapped
+    opt = state.opt
+    order = (int(opt.head) + np.arange(4)) % 4
+    pairs = np.concatenate([np.reshape(leaf, (2, 4, -1)) for leaf in jax.tree.leaves(opt.pairs)], axis=2)
+    h = float(opt.gamma) * np.eye(DIM)
+    for i in order:
+        s, u = pairs[:, i]
+        left = np.eye(DIM) - np.outer(s, u) / (s @ u)
+        h = left @ h @ left.T + np.outer(s, s) / (s @ u)
+    for v in np.eye(DIM):
+        np.testing.assert_allclose(flat(inverse_hessian_product(opt, split_tree(v))), h @ v, rtol=0, atol=1e-10 * np.abs(h).max())
+
+
+def test_memory_of_full_size_inverts_a_quadratic():
+    solver = inner.lbfgs(tol=1e-12, memory=12)
+    state, _ = solve(solver, quadratic, split_tree(np.zeros(DIM)), jnp.arange(1.0, DIM + 1))
+    v = RNG.normal(size=DIM)
+    np.testing.assert_allclose(flat(inverse_hessian_product(state.opt, split_tree(v))), np.linalg.solve(A, v), rtol=0.05, atol=0.01)
+
+
+# ---- optax
+
+
+def clipped(lr, clip):
+    return optax.chain(optax.clip_by_global_norm(clip), optax.adam(lr))
+
+
+TUNABLE = {
+    "sgd": (optax.sgd, {"learning_rate": 0.1}, {"learning_rate": 0.2}),
+    "momentum": (optax.sgd, {"learning_rate": 0.1, "momentum": 0.9}, {"learning_rate": 0.1, "momentum": 0.8}),
+    "adam": (optax.adam, {"learning_rate": 0.1}, {"learning_rate": 0.01}),
+    "adamw": (optax.adamw, {"learning_rate": 0.1, "weight_decay": 1e-3}, {"learning_rate": 0.1, "weight_decay": 1e-2}),
+    "chain": (clipped, {"lr": 0.1, "clip": 1.0}, {"lr": 0.2, "clip": 2.0}),
+}
+
+
+@pytest.mark.parametrize("name", TUNABLE)
+def test_tunable_numbers_are_leaves(name):
+    """Other numbers: the same static part, no new trace, and the same steps as optax's own to the bit."""
+    factory, one, other = TUNABLE[name]
+    traces = []
+
+    def fn(y, x, batch):
+        traces.append(None)
+        return 0.5 * jnp.sum((y - x) ** 2)
+
+    objective = base.objective(fn)
+
+    @jax.jit
+    def dynamic_run(dynamic, state):
+        return inner_of(dynamic).run(state, jnp.ones(3), base.Feed())
+
+    def inner_of(dynamic):
+        return base.Lower(objective, base.join(static, dynamic), lambda feed, i: base.Ctx())
+
+    results = []
+    for settings in (one, other):
+        solver = inner.optax(inner.tunable(factory, **settings), steps=4)
+        static, dynamic = base.split(solver)
+        y = jnp.zeros(3)
+        results.append(dynamic_run(dynamic, base.InnerState(y, solver.init(y)))[0].params)
+        if settings is one:
+            first_static, count = static, len(traces)
+    assert static == first_static and hash(static) == hash(first_static)
+    assert len(traces) == count
+    assert not np.allclose(results[0], results[1])
+    for settings, found in zip((one, other), results, strict=True):
+        opt = factory(**settings)
+        y = jnp.zeros(3)
+        opt_state = opt.init(y)
+        for _ in range(4):
+            with jax.numpy_dtype_promotion("standard"):
+                updates, opt_state = opt.update(y - 1, opt_state, y)
+            y = y + updates
+        np.testing.assert_allclose(found, y, rtol=1e-13)
+
+
+@pytest.mark.parametrize("opt", [optax.polyak_sgd(), optax.lbfgs(), inner.tunable(optax.lbfgs, memory_size=4)], ids=["polyak", "lbfgs", "tunable"])
+def test_optax_transformations_that_ask_for_the_value(opt):
+    solver = inner.optax(opt, steps=30)
+    y = split_tree(np.zeros(DIM))
+
+    def fn(y, x, batch):  # least value 0, which the Polyak step assumes
+        return 0.5 * sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(y))
+
+    lower = base.Lower(base.objective(fn), solver, lambda feed, i: base.Ctx())
+    state, info = jax.jit(lambda s: lower.run(s, 0.0, base.Feed()))(base.InnerState(y, solver.init(y)))
+    np.testing.assert_allclose(flat(state.params), 1.0, rtol=0, atol=1e-6)
+    assert info["value"].shape == info["grad_norm"].shape == (30,)
+    np.testing.assert_allclose(info["value"][0], DIM / 2)
+    np.testing.assert_allclose(info["grad_norm"][0], np.sqrt(DIM))
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32, jnp.float64])
+def test_optax_keeps_dtypes(dtype):
+    solver = inner.optax(inner.tunable(optax.adamw, learning_rate=0.1), steps=3)
+    y = jnp.zeros(2, dtype)
+    lower = base.Lower(base.objective(lambda y, x, batch: jnp.sum((y - x) ** 2)), solver, lambda feed, i: base.Ctx())
+    state, _ = lower.run(base.InnerState(y, solver.init(y)), jnp.ones(2, dtype), base.Feed())
+    assert state.params.dtype == dtype
+    before, after = (jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (solver.init(y), state.opt))
+    assert before == after
+
+
+def test_optax_update_is_the_transformation():
+    solver = inner.optax(optax.sgd(0.5), steps=1)
+    y = jnp.ones(3)
+    updates, _ = solver.update(y, solver.init(y), y)
+    np.testing.assert_array_equal(updates, -0.5)
+
+
+# ---- adapters
+
+
+def soft_threshold(y, amount, scaling=1.0):
+    return jnp.sign(y) * jnp.maximum(jnp.abs(y) - amount * scaling, 0.0)
+
+
+@pytest.mark.parametrize("solver", ["LBFGS", "BFGS", "NonlinearCG", "GradientDescent"])
+def test_jaxopt_solvers(solver):
+    x = np.arange(1.0, DIM + 1)
+    made = inner.jaxopt(getattr(jaxopt, solver), maxiter=2000, tol=1e-7)
+    state, info = solve(made, quadratic, split_tree(np.zeros(DIM)), jnp.asarray(x))
+    np.testing.assert_allclose(flat(state.params), np.linalg.solve(A, x), rtol=0, atol=1e-6)
+    assert int(info["code"]) == RESULTS.success and int(info["iterations"]) > 0
+    assert float(info["value"]) == 0.0 and float(info["grad_norm"]) < 1e-6
+
+
+def test_jaxopt_prox_and_projection():
+    """Lasso with an identity design is soft thresholding; the nearest point of the non-negative orthant is ``max(x, 0)``."""
+
+    def fn(y, x, batch):
+        return 0.5 * jnp.sum((y - x) ** 2)
+
+    x = jnp.asarray([2.0, -0.3, 0.7])
+    lasso = inner.jaxopt(jaxopt.ProximalGradient, prox=soft_threshold, hyperparams_prox=0.5, tol=1e-8)
+    state, info = solve(lasso, fn, jnp.zeros(3), x)
+    np.testing.assert_allclose(state.params, [1.5, 0.0, 0.2], rtol=0, atol=1e-7)
+    assert int(info["code"]) == RESULTS.success and float(info["grad_norm"]) < 1e-7
+    box = inner.jaxopt(jaxopt.ProjectedGradient, projection=lambda y, _: jnp.maximum(y, 0.0), tol=1e-8)
+    state, info = solve(box, fn, jnp.ones(3), x)
+    np.testing.assert_allclose(state.params, [2.0, 0.0, 0.7], rtol=0, atol=1e-7)
+
+
+def test_jaxopt_says_how_it_ended():
+    short = inner.jaxopt(jaxopt.GradientDescent, maxiter=2, tol=1e-9)
+    _, info = solve(short, quadratic, split_tree(np.zeros(DIM)), jnp.arange(1.0, DIM + 1))
+    assert int(info["code"]) == RESULTS.inner_not_converged
+    state, info = solve(short, lambda y, x, b: quadratic(y, x, b) * jnp.nan, split_tree(np.ones(DIM)), jnp.ones(DIM))
+    assert int(info["code"]) == RESULTS.inner_nonfinite
+    np.testing.assert_array_equal(flat(state.params), 1.0)
+
+
+def test_optimistix_minimiser():
+    x = np.arange(1.0, DIM + 1)
+    made = inner.optimistix(optimistix.BFGS(rtol=1e-9, atol=1e-9))
+    state, info = solve(made, quadratic, split_tree(np.zeros(DIM)), jnp.asarray(x))
+    np.testing.assert_allclose(flat(state.params), np.linalg.solve(A, x), rtol=0, atol=1e-7)
+    assert int(info["code"]) == RESULTS.success and int(info["iterations"]) > 0
+
+
+def test_numbers_of_every_solver_are_leaves():
+    for make in (
+        lambda v: inner.gradient_descent(v),
+        lambda v: inner.agd(tol=v),
+        lambda v: inner.lbfgs(tol=v),
+        lambda v: inner.jaxopt(jaxopt.LBFGS, tol=v),
+        lambda v: inner.optimistix(optimistix.BFGS(rtol=v, atol=v)),
+    ):
+        assert base.split(make(1e-3))[0] == base.split(make(1e-4))[0]
+
+
+def test_import_brings_no_heavy_package():
+    code = "import sys, bilevax.inner; sys.exit(any(m in sys.modules for m in ('jaxopt', 'optimistix', 'matplotlib')))"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "word"),
+    [
+        (lambda: inner.optax(optax.sgd, 3), TypeError, "opt:"),
+        (lambda: inner.optax(optax.sgd(0.1), 0), ValueError, "steps:"),
+        (lambda: inner.optax(optax.sgd(0.1), 2.5), TypeError, "steps:"),
+        (lambda: inner.tunable(optax.sgd(0.1)), TypeError, "factory:"),
+        (lambda: inner.tunable(lambda lr: lr, lr=0.1), TypeError, "factory:"),
+        (lambda: inner.gradient_descent(-1.0), ValueError, "step_size:"),
+        (lambda: inner.gradient_descent("auto"), TypeError, "step_size:"),
+        (lambda: inner.gradient_descent(maxiter=0), ValueError, "maxiter:"),
+        (lambda: inner.agd(tol=0.0), ValueError, "tol:"),
+        (lambda: inner.agd(maxiter=1.5), TypeError, "maxiter:"),
+        (lambda: inner.lbfgs(memory=0), ValueError, "memory:"),
+        (lambda: inner.lbfgs(tol=float("nan")), ValueError, "tol:"),
+        (lambda: inner.jaxopt(object()), TypeError, "solver:"),
+        (lambda: inner.jaxopt(jaxopt.LBFGS, fun=quadratic), TypeError, "fun:"),
+        (lambda: inner.jaxopt(jaxopt.LBFGS, max_iter=3), TypeError, "max_iter:"),
+        (lambda: inner.jaxopt(jaxopt.Bisection), TypeError, "solver:"),
+        (lambda: inner.optimistix(object()), TypeError, "solver:"),
+        (lambda: inner.optimistix(optimistix.BFGS(rtol=1e-3, atol=1e-3), maxiter=0), ValueError, "maxiter:"),
+    ],
+)
+def test_bad_settings_are_refused_at_once(call, error, word):
+    with pytest.raises(error, match=word):
+        call()

@@ -1,0 +1,58 @@
+"""The inner L-BFGS inverse as adjoint, and as start and preconditioner of one."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+from bilevax import linear
+from bilevax.inner.lbfgs import inverse_hessian_product
+from tests.problems import PROBLEMS, flatten
+
+FORM = PROBLEMS["logistic_penalties"]
+SOLVER = bx.inner.lbfgs(maxiter=500, tol=1e-13)
+
+
+def prepared():
+    return jax.tree.map(jnp.asarray, (FORM.inner_params, FORM.outer_params, FORM.inner_batch, FORM.outer_batch))
+
+
+def run(method):
+    return jax.jit(bx.value_and_hypergrad(FORM.inner, FORM.outer, solver=SOLVER, hypergradient=method))(*prepared())
+
+
+def test_unrefined_is_the_inverse_estimate():
+    est = run(bx.hypergradient.shine())
+    y, x, inner_batch, outer_batch = prepared()
+    w, direct = jax.grad(FORM.outer, (0, 1))(est.inner_params, x, outer_batch)
+    q = inverse_hessian_product(est.state.opt, w)
+    mixed = jax.grad(lambda x: jnp.sum(jax.grad(FORM.inner)(est.inner_params, x, inner_batch) * q))(x)
+    np.testing.assert_allclose(est.grad, direct - mixed, rtol=1e-9)
+    H = FORM.inner_hessian(FORM.outer_params)
+    np.testing.assert_allclose(est.info["adjoint_residual"], np.linalg.norm(H @ q - w) / np.linalg.norm(w), rtol=1e-6)
+    assert int(est.info["hvps"]) == 1  # the residual's
+    assert float(est.info["adjoint_residual"]) < 0.5  # informative, though not exact
+
+
+def test_refined_is_exact_and_needs_fewer_products_than_a_cold_start():
+    est = run(bx.hypergradient.shine(refine=50, tol=1e-11))
+    want = flatten(FORM.hypergradient(FORM.outer_params))
+    assert np.linalg.norm(flatten(est.grad) - want) <= 1e-8 * np.linalg.norm(want)
+    cold = run(bx.hypergradient.implicit(linear.cg(tol=1e-3)))
+    warm = run(bx.hypergradient.shine(refine=50, tol=1e-3))
+    assert float(warm.info["adjoint_residual"]) <= 1e-3
+    assert int(warm.info["adjoint_iterations"]) <= int(cold.info["adjoint_iterations"])
+
+
+def test_needs_a_solver_that_keeps_a_matrix():
+    fn = bx.value_and_hypergrad(FORM.inner, FORM.outer, solver=bx.inner.optax(optax.sgd(0.1), 3), hypergradient=bx.hypergradient.shine())
+    with pytest.raises(TypeError, match="^solver: got optax"):
+        fn(*prepared())
+
+
+@pytest.mark.parametrize(("settings", "name"), [({"refine": -1}, "refine"), ({"tol": 0.0}, "tol"), ({"max_residual": 0.0}, "max_residual")])
+def test_refusals(settings, name):
+    with pytest.raises(ValueError, match=f"^{name}: got"):
+        bx.hypergradient.shine(**settings)
