@@ -1,0 +1,162 @@
+"""How the examples report: common flags, a table of means and standard errors, a picture, and a JSON file with all that a run depended on."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import importlib.metadata
+import json
+import os
+import platform
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import jax
+import numpy as np
+from data import Unavailable
+
+# Okabe and Ito's colours, distinguishable with any kind of colour vision; black last.
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"
+
+Rows = Mapping[str, Mapping[str, Sequence[float]]]  # row -> column -> one number a seed
+
+
+# ---- flags
+
+
+def parser(doc: str, *, full: Mapping[str, int], small: Mapping[str, int]) -> argparse.ArgumentParser:
+    """A parser with the flags that every example has. `full` and `small` hold the defaults of ``seeds`` and ``steps`` in either mode."""
+    summary, _, usage = doc.strip().partition("\n\n")
+    out = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
+    out.add_argument("--small", action="store_true", help="a small run that finishes in seconds; its numbers mean nothing")
+    for name, what in (("seeds", "random seeds"), ("steps", "outer steps")):
+        out.add_argument(f"--{name}", type=_positive, help=f"{what} (default {full[name]}, with --small {small[name]})")
+    out.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder of the picture and the JSON file")
+    out.set_defaults(modes={False: dict(full), True: dict(small)})
+    return out
+
+
+def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The flags, with the mode's defaults where none was given, and the output folder made."""
+    args = parser.parse_args(argv)
+    for name, value in args.modes[args.small].items():
+        if getattr(args, name, None) is None:
+            setattr(args, name, value)
+    del args.modes
+    args.out.mkdir(parents=True, exist_ok=True)
+    return args
+
+
+def _positive(text: str) -> int:
+    value = int(text)
+    if value < 1:
+        raise argparse.ArgumentTypeError(f"got {text}; expected at least 1")
+    return value
+
+
+def run(main: Callable) -> None:
+    """Call a script's main. Data that cannot be had skips a small run (exit status 0), and fails a full one."""
+    try:
+        main()
+    except Unavailable as error:
+        if "--small" not in sys.argv:
+            raise SystemExit(str(error)) from None
+        print(f"skipped: {error}")
+
+
+# ---- numbers
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over seeds; NaN for a single seed, which has none."""
+    values = np.asarray(values, float)
+    return float(np.std(values, ddof=1) / np.sqrt(len(values))) if len(values) > 1 else float("nan")
+
+
+def mean_se(values: Sequence[float], digits: int = 3, signed: bool = False) -> str:
+    """``mean ± standard error`` over seeds; the mean alone for a single seed."""
+    mean, error = f"{np.mean(values):{'+' if signed else ''}.{digits}f}", standard_error(values)
+    return mean if np.isnan(error) else f"{mean} ± {error:.{digits}f}"
+
+
+def table(rows: Rows, columns: Mapping[str, str], *, better: tuple[str, str] | None = None, digits: int = 3) -> str:
+    """The rows as a Markdown table, mean ± standard error over seeds.
+
+    `columns` maps a key of a row to its heading. With ``better=(row, key)`` a last column says by how much that row is above each other one:
+    mean and standard error of the differences seed by seed (all rows of a seed share its data), and their ratio t.
+    """
+    lines = [["", *columns.values()] + ([f"{better[0]} is above it by"] if better else [])]
+    for name, row in rows.items():
+        cells = [name] + [mean_se(row[key], digits) if key in row else "" for key in columns]
+        if better:
+            gain = np.asarray(rows[better[0]][better[1]]) - np.asarray(row[better[1]])
+            error = standard_error(gain)
+            t = "" if not error > 0 else f" (t = {np.mean(gain) / error:+.1f})"
+            cells.append("" if name == better[0] else mean_se(gain, digits, signed=True) + t)
+        lines.append(cells)
+    widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
+    lines.insert(1, ["-" * width for width in widths])
+    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+# ---- files
+
+
+@contextlib.contextmanager
+def figure(path: Path, columns: int, *, height: float = 4.2, width: float = 5.4, **keywords) -> Iterator[tuple]:
+    """``with figure(path, 2) as (fig, axes)``: draw, and the picture is saved at the end. Needs no display."""
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    import matplotlib.pyplot as plt
+
+    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 12, "legend.frameon": False}
+    with plt.rc_context(style):
+        fig, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", **keywords)
+        yield fig, axes
+        fig.savefig(path, dpi=130)
+        plt.close(fig)
+    print(f"picture: {path}")
+
+
+def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str) -> None:
+    """Rows as points with two standard errors to either side, the number beside each."""
+    names = list(rows)
+    for place, name in enumerate(names):
+        values = np.asarray(rows[name][key], float)
+        error = 0.0 if len(values) == 1 else 2 * standard_error(values)
+        color = colors.get(name, "0.35")
+        ax.errorbar(values.mean(), place, xerr=error, fmt="o", color=color, capsize=4, markersize=7)
+        ax.annotate(f"{values.mean():.3f}", (values.mean(), place), textcoords="offset points", xytext=(0, 8), ha="center", color=color)
+    ax.set_yticks(range(len(names)), names)
+    ax.set_ylim(len(names) - 0.5, -0.7)
+    ax.margins(x=0.12)
+    ax.grid(axis="x", color="0.9")
+    ax.set_xlabel(label)
+
+
+def save(path: Path, settings: Mapping, rows: Rows, seconds: float, **more) -> None:
+    """Settings, results a seed, time and environment as JSON."""
+    content = {"settings": dict(settings), "results": rows, "seconds": seconds, **more, "environment": environment()}
+    path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
+    print(f"numbers: {path}")
+
+
+def environment() -> dict:
+    """Versions and machine."""
+    packages = ("bilevax", "jax", "jaxlib", "numpy", "optax", "flax", "scikit-learn")
+    versions = {}
+    for name in packages:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout that is not installed
+            versions[name] = importlib.metadata.version(name)
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    return {"python": platform.python_version(), **versions, "platform": platform.platform(), "cores": cores, "device": str(jax.devices()[0])}
+
+
+def _plain(value):
+    if isinstance(value, (np.ndarray, np.generic, jax.Array)):
+        return np.asarray(value).tolist()
+    if isinstance(value, Path):
+        return str(value)
+    raise TypeError(f"not JSON: {type(value).__name__}")
