@@ -1,0 +1,145 @@
+"""The measurements on docs/choosing.md: every method on one problem, at a short and at a long inner solve.
+
+python benchmarks/choosing.py            # writes docs/choosing.png and the tables of docs/choosing.md
+python benchmarks/choosing.py --quick    # a small run that writes nothing but to --out
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import bilevax as bx
+
+matplotlib.use("Agg")
+import matplotlib.pyplot as plt
+
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "choosing.md"
+FAMILIES = {  # Okabe and Ito's colours, and a marker each for those who see none
+    "implicit": ("#0072B2", "o"),
+    "through the steps": ("#D55E00", "s"),
+    "first order": ("#009E73", "^"),
+    "solves only": ("#CC79A7", "D"),
+}
+
+
+# ---- digits, a third of whose training labels are wrong: a weight an example and a decay a class
+
+
+def problem(rows):
+    x, y = load_digits(return_X_y=True)
+    x, rng = x.astype(np.float32) / 16, np.random.default_rng(0)
+    labels = np.where(rng.random(rows) < 1 / 3, rng.integers(0, 10, rows), y[:rows])
+    train, valid = (x[:rows], labels), (x[rows : 2 * rows], y[rows : 2 * rows])
+    start = {"w": jnp.zeros((64, 10)), "b": jnp.zeros(10)}
+    return start, {"weights": jnp.zeros(rows), "decay": jnp.full(10, -4.0)}, *jax.tree.map(jnp.asarray, (train, valid))
+
+
+def losses(y, batch):
+    return optax.softmax_cross_entropy_with_integer_labels(batch[0] @ y["w"] + y["b"], batch[1])
+
+
+def inner(y, x, batch):
+    return jnp.mean(jax.nn.sigmoid(x["weights"]) * losses(y, batch)) + 0.5 * jnp.sum(jnp.exp(x["decay"]) * (y["w"] ** 2 + y["b"] ** 2 / 64))
+
+
+def outer(y, x, batch):
+    return jnp.mean(losses(y, batch))
+
+
+def methods(solver):
+    """Family, and what `compare_hypergradients` takes, by name."""
+    H, L = bx.hypergradient, bx.linear
+    lbfgs, steps = bx.inner.lbfgs(maxiter=max(5, solver.steps // 4), tol=1e-6), solver.steps
+    return {
+        "implicit, CG": ("implicit", H.implicit(L.cg(200, 1e-4), max_residual=jnp.inf)),
+        "implicit, 5 CG": ("implicit", H.implicit(L.cg(5), max_residual=jnp.inf)),
+        "implicit, 10 Neumann": ("implicit", H.implicit(L.neumann(10), max_residual=jnp.inf)),
+        "implicit, Nyström 10": ("implicit", H.implicit(L.nystrom(10), max_residual=jnp.inf)),
+        "implicit, CG, after L-BFGS": ("implicit", (lbfgs, H.implicit(L.cg(200, 1e-4), max_residual=jnp.inf))),
+        "SHINE, after L-BFGS": ("implicit", (lbfgs, H.shine(max_residual=jnp.inf))),
+        "unrolled": ("through the steps", H.unrolled()),
+        "unrolled, sqrt": ("through the steps", H.unrolled(checkpoint="sqrt")),
+        "unrolled, all kept": ("through the steps", H.unrolled(checkpoint="none")),
+        f"truncated to {steps // 4}": ("through the steps", H.unrolled(last=steps // 4)),
+        "one step": ("first order", H.one_step()),
+        "finite difference": ("first order", H.finite_difference()),
+        "SAMA": ("first order", H.sama()),
+        "zeroth order, 16": ("solves only", H.zeroth_order(16, 0.1)),
+    }
+
+
+def compare(rows, steps, repeats):
+    y, x, train, valid = problem(rows)
+    solver = bx.inner.optax(optax.adam(0.03), steps)
+    chosen = methods(solver)
+    table = bx.compare_hypergradients(
+        inner, outer, y, x, solver=solver, methods={name: pair for name, (_, pair) in chosen.items()}, inner_batch=train, outer_batch=valid,
+        reference="dense", repeats=repeats, key=jax.random.key(0),
+    )  # fmt: skip
+    return table, {name: family for name, (family, _) in chosen.items()}
+
+
+# ---- the picture and the page
+
+
+def draw(tables, path):
+    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    fig, axes = plt.subplots(1, len(tables), figsize=(11, 4.6), sharey=True, layout="constrained")
+    for ax, (steps, (table, families)) in zip(axes, tables.items(), strict=True):
+        for row in table.rows:
+            colour, marker = FAMILIES[families[row.name]]
+            ax.scatter(row.milliseconds, row.relative_error, s=42, color=colour, marker=marker, zorder=3)
+            ax.annotate(row.name, (row.milliseconds, row.relative_error), xytext=(6, 3), textcoords="offset points", fontsize=7.5)
+        ax.axhline(table.solve_error, color="0.6", linestyle="--", linewidth=1)
+        ax.set(xscale="log", yscale="log", title=f"{steps} inner steps", xlabel="time of one call, solve included [ms]")
+        ax.margins(x=0.25)
+        ax.grid(color="0.93")
+    axes[0].set_ylabel("relative error of the hypergradient")
+    handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in FAMILIES.items()]
+    handles.append(plt.Line2D([], [], color="0.6", linestyle="--", label="exact adjoint at the solver's point"))
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
+    fig.savefig(path, dpi=110)
+    plt.close(fig)
+
+
+def write(page, tables):
+    text = page.read_text()
+    for steps, (table, _) in tables.items():
+        block = f"<!-- measured: {steps} steps -->\n{table.to_markdown()}\n<!-- end -->"
+        text, count = re.subn(rf"<!-- measured: {steps} steps -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
+        if count != 1:
+            raise ValueError(f"{page}: expected one table marked 'measured: {steps} steps', found {count}.")
+    page.write_text(text)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--quick", action="store_true", help="a small run that writes nothing but to --out")
+    parser.add_argument("--repeats", type=int, help="timed calls of each method (default 21, with --quick 1)")
+    parser.add_argument("--out", type=Path, help="folder of choosing.png, in place of the page")
+    args = parser.parse_args(argv)
+    rows, lengths, repeats = (60, (8, 16), args.repeats or 1) if args.quick else (600, (20, 1000), args.repeats or 21)
+    tables = {steps: compare(rows, steps, repeats) for steps in lengths}
+    for steps, (table, _) in tables.items():
+        print(
+            f"## {steps} inner steps\n\n{table.to_markdown()}\n\nexact adjoint at the solver's point: {table.solve_error:.1e}\n{table.recommendation}\n"
+        )
+    if args.out is not None:
+        args.out.mkdir(parents=True, exist_ok=True)
+        draw(tables, args.out / "choosing.png")
+    elif not args.quick:
+        draw(tables, PAGE.with_suffix(".png"))
+        write(PAGE, tables)
+    return tables
+
+
+if __name__ == "__main__":
+    sys.exit(main() is None)
