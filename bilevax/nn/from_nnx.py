@@ -1,0 +1,116 @@
+"""Models of Flax's nnx."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+from flax import nnx
+
+from bilevax import check
+from bilevax.base import Bound, PyTree
+from bilevax.nn.net import Form, Net, check_groups, divided, pack, unpack
+
+
+def from_nnx(model: Any, wrt: Any = nnx.Param) -> Net:
+    """Take an nnx model apart into what is learned, what moves with it, and what stands still.
+
+    Its graph definition is static, so that a second model of the same architecture compiles nothing. `model` itself is left as it is:
+    write results into it with ``nnx.update(model, solution.inner_params)``, or make another one with ``net.merge``.
+
+    Args:
+      model: an ``nnx.Module``, or a dict, list or tuple of them. Calling one in a loss moves its own copy.
+      wrt: what is learned. An nnx filter: a variable type (``nnx.LoRAParam``), or anything else that chooses among the ``nnx.Param``, such as
+        `paths`, ``nnx.Not(...)``, or a function ``(path, value) -> bool``. A tuple or a dict of filters, a filter a level, divides the parameters of
+        one model between levels; each takes what those before it left. Parameters that no filter takes are frozen.
+
+    Returns:
+      A `Net`. ``params`` holds ``nnx.State``, what ``nnx.state(model, filter)`` gives. Variables of other types (BatchNorm's statistics, caches)
+      are the ``state``. Random streams are neither: each evaluation gets new keys from the key of the run.
+
+    Raises:
+      TypeError: if `model` is not of nnx.
+      ValueError: if a filter takes nothing.
+
+    Example:
+      >>> from flax import nnx
+      >>> from bilevax import nn
+      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+      >>> nn.from_nnx(model)
+      Net(34 learned numbers, with state)
+      >>> head_only = nn.from_nnx(model, wrt=nn.paths("layers/2"))
+      >>> inner, outer = nn.from_nnx(model, wrt=(nn.paths("layers/2"), nn.paths("layers/0"))).params
+    """
+    if not modules(model):
+        raise TypeError(
+            f"model: got {check.describe(model)}; expected an nnx.Module, or a dict, list or tuple of them. For linen, try nn.from_linen."
+        )
+    filters, form = divided(wrt)
+    model = nnx.clone(model)
+    nnx.pop(model, nnx.Intermediate)
+    graphdef, draws, *parts = nnx.split(model, nnx.RngState, *map(_among_params, filters), nnx.Param, ...)
+    *groups, frozen, state = parts
+    names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
+    check_groups(tuple(groups), filters, names)
+    settings = dict(graphdef=graphdef, draws=draws, frozen=frozen, form=form)
+    bind = Bound("nnx", _bind, **settings, moving=_Among(frozenset(path for path, _ in nnx.to_flat_state(state))))
+    return Net(pack(tuple(groups), form), state, bind, Bound("merge", _merge, **settings, initial=state), bool(jax.tree.leaves(draws)), form)
+
+
+def modules(model: Any) -> list[nnx.Module]:
+    """The modules at the root of `model`."""
+    leaves = jax.tree.leaves(model, is_leaf=lambda leaf: isinstance(leaf, nnx.Module))
+    return [leaf for leaf in leaves if isinstance(leaf, nnx.Module)]
+
+
+def _among_params(chosen: Any):
+    """A type says itself which variables it means; any other filter means parameters, so that no path takes BatchNorm's statistics along."""
+    return chosen if isinstance(chosen, type) else nnx.All(nnx.Param, list(chosen) if isinstance(chosen, list) else chosen)
+
+
+class _Among:
+    """The filter that takes the variables at these paths."""
+
+    def __init__(self, places: frozenset):
+        self.places = places
+
+    def __call__(self, path, value):
+        return tuple(path) in self.places
+
+    def __hash__(self):
+        return hash(self.places)
+
+    def __eq__(self, other):
+        return isinstance(other, _Among) and self.places == other.places
+
+
+def _bind(params: PyTree, state: PyTree, key, train: bool, *, graphdef, draws, frozen, form: Form, moving: _Among):
+    state = nnx.State({}) if state is None else state
+    draws = draws if key is None else _reseeded(draws, key)
+    model = nnx.merge(graphdef, draws, *unpack(params, form), frozen, state, copy=True)  # a copy: calling it must not touch what was passed in
+    for module in modules(model):
+        module.train() if train else module.eval()
+    return model, lambda: nnx.state(model, moving)
+
+
+def _merge(params: PyTree, state: PyTree = None, *, graphdef, draws, frozen, form: Form, initial):
+    return nnx.merge(graphdef, draws, *unpack(params, form), frozen, initial if state is None else state, copy=True)
+
+
+def _reseeded(draws: nnx.State, key: jax.Array) -> nnx.State:
+    """Every random stream from its beginning, with a key of its own."""
+    if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    fresh = []
+    for number, (path, variable) in enumerate(nnx.to_flat_state(draws)):
+        old = variable.get_value()
+        if isinstance(variable, nnx.RngKey):
+            own = jax.random.fold_in(key, number)
+            value = own if old.shape == () else jax.random.split(own, old.shape)
+        else:
+            value = jax.numpy.zeros_like(old)
+        fresh.append((path, variable.replace(value)))
+    return nnx.from_flat_state(fresh)
+
+
+__all__ = ["from_nnx"]
