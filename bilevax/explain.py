@@ -69,8 +69,6 @@ class Explanation(NamedTuple):
             lines.append(f"  a step: {_count(self.gradients[name], 'gradient')}, {_count(self.hvps[name], 'HVP')}")
         return "\n".join(lines)
 
-    __str__ = __repr__
-
     def draw(self, ax: Any = None) -> Any:
         """The graph as a picture: an arrow from what is read to who reads it, dashed where that happens inside another level's objective.
 

@@ -14,7 +14,8 @@ from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, PyTree, objective
 from bilevax.graph import Graph, find
-from bilevax.hypergradient import finite_difference
+from bilevax.hypergradient.finite_difference import finite_difference
+from bilevax.hypergradient.one_step import one_step
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -35,8 +36,8 @@ class Level:
         going there.
       freeze: the level stands still, and is a constant to all who read it: neither solved nor differentiated.
 
-    Clipping, accumulation and warm-up are the optimizer's: ``optax.chain(optax.clip_by_global_norm(1.0), opt)``, ``optax.MultiSteps(opt, n)``, a
-    schedule that is zero for the first steps.
+    Clipping, accumulation and warm-up are the optimizer's: ``optax.chain(optax.clip_by_global_norm(1.0), opt)``, ``optax.MultiSteps(opt,
+    n).gradient_transformation()``, a schedule that is zero for the first steps.
 
     Raises:
       TypeError, ValueError: for arguments of another kind.
@@ -117,7 +118,7 @@ def checked(levels: Sequence[Level]) -> tuple[Level, ...]:
             raise ValueError(f"levels: got the name {name!r} {names.count(name)} times; expected a name of its own for each level.")
     *lower, top = levels
     for level in lower:
-        if level.hypergradient is None:
+        if level.hypergradient is None and not level.freeze:
             raise ValueError(
                 f"Level {level.name!r}, hypergradient: got None; expected a method, since it is not the top level. Try hypergradient.implicit()."
             )
@@ -177,9 +178,11 @@ def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[st
 
 
 def method_of(level: Level) -> Hypergradient:
-    """The method of a level below the top, which `checked` has seen to have one."""
-    assert level.hypergradient is not None
-    return level.hypergradient
+    """The method of a level below the top; only a frozen one may do without."""
+    return _NONE if level.hypergradient is None else level.hypergradient
+
+
+_NONE = one_step()  # never called: nothing waits for a frozen level
 
 
 def _once_only(method: Hypergradient) -> Hypergradient:

@@ -187,6 +187,7 @@ def _nonquadratic():
     return top
 
 
+@pytest.mark.slow
 def test_three_nested_levels_against_finite_differences():
     top = _nonquadratic()
     z = jnp.array([0.1, 0.2, 0.3])
@@ -242,6 +243,24 @@ def test_pytrees_and_leaves_that_are_not_numbers_to_learn():
     close(y["w"], jnp.array([2.0, 0.0]), atol=1e-9)
     close(y["b"], 2.0 * noise + 3.0)
     close(grad, {"x": jnp.array([0.0, 0.0, 4.0]), "scale": noise})
+
+
+def test_an_argument_that_reaches_one_leaf_only():
+    """JAX's transposition of a linear solve wants every leaf of the right side to move, or none."""
+
+    def g(y, x):
+        return jnp.sum((y["a"] - x) ** 2) + jnp.sum(jnp.cosh(y["b"] - 0.3))
+
+    fn = argmin(g, inner.optax(optax.sgd(0.4), 100))
+
+    def h(x):
+        y = fn({"a": jnp.zeros(2), "b": jnp.zeros(2)}, x)
+        return jnp.sum(y["a"] ** 3) + jnp.sum(y["b"] * y["a"])
+
+    x = jnp.array([0.3, 0.5])
+    assert np.allclose(jax.grad(h)(x), 3 * x**2 + 0.3, rtol=1e-8)
+    assert np.allclose(jax.jit(jax.hessian(h))(x), np.diag(6 * x), rtol=1e-8)
+    assert np.allclose(jax.jit(jax.jacrev(jax.grad(h)))(x), np.diag(6 * x), rtol=1e-8)
 
 
 def test_captured_traced_values_are_differentiated():
