@@ -2,7 +2,7 @@
 
 import importlib
 
-from bilevax import algorithms, callbacks, checkpoint, data, diagnostics, hypergradient, inner, linear, sharding
+from bilevax import algorithms, callbacks, checkpoint, data, diagnostics, hypergradient, inner, linear, plots, sharding, testing
 from bilevax.argmin import argmin
 from bilevax.base import Estimate, objective
 from bilevax.diagnostics import check_hypergradient, compare_hypergradients, error_bound
@@ -49,11 +49,13 @@ __all__ = [
     "metrics",
     "nn",
     "objective",
+    "plots",
     "sharding",
     "solve_bilevel",
     "solve_multilevel",
     "task_copies",
     "tasks",
+    "testing",
     "tunable",
     "value_and_hypergrad",
     "value_and_multilevel_grad",

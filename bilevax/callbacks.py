@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import csv as csv_lib
+import json
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from bilevax import check
@@ -131,6 +136,184 @@ def progress_bar() -> Callback:
     return Callback(show, 32, close)
 
 
+# ---- logs
+
+
+def _new_rows(event: Event, written: int) -> Iterator[dict[str, Any]]:
+    """The rows of this run from the `written`-th on, flat: a scalar or array a name, the parts of the aux as ``aux/name``."""
+    flat = {}
+    for name, column in event.history.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(column):
+            flat["/".join([name, jax.tree_util.keystr(path, simple=True, separator="/")]) if path else name] = leaf
+    rows = len(event.history["value"]) if event.history else 0
+    for row in range(written, rows):
+        yield {"step": event.step - event.done + row, **{name: np.asarray(leaf[row]) for name, leaf in flat.items()}}
+
+
+def _logger(open_log: Callable[[int], tuple[Callable[[dict], None], Callable[[], None], Callable[[], None]]], every_n: int) -> Callback:
+    """A callback that hands each new row to a log: ``open_log(step) -> (write, flush, close)``, with what the log has from `step` on dropped.
+
+    A run that goes on from a state adds to its log, one that begins anew replaces it, and one that resumes from a checkpoint writes no row twice.
+    """
+    log: list = []
+    written = 0
+
+    def call(event: Event) -> None:
+        nonlocal written
+        rows = list(_new_rows(event, written))
+        if not log and rows:
+            log.extend(open_log(rows[0]["step"]))
+        for row in rows:
+            log[0](row)
+        written += len(rows)
+        if log:
+            log[1]()
+
+    def close() -> None:
+        nonlocal written
+        if log:
+            log[2]()
+        log.clear()
+        written = 0
+
+    return Callback(call, every_n, close)
+
+
+def _target(path: str | os.PathLike) -> Path:
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"path: got {check.describe(path)}; expected a file name.")
+    return Path(path)
+
+
+def jsonl(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
+    """Write the history to a file as it grows, a JSON object a step.
+
+    Args:
+      path: the file; its folder is made. What it has of the steps that are written now is replaced. Every object has ``step``, then a key
+        for each column of the history; NaN and infinity are written as null.
+      flush_every: steps between writes.
+
+    Returns:
+      A callback for ``solve_bilevel(..., callbacks=[...])``.
+
+    Raises:
+      TypeError, ValueError: for a path that is none, or ``flush_every < 1``.
+
+    Example:
+      >>> import pathlib, jax.numpy as jnp, optax, bilevax as bx
+      >>> quadratic = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
+      >>> algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.5))
+      >>> outer = lambda y, x, batch: jnp.sum(y**2)
+      >>> log = bx.callbacks.jsonl("run.jsonl")
+      >>> solution = bx.solve_bilevel(quadratic, outer, jnp.zeros(2), jnp.ones(2), algorithm=algorithm, num_steps=3, callbacks=[log])
+      >>> len(pathlib.Path("run.jsonl").read_text().splitlines())
+      3
+    """
+    path = _target(path)
+
+    def open_log(step):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [line for line in path.read_text().splitlines() if json.loads(line)["step"] < step] if path.exists() else []
+        file = path.open("w")
+        file.writelines(line + "\n" for line in kept)
+        return lambda row: file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n"), file.flush, file.close
+
+    return _logger(open_log, check.count(flush_every, "flush_every"))
+
+
+def _plain(value) -> Any:
+    """What JSON can hold, whose standard has no NaN."""
+    value = np.asarray(value)
+    if np.issubdtype(value.dtype, np.inexact) or value.dtype.name == "bfloat16":
+        wide = value.astype(np.float64)
+        kept = wide.astype(object)
+        kept[~np.isfinite(wide)] = None
+        return kept.tolist()
+    return value.tolist()
+
+
+def csv(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
+    """Write the scalar columns of the history to a file as it grows, a line a step under one header.
+
+    Args:
+      path: the file; its folder is made. What it has of the steps that are written now is replaced.
+      flush_every: steps between writes.
+
+    Returns:
+      A callback for ``solve_bilevel(..., callbacks=[...])``.
+
+    Raises:
+      TypeError, ValueError: for a path that is none, or ``flush_every < 1``; in the run, if the file has another header.
+
+    Example:
+      >>> from bilevax import callbacks
+      >>> callbacks.csv("run.csv").every
+      32
+    """
+    path = _target(path)
+
+    def open_log(step):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lines = list(csv_lib.reader(path.read_text().splitlines())) if path.exists() else []
+        kept = [line for line in lines[1:] if int(line[0]) < step]
+        header = lines[0] if kept else []
+        file = path.open("w", newline="")
+        writer = csv_lib.writer(file)
+        writer.writerows([header, *kept] if kept else [])
+
+        def write(row):
+            scalars = {name: value for name, value in row.items() if np.ndim(value) == 0}
+            if not header:
+                header.extend(scalars)
+                writer.writerow(header)
+            if header != list(scalars):
+                raise ValueError(f"path: got {str(path)!r}, a log with the columns {header}; expected {list(scalars)}. Give another file name.")
+            writer.writerow(scalars.values())
+
+        return write, file.flush, file.close
+
+    return _logger(open_log, check.count(flush_every, "flush_every"))
+
+
+def tensorboard(directory: str | os.PathLike, *, flush_every: int = 32) -> Callback:
+    """Write the scalar columns of the history for TensorBoard, by tensorboardX (extra ``tensorboard``).
+
+    Args:
+      directory: of the event files.
+      flush_every: steps between writes.
+
+    Returns:
+      A callback for ``solve_bilevel(..., callbacks=[...])``.
+
+    Raises:
+      ImportError: where tensorboardX is not installed.
+      TypeError, ValueError: for a directory that is none, or ``flush_every < 1``.
+
+    Example:
+      >>> from bilevax import callbacks
+      >>> callbacks.tensorboard("logs").every
+      32
+    """
+    try:
+        from tensorboardX import SummaryWriter
+    except ImportError as error:
+        raise ImportError("callbacks.tensorboard needs tensorboardX; try pip install 'bilevax[tensorboard]'.") from error
+    directory = _target(directory)
+
+    def open_log(step):
+        writer = SummaryWriter(str(directory), purge_step=step)
+
+        def write(row):
+            step = int(row["step"])
+            for name, value in row.items():
+                if name != "step" and np.ndim(value) == 0:
+                    writer.add_scalar(name, float(value), step)
+
+        return write, writer.flush, writer.close
+
+    return _logger(open_log, check.count(flush_every, "flush_every"))
+
+
 def as_callback(fn: Any, position: int) -> Callback:
     """A `Callback` of whatever was given."""
     if isinstance(fn, Callback):
@@ -138,3 +321,6 @@ def as_callback(fn: Any, position: int) -> Callback:
     if not callable(fn):
         raise TypeError(f"callbacks[{position}]: got {check.describe(fn)}; expected a function of an Event, or callbacks.every(n, fn).")
     return Callback(fn)
+
+
+__all__ = ["Callback", "Event", "csv", "early_stopping", "every", "jsonl", "progress_bar", "tensorboard"]

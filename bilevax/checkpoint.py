@@ -26,6 +26,7 @@ from bilevax import check, tree
 from bilevax.base import PyTree
 
 FORMAT = 1
+LISTING = "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete
 _NAME = re.compile(r"^step_(\d+)$")
 
 
@@ -86,7 +87,7 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointi
 
 def _bits(leaf):
     """The leaf's bits as uint32, 64-bit entries as two along a last axis."""
-    if leaf.dtype == jnp.bool_ or jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 4:
+    if leaf.dtype == jnp.bool_ or (jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 4):
         return leaf.astype(jnp.int32).astype(jnp.uint32)
     size = leaf.dtype.itemsize
     if size >= 4:
@@ -103,14 +104,14 @@ def _mixed(value, constant: int):
 @jax.jit
 def _digests(leaves: list):
     """Two words a leaf: wrapping sums of a bijection of each entry's bits, chosen by its place. Sums do not care who holds which part."""
-    words = []
+    words: list = []
     for leaf in leaves:
         bits = _bits(leaf)
         place = jnp.zeros(bits.shape, jnp.uint32)
         for axis, length in enumerate(bits.shape):
             place = place * jnp.uint32(length % 2**32) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        for constant in (0x846CA68B, 0x9E3779B1):
-            words.append(jnp.sum(_mixed(bits ^ _mixed(place + jnp.uint32(1), constant), constant), dtype=jnp.uint32))
+        places = [(_mixed(place + jnp.uint32(1), constant), constant) for constant in (0x846CA68B, 0x9E3779B1)]
+        words += [jnp.sum(_mixed(bits ^ there, constant), dtype=jnp.uint32) for there, constant in places]
     return words
 
 
@@ -167,6 +168,7 @@ class Store:
         self._agree("opened")
         self._ocp, self._writer = ocp, ocp.StandardCheckpointer()
         self.saved: int | None = None
+        self._unlisted: int | None = None
         self.seconds = 0.0  # for which saving kept the run waiting
 
     def _agree(self, what: str) -> None:
@@ -188,8 +190,7 @@ class Store:
     def save(self, run: PyTree, history: dict, step: int) -> None:
         """Begin to write this state and history; waits only for the save before it."""
         begin = time.perf_counter()
-        self._writer.wait_until_finished()
-        self._prune(self.spec.keep)
+        self._finish()
         if self.path(step).exists():
             raise FileExistsError(
                 f"checkpoint: {self.path(step)} exists already, and a save over it would be lost; expected a directory that no other run writes to."
@@ -209,27 +210,42 @@ class Store:
         text = json.dumps(manifest)
         metadata = {"manifest": text, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
         self._writer.save(self.path(step), _numbered(leaves, rows), custom_metadata=metadata)
-        self.saved = step
+        self.saved = self._unlisted = step
         self.seconds += time.perf_counter() - begin
 
     def close(self) -> None:
         """Wait for the save in flight."""
         begin = time.perf_counter()
-        self._writer.wait_until_finished()
-        self._prune(self.spec.keep)
+        self._finish()
         self._writer.close()
         self.seconds += time.perf_counter() - begin
 
-    def _prune(self, keep: int) -> None:
+    def _finish(self) -> None:
+        """Wait for the save in flight, list its files, and remove the oldest checkpoints beyond those to keep."""
+        self._writer.wait_until_finished()
         if self.primary:
-            for step in self.steps()[:-keep]:
+            if self._unlisted is not None:
+                (self.path(self._unlisted) / LISTING).write_text(json.dumps(self._files(self._unlisted)))
+            for step in self.steps()[: -self.spec.keep]:
                 self.path(step).rmtree()
+        self._unlisted = None
+
+    def _files(self, step: int) -> dict[str, int]:
+        place, out, todo = self.path(step), {}, [self.path(step)]
+        while todo:
+            for entry in todo.pop().iterdir():
+                if entry.is_dir():
+                    todo.append(entry)
+                elif entry.name != LISTING:
+                    out[os.fspath(entry.relative_to(place))] = entry.stat().length
+        return dict(sorted(out.items()))
 
     # ---- reading
 
     def restore(self, run: PyTree) -> tuple[PyTree, dict] | None:
         """The newest sound checkpoint's state, placed as `run` is, and its history; None where there is no checkpoint."""
-        steps, damaged = self.steps(), []
+        steps = self.steps()
+        damaged: list[int] = []
         for step in reversed(steps):
             manifest = found = None
             problem: Exception | None = None
@@ -279,18 +295,26 @@ class Store:
         return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
     def _manifest(self, step: int) -> dict:
+        """The manifest of a checkpoint whose files are all there."""
         metadata = self._writer.metadata(self.path(step)).custom_metadata
         if not metadata or "manifest" not in metadata:
             raise _Damaged("it has no manifest")
         text = metadata["manifest"]
         if hashlib.blake2b(text.encode(), digest_size=16).hexdigest() != metadata.get("digest"):
             raise _Damaged("its manifest does not have the manifest's digest")
+        listing = self.path(step) / LISTING
+        if listing.exists() and (was := json.loads(listing.read_text())) != (now := self._files(step)):
+            raise _Damaged(f"files are missing or have another size: {sorted(dict(was.items() ^ now.items()))[:5]}")
         return json.loads(text)
 
     def _same_problem(self, run: PyTree, manifest: dict, step: int) -> None:
         want = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
         got = manifest["leaves"]
-        differing = [f"{path} ({got.get(path, 'absent')} there, {want.get(path, 'absent')} here)" for path in {**want, **got} if want.get(path) != got.get(path)]
+        differing = [
+            f"{path} ({got.get(path, 'absent')} there, {want.get(path, 'absent')} here)"
+            for path in {**want, **got}
+            if want.get(path) != got.get(path)
+        ]
         if differing or manifest["format"] != FORMAT:
             more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
             raise ValueError(
@@ -328,7 +352,8 @@ class Store:
         flat, structure = jax.tree.flatten(run)
         keys = zip(flat, leaves.values(), strict=True)
         values = [
-            jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if jnp.issubdtype(old.dtype, jax.dtypes.prng_key) else new for old, new in keys
+            jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if jnp.issubdtype(old.dtype, jax.dtypes.prng_key) else new
+            for old, new in keys
         ]
         return structure.unflatten(values), rows
 

@@ -103,7 +103,8 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
 
 def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, n):
     """At most `n` steps, fewer after a failure or at the tolerance. `n` is a value, so chunks of any length share one program."""
-    known = orders(join(static, dynamic), state, data, capacity)
+    plan = join(static, dynamic)
+    known = orders(plan, state, data, capacity)
     # Traced once, for the shapes and for the loop.
     step = jax.jit(lambda state, dynamic, data, known: one_step(join(static, dynamic), state, data, known))
     shapes = jax.eval_shape(step, state, dynamic, data, known)[1]
@@ -121,7 +122,8 @@ def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, 
         return i + 1, state, rows
 
     count, state, rows = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, rows))
-    return state, jax.vmap(unpack)(rows), count
+    rows = jax.vmap(unpack)(rows)
+    return (state, rows, count) if plan.layout is None else (plan.layout.pin(state), *plan.layout.everywhere((rows, count)))
 
 
 def _packing(shapes: dict) -> tuple:

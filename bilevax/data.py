@@ -59,12 +59,39 @@ def _key(feed: Feed, i) -> Any:
 
 
 def same(feed: Feed, i) -> Ctx:
-    """Draw: the whole of the feed's data, every time."""
+    """Draw: the whole of the feed's data, every time.
+
+    Args:
+      feed: the stream.
+      i: the draw's number from here.
+
+    Returns:
+      A `Ctx` with the batch, and a key of its own where the stream has one.
+
+    Example:
+      >>> from bilevax import base, data
+      >>> data.same(base.Feed([1.0, 2.0]), 5).batch
+      [1.0, 2.0]
+    """
     return Ctx(feed.data, _key(feed, i))
 
 
 def stacked(feed: Feed, i) -> Ctx:
-    """Draw: the data's leading axis counts draws, and entry ``feed.step + i`` is the batch."""
+    """Draw: the data's leading axis counts draws, and entry ``feed.step + i`` is the batch.
+
+    Args:
+      feed: the stream.
+      i: the draw's number from here.
+
+    Returns:
+      A `Ctx` with the batch, and a key of its own where the stream has one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from bilevax import base, data
+      >>> data.stacked(base.Feed(jnp.array([10.0, 20.0, 30.0])), 2).batch.item()
+      30.0
+    """
     return Ctx(jax.tree.map(lambda a: a[draw_number(feed, i)], feed.data), _key(feed, i))
 
 
@@ -330,3 +357,6 @@ def as_source(data: Any, argument: str) -> Source | Stream:
         return Stream(data)
     check_arrays(data, argument)
     return Source(same, jax.tree.map(jnp.asarray, data))
+
+
+__all__ = ["full", "minibatches", "partitioned", "same", "stacked"]

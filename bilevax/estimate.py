@@ -65,17 +65,20 @@ _NONFINITE = (RESULTS.inner_nonfinite, RESULTS.outer_nonfinite, RESULTS.adjoint_
 def _blame_batch(problem: Problem, solver: InnerSolver, feeds: Feeds, code):
     """After something became non-finite, and only then, look whether a batch already was: its draws are pure, so they can be drawn again."""
 
+    def finite(ctx):
+        return tree.agreed(tree.all_finite(ctx.batch), code)
+
     def batches_finite():
         def inner(i, ok):
-            return ok & tree.all_finite(problem.inner_draw(feeds.inner, i).batch)
+            return ok & finite(problem.inner_draw(feeds.inner, i))
 
         ok = lax.fori_loop(0, solver.steps, inner, jnp.asarray(True))
-        ok &= tree.all_finite(problem.hyper_draw(feeds.hyper, 0).batch)
-        return ok & tree.all_finite(problem.outer_draw(feeds.outer, 0).batch)
+        ok &= finite(problem.hyper_draw(feeds.hyper, 0))
+        return ok & finite(problem.outer_draw(feeds.outer, 0))
 
     nonfinite = jnp.any(jnp.asarray([code == c for c in _NONFINITE]))
-    finite = lax.cond(nonfinite, batches_finite, lambda: jnp.asarray(True))
-    return jnp.where(finite, code, jnp.int32(RESULTS.nonfinite_batch))
+    clean = lax.cond(nonfinite, batches_finite, lambda: jnp.asarray(True))
+    return jnp.where(clean, code, jnp.int32(RESULTS.nonfinite_batch))
 
 
 class HypergradFn:

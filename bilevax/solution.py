@@ -21,7 +21,8 @@ class Solution(NamedTuple):
       result: a `RESULTS` code (an integer array under a transformation).
       history: numpy arrays by column name, one row a step of this call; with ``aux`` where the outer objective has one.
       state: the run's whole state after its last good step; ``solve_bilevel(..., state=solution.state)`` goes on from it.
-      stats: ``steps`` done by this call, ``total_steps``, ``seconds``, ``first_chunk_seconds`` (compilation included), ``best_step``, ``failed_steps``,
+      stats: ``steps`` done by this call, ``total_steps``, ``seconds``, ``first_chunk_seconds`` (compilation included), ``best_step``,
+        ``failed_steps``,
         ``resumed_from`` (the step that this process began at); ``checkpoint_seconds`` for which saving kept the run waiting.
     """
 

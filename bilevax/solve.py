@@ -22,7 +22,7 @@ from bilevax.data import Source, Stream, as_source
 from bilevax.metrics import Metrics, check_metrics
 from bilevax.metrics import metrics as as_metrics
 from bilevax.results import RESULTS, SolveError
-from bilevax.sharding import placement, report
+from bilevax.sharding import layout, placement, report
 from bilevax.solution import Solution
 from bilevax.streams import Window, first_context, source_draw
 
@@ -86,12 +86,12 @@ def solve_bilevel(
       callbacks: functions of a `callbacks.Event`, called between compiled chunks, on every process; returning True (on all of them) stops.
       progress: show a progress bar (extra ``progress``), on the first process.
       checkpoint: `checkpoint.every(n, directory)`: save the run, and resume it when it is started again.
-      sharding: how the run lies on several devices: `sharding.data_parallel()`, `sharding.fsdp()`, `sharding.tasks()` or `sharding.by_path(...)`. None:
-        as the arrays that are passed in lie.
+      sharding: how the run lies on several devices: `sharding.data_parallel()`, `sharding.fsdp()`, `sharding.tasks()` or `sharding.by_path(...)`.
+        None: as the arrays that are passed in lie.
       on_failure: what a failed step (non-finite numbers, a broken adjoint) does. "stop" undoes it and ends the run. "skip" undoes it and goes on with
-        the next step's data. "rollback" goes back to the state of 32 to 64 steps before, and on with the next step's data, for failures that were long in
-        the making; it keeps two more copies of the state. Failed steps keep their row of the history, with their code, and are counted in
-        ``stats["failed_steps"]``; ten failures in a row end the run under any policy.
+        the next step's data. "rollback" goes back to the state of 32 to 64 steps before, and on with the next step's data, for failures that were
+        long in the making; it keeps two more copies of the state. Failed steps keep their row of the history, with their code, and are counted in
+        ``stats["failed_steps"]``. Ten failures in a row end the run under any policy; rolled back, those that are at most 256 steps apart.
       throw: raise a `SolveError` on failure; False returns the solution with its `RESULTS` code.
 
     Returns:
@@ -212,10 +212,10 @@ def launch(
     plan = Plan(problem, algorithm, options.metrics, options.tol)
     if options.sharding is not None:
         key = key if state is None else state.key
-        plan, sources, start, outer, key = placement.place(options.sharding, plan, sources, start, outer, key)
+        plan, sources, start, outer, key = layout.place(options.sharding, plan, sources, start, outer, key)
     shapes = jax.eval_shape(lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, options.keep), start, outer, key)
     if options.sharding is not None:
-        plan = plan._replace(layout=placement.layout(options.sharding, plan, shapes, start, outer))
+        plan = plan._replace(layout=layout.of_run(options.sharding, plan, shapes, start, outer))
     static, dynamic = split(plan)
     if plan.layout is not None:
         dynamic = plan.layout.put_everywhere(dynamic)
@@ -305,7 +305,7 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
                 due = [w.every - done % w.every for w in watchers if w.every is not None]
                 if store is not None:
                     due.append(store.spec.every - (start + done) % store.spec.every)
-                run = recovery.before(run, due)
+                recovery.before(run, due)
                 data, steps = window.read(start + done, min([capacity, num_steps - done, *due]))
                 if steps:
                     run, rows, count = run_chunk(static, capacity, run, dynamic, data, steps)
@@ -348,7 +348,7 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
 class _History:
     """The rows so far: those of the chunks, after those of an earlier process."""
 
-    def __init__(self):
+    def __init__(self) -> None:
         self.restored: dict[str, np.ndarray] | None = None  # columns by path
         self.chunks: list[dict] = []
 
@@ -369,27 +369,29 @@ class _Recovery:
     """What becomes of a failed step: see `on_failure`."""
 
     def __init__(self, policy: str):
-        self.policy, self.in_a_row, self.snapshots = policy, 0, []
+        self.policy, self.in_a_row, self.clean = policy, 0, 0
+        self.snapshots: list = []
 
-    def before(self, run: RunState, due: list[int]) -> RunState:
+    def before(self, run: RunState, due: list[int]) -> None:
         """Prepare for a chunk, which `due` may shorten."""
         if self.policy == "rollback":
             due.append(ROLLBACK_CHUNK)
-            if self.in_a_row == 0:
+            if self.clean or not self.snapshots:
                 self.snapshots = [*self.snapshots, tree.copy(run.algorithm)][-2:]
-        return run
 
     def after(self, run: RunState, count: int) -> tuple[RunState, RESULTS]:
         """The state to go on with after a chunk of `count` steps, the last of which may have failed."""
         result = RESULTS(int(run.code))
+        self.clean += count
         if not result.failed:
-            self.in_a_row = 0
             return run, result
-        self.in_a_row = self.in_a_row + 1 if count == 1 or self.policy == "rollback" else 1
+        # A rolled-back run that diverges does so again only after the steps that it was taken back.
+        row = self.clean == 1 if self.policy == "skip" else self.clean <= CHUNK
+        self.in_a_row, self.clean = self.in_a_row + 1 if row else 1, 0
         if self.policy == "stop" or self.in_a_row >= PATIENCE:
             return run, result
         run = run._replace(code=jnp.zeros_like(run.code), step=run.step + 1)
         if self.policy == "rollback":
-            run = run._replace(algorithm=tree.copy(self.snapshots[0]))
             self.snapshots = self.snapshots[:1]
+            run = run._replace(algorithm=tree.copy(self.snapshots[0]))
         return run, RESULTS.success

@@ -113,6 +113,20 @@ def all_finite(a: PyTree) -> jax.Array:
     return reduce(jnp.logical_and, flags, jnp.asarray(True))
 
 
+def agreed(flag: jax.Array, like: jax.Array) -> jax.Array:
+    """A flag that holds only where it holds on every device, over the named axes along which it differs by device and ``like`` does not.
+
+    For batches of ``jax.shard_map`` with ``check_vma``, which are each device's own: what is concluded from them must not be. Where ``like`` differs
+    too, devices go their own ways, and none may wait for another.
+    """
+    axes = _differing(flag) - _differing(like)
+    return lax.pmin(flag.astype(jnp.int32), tuple(sorted(axes))) > 0 if axes else flag
+
+
+def _differing(value) -> frozenset:
+    return frozenset(getattr(getattr(jax.typeof(value), "manual_axis_type", None), "varying", ()))
+
+
 def partition(a: PyTree) -> tuple[PyTree, PyTree]:
     """Split into the floating-point leaves and the others, each with None in the other's places."""
     return jax.tree.map(lambda u: u if is_float(u) else None, a), jax.tree.map(lambda u: None if is_float(u) else u, a)

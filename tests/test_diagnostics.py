@@ -322,7 +322,7 @@ def test_comparison_plot_and_defaults(tmp_path):
     )
     ax = table.plot()
     ax.figure.savefig(tmp_path / "plot.png")
-    assert [text.get_text() for text in ax.texts] == ["one", "two"]
+    assert [text.get_text() for text in ax.get_legend().get_texts()] == ["one", "two", "error of the solve alone"]
     assert ax.get_xscale() == ax.get_yscale() == "log"
     matplotlib.pyplot.close(ax.figure)
     assert table.to_markdown().splitlines()[2] == "| one | 1.0000 | 1 | 1.0e-03 | 1 | 2 | 3 | 0.5 |  |"

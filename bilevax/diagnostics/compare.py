@@ -99,17 +99,9 @@ class HypergradientComparison(NamedTuple):
 
     def plot(self, ax: Any = None) -> Any:
         """Error against time, a point a method; returns the matplotlib axes."""
-        import matplotlib.pyplot as plt
+        from bilevax import plots  # only here: what computes does not need what draws
 
-        ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
-        for row in self.rows:
-            error = max(row.relative_error, 1e-16)
-            ax.scatter(row.milliseconds, error, s=40)
-            ax.annotate(row.name, (row.milliseconds, error), xytext=(5, 4), textcoords="offset points", fontsize=8)
-        ax.set(xscale="log", yscale="log", xlabel="time of one call, solve included [ms]", ylabel="relative error of the hypergradient")
-        ax.axhline(max(self.solve_error, 1e-16), color="0.7", linestyle="--", linewidth=1, zorder=0)
-        ax.margins(0.15)
-        return ax
+        return plots.comparison(self, ax)
 
 
 def default_methods(solver: InnerSolver, key: jax.Array | None = None) -> dict[str, Hypergradient]:

@@ -11,16 +11,28 @@
 | `lineax` | any solver of the lineax package | its own |
 """
 
-from bilevax.linear.bicgstab import bicgstab as bicgstab
-from bilevax.linear.cg import cg as cg
-from bilevax.linear.dense import cholesky as cholesky
-from bilevax.linear.dense import lu as lu
-from bilevax.linear.gmres import gmres as gmres
-from bilevax.linear.identity import identity as identity
-from bilevax.linear.lineax import lineax as lineax
-from bilevax.linear.minres import minres as minres
-from bilevax.linear.neumann import neumann as neumann
-from bilevax.linear.nystrom import Preconditioner as Preconditioner
-from bilevax.linear.nystrom import nystrom as nystrom
-from bilevax.linear.nystrom import nystrom_preconditioner as nystrom_preconditioner
-from bilevax.linear.nystrom import precondition as precondition
+from bilevax.linear.bicgstab import bicgstab
+from bilevax.linear.cg import cg
+from bilevax.linear.dense import cholesky, lu
+from bilevax.linear.gmres import gmres
+from bilevax.linear.identity import identity
+from bilevax.linear.lineax import lineax
+from bilevax.linear.minres import minres
+from bilevax.linear.neumann import neumann
+from bilevax.linear.nystrom import Preconditioner, nystrom, nystrom_preconditioner, precondition
+
+__all__ = [
+    "Preconditioner",
+    "bicgstab",
+    "cg",
+    "cholesky",
+    "gmres",
+    "identity",
+    "lineax",
+    "lu",
+    "minres",
+    "neumann",
+    "nystrom",
+    "nystrom_preconditioner",
+    "precondition",
+]

@@ -64,8 +64,25 @@ def _applied(v, *, preconditioner, state):
 def precondition(solver: Bound, state: PyTree) -> Bound:
     """`solver` with its `Preconditioner` fixed in a given state, so that the solve does not refresh it.
 
+    Args:
+      solver: a linear solver made with a `Preconditioner`.
+      state: of that preconditioner, from its `init` and `refresh`.
+
+    Returns:
+      A linear solver.
+
     Raises:
       TypeError: if the solver was not made with a `Preconditioner`.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from bilevax import linear
+      >>> kept = linear.nystrom_preconditioner(rank=2)
+      >>> matvec, b = lambda v: jnp.array([100.0, 1.0, 1.0]) * v, jnp.ones(3)
+      >>> state = kept.refresh(matvec, kept.init(b))
+      >>> x, info = linear.precondition(linear.cg(preconditioner=kept), state)(matvec, b, None)
+      >>> bool(info.residual < 1e-4)
+      True
     """
     held = solver.settings.get("preconditioner") if isinstance(solver, Bound) else None
     if not isinstance(held, Preconditioner):

@@ -5,7 +5,8 @@ Two linear maps, each the transpose of the other, stand at the border between wh
     enter: shared -> own, the identity;        its transpose sums over the devices
     leave: own -> shared, the sum over devices; its transpose is the identity
 
-A ``lax.psum`` alone has the right transpose only where JAX tracks which values differ by device (``check_vma=True``), where a ``lax.pcast`` is `enter`.
+A ``lax.psum`` alone has the right transpose only where JAX tracks which values differ by device (``check_vma=True``), where a ``lax.pcast`` is
+`enter`.
 """
 
 from __future__ import annotations
@@ -66,7 +67,8 @@ def axis_mean(fn: Callable, axis_name: str) -> Objective:
     in ``pmap``. Each of them costs one all-reduce of its own size.
 
     Args:
-      fn: ``(inner_params, outer_params, batch) -> scalar``, or `objective` of one. Aux and model state are averaged over the axis (their floating-point
+      fn: ``(inner_params, outer_params, batch) -> scalar``, or `objective` of one. Aux and model state are averaged over the axis (their
+        floating-point
         leaves; all of them must be of the same shape on every device); a key is folded with the device's place.
       axis_name: the axis of the surrounding ``shard_map`` or ``pmap``.
 

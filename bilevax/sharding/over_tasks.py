@@ -10,8 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-
-from bilevax.base import Bound, Objective, Problem, PyTree, StepInfo, join, split
+from bilevax.base import Algorithm, Bound, Hypergradient, Objective, Problem, PyTree, StepInfo, join, split
 from bilevax.data import Stream
 from bilevax.sharding.axis import enter, leave
 from bilevax.tasks import _over_tasks
@@ -36,7 +35,8 @@ def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTr
     for name, objective, expected in (("inner_objective", problem.inner, ("sum",)), ("outer_objective", problem.outer, ("mean", "sum"))):
         if _reduce_of(objective) not in expected:
             raise ValueError(
-                f"{name}: got {objective!r} with sharding.tasks(); expected bilevax.tasks(fn, {expected[0]!r}), whose tasks depend on none but themselves."
+                f"{name}: got {objective!r} with sharding.tasks(); expected bilevax.tasks(fn, {expected[0]!r}), "
+                "whose tasks depend on none but themselves."
             )
     local = problem._replace(
         inner=_localised(problem.inner, sharding.axis, count, "own"),
@@ -44,22 +44,24 @@ def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTr
     )
     if problem.inner_init is not None:
         local = local._replace(inner_init=Bound("inner_init", _own_start, fn=problem.inner_init, axis=sharding.axis))
+    algorithm = _summing_once(algorithm, sharding.axis)
     streams = tuple(isinstance(source, Stream) for source in sources)
     settings = dict(step=algorithm.step, sharding=sharding, count=count, streams=streams, state_spec=_state_spec(plan, sharding.axis, start, outer))
     return plan._replace(problem=local, algorithm=algorithm._replace(step=Bound(repr(algorithm.step), _step, **settings)))
 
 
-def _reduce_of(objective: Objective) -> str | None:
-    fn = objective.fn
+def _reduce_of(objective: Objective) -> str:
+    """How the tasks' values are combined: the setting of `bilevax.tasks`, or nothing where the objective is none of its."""
+    fn: Any = objective.fn
     while isinstance(fn, Bound):
         if fn.fn is _over_tasks:
             return fn.settings["reduce"]
         fn = fn.settings.get("fn")
-    return None
+    return ""
 
 
 def _localised(objective: Objective, axis: str, count: int, reduce: str) -> Objective:
-    settings = dict(fn=objective.fn, has_aux=objective.has_aux, axis=axis, count=count, reduce=reduce)
+    settings = dict(fn=objective.fn, has_aux=objective.has_aux, axis=axis, count=count, reduce=reduce, summed=True)
     return dataclasses.replace(objective, fn=Bound(objective.name, _own_tasks, **settings))
 
 
@@ -69,17 +71,39 @@ def _own(value: PyTree, axis: str, count: int) -> PyTree:
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, lax.axis_index(axis) * size, size), value)
 
 
-def _own_tasks(inner, outer, batch, *, fn, has_aux, axis, count, reduce, **keyed):
+def _own_tasks(inner, outer, batch, *, fn, has_aux, axis, count, reduce, summed, **keyed):
     here = count // lax.axis_size(axis)
     if any(leaf.shape[0] != here for leaf in jax.tree.leaves(batch)):  # drawn in the step, for all tasks
         batch = _own(batch, axis, count)
     if "key" in keyed:
         keyed = {"key": jax.random.fold_in(keyed["key"], lax.axis_index(axis))}
-    out = fn(inner, enter(outer, axis), batch, **keyed)
+    out = fn(inner, enter(outer, axis) if summed else outer, batch, **keyed)
     value, aux = out if has_aux else (out, None)
     if reduce != "own":
         value = leave(value / lax.axis_size(axis) if reduce == "mean" else value, axis)
     return (value, aux) if has_aux else value
+
+
+def _summing_once(algorithm: Algorithm, axis: str) -> Algorithm:
+    """`algorithm` with its hypergradient's outer cotangent summed over the devices once, at the end, where it is made of many in a loop."""
+    step = algorithm.step
+    if not (isinstance(step, Bound) and isinstance(step.settings.get("hypergradient"), Hypergradient)):
+        return algorithm
+    method = step.settings["hypergradient"]
+    once = method._replace(vjp=Bound(repr(method.vjp), _vjp, vjp=method.vjp, axis=axis))
+    return algorithm._replace(step=Bound(step.name, step.fn, **{**step.settings, "hypergradient": once}))
+
+
+def _vjp(lower, inner_state, outer, feed, ctx, state, *, vjp, axis):
+    bound = lower.objective.fn
+    fn = Bound(bound.name, bound.fn, **{**bound.settings, "summed": False})
+    solution, pullback = vjp(lower._replace(objective=dataclasses.replace(lower.objective, fn=fn)), inner_state, outer, feed, ctx, state)
+
+    def summed(cotangent):
+        own, start, state, info = pullback(cotangent)
+        return lax.psum(own, axis), start, state, info
+
+    return solution, summed
 
 
 def _own_start(outer, *, fn, axis):
@@ -101,7 +125,7 @@ def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count,
     specs = [feed_spec(feed, stream) for feed, stream in zip((feeds.inner, feeds.hyper, feeds.outer), streams, strict=True)]
     feeds_spec = feeds._replace(inner=specs[0], hyper=specs[1], outer=specs[2], key=everywhere, step=everywhere)
     point = (state_spec.inner, state_spec.outer)
-    info_spec = StepInfo(everywhere, everywhere, point, everywhere, everywhere, split_first)
+    info_spec: Any = StepInfo(everywhere, everywhere, point, everywhere, everywhere, split_first)  # type: ignore[arg-type]
 
     def local(dynamic, state, feeds):
         problem, step = join(static, dynamic)

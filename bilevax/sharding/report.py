@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -36,14 +37,14 @@ class Collective(NamedTuple):
       kind: as XLA calls it, "all-reduce" for example.
       bytes: size of one on one device.
       shapes: what it carries, as XLA writes it.
-      count: how often a step runs it; in a loop that ends by a condition, how often one pass does.
+      times: how often a step runs it; in a loop that ends by a condition, how often one pass does.
       loop: it stands in a loop whose number of passes is not known at compile time.
     """
 
     kind: str
     bytes: int
     shapes: str
-    count: int
+    times: int
     loop: bool
 
 
@@ -69,18 +70,17 @@ class Report(NamedTuple):
         lines += [f"  {_size(p.device_bytes):>10}  {p.dtype}{list(p.shape)} {p.spec}  {p.path}" for p in self.pieces if p.total_bytes >= 64]
         lines.append("collectives:" if self.collectives else "no collectives")
         for c in self.collectives:
-            lines.append(f"  {c.count:>4} x {_size(c.bytes):>10}  {c.kind}{', each pass of a loop' if c.loop else ''}  {c.shapes}")
+            lines.append(f"  {c.times:>4} x {_size(c.bytes):>10}  {c.kind}{', each pass of a loop' if c.loop else ''}  {c.shapes}")
         return "\n".join(lines)
 
 
-def _size(count: float | None) -> str:
-    if count is None:
+def _size(amount: float | None) -> str:
+    if amount is None:
         return "unknown"
-    for unit in ("B", "KiB", "MiB", "GiB"):
-        if count < 1024 or unit == "GiB":
-            return f"{count:.4g} {unit}"
-        count /= 1024
-    raise AssertionError
+    power = 0
+    while amount >= 1024 and power < 3:
+        amount, power = amount / 1024, power + 1
+    return f"{amount:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
 def dry_run(driver: Callable, *args, **kwargs) -> Report:
@@ -109,9 +109,7 @@ def dry_run(driver: Callable, *args, **kwargs) -> Report:
       >>> report.state_bytes == report.total_bytes  # on one device
       True
     """
-    import dataclasses
-
-    from bilevax.sharding.placement import Sharding
+    from bilevax.sharding.placement import Sharding  # which reads the data through streams, as this module does
 
     sharding = kwargs.pop("sharding", None)
     if not isinstance(sharding, Sharding):
@@ -129,7 +127,7 @@ def of_step(static: Any, dynamic: tuple, run: Any, sources: tuple, draws: Any) -
     pieces = tuple(_piece(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(run))
     return Report(
         pieces,
-        collectives(compiled.as_text()),
+        collectives(compiled.as_text() or ""),
         sum(p.device_bytes for p in pieces),
         sum(p.total_bytes for p in pieces),
         _peak(compiled),
@@ -170,7 +168,20 @@ def _bytes_of(shapes: str) -> int:
 
 
 def collectives(text: str) -> tuple[Collective, ...]:
-    """The collectives in a compiled program (``jitted.lower(...).compile().as_text()``), those in loops times the passes where XLA knows them."""
+    """The collectives in a compiled program, those in loops times the passes where XLA knows them.
+
+    Args:
+      text: the program, from ``jitted.lower(...).compile().as_text()``.
+
+    Returns:
+      A `Collective` for each.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from bilevax import sharding
+      >>> sharding.collectives(jax.jit(jnp.sin).lower(1.0).compile().as_text())
+      ()
+    """
     bodies: dict[str, list[str]] = {}
     entry = name = None
     for line in text.splitlines():
@@ -210,7 +221,9 @@ def collectives(text: str) -> tuple[Collective, ...]:
 
     if entry is not None:
         walk(entry, 1, False)
-    return tuple(Collective(kind, size, shapes, count, loop) for (kind, size, shapes, loop), count in sorted(found.items(), key=lambda item: -item[0][1]))
+    return tuple(
+        Collective(kind, size, shapes, count, loop) for (kind, size, shapes, loop), count in sorted(found.items(), key=lambda item: -item[0][1])
+    )
 
 
 __all__ = ["Collective", "Piece", "Report", "collectives", "dry_run"]

@@ -1,0 +1,229 @@
+"""Pictures of runs and of comparisons, by matplotlib (extra ``plots``). From histories alone, so of live and of saved runs alike."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from bilevax import check
+
+# Okabe and Ito's colours, distinguishable with any kind of colour vision; with line styles and markers, also without colour.
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
+STYLES = ("-", "--", "-.", ":")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+STYLE = {
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "legend.frameon": False,
+    "axes.titlesize": "medium",
+    "axes.grid": True,
+    "grid.color": "0.9",
+}
+
+# The panels of a dashboard: title, axis label, logarithmic or not, and the columns in it with what they are called.
+PANELS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
+    ("Objectives", "value", False, {"value": "outer", "inner_value": "inner"}),
+    ("Hypergradient", "norm", True, {"grad_norm": "hypergradient", "error_bound": "bound on its error"}),
+    ("How far from solved", "norm, relative residual", True, {"inner_grad_norm": "inner gradient", "adjoint_residual": "adjoint residual"}),
+    (
+        "Work a step",
+        "number",
+        False,
+        {"inner_iterations": "inner iterations", "adjoint_iterations": "adjoint iterations", "gradients": "gradients", "hvps": "HVPs"},
+    ),
+    ("Step sizes", "step size", True, {"step_size": "outer", "inner_step": "inner", "outer_step": "outer", "adjoint_step": "adjoint"}),
+)
+KNOWN = {name for panel in PANELS for name in panel[3]} | {"code", "aux", "step", "mixed_products", "cotangent_norm"}
+
+
+def _pyplot() -> Any:
+    try:
+        import matplotlib.pyplot as plt
+    except ImportError as error:
+        raise ImportError("bilevax.plots needs matplotlib; try pip install 'bilevax[plots]'.") from error
+    return plt
+
+
+def history(run: Any) -> dict[str, np.ndarray]:
+    """The scalar columns of a run, wherever it is.
+
+    Args:
+      run: a `Solution`, a history, a `callbacks.Event`, or the file that `callbacks.jsonl` writes.
+
+    Returns:
+      Columns by name, as float64 arrays; NaN where a row has no value.
+
+    Raises:
+      TypeError: for anything else.
+      ValueError: for a run without a row.
+
+    Example:
+      >>> from bilevax import plots
+      >>> plots.history({"value": [3.0, 2.0]})["value"].tolist()
+      [3.0, 2.0]
+    """
+    if isinstance(run, (str, os.PathLike)):
+        rows = [json.loads(line) for line in Path(run).read_text().splitlines()]
+        columns: Any = {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {})}
+    else:
+        columns = getattr(run, "history", run)
+    if not isinstance(columns, Mapping):
+        raise TypeError(f"run: got {check.describe(run)}; expected a Solution, its history, or the name of a file that callbacks.jsonl wrote.")
+    out = {}
+    for name, column in columns.items():
+        if isinstance(column, (Mapping, tuple)):
+            continue
+        values = np.asarray(column)
+        if values.ndim == 1:
+            out[name] = np.array([np.nan if value is None else value for value in values], np.float64)
+    if not out or not len(next(iter(out.values()))):
+        raise ValueError("run: got one without any row; expected at least one step.")
+    return out
+
+
+def dashboard(run: Any, *, title: str | None = None) -> Any:
+    """One run at a glance: objectives, hypergradient, how far both systems are from solved, the work a step, step sizes, metrics.
+
+    Panels for which the history has no column are left out. Steps that failed are marked.
+
+    Args:
+      run: a `Solution`, a history, a `callbacks.Event`, or the file that `callbacks.jsonl` writes.
+      title: above all panels; for a `Solution`, by default, how it ended and what it took.
+
+    Returns:
+      A matplotlib figure; save it by ``.savefig(path)``.
+
+    Raises:
+      ImportError: where matplotlib is not installed.
+      TypeError, ValueError: for a run that is none or empty.
+
+    Example:
+      >>> from bilevax import plots
+      >>> figure = plots.dashboard({"value": [3.0, 2.0, 1.5], "grad_norm": [1.0, 0.3, 0.1]})
+      >>> [axes.get_title() for axes in figure.axes]
+      ['Objectives', 'Hypergradient']
+    """
+    plt = _pyplot()
+    columns = history(run)
+    panels = [(title, label, log, {n: called for n, called in names.items() if n in columns}) for title, label, log, names in PANELS]
+    others = {name: name for name in columns if name not in KNOWN and not name.startswith("aux")}
+    panels.append(("Metrics and the rest", "value", False, others))
+    panels = [panel for panel in panels if panel[-1]]
+    across = min(3, len(panels))
+    down = -(-len(panels) // across)
+    steps = columns.get("step", np.arange(len(next(iter(columns.values())))))
+    failed = np.flatnonzero(columns["code"] >= 10) if "code" in columns else np.array([], int)
+    with plt.rc_context(STYLE):
+        figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.2 * down), layout="constrained", squeeze=False)
+        for ax, (name, label, logarithmic, names) in zip(axes.flat, panels, strict=False):
+            for i, (column, called) in enumerate(names.items()):
+                _curve(ax, steps, columns[column], i, called)
+            for step in failed:
+                ax.axvline(steps[step], color="#D55E00", linewidth=0.8, alpha=0.6)
+            positive = all((columns[c][np.isfinite(columns[c])] > 0).any() for c in names)
+            if logarithmic and positive:
+                ax.set_yscale("log")
+            ax.set(title=name, xlabel="step", ylabel=label)
+            if len(names) > 1 or name.startswith("Metrics"):
+                ax.legend(fontsize="small")
+        for ax in axes.flat[len(panels) :]:
+            ax.set_axis_off()
+        if title is None and hasattr(run, "stats"):
+            title = f"{run.result.name}: {run.stats['steps']} steps in {run.stats['seconds']:.3g} s, kept step {run.stats['best_step']}"
+        if title:
+            figure.suptitle(title)
+    return figure
+
+
+def _curve(ax: Any, x: np.ndarray, y: np.ndarray, i: int, label: str) -> None:
+    seen = np.isfinite(y)  # a metric has no value between its evaluations
+    marker = MARKERS[i % len(MARKERS)] if seen.sum() == 1 else None
+    ax.plot(x[seen], y[seen], STYLES[i % len(STYLES)], marker=marker, color=COLORS[i % len(COLORS)], linewidth=1.8, label=label)
+
+
+def runs(runs: Mapping[str, Any], column: str = "value", *, cost: str | Sequence[str] | None = None, log: bool = False, ax: Any = None) -> Any:
+    """One column of several runs over their steps, or over what they cost.
+
+    Args:
+      runs: runs by name, each as `history` takes it.
+      column: what is drawn.
+      cost: a column, or several to be added up, whose running sum is the horizontal axis, such as ``("gradients", "hvps")``. None: steps.
+      log: logarithmic vertical axis.
+      ax: matplotlib axes to draw into; None makes new ones.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: where matplotlib is not installed.
+      KeyError: for a run without such a column.
+
+    Example:
+      >>> from bilevax import plots
+      >>> ax = plots.runs({"slow": {"value": [3.0, 2.5]}, "fast": {"value": [3.0, 0.1]}}, log=True)
+      >>> [line.get_label() for line in ax.get_lines()]
+      ['slow', 'fast']
+    """
+    plt = _pyplot()
+    costs = (cost,) if isinstance(cost, str) else tuple(cost or ())
+    with plt.rc_context(STYLE):
+        ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
+        for i, (name, run) in enumerate(runs.items()):
+            columns = history(run)
+            for wanted in (column, *costs):
+                if wanted not in columns:
+                    raise KeyError(f"column: got {wanted!r}, which run {name!r} does not have; expected one of {sorted(columns)}.")
+            x = np.cumsum(sum(columns[c] for c in costs)) if costs else columns.get("step", np.arange(len(columns[column])))
+            _curve(ax, x, columns[column], i, name)
+        ax.set(xlabel=" + ".join(costs) or "step", ylabel=column, yscale="log" if log else "linear")
+        ax.legend()
+    return ax
+
+
+def comparison(found: Any, ax: Any = None) -> Any:
+    """Error against time of the methods that `compare_hypergradients` found, the Pareto front among them joined.
+
+    Args:
+      found: a `HypergradientComparison`.
+      ax: matplotlib axes to draw into; None makes new ones.
+
+    Returns:
+      The axes. The dashed line is the error that the inner solve alone leaves: no implicit method does better.
+
+    Raises:
+      ImportError: where matplotlib is not installed.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, bilevax as bx
+      >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
+      >>> outer = lambda y, x, batch: jnp.sum(y**2)
+      >>> solver = bx.inner.optax(optax.sgd(0.5), 5)
+      >>> methods = {"implicit": bx.hypergradient.implicit(), "one step": bx.hypergradient.one_step()}
+      >>> found = bx.compare_hypergradients(inner, outer, jnp.zeros(2), jnp.ones(2), solver=solver, methods=methods, repeats=1)
+      >>> bx.plots.comparison(found).get_xscale()
+      'log'
+    """
+    plt = _pyplot()
+    with plt.rc_context(STYLE):
+        ax = plt.subplots(figsize=(7, 4.5), layout="constrained")[1] if ax is None else ax
+        points = [(row.milliseconds, max(row.relative_error, 1e-16), row.name) for row in found.rows]
+        front, lowest = [], np.inf
+        for point in sorted(points):
+            if point[1] < lowest:
+                front.append(point)
+                lowest = point[1]
+        ax.plot([p[0] for p in front], [p[1] for p in front], color="0.75", linewidth=1.2, zorder=1)
+        for i, (time, error, name) in enumerate(points):
+            ax.scatter(time, error, s=46, color=COLORS[i % len(COLORS)], marker=MARKERS[i % len(MARKERS)], zorder=2, label=name)
+        ax.axhline(max(found.solve_error, 1e-16), color="0.5", linestyle="--", linewidth=1, zorder=0, label="error of the solve alone")
+        ax.set(xscale="log", yscale="log", xlabel="time of one call, solve included [ms]", ylabel="relative error of the hypergradient")
+        ax.legend(fontsize="small", loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax
+
+
+__all__ = ["comparison", "dashboard", "history", "runs"]

@@ -1,0 +1,238 @@
+"""A run laid over the devices of a sharding: its starting point, its data, and the layout that a compiled step is held to."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import re
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from bilevax import tree
+from bilevax.base import Bound, Feed, InnerState, Objective, Problem, PyTree, join, split
+from bilevax.data import Source, Stream
+from bilevax.sharding import over_tasks
+from bilevax.sharding.placement import Sharding
+from bilevax.streams import peek
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """Where each leaf of a run state lies."""
+
+    sharding: Sharding
+    specs: tuple[PartitionSpec, ...]
+
+    def _each(self, state: PyTree, fn) -> PyTree:
+        leaves, structure = jax.tree.flatten(state)
+        return structure.unflatten([fn(leaf, self.sharding.named(*spec)) for leaf, spec in zip(leaves, self.specs, strict=True)])
+
+    def pin(self, state: PyTree) -> PyTree:
+        """Hold a traced state to the layout: left alone, the compiler may return a leaf split or whole as it likes."""
+        return self._each(state, lax.with_sharding_constraint)
+
+    def put(self, state: PyTree) -> PyTree:
+        """Lay out a concrete state."""
+        return self._each(state, _put)
+
+    def everywhere(self, value: PyTree) -> PyTree:
+        """Traced values on every device."""
+        return jax.tree.map(lambda a: lax.with_sharding_constraint(a, self.sharding.named()), value)
+
+    def put_everywhere(self, value: PyTree) -> PyTree:
+        """Concrete arrays on every device; plain numbers stay what they are."""
+        return jax.tree.map(lambda a: _put(a, self.sharding.named()) if isinstance(a, (jax.Array, np.ndarray)) else a, value)
+
+    def put_window(self, stacked: PyTree) -> PyTree:
+        """Stacked batches of a stream: rows split, the axis of draws not."""
+        return jax.tree.map(lambda a: _put(a, self.sharding.named(*_rows_spec(self.sharding, a, 1))), stacked)
+
+
+def _put(leaf, where: NamedSharding):
+    """`leaf` placed; an array of several processes is moved by a compiled identity, which is the only thing that may communicate."""
+    if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
+        return leaf if leaf.sharding.is_equivalent_to(where, leaf.ndim) else jax.jit(lambda a: a, out_shardings=where)(leaf)
+    if not where.is_fully_addressable and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        return jax.random.wrap_key_data(jax.device_put(np.asarray(jax.random.key_data(leaf)), where), impl=jax.random.key_impl(leaf))
+    return jax.device_put(leaf, where)
+
+
+def _largest(sharding: Sharding, shape: tuple[int, ...]) -> PartitionSpec:
+    devices = sharding.mesh.shape[sharding.axis]
+    divisible = [i for i, length in enumerate(shape) if length % devices == 0 and length]
+    if not divisible or int(np.prod(shape, dtype=np.int64)) < sharding.min_size:
+        return PartitionSpec()
+    chosen = max(divisible, key=lambda i: shape[i])
+    return PartitionSpec(*[sharding.axis if i == chosen else None for i in range(chosen + 1)])
+
+
+def _ruled(sharding: Sharding, path: str) -> PartitionSpec:
+    for pattern, spec in sharding.rules:
+        if re.search(pattern, path):
+            return spec
+    return PartitionSpec()
+
+
+def param_specs(sharding: Sharding, params: PyTree, level: str) -> PyTree:
+    """The partition spec of each leaf of `params`, which are the "inner" or the "outer" ones."""
+
+    def spec(path, leaf):
+        if sharding.kind == "largest":
+            return _largest(sharding, leaf.shape)
+        if sharding.kind == "tasks" and level == "inner":
+            return PartitionSpec(sharding.axis)
+        found = _ruled(sharding, level + jax.tree_util.keystr(path))
+        if len(found) > len(leaf.shape):
+            raise ValueError(
+                f"rules: got {found} for {level}{jax.tree_util.keystr(path)} of shape {list(leaf.shape)}; expected at most that many axes."
+            )
+        return found
+
+    return jax.tree_util.tree_map_with_path(spec, params)
+
+
+def of_run(sharding: Sharding, plan: Any, shapes: PyTree, start: InnerState, outer: PyTree) -> Layout:
+    """The layout of a run state of these shapes."""
+    if sharding.kind == "tasks":
+        return Layout(sharding, over_tasks.run_specs(plan, shapes))
+    if sharding.kind == "replicated":
+        return Layout(sharding, (PartitionSpec(),) * len(jax.tree.leaves(shapes)))
+    params = []
+    for level, value in (("inner", start.params), ("outer", outer)):
+        leaves = jax.tree_util.tree_leaves_with_path(value)
+        params += [(level, jax.tree_util.keystr(path), leaf.shape, _ruled(sharding, level + jax.tree_util.keystr(path))) for path, leaf in leaves]
+
+    def spec(path, leaf) -> PartitionSpec:
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+            return PartitionSpec()
+        if sharding.kind == "largest":
+            return _largest(sharding, leaf.shape)
+        text = jax.tree_util.keystr(path)
+        near = "outer" if "outer" in text else "inner"  # of equal names and shapes in both levels
+        same = []
+        for level, name, shape, found in params:
+            extra = len(leaf.shape) - len(shape)  # a memory of several such vectors has axes in front
+            if extra >= 0 and text.endswith(name) and leaf.shape[extra:] == shape:
+                same.append((len(name), level == near, extra, found))
+        if not same:
+            return PartitionSpec()
+        _, _, extra, found = max(same, key=lambda item: item[:2])
+        return PartitionSpec(*[None] * extra, *found)
+
+    return Layout(sharding, tuple(spec(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)))
+
+
+# ---- batches
+
+
+def _rows_spec(sharding: Sharding, leaf, axis: int = 0) -> tuple:
+    """Split along `axis` where there is one that the devices divide."""
+    devices = sharding.row_devices
+    where = sharding.axis if sharding.kind == "tasks" else sharding.rows
+    if sharding.kind == "tasks":
+        devices = sharding.mesh.shape[sharding.axis]
+    if where is None or jnp.ndim(leaf) <= axis or leaf.shape[axis] % devices or not leaf.shape[axis]:
+        return ()
+    return (*[None] * axis, where)
+
+
+def _check_rows(sharding: Sharding, batch: PyTree, what: str) -> None:
+    """Refuse a batch none of whose leaves can be split: it would be computed whole on every device."""
+    lengths = {int(leaf.shape[0]) for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf)}
+    if sharding.row_devices > 1 and lengths and all(length % sharding.row_devices for length in lengths):
+        raise ValueError(f"{what}: got {sorted(lengths)} rows on {sharding.row_devices} devices; expected a multiple of {sharding.row_devices}.")
+
+
+def _place_source(sharding: Sharding, source: Source | Stream) -> Source | Stream:
+    if isinstance(source, Stream):
+        return source
+    return source._replace(data=jax.tree.map(lambda a: _put(a, sharding.named(*_rows_spec(sharding, a))), source.data))
+
+
+def _split_rows(inner, outer, batch, *args, fn, sharding, **kwargs):
+    """The objective with its batch's rows split, wherever the batch was drawn from."""
+    _check_rows(sharding, batch, "batch")
+    batch = jax.tree.map(lambda a: lax.with_sharding_constraint(a, sharding.named(*_rows_spec(sharding, a))), batch)
+    return fn(inner, outer, batch, *args, **kwargs)
+
+
+def _own_rows(inner, outer, batch, *, fn, sharding):
+    """The mean over devices of the objective on each one's rows."""
+    _check_rows(sharding, batch, "batch")
+    names = (sharding.rows,) if isinstance(sharding.rows, str) else tuple(sharding.rows)
+    everywhere, rows = PartitionSpec(), jax.tree.map(lambda a: PartitionSpec(*_rows_spec(sharding, a)), batch)
+
+    def local(inner, outer, batch):
+        # Made each device's own here and not where they first meet the batch: what is summed is then a gradient, not an intermediate of any size.
+        inner, outer = jax.tree.map(lambda a: lax.pcast(a, names, to="varying"), (inner, outer))
+        return lax.pmean(fn(inner, outer, batch), names)
+
+    return jax.shard_map(local, mesh=sharding.mesh, in_specs=(everywhere, everywhere, rows), out_specs=everywhere)(inner, outer, batch)
+
+
+def _wrap(sharding: Sharding, objective: Objective) -> Objective:
+    fn = _own_rows if sharding.mean else _split_rows
+    return dataclasses.replace(objective, fn=Bound(objective.name, fn, fn=objective.fn, sharding=sharding))
+
+
+def place(sharding: Sharding, plan: Any, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> tuple:
+    """The plan, the data and the starting point as they lie on the mesh."""
+    problem = plan.problem
+    if sharding.kind == "tasks":
+        plan = over_tasks.distribute(sharding, plan, sources, start, outer)
+    elif sharding.rows is not None:
+        if sharding.mean:
+            _check_mean(sharding, problem, sources, start, outer, key)
+        if isinstance(problem, Problem):
+            problem = problem._replace(inner=_wrap(sharding, problem.inner), outer=_wrap(sharding, problem.outer))
+        else:
+            problem = problem._replace(objectives={name: _wrap(sharding, objective) for name, objective in problem.objectives.items()})
+        plan = plan._replace(problem=problem)
+    everywhere = sharding.named()
+
+    def put(params, level):
+        return jax.tree.map(lambda a, spec: _put(a, sharding.named(*spec)), params, param_specs(sharding, params, level))
+
+    start = start._replace(params=put(start.params, "inner"), model=jax.tree.map(lambda a: _put(a, everywhere), start.model))
+    key = None if key is None else _put(key, everywhere)
+    return plan, tuple(_place_source(sharding, source) for source in sources), start, put(outer, "outer"), key
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _compared(static, dynamic, inner, outer, batch):
+    """The values of two functions, and how far they and their gradients are apart."""
+    one, two = (jax.value_and_grad(fn, (0, 1))(inner, outer, batch) for fn in join(static, dynamic))
+    return one[0], two[0], tree.norm(tree.sub(one, two)), tree.norm(one)
+
+
+def _check_mean(sharding: Sharding, problem: Any, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> None:
+    """Means over rows, by value and gradient on the first batch."""
+    if not isinstance(problem, Problem):
+        raise ValueError("sharding: got mean=True for more than two levels; expected data_parallel() there.")
+    for name, objective, source in (("inner_objective", problem.inner, sources[0]), ("outer_objective", problem.outer, sources[2])):
+        if objective.has_aux or objective.stateful or objective.keyed:
+            raise ValueError(
+                f"{name}: got {objective!r} with mean=True; expected one without aux, state and keys, which each device would have of its own. "
+                "Try data_parallel() without mean."
+            )
+        if isinstance(source, Stream):
+            batch = jax.tree.map(jnp.asarray, peek(source))
+        else:
+            batch = source.draw(Feed(source.data, key, jnp.zeros((), jnp.int32)), 0).batch
+        if not jax.tree.leaves(batch):
+            continue
+        batch = jax.tree.map(lambda a: _put(a, sharding.named(*_rows_spec(sharding, a))), batch)
+        both = (objective.fn, Bound(objective.name, _own_rows, fn=objective.fn, sharding=sharding))
+        static, dynamic = split(both)
+        whole, parts, gap, size = _compared(static, dynamic, start.params, outer, batch)
+        if gap > 1e-3 * size:
+            raise ValueError(
+                f"{name}: got {objective.name} with mean=True, which is no mean over the rows of its batch: on the whole of the first batch it gives "
+                f"{float(whole):.6g}, as the mean of the devices' parts {float(parts):.6g} (values and gradients differ by {gap / size:.1e}); "
+                "expected a mean. Try jnp.mean in place of jnp.sum, or data_parallel() without mean."
+            )
