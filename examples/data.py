@@ -63,6 +63,32 @@ def _images(x: np.ndarray) -> np.ndarray:
     return (x.reshape(len(x), -1) / 255).astype(np.float32)
 
 
+def natural_images() -> tuple[list[np.ndarray], str]:
+    """Grey natural images as float32 in [0, 1], and where they come from: the 68 of BSD68, or the two that scikit-learn has in its package."""
+    path = local("bsd68_gray.npz")
+    if path is not None:
+        with np.load(path) as file:
+            return list((file["x"] / 255).astype(np.float32)), "BSD68"
+    from sklearn.datasets import load_sample_images
+
+    weights = np.array([0.299, 0.587, 0.114], np.float32)
+    return [(image / 255).astype(np.float32) @ weights for image in load_sample_images().images], "scikit-learn's sample images"
+
+
+def cifar10() -> Split:
+    """CIFAR-10: the first 10,000 training and 1,000 test images, 32 x 32 x 3, as they are (uint8)."""
+    path = local("cifar10_10k.npz")
+    if path is not None:
+        with np.load(path) as file:
+            arrays = [file[key] for key in Split._fields]
+    else:
+        x, y = openml("CIFAR_10")
+        x = x.astype(np.uint8).reshape(-1, 3, 32, 32).transpose(0, 2, 3, 1)  # colour by colour there
+        arrays = [x[:10_000], y[:10_000], x[50_000:51_000], y[50_000:51_000]]
+    x_train, y_train, x_test, y_test = arrays
+    return Split(x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32))
+
+
 def digits() -> tuple[np.ndarray, np.ndarray]:
     """scikit-learn's own 1,797 digits of 8 x 8, inside its package."""
     from sklearn.datasets import load_digits

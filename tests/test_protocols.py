@@ -190,6 +190,8 @@ def test_an_algorithm_runs_resumes_and_descends(name):
     half = solve(name, 20)
     rest = solve(name, 20, state=half.state)
     assert not whole.result.failed
-    assert all((np.asarray(a) == np.asarray(b)).all() for a, b in zip(*(jax.tree.leaves(s.state._replace(key=None)) for s in (whole, rest)), strict=True))
+    assert all(
+        (np.asarray(a) == np.asarray(b)).all() for a, b in zip(*(jax.tree.leaves(s.state._replace(key=None)) for s in (whole, rest)), strict=True)
+    )
     assert whole.history["value"].shape == (40,) and np.isfinite(whole.history["value"]).all()
     assert FORM.value(whole.outer_params) < FORM.value(FORM.outer_params)

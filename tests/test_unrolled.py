@@ -118,6 +118,22 @@ def test_modes_equal_each_other(form):
     close(estimate(form, solver, forward()).grad, grads["none"], 1e-12)
 
 
+@pytest.mark.parametrize("method", [unrolled(), unrolled(checkpoint="none"), forward()], ids=["mixed", "none", "forward"])
+def test_adam_at_inputs_that_no_data_reaches(method):
+    """The second coordinate's gradient is exactly zero at every step, where Adam has no derivative: a failure, and ``eps_root`` is the way out."""
+    inner, outer = (lambda y, x, batch: jnp.sum((batch * y - x) ** 2)), (lambda y, x, batch: jnp.sum((y - 0.3) ** 2))
+    y, x, batch, alive = jnp.asarray([0.1, 0.2, 0.3]), jnp.asarray([0.5, 0.0, -0.2]), jnp.asarray([2.0, 0.0, 2.0]), jnp.asarray([True, False, True])
+    outs = {}
+    for eps_root in (0.0, 1e-12):
+        solver = bx.inner.optax(optax.adam(0.1, eps_root=eps_root), 4)
+        fn = jax.jit(bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=method))
+        outs[eps_root] = fn(y, x, batch)
+    assert int(outs[0.0].info["code"]) == bx.RESULTS.hypergradient_nonfinite
+    assert int(outs[1e-12].info["code"]) == bx.RESULTS.success
+    close(outs[1e-12].grad[alive], fn(y[alive], x[alive], batch[alive]).grad, 1e-12)
+    assert float(outs[1e-12].grad[1]) == 0.0 and np.linalg.norm(outs[1e-12].grad) > 1e-6
+
+
 @pytest.mark.parametrize("steps", [1, 2, 3, 12])
 def test_every_number_of_steps(steps):
     """√K segments with and without a remainder, and no loop at all for one step."""

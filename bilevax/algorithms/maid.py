@@ -222,7 +222,9 @@ def _step(
         stalled = solved.grad_norm.astype(dtype) > target
         eps = jnp.where(stalled, jnp.maximum(eps, solved.grad_norm.astype(dtype) / k.strong_convexity), eps)
         least = 10 * unit * jnp.stack([scale / k.strong_convexity, f_y_norm])
-        floor = (stalled | (eps <= least[0])) & (dlt <= least[1])
+        # A breakdown with a residual that could be measured is rounding's: the bound counts that residual, and less is not asked for.
+        broken = (solution.code == RESULTS.adjoint_breakdown) & jnp.isfinite(residual)
+        floor = (stalled | (eps <= least[0])) & (dlt <= least[1]) | broken
         failed = ~jnp.isfinite(size) | ~jnp.isfinite(f.value)
         done = enough | floor | failed | (tries + 1 >= TIGHTEN)
         # What the bound asks for, but no more than five tightenings at once: z itself is not to be trusted yet.
@@ -232,7 +234,7 @@ def _step(
         code = first(
             unless(tree.all_finite(y), RESULTS.inner_nonfinite),
             unless(jnp.isfinite(f.value), RESULTS.outer_nonfinite),
-            jnp.where(solution.code >= RESULTS.adjoint_breakdown, solution.code, jnp.int32(0)),
+            jnp.where((solution.code >= RESULTS.adjoint_breakdown) & ~broken, solution.code, jnp.int32(0)),
             unless(jnp.isfinite(size), RESULTS.hypergradient_nonfinite),
         )
         return _Gradient(

@@ -23,8 +23,9 @@ def finite_difference(scale: float = 1.0, *, radius: float = 0.01) -> Hypergradi
       radius: positive.
 
     Returns:
-      A first-order `Hypergradient` (``order=1``). Its info has the counters ``gradients``, ``hvps`` and ``mixed_products``, and ``inner_grad_norm``, of the
-      last gradient that the solver took; its code is ``difference_lost`` where the displacement rounds away in the inner parameters' dtype.
+      A first-order `Hypergradient` (``order=1``). Its info has the counters ``gradients``, ``hvps`` and ``mixed_products``, and
+      ``inner_grad_norm``, of the last gradient that the solver took; its code is ``difference_lost`` where the displacement rounds away in
+      the inner parameters' dtype.
 
     Raises:
       TypeError, ValueError: if `scale` or `radius` is not a positive, finite number.

@@ -20,8 +20,8 @@ def one_step(scale: float = 1.0) -> Hypergradient:
       scale: positive; the inner step size gives T1-T2, a bound on ``1 / λ_max`` of the inner Hessian the safest direction.
 
     Returns:
-      A first-order `Hypergradient` (``order=1``). Its info has the counters ``gradients``, ``hvps`` and ``mixed_products``, and ``inner_grad_norm``, of the
-      last gradient that the solver took.
+      A first-order `Hypergradient` (``order=1``). Its info has the counters ``gradients``, ``hvps`` and ``mixed_products``, and
+      ``inner_grad_norm``, of the last gradient that the solver took.
 
     Raises:
       TypeError, ValueError: if `scale` is not a positive, finite number.

@@ -45,6 +45,9 @@ def unrolled(last: int | None = None, *, checkpoint: str = "mixed") -> Hypergrad
     output of ``jax.vjp``, whose rules are ordinary code to the derivative above. (Only a ``jax.jvp`` straight through the mixed-mode solve would
     find no rule, and JAX refuses that with a TypeError.) A truncated solution is marked ``order=1``: its derivative is as truncated as the pullback.
 
+    Adam, RMSProp and their like have no derivative at a coordinate whose gradients have all been exactly zero (an input that is zero in all data, a
+    dead unit): the hypergradient is NaN, and its code ``hypergradient_nonfinite``. ``eps_root=1e-12`` in the optimizer cures that.
+
     Example:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
