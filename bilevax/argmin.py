@@ -44,7 +44,7 @@ def argmin(
     r"""Turn a minimization into a function of everything that its objective reads.
 
     .. math::
-        y^*(\theta) = \arg\min_y g(y, \theta), \qquad \partial y^* = -(\nabla^2_{yy} g)^{-1} \nabla^2_{y\theta} g \; \partial\theta
+        y^*(\theta) = \operatorname{argmin}_y g(y, \theta), \qquad \partial y^* = -(\nabla^2_{yy} g)^{-1} \nabla^2_{y\theta} g \; \partial\theta
 
     The result is an ordinary JAX function: ``grad``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``, ``vmap`` and ``jit`` apply to any order, and
     it may be called inside the objective of another `argmin`, to any depth. The solver runs undifferentiated, so a ``while_loop`` inside it

@@ -227,7 +227,7 @@ def value_and_multilevel_grad(levels: Sequence[Level]) -> MultilevelGradFn:
 
     Example:
       >>> import jax.numpy as jnp, optax, bilevax as bx
-      >>> descent, method = bx.inner.optax(optax.sgd(0.5), 30), bx.hypergradient.implicit()
+      >>> descent, method = bx.inner.optax(optax.sgd(0.2), 30), bx.hypergradient.implicit()
       >>> levels = [
       ...     bx.Level("z", lambda p, batch: (p["z"] - p["y"]) ** 2, solver=descent, hypergradient=method),
       ...     bx.Level("y", lambda p, batch: (p["y"] - p["x"]) ** 2 + p["z"] ** 2, solver=descent, hypergradient=method),
@@ -332,7 +332,7 @@ def solve_multilevel(
 
     Example:
       >>> import jax.numpy as jnp, optax, bilevax as bx
-      >>> descent, method = bx.inner.optax(optax.sgd(0.5), 3), bx.hypergradient.implicit()
+      >>> descent, method = bx.inner.optax(optax.sgd(0.2), 3), bx.hypergradient.implicit()
       >>> levels = [
       ...     bx.Level("z", lambda p, batch: (p["z"] - p["y"]) ** 2, solver=descent, hypergradient=method),
       ...     bx.Level("y", lambda p, batch: (p["y"] - p["x"]) ** 2 + p["z"] ** 2, solver=descent, hypergradient=method),

@@ -17,8 +17,8 @@ def black_box(minimizer: Callable, interpolation: float = 1.0, *, host: bool = F
     r"""The gradient of a piecewise affine interpolation of a piecewise constant solution map.
 
     .. math::
-        dx = \nabla^2_{xy} g \; \frac{y_\lambda - y}{\lambda}, \qquad y = \arg\min_{y \in Y} \langle c(x), y \rangle, \quad
-        y_\lambda = \arg\min_{y \in Y} \langle c(x) + \lambda w, y \rangle, \quad c = \nabla_y g
+        dx = \nabla^2_{xy} g \; \frac{y_\lambda - y}{\lambda}, \qquad y = \operatorname{argmin}_{y \in Y} \langle c(x), y \rangle, \quad
+        y_\lambda = \operatorname{argmin}_{y \in Y} \langle c(x) + \lambda w, y \rangle, \quad c = \nabla_y g
 
     The true derivative is zero almost everywhere; this one points to where the answer changes. One solve more.
 

@@ -16,7 +16,7 @@ def black_box(minimizer: Callable, *, host: bool = False) -> base.InnerSolver:
     r"""Solve a lower level that is linear in the inner parameters over a set that only `minimizer` knows.
 
     .. math::
-        y^*(c) = \arg\min_{y \in Y} \langle c, y \rangle, \qquad c = \nabla_y g(y, x)
+        y^*(c) = \operatorname{argmin}_{y \in Y} \langle c, y \rangle, \qquad c = \nabla_y g(y, x)
 
     Args:
       minimizer: ``costs -> inner_params``, costs shaped like the inner parameters: shortest paths, matchings, rankings, sorting.

@@ -20,7 +20,7 @@ def gmres(maxiter: int = 100, tol: float = 1e-6, *, restart: int = 20) -> Bound:
     r"""Restarted GMRES for any invertible system: the safest choice without symmetry, at the price of memory.
 
     .. math::
-        x_k = \arg\min_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad K_k(A, r) = \mathrm{span}\{r, Ar, \dots, A^{k-1} r\}
+        x_k = \operatorname{argmin}_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad K_k(A, r) = \mathrm{span}\{r, Ar, \dots, A^{k-1} r\}
 
     One matvec an iteration, one more for the residual at each restart and at the end. ``restart + 1`` vectors of memory.
 

@@ -17,7 +17,7 @@ def minres(maxiter: int = 100, tol: float = 1e-6) -> Bound:
     r"""MINRES for symmetric systems, definite or not: a saddle of the lower level, or the Lagrangian system of several levels.
 
     .. math::
-        x_k = \arg\min_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad K_k(A, r) = \mathrm{span}\{r, Ar, \dots, A^{k-1} r\}
+        x_k = \operatorname{argmin}_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad K_k(A, r) = \mathrm{span}\{r, Ar, \dots, A^{k-1} r\}
 
     One matvec an iteration; one more for the residual at the end, and one for a start other than zero. Seven vectors of memory.
 
