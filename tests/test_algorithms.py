@@ -167,7 +167,7 @@ def test_iterates_follow_the_papers_rule(name):
     np.testing.assert_allclose(solution.inner_params, y, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("order", [1, 2, 3, 4])
+@pytest.mark.parametrize("order", [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)])
 def test_f2sa_follows_the_papers_rule(order):
     places, coefficients = difference(order)
     settings = dict(penalty=5.0, growth=1 / 7)
@@ -238,7 +238,7 @@ EVERY = {
 LEFT = {"bsa": 0.2, "ttsa": 0.2, "sustain": 0.2, "pzobo": 0.3, "bome": 0.2, "f2sa": 0.02, "f2sa_2": 0.02, "s_tfbo": 0.1}
 
 
-@pytest.mark.parametrize("name", EVERY)
+@pytest.mark.parametrize("name", [n if n in ("soba", "saba", "f2sa") else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
 def test_pytrees_in_float32_converge_with_one_trace(name):
     form = PROBLEMS["quadratic_tree"]
     y, x, inner_batch, outer_batch = jax.tree.map(
@@ -345,7 +345,7 @@ def _norm(grad):
     return np.sqrt(sum(np.sum(np.asarray(leaf) ** 2) for leaf in jax.tree.leaves(grad)))
 
 
-SOME = ("quadratic_tree", "huber_elastic")  # the others take their compile time, a few seconds each
+SOME = ("quadratic_tree",)  # the others take their compile time, a few seconds each
 
 
 @pytest.mark.parametrize("name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in PROBLEMS])
@@ -375,7 +375,7 @@ def _upper_residual(y, x, b):
     return jnp.sum(r * r) / 2
 
 
-@pytest.mark.parametrize("known", [True, False])
+@pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_maid_on_random_least_squares(known):
     """The gap is relative to the one at the start; steps are inner gradients and products with second derivatives together."""
     A1, A2, A3, b1, b2 = _least_squares(0)
@@ -431,7 +431,7 @@ def test_the_certificate_bounds_the_error_of_each_hypergradient():
     assert max(error for error, _ in errors) > 1e-6  # inexact indeed
 
 
-@pytest.mark.parametrize("solver", ["agd", "gradient_descent"])
+@pytest.mark.parametrize("solver", ["agd", pytest.param("gradient_descent", marks=pytest.mark.slow)])
 def test_maid_and_hoag_take_any_solver_to_a_tolerance(solver):
     form = PROBLEMS["quadratic"]
     data = dict(inner_data=form.inner_batch, outer_data=form.outer_batch)

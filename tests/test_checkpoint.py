@@ -303,6 +303,7 @@ def test_damage_is_noticed_and_the_one_before_used(saved, whole, tmp_path, kind)
     assert "damaged_step_000000060" in found(folder)
 
 
+@pytest.mark.slow
 @abandoned
 def test_no_bit_anywhere_changes_the_run(saved, whole, tmp_path):
     """Every file in turn, a bit flipped at random places: noticed, or of no consequence."""

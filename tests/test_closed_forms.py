@@ -16,11 +16,9 @@ H, L = bx.hypergradient, bx.linear
 STILL = bx.inner.optax(optax.set_to_zero(), 1)  # leaves the point where it is
 KINDS = ["adjoint", "differentiated", "quasi_newton"]
 
-# The five textbook forms in each kind, and every form in the cheap one, are the quick suite.
+# The five textbook forms in each kind are the quick suite.
 everywhere = [
-    pytest.param(name, kind, marks=() if kind == "adjoint" or name in TEXTBOOK else pytest.mark.slow, id=f"{name}-{kind}")
-    for name in PROBLEMS
-    for kind in KINDS
+    pytest.param(name, kind, marks=() if name in TEXTBOOK else pytest.mark.slow, id=f"{name}-{kind}") for name in PROBLEMS for kind in KINDS
 ]
 textbook_first = [pytest.param(name, marks=() if name in TEXTBOOK else pytest.mark.slow) for name in PROBLEMS]
 quadratics = pytest.mark.parametrize("name", QUADRATICS)

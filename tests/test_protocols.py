@@ -74,6 +74,9 @@ def close(a, b, tol=1e-10):
 
 
 every = pytest.mark.parametrize("name", METHODS)
+# What compiles anew: a method of each kind in the quick suite, the others in the slow one.
+KINDS = ("implicit", "implicit_cholesky", "fixed_point", "unrolled", "one_step", "sama")
+some = pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
 
 
 @every
@@ -105,7 +108,7 @@ def test_a_state_goes_around_without_a_second_trace(name):
     assert int(again.info["code"]) < 10
 
 
-@every
+@some
 def test_vmap_equals_a_loop(name):
     fn = function(name)
     xs = jax.tree.map(lambda a: jnp.stack([a, 1.1 * a, a - 0.1]), FORM.outer_params)
@@ -114,7 +117,7 @@ def test_vmap_equals_a_loop(name):
         assert close(jax.tree.map(lambda a, i=i: a[i], batched), evaluate(name, x=jax.tree.map(lambda a, i=i: a[i], xs)).grad, 1e-7)
 
 
-@every
+@some
 def test_a_zero_cotangent_gives_zero(name):
     """The outer objective ignores the inner parameters: no method may divide by the norm of nothing."""
     method, solver, _ = METHODS[name]
@@ -123,7 +126,7 @@ def test_a_zero_cotangent_gives_zero(name):
     assert close(estimate.grad, FORM.outer_params, 1e-12) and int(estimate.info["code"]) < 10
 
 
-@every
+@some
 def test_float32_stays_float32(name):
     down = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32) if tree.is_float(a) else jnp.asarray(a))
     fn = function(name)
@@ -134,7 +137,7 @@ def test_float32_stays_float32(name):
         assert close(estimate.grad, FORM.hypergradient(FORM.outer_params), 2e-3)
 
 
-@every
+@some
 def test_sharded_data_equals_one_device(name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("data"))
