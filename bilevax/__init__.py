@@ -1,30 +1,48 @@
 """Optimization problems nested in each other, in JAX."""
 
 import importlib
+from typing import TYPE_CHECKING
 
-from bilevax import algorithms, callbacks, checkpoint, data, diagnostics, hypergradient, inner, linear, plots, sharding, testing
+from bilevax import callbacks, checkpoint, data, hypergradient, inner, linear, sharding
 from bilevax.argmin import argmin
 from bilevax.base import Estimate, objective
-from bilevax.diagnostics import check_hypergradient, compare_hypergradients, error_bound
 from bilevax.estimate import value_and_hypergrad
-from bilevax.explain import explain
 from bilevax.inner.tunable import tunable
-from bilevax.level import Level
 from bilevax.metrics import metrics
-from bilevax.multilevel import solve_multilevel, value_and_multilevel_grad
 from bilevax.results import RESULTS, SolveError
 from bilevax.solution import Solution
 from bilevax.solve import solve_bilevel
 from bilevax.tasks import task_copies, tasks
 
+if TYPE_CHECKING:
+    from bilevax import algorithms, diagnostics, nn, plots, testing
+    from bilevax.diagnostics import check_hypergradient, compare_hypergradients, error_bound
+    from bilevax.explanation import explain
+    from bilevax.level import Level
+    from bilevax.multilevel import solve_multilevel, value_and_multilevel_grad
+
 __version__ = "0.1.0"
+
+# Imported when first used, so that importing the package stays quick: where a name is found, None for a module of that name.
+_LATER = {
+    **dict.fromkeys(("algorithms", "diagnostics", "nn", "plots", "testing")),
+    **dict.fromkeys(("check_hypergradient", "compare_hypergradients", "error_bound"), "diagnostics"),
+    **dict.fromkeys(("solve_multilevel", "value_and_multilevel_grad"), "multilevel"),
+    "Level": "level",
+    "explain": "explanation",
+}
 
 
 def __getattr__(name: str):
-    """``bilevax.nn`` is imported when it is first used, and Flax with it."""
-    if name == "nn":
-        return importlib.import_module("bilevax.nn")
-    raise AttributeError(f"module 'bilevax' has no attribute {name!r}")
+    """The names that are imported when they are first used."""
+    if name not in _LATER:
+        raise AttributeError(f"module 'bilevax' has no attribute {name!r}")
+    module = importlib.import_module(f"bilevax.{_LATER[name] or name}")
+    return getattr(module, name) if _LATER[name] else module
+
+
+def __dir__() -> list[str]:
+    return __all__
 
 
 __all__ = [

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -216,6 +215,8 @@ class _Traceable:
 
 def _evaluate(inner, outer: _Outer, batch, *, jaxpr):
     operands = jax.tree.leaves((tree.combine(inner, outer.fixed), outer.args, outer.settings))
+    import jax.extend.core as jex  # not above: it takes a tenth of a second
+
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, outer.captured))(*operands)[0]
 
 

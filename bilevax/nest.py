@@ -17,7 +17,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 from jax import lax
 
 from bilevax import tree
@@ -211,6 +210,8 @@ def _guarded_fwd(static, given, rest):
 def _guarded_bwd(static, residuals, cotangent):
     captured, code, given, rest = residuals
     _, _, why = join(static, rest[0])
+    import jax.extend.core as jex  # not above: it takes a tenth of a second
+
     out = jex.jaxpr_as_fun(jex.ClosedJaxpr(code.jaxpr, captured))(*jax.tree.leaves(cotangent.params))
     return once(why, jax.tree.unflatten(code.structure, out), (given, cotangent.params)), None
 

@@ -15,7 +15,6 @@ import numpy as np
 from bilevax import callbacks as callbacks_lib
 from bilevax import check, tree
 from bilevax import checkpoint as checkpoint_lib
-from bilevax.algorithms.default import default_algorithm
 from bilevax.base import Algorithm, InnerState, PyTree, join, split
 from bilevax.chunk import Best, Plan, RunState, run_chunk, run_traced
 from bilevax.data import Source, Stream, as_source
@@ -132,6 +131,8 @@ def solve_bilevel(
         check.params(value, name)
         check.finite(value, name)
     if algorithm is None:
+        from bilevax.algorithms.default import default_algorithm  # here, so that importing the package loads no algorithm
+
         algorithm = default_algorithm(sources)
 
     (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)

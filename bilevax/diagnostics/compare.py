@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import statistics
 import time
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
@@ -215,7 +214,7 @@ def compare_hypergradients(
         gradients, hvps, mixed = (int(est.info[c]) if c in est.info else None for c in ("gradients", "hvps", "mixed_products"))
         analysis = compiled[name][0].memory_analysis()
         memory = math.nan if analysis is None else float(analysis.temp_size_in_bytes)
-        milliseconds = 1e3 * statistics.median(times[name])
+        milliseconds = 1e3 * float(np.median(times[name]))
         said = RESULTS(int(est.info["code"]))
         rows.append(ComparisonRow(name, score.cosine, score.norm_ratio, score.relative_error, gradients, hvps, mixed, milliseconds, memory, said))
     solve_error = compared(np.asarray(ref.at_point), ref, unit_of(prepared.outer)).relative_error

@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
-import jax.extend.core as jex
 import jax.numpy as jnp
 
 from bilevax import tree
@@ -45,6 +44,8 @@ class _Static(NamedTuple):
 
     def __call__(self, inner, rest):
         outer, ctx, captured = rest
+        import jax.extend.core as jex  # not above: it takes a tenth of a second
+
         out = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, captured))(*jax.tree.leaves((inner, outer, ctx)))
         return jax.tree.unflatten(self.structure, out)
 
