@@ -13,6 +13,7 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
+from bilevax.jaxpr import evaluate
 from bilevax.linear.cg import cg
 from bilevax.results import RESULTS, SolveError, worst
 
@@ -215,9 +216,7 @@ class _Traceable:
 
 def _evaluate(inner, outer: _Outer, batch, *, jaxpr):
     operands = jax.tree.leaves((tree.combine(inner, outer.fixed), outer.args, outer.settings))
-    import jax.extend.core as jex  # not above: it takes a tenth of a second
-
-    return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, outer.captured))(*operands)[0]
+    return evaluate(jaxpr, outer.captured, operands)[0]
 
 
 def _checked(name: str, values: PyTree) -> PyTree:

@@ -23,6 +23,7 @@ from bilevax import tree
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, join, split
 from bilevax.data import draw_number
+from bilevax.jaxpr import evaluate
 from bilevax.level import System
 
 
@@ -210,9 +211,7 @@ def _guarded_fwd(static, given, rest):
 def _guarded_bwd(static, residuals, cotangent):
     captured, code, given, rest = residuals
     _, _, why = join(static, rest[0])
-    import jax.extend.core as jex  # not above: it takes a tenth of a second
-
-    out = jex.jaxpr_as_fun(jex.ClosedJaxpr(code.jaxpr, captured))(*jax.tree.leaves(cotangent.params))
+    out = evaluate(code.jaxpr, captured, jax.tree.leaves(cotangent.params))
     return once(why, jax.tree.unflatten(code.structure, out), (given, cotangent.params)), None
 
 

@@ -70,7 +70,7 @@ def solve_bilevel(
         one, a pure function ``(key, step) -> batch``, an iterable of batches, or None.
       outer_data: batches of the outer gradient, likewise.
       hyper_data: batches of second-order products; by default drawn from `inner_data`, apart from the inner steps' own.
-      algorithm: an `Algorithm`. None picks one by a documented rule (`algorithms.default_algorithm`). Build it once: an equal one built again
+      algorithm: an `Algorithm`. None picks one by a documented rule (``algorithms.default``). Build it once: an equal one built again
         compiles again unless its numbers are leaves (`tunable`).
       num_steps: outer steps.
       key: PRNG key; needed where data is sampled or an objective is keyed.

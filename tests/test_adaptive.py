@@ -1,5 +1,6 @@
 """MAID and HOAG against their plain-numpy transcriptions, step by step."""
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -9,6 +10,9 @@ from tests.test_algorithms import INNER, OUTER, SUM, X0, Y0, inner, outer
 
 DATA = dict(inner_data=bx.data.full(INNER), outer_data=bx.data.full(OUTER))
 SIZE = 0.5  # of the descent inside
+
+
+METHOD = bx.algorithms.maid()
 
 
 def _run(algorithm, steps):
@@ -38,3 +42,26 @@ def test_hoag_follows_its_rule():
         solution = _run(algorithm, steps)
         np.testing.assert_allclose(solution.outer_params, x, rtol=0, atol=1e-10)
         np.testing.assert_allclose(solution.inner_params, y, rtol=0, atol=1e-10)
+
+
+def test_an_adjoint_solve_that_rounding_ends_ends_the_run_only_where_it_is_far_off():
+    """Penalties of useless features grow without bound, and in float32 the adjoint solve breaks down on the way: near the solution it is used."""
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((100, 30)).astype(np.float32)
+    y = (x[:, :5].sum(1) + 0.5 * rng.standard_normal(100)).astype(np.float32)
+
+    def fit(w, penalty, batch):
+        return jnp.mean((batch[0] @ w - batch[1]) ** 2)
+
+    def ridge(w, penalty, batch):
+        return fit(w, penalty, batch) + jnp.sum(jnp.exp(penalty) * w**2)
+
+    def run(top):
+        data = dict(inner_data=(x[:50], y[:50]), outer_data=(x[50:], y[50:]))
+        start = jnp.zeros(30, jnp.float32), jnp.full(30, -3.0, jnp.float32).at[5:].set(top)
+        return bx.solve_bilevel(ridge, fit, *start, **data, algorithm=METHOD, num_steps=60, throw=False)
+
+    solution = run(14.0)  # a condition number of 1e6: some solves break down, all of them close
+    assert not solution.result.failed and len(solution.history["value"]) == 60
+    assert np.all(np.isfinite(solution.history["error_bound"])) and solution.history["value"].min() < 0.42
+    assert run(16.0).result == bx.RESULTS.adjoint_breakdown  # 1e7: beyond float32

@@ -22,6 +22,7 @@ TIGHTEN = 30  # most tightenings of the accuracy for one hypergradient
 ROUNDS = 3  # hypergradients in one step, where the search along the one before failed
 SEARCH = 10  # trials in the first search; one more in each later one
 ADJOINT = 500  # most products in one adjoint solve
+BROKEN = 0.1  # largest relative residual at which a breakdown of the adjoint solve counts as rounding
 FIRST_MOVE = 0.1  # length of the first trial move, relative to the outer parameters, where no step size is given
 
 
@@ -222,8 +223,8 @@ def _step(
         stalled = solved.grad_norm.astype(dtype) > target
         eps = jnp.where(stalled, jnp.maximum(eps, solved.grad_norm.astype(dtype) / k.strong_convexity), eps)
         least = 10 * unit * jnp.stack([scale / k.strong_convexity, f_y_norm])
-        # A breakdown with a residual that could be measured is rounding's: the bound counts that residual, and less is not asked for.
-        broken = (solution.code == RESULTS.adjoint_breakdown) & jnp.isfinite(residual)
+        # A breakdown near the solution is rounding's: the bound counts the residual that is left, and less is not asked for.
+        broken = (solution.code == RESULTS.adjoint_breakdown) & (residual <= BROKEN * f_y_norm)
         floor = (stalled | (eps <= least[0])) & (dlt <= least[1]) | broken
         failed = ~jnp.isfinite(size) | ~jnp.isfinite(f.value)
         done = enough | floor | failed | (tries + 1 >= TIGHTEN)

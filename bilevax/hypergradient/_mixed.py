@@ -15,6 +15,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax.base import Bound, Ctx, Objective, PyTree
+from bilevax.jaxpr import evaluate
 
 
 def mixed(objective: Objective) -> Objective:
@@ -44,9 +45,7 @@ class _Static(NamedTuple):
 
     def __call__(self, inner, rest):
         outer, ctx, captured = rest
-        import jax.extend.core as jex  # not above: it takes a tenth of a second
-
-        out = jex.jaxpr_as_fun(jex.ClosedJaxpr(self.jaxpr, captured))(*jax.tree.leaves((inner, outer, ctx)))
+        out = evaluate(self.jaxpr, captured, jax.tree.leaves((inner, outer, ctx)))
         return jax.tree.unflatten(self.structure, out)
 
 

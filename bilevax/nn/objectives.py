@@ -228,6 +228,7 @@ def bilevel(
                 "inner, outer: got no model at either level; expected an nnx module or a Net at one of them. Without, call solve_bilevel itself."
             )
         sides = {"inner": nets.get("inner"), "outer": nets.get("outer")}
+        # mypy takes a mapping's values for every keyword of objective
         objectives = [objective(loss, **sides, train=mode) for loss, mode in zip((inner_loss, outer_loss), train, strict=True)]  # type: ignore[arg-type]
     state = {role: net.state for role, net in nets.items() if net.has_state} or None
     return Bilevel(objectives[0], objectives[1], inner_params, outer_params, state, nets)
