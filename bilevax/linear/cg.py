@@ -64,18 +64,26 @@ def cg(maxiter: int = 100, tol: float = 1e-6, *, preconditioner: Callable[[PyTre
 
 
 class _Carry(NamedTuple):
-    step: Any  # iterations
-    matvecs: Any
     x: PyTree
     r: PyTree
     p: PyTree  # what is multiplied next: a direction, or x where `check`
+    numbers: Any  # `_Numbers` as one vector: a scalar carried by itself costs a kernel and a copy an iteration, which small systems feel
+    counts: Any  # `_Counts`, likewise
+
+
+class _Numbers(NamedTuple):
     rz: Any
     rr: Any
     a_norm: Any  # largest Rayleigh quotient met
     x_norm: Any  # bound on the norm of x
     measured: Any  # norm of the last residual that was measured, not updated
-    check: Any
+
+
+class _Counts(NamedTuple):
+    step: Any  # iterations
+    matvecs: Any
     code: Any
+    check: Any
     done: Any
 
 
@@ -95,70 +103,63 @@ def _cg(matvec, b, x0=None, *, maxiter, tol, preconditioner) -> tuple[PyTree, Li
     x_norm = tree.norm(x).astype(dtype)
     warm = x_norm != 0  # true for NaN too, which the first product then meets
     z = b if precondition is None else precondition(b)
+    code = jnp.where(jnp.isfinite(bb), RESULTS.success, RESULTS.adjoint_nonfinite)
     start = _Carry(
-        step=jnp.int32(0),
-        matvecs=jnp.int32(setup),
         x=x,
         r=b,
         p=tree.where(warm, x, z),
-        rz=bb if precondition is None else tree.dot(b, z),
-        rr=bb,
-        a_norm=jnp.zeros((), dtype),
-        x_norm=x_norm,
-        measured=jnp.where(warm, jnp.inf, b_norm),
-        check=warm,
-        code=jnp.where(jnp.isfinite(bb), RESULTS.success, RESULTS.adjoint_nonfinite).astype(jnp.int32),
-        done=(b_norm == 0) | ~jnp.isfinite(bb),
+        numbers=_vector(_Numbers(bb if precondition is None else tree.dot(b, z), bb, 0, x_norm, jnp.where(warm, jnp.inf, b_norm)), dtype),
+        counts=_vector(_Counts(0, setup, code, warm, (b_norm == 0) | ~jnp.isfinite(bb)), jnp.int32),
     )
 
     def body(c: _Carry) -> _Carry:
+        last, count = _Numbers(*c.numbers), _Counts(*c.counts)
+        checking = count.check != 0
         ap = matvec(c.p)
         pap, pp = tree.dot(c.p, ap), tree.dot(c.p, c.p)
-        a_norm = jnp.maximum(c.a_norm, jnp.abs(pap) / jnp.where(pp == 0, 1, pp))
+        a_norm = jnp.maximum(last.a_norm, jnp.abs(pap) / jnp.where(pp == 0, 1, pp))
         noise = tiny * a_norm * pp
-        negative = ~c.check & (pap <= -noise)
-        alpha = c.rz / jnp.where(jnp.abs(pap) <= noise, 1, pap)
-        length = c.x_norm + jnp.where(c.check, 0, jnp.abs(alpha) * jnp.sqrt(pp))
-        flat = ~c.check & ~negative & ((pap <= noise) | _common.singular(a_norm, length, b_norm))
+        negative = ~checking & (pap <= -noise)
+        alpha = last.rz / jnp.where(jnp.abs(pap) <= noise, 1, pap)
+        length = last.x_norm + jnp.where(checking, 0, jnp.abs(alpha) * jnp.sqrt(pp))
+        flat = ~checking & ~negative & ((pap <= noise) | _common.singular(a_norm, length, b_norm))
         # A measuring pass multiplies x itself: r = b - 1 Ap. That way the matvec is traced once.
-        r = tree.axpy(-jnp.where(c.check, 1, alpha), ap, tree.where(c.check, b, c.r))
+        r = tree.axpy(-jnp.where(checking, 1, alpha), ap, tree.where(checking, b, c.r))
         rr = tree.dot(r, r)
-        drop = jnp.isinf(c.measured) & (rr > bb)  # a start worse than zero
+        drop = jnp.isinf(last.measured) & (rr > bb)  # a start worse than zero
         r, rr = tree.where(drop, b, r), jnp.where(drop, bb, rr)
         finite = jnp.isfinite(rr) & jnp.isfinite(alpha)
         bad = negative | flat | ~finite
-        moved = jnp.where(c.check | bad, 0, alpha)
+        moved = jnp.where(checking | bad, 0, alpha)
         x = tree.where(drop, tree.zeros_like(b), tree.axpy(moved, c.p, c.x))
-        x_norm = jnp.where(drop, 0, jnp.where(bad, c.x_norm, length))
+        x_norm = jnp.where(drop, 0, jnp.where(bad, last.x_norm, length))
         z = r if precondition is None else precondition(r)
         rz = rr if precondition is None else tree.dot(r, z)
 
-        step = c.step + jnp.where(c.check, 0, 1)
+        step = count.step + jnp.where(checking, 0, 1)
         r_norm = jnp.sqrt(rr)
         end = (r_norm <= target) | (step >= maxiter)
-        trusted = c.check | (unit * a_norm * x_norm <= jnp.maximum(r_norm, target))
-        stalled = c.check & (r_norm > 0.5 * c.measured)
+        trusted = checking | (unit * a_norm * x_norm <= jnp.maximum(r_norm, target))
+        stalled = checking & (r_norm > 0.5 * last.measured)
         check = end & ~trusted & ~bad
-        beta = jnp.where(c.check, 0, rz / jnp.where(c.rz == 0, 1, c.rz))
+        beta = jnp.where(checking, 0, rz / jnp.where(last.rz == 0, 1, last.rz))
         failure = jnp.where(negative, RESULTS.negative_curvature, jnp.where(flat, RESULTS.adjoint_breakdown, RESULTS.success))
         failure = jnp.where(finite, failure, RESULTS.adjoint_nonfinite)
+        kept = jnp.where(bad & ~checking, last.rr, rr)
         return _Carry(
-            step=step,
-            matvecs=c.matvecs + 1,
             x=x,
             r=r,
             p=tree.where(check, x, tree.axpy(beta, c.p, z)),
-            rz=rz,
-            rr=jnp.where(bad & ~c.check, c.rr, rr),
-            a_norm=a_norm,
-            x_norm=x_norm,
-            measured=jnp.where(c.check, r_norm, c.measured),
-            check=check,
-            code=failure.astype(jnp.int32),
-            done=bad | stalled | (end & trusted),
+            numbers=_vector(_Numbers(rz, kept, a_norm, x_norm, jnp.where(checking, r_norm, last.measured)), dtype),
+            counts=_vector(_Counts(step, count.matvecs + 1, failure, check, bad | stalled | (end & trusted)), jnp.int32),
         )
 
-    end = lax.while_loop(lambda c: ~c.done, body, start)
-    lost = (end.code == RESULTS.adjoint_breakdown) & (end.rr > bb)  # a singular matrix makes x grow without bound before it is seen
-    x, rr = tree.where(lost, tree.zeros_like(b), end.x), jnp.where(lost, bb, end.rr)
-    return x, _common.info(end.matvecs, _common.relative(jnp.sqrt(rr), b_norm), end.code, tol)
+    end = lax.while_loop(lambda c: _Counts(*c.counts).done == 0, body, start)
+    rr, count = _Numbers(*end.numbers).rr, _Counts(*end.counts)
+    lost = (count.code == RESULTS.adjoint_breakdown) & (rr > bb)  # a singular matrix makes x grow without bound before it is seen
+    x, rr = tree.where(lost, tree.zeros_like(b), end.x), jnp.where(lost, bb, rr)
+    return x, _common.info(count.matvecs, _common.relative(jnp.sqrt(rr), b_norm), count.code, tol)
+
+
+def _vector(scalars: tuple, dtype) -> Any:
+    return jnp.stack([jnp.asarray(scalar).astype(dtype) for scalar in scalars])
