@@ -19,8 +19,9 @@ def describe(value: Any) -> str:
     """A short description of what was given."""
     if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
         return f"{value.dtype}{list(value.shape)}"
-    text = repr(value)
-    return f"{type(value).__name__} {text if len(text) <= 80 else text[:77] + '...'}"
+    kind, text = type(value).__name__, repr(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text if text.startswith(kind) else f"{kind} {text}"
 
 
 # ---- parameters
@@ -254,7 +255,7 @@ def same_structure(got: PyTree, want: PyTree, name: str, like: str) -> None:
     got_leaves, got_def = jax.tree_util.tree_flatten_with_path(got)
     want_leaves, want_def = jax.tree_util.tree_flatten_with_path(want)
     if got_def != want_def:
-        paths_got, paths_want = ({jax.tree_util.keystr(p) for p, _ in leaves} for leaves in (got_leaves, want_leaves))
+        paths_got, paths_want = ({jax.tree_util.keystr(p) or "the whole" for p, _ in leaves} for leaves in (got_leaves, want_leaves))
         differing = sorted(paths_got ^ paths_want)
         raise ValueError(f"{name}: got structure {got_def}; expected that of {like}, {want_def}. Differing paths: {differing or 'container types'}.")
     for (path, a), (_, b) in zip(got_leaves, want_leaves, strict=True):

@@ -11,8 +11,6 @@ import hashlib
 import json
 import os
 import re
-import signal
-import threading
 import time
 import warnings
 from typing import Any, NamedTuple
@@ -20,9 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from bilevax import check, tree
+from bilevax import check, digest, tree
 from bilevax.base import PyTree
 
 FORMAT = 1
@@ -82,43 +79,6 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointi
     return Checkpointing(place if "://" in place else os.path.abspath(place), check.count(n, "n"), check.count(keep, "keep"))
 
 
-# ---- the digest
-
-
-def _bits(leaf):
-    """The leaf's bits as uint32, 64-bit entries as two along a last axis."""
-    if leaf.dtype == jnp.bool_ or (jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 4):
-        return leaf.astype(jnp.int32).astype(jnp.uint32)
-    size = leaf.dtype.itemsize
-    if size >= 4:
-        return lax.bitcast_convert_type(leaf, jnp.uint32)
-    return lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}[size]).astype(jnp.uint32)
-
-
-def _mixed(value, constant: int):
-    value = (value ^ (value >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
-    value = (value ^ (value >> jnp.uint32(15))) * jnp.uint32(constant)
-    return value ^ (value >> jnp.uint32(16))
-
-
-@jax.jit
-def _digests(leaves: list):
-    """Two words a leaf: wrapping sums of a bijection of each entry's bits, chosen by its place. Sums do not care who holds which part."""
-    words: list = []
-    for leaf in leaves:
-        bits = _bits(leaf)
-        place = jnp.zeros(bits.shape, jnp.uint32)
-        for axis, length in enumerate(bits.shape):
-            place = place * jnp.uint32(length % 2**32) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        places = [(_mixed(place + jnp.uint32(1), constant), constant) for constant in (0x846CA68B, 0x9E3779B1)]
-        words += [jnp.sum(_mixed(bits ^ there, constant), dtype=jnp.uint32) for there, constant in places]
-    return words
-
-
-def _digest(leaves: list) -> list[int]:
-    return [int(word) for word in jax.device_get(_digests(leaves))]
-
-
 # ---- what is in a checkpoint
 
 
@@ -134,14 +94,6 @@ def _flat(value: PyTree) -> dict[str, Any]:
 
 def _describe(leaf) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-def _history_digest(columns: dict[str, np.ndarray]) -> str:
-    total = hashlib.blake2b(digest_size=16)
-    for path, column in columns.items():
-        total.update(path.encode())
-        total.update(np.ascontiguousarray(column).tobytes())
-    return total.hexdigest()
 
 
 class _Damaged(Exception):
@@ -203,9 +155,9 @@ class Store:
             "format": FORMAT,
             "start": self.start,
             "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
-            "digests": _digest(list(leaves.values())),
+            "digests": digest.of_arrays(list(leaves.values())),
             "history": {path: _describe(column) for path, column in rows.items()},
-            "history_digest": _history_digest(rows),
+            "history_digest": digest.of_columns(rows),
         }
         text = json.dumps(manifest)
         metadata = {"manifest": text, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
@@ -342,12 +294,12 @@ class Store:
         leaves = {path: restored.get(f"s{i}", wanted[path]) for i, path in enumerate(like)}  # an array without entries is not written
         # What was on no particular device before must not be bound to one now: the step would be compiled again.
         leaves = {path: leaf if wanted[path].committed else jnp.asarray(np.asarray(leaf)) for path, leaf in leaves.items()}
-        if _digest(list(leaves.values())) != manifest["digests"]:
-            pairs = zip(_digest(list(leaves.values())), manifest["digests"], strict=True)
+        if digest.of_arrays(list(leaves.values())) != manifest["digests"]:
+            pairs = zip(digest.of_arrays(list(leaves.values())), manifest["digests"], strict=True)
             wrong = sorted({list(leaves)[i // 2] for i, (a, b) in enumerate(pairs) if a != b})
             raise _Damaged(f"the digest differs at {wrong[:5]}")
         rows = {path: np.asarray(restored.get(f"h{i}", column)) for i, (path, column) in enumerate(columns.items())}
-        if _history_digest(rows) != manifest["history_digest"]:
+        if digest.of_columns(rows) != manifest["history_digest"]:
             raise _Damaged("the digest of the history differs")
         flat, structure = jax.tree.flatten(run)
         keys = zip(flat, leaves.values(), strict=True)
@@ -383,32 +335,6 @@ def as_history(rows: dict[str, np.ndarray], like: PyTree = None) -> dict:
             inner = inner.setdefault(key, {})
         inner[keys[-1]] = column
     return out
-
-
-# ---- preemption
-
-
-class Preemption:
-    """``with Preemption() as asked:`` ``asked()`` is true after a SIGTERM, on every process once it came to one of them."""
-
-    def __init__(self):
-        self._flag, self._before, self._mine = threading.Event(), None, threading.current_thread() is threading.main_thread()
-
-    def __enter__(self):
-        if self._mine:  # handlers can be set in the main thread only
-            self._before = signal.signal(signal.SIGTERM, lambda *_: self._flag.set())
-        return self
-
-    def __exit__(self, *_):
-        if self._mine:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL if self._before is None else self._before)
-
-    def __call__(self) -> bool:
-        if jax.process_count() == 1:
-            return self._flag.is_set()
-        from jax.experimental import multihost_utils
-
-        return bool(np.any(multihost_utils.process_allgather(np.asarray(self._flag.is_set()))))
 
 
 __all__ = ["Checkpointing", "every"]

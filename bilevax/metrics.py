@@ -75,7 +75,7 @@ def check_metrics(value: Metrics, inner: PyTree, outer: PyTree, model: PyTree, t
     name = getattr(value.fn, "__name__", repr(value.fn))
     out = jax.eval_shape(lambda d: value.fn(inner, outer, d, *((model,) if value.stateful else ())), value.data)
     if not isinstance(out, dict) or not out:
-        raise TypeError(f"metrics ({name}): returned {type(out).__name__}; expected a dict of scalars by name.")
+        raise TypeError(f"metrics ({name}): returned {check.describe(out)}; expected a dict of scalars by name.")
     for key, leaf in out.items():
         if getattr(leaf, "shape", None) != () or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(f"metrics ({name})[{key!r}]: got {check.describe(leaf)}; expected a floating-point scalar. Try jnp.mean(...).")

@@ -20,6 +20,7 @@ from bilevax.chunk import Best, Plan, RunState, run_chunk, run_traced
 from bilevax.data import Source, Stream, as_source
 from bilevax.metrics import Metrics, check_metrics
 from bilevax.metrics import metrics as as_metrics
+from bilevax.preemption import Preemption
 from bilevax.results import RESULTS, SolveError
 from bilevax.sharding import layout, placement, report
 from bilevax.solution import Solution
@@ -298,7 +299,7 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
         for watcher in watchers:
             if watcher.close is not None:
                 ends.callback(watcher.close)
-        asked = None if store is None else ends.enter_context(checkpoint_lib.Preemption())
+        asked = None if store is None else ends.enter_context(Preemption())
         if store is not None:
             ends.callback(store.close)
         try:

@@ -382,11 +382,11 @@ def test_a_half_written_save_is_cleaned_up(whole, tmp_path):
 
 
 def test_the_digest_tells_places_apart():
-    from bilevax.checkpoint import _digest
+    from bilevax import digest
 
     a = jnp.arange(6.0).reshape(2, 3)
-    assert _digest([a]) == _digest([jax.device_put(a, jax.devices()[3])]) != _digest([a[::-1]])
+    assert digest.of_arrays([a]) == digest.of_arrays([jax.device_put(a, jax.devices()[3])]) != digest.of_arrays([a[::-1]])
     for kind in (jnp.bfloat16, jnp.float32, jnp.int8, jnp.bool_, jnp.uint32, jnp.int64):
         one = jnp.zeros(4, kind)
-        assert len({tuple(_digest([x])) for x in (one, one.at[0].set(jnp.ones((), kind)), one.at[1].set(jnp.ones((), kind)))}) == 3
+        assert len({tuple(digest.of_arrays([x])) for x in (one, one.at[0].set(jnp.ones((), kind)), one.at[1].set(jnp.ones((), kind)))}) == 3
     assert VALID["x"].dtype == np.float32

@@ -1,0 +1,112 @@
+"""Settings bound to functions, as pytrees: numbers are leaves, everything else is static structure."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+PyTree = Any
+
+
+@jax.tree_util.register_pytree_node_class
+class Bound:
+    """A function with some keyword arguments bound: ``Bound("cg", _cg, maxiter=20)(matvec, b, x0)``.
+
+    The bound values are pytree children, so floats and arrays among them can change without a new trace, and two factories called with
+    equal settings compare equal as static structure. `name` and the settings are what `repr` shows.
+    """
+
+    def __init__(self, name: str, fn: Callable, /, **settings):
+        self.name, self.fn, self.settings = name, fn, settings
+
+    def __call__(self, *args, **kwargs):
+        return self.fn(*args, **self.settings, **kwargs)
+
+    def __repr__(self) -> str:
+        return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in self.settings.items())})"
+
+    def tree_flatten(self):
+        return tuple(self.settings.values()), (self.name, self.fn, tuple(self.settings))
+
+    @classmethod
+    def tree_unflatten(cls, aux, children):
+        name, fn, keys = aux
+        return cls(name, fn, **dict(zip(keys, children, strict=True)))
+
+
+def _short(value) -> str:
+    if isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value):
+        return f"<{value.dtype}{list(value.shape)}>"
+    if callable(value) and hasattr(value, "__name__"):
+        return value.__name__
+    return repr(value)
+
+
+class Static:
+    """The hashable half of `split`."""
+
+    def __init__(self, treedef, leaves: tuple):
+        self.treedef, self.leaves = treedef, leaves
+        try:
+            self._hash = hash((treedef, leaves))
+        except TypeError as error:
+            bad = next(leaf for leaf in leaves if not _hashable(leaf))
+            raise TypeError(
+                f"settings: got an unhashable {type(bad).__name__} ({bad!r}); expected functions, numbers, strings or arrays. "
+                "Try a tuple in place of a list, or pass the value as data."
+            ) from error
+
+    def __hash__(self):
+        return self._hash
+
+    def __eq__(self, other):
+        return isinstance(other, Static) and self.treedef == other.treedef and self.leaves == other.leaves
+
+
+def _hashable(leaf) -> bool:
+    try:
+        hash(leaf)
+    except TypeError:
+        return False
+    return True
+
+
+class _Hole:
+    def __repr__(self):
+        return "<dynamic>"
+
+
+_HOLE = _Hole()
+
+
+def split(tree: PyTree) -> tuple[Static, tuple]:
+    """Separate configuration into a hashable static part and its dynamic leaves (floats and arrays).
+
+    Concrete scalars become Python floats, hence weakly typed when traced: a float32 step size does not promote bfloat16 parameters.
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    static, dynamic = [], []
+    for leaf in leaves:
+        if isinstance(leaf, (float, np.floating, np.ndarray, jax.Array)):
+            static.append(_HOLE)
+            dynamic.append(_weak(leaf))
+        else:
+            static.append(leaf)
+    return Static(treedef, tuple(static)), tuple(dynamic)
+
+
+def _weak(leaf):
+    scalar = isinstance(leaf, (float, np.floating)) or (
+        not isinstance(leaf, jax.core.Tracer) and jnp.ndim(leaf) == 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+    )
+    return float(leaf) if scalar else leaf
+
+
+def join(static: Static, dynamic: tuple) -> PyTree:
+    """Undo `split`."""
+    values = iter(dynamic)
+    return static.treedef.unflatten([next(values) if leaf is _HOLE else leaf for leaf in static.leaves])
