@@ -9,8 +9,9 @@ pretrained one by a penalty. Third level: the logits of the weights, judged by t
 choose the step to stop at, and in every row the strength of the penalty. The test set are 2,000 of MNIST's own test images, which choose nothing.
 Every row is trained to the end by the same two solves; rows differ in the source's weights and in the target examples that they finetune on.
 
-What to expect: ignoring gains over finetuning on the same 40 examples. It does not over finetuning on all 80, for this small shift: the third level
-then takes its 40 from the second's. The problem was chosen as one where ignoring helps, among shifts between digit sets, on seeds not used here.
+What came out: ignoring reaches .644, finetuning on the same 40 examples .593 (+.051 ± .010 seed by seed). It does not gain over finetuning on all 80
+(.668): the third level takes its 40 from the second's; nor over the 40 target examples alone (.662), since half the source misleads. The problem was
+chosen as one where ignoring helps, among shifts between digit sets, on seeds not used here.
 """
 
 from __future__ import annotations
@@ -188,7 +189,7 @@ def main(argv=None):
         kept = np.asarray(solution.stats["best_step"])
         middle.plot(kept, history["held_out"][np.arange(args.seeds), kept], "o", color=report.BLUE, alpha=0.6, label="kept step, one a seed")
         middle.set(xlabel="step of the third level", ylabel="loss of the finetuned model", title="Stopped on held-out examples")
-        middle.set_ylim(bottom=0)
+        middle.set_ylim(0, 1.35 * middle.get_ylim()[1])  # room for the legend
         middle.legend()
         bins = np.linspace(0, 1, 26)
         right.hist(weights[~turned], bins, color=report.BLUE, alpha=0.75, label="upright")

@@ -4,8 +4,9 @@
 
 A logistic regression with a penalty a feature (first level) is tuned on validation data, held near a prior by a second penalty (second level),
 whose strength a feature group is tuned on other data (third level). Each level is one call of `bx.argmin`; the third objective is then a function
-like any other, and jax.grad and jax.hessian of it are exact. Newton's method with a line search needs a handful of steps where gradient descent and
-Adam, each with the best of a grid of step sizes chosen in hindsight, need many. The Hessian is checked against differences of the gradient.
+like any other, and jax.grad and jax.hessian of it are exact. To a gradient of 1e-8 of the first, Newton's method with a line search needs 3.4 steps
+(mean of 5 seeds), gradient descent 50, and Adam more than 60, each with the best of a grid of step sizes chosen in hindsight. The Hessian is checked
+against differences of the gradient.
 """
 
 from __future__ import annotations
