@@ -7,9 +7,9 @@ hand besides, a balanced set of a hundred.
 Inner level: a small CNN with BatchNorm, on weighted examples. Outer level: a network from an example's loss and class to its weight, judged by
 the loss of the trained CNN on the balanced set. One inner step, one outer step, and so on.
 
-What came out (5 seeds, not those its settings were chosen on): .337 against .301 for plain training, .325 for weights by inverse frequency and .229 for
-the balanced set alone. Logit adjustment, which is told the class frequencies and needs no balanced set, reaches .358: where imbalance is all that is
-wrong, it is the better tool.
+What came out (5 seeds, not those its settings were chosen on): .337 against .301 for plain training, .325 for weights by inverse frequency and
+.229 for the balanced set alone. Logit adjustment, which is told the class frequencies and needs no balanced set, reaches .358: where imbalance is
+all that is wrong, it is the better tool.
 
 What is fair. Every row but "balanced set alone" trains on the same images, the balanced set among them, from the same initial weights, for the same
 number of steps of the same optimizer, with random flips; its last iterate is taken. Nothing is selected, hence nothing on test data.

@@ -12,7 +12,7 @@ from bilevax.results import RESULTS, worst
 
 
 def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Scalar]:
-    """The info of a solve in scalars: last value, last gradient's norm, iterations in all, and a code that knows divergence.
+    """The info of a solve in scalars: last value, last gradient's norm, iterations and evaluations in all, and a code that knows divergence.
 
     ``inner_grad_norm`` is that of the last gradient that the solver took, where it reports one. A method that evaluates the gradient at the solution
     itself puts that norm in its place.
@@ -20,8 +20,9 @@ def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Sc
     out = {"inner_value": inner_info["value"][-1]}
     if "grad_norm" in inner_info:
         out["inner_grad_norm"] = inner_info["grad_norm"][-1]
-    if "iterations" in inner_info:
-        out["inner_iterations"] = jnp.sum(inner_info["iterations"])
+    for name in ("iterations", "evaluations"):
+        if name in inner_info:
+            out[f"inner_{name}"] = jnp.sum(inner_info[name])
     code = inner_info["code"][-1] if "code" in inner_info else jnp.int32(RESULTS.success)
     finite = tree.all_finite(solution.params)
     return {**out, "code": worst(code, jnp.where(finite, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_nonfinite)))}
