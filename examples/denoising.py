@@ -4,10 +4,15 @@
 
 Inner level: the image that a regulariser makes of a noisy one, ``min_y ½‖y − b‖² + R_θ(y)``. Outer level: θ, judged by the squared error to the
 clean training crops. Total variation is ``R = e^θ₀ Σ (√(|∇y|² + e^{2θ₁}) − e^θ₁)`` and starts at (−5, −5); fields of experts is a sum of 48
-such terms whose filters of 7 x 7, weights and smoothings are all learned, from the cosine basis. Both are learned by MAID with nothing to
+such terms whose filters of 7 x 7, weights and smoothings are all learned, from the cosine basis. Total variation is learned by MAID with nothing to
 tune: accuracies and step sizes are its own affair. Beside it: the best of a grid of 30 x 30 parameters, solved to a tight tolerance from warm
-starts, and the same outer problem solved at fixed accuracies with Adam. Work is counted in inner gradients and products with second
-derivatives, all training crops at once. Test crops are of other images and choose nothing.
+starts, and the same outer problem solved at fixed accuracies with Adam. Fields of experts is learned at a fixed accuracy with Adam: its 2,448
+parameters need many steps near the optimum, where float32 cannot certify a decrease any more, and MAID's steps become small. Work is counted in
+inner gradients and products with second derivatives, all training crops at once. Test crops are of other images and choose nothing.
+
+What came out (24 training and 24 test crops): total variation by MAID 26.66 dB, as the best of the grid, for a seventh of its work to the end and a
+twentieth of it to within .05 dB on the training crops. Fields of experts 26.93 dB after 200 steps, still rising; five times as many crops and steps are
+what the literature gives it.
 """
 
 from __future__ import annotations
@@ -26,9 +31,9 @@ import bilevax as bx
 
 NOISE, FILTERS, WIDTH = 0.1, 48, 7
 START = jnp.array([-5.0, -5.0])
-SIZES = {False: dict(train=8, test=16, size=48, grid=30), True: dict(train=2, test=2, size=16, grid=4)}
+SIZES = {False: dict(train=24, test=24, size=48, grid=30), True: dict(train=2, test=2, size=16, grid=4)}
 MAID = bx.algorithms.maid(constants=bx.algorithms.Constants(strong_convexity=1.0))  # the data term's own, whatever the regulariser
-NOISY, TV, FOE = "noisy", "total variation, MAID", "fields of experts, MAID"
+NOISY, TV, FOE = "noisy", "total variation, MAID", "fields of experts, Adam"
 GRID, FIXED = "total variation, grid of {}", "total variation, Adam, tolerance {:g}"
 
 
@@ -45,10 +50,13 @@ def total_variation(y, theta):
 
 
 def fields_of_experts(y, theta):
+    rows, columns = y.shape[-2:]
     padded = jnp.pad(y, ((0, 0), (WIDTH // 2,) * 2, (WIDTH // 2,) * 2), mode="symmetric")
-    responses = jax.lax.conv_general_dilated(padded[:, None], theta["filters"][:, None], (1, 1), "VALID")
-    smoothing = jnp.exp(theta["smoothing"])[:, None, None]
-    return jnp.sum(jnp.exp(theta["weight"])[:, None, None] * (jnp.sqrt(responses**2 + smoothing**2) - smoothing))
+    # One matrix product with all patches: on a CPU, faster than the convolution that it is, and its derivatives more so.
+    patches = jnp.stack([padded[:, i : i + rows, j : j + columns] for i in range(WIDTH) for j in range(WIDTH)], axis=-1)
+    responses = patches.reshape(-1, WIDTH**2) @ theta["filters"].reshape(-1, WIDTH**2).T
+    smoothing = jnp.exp(theta["smoothing"])
+    return jnp.sum(jnp.exp(theta["weight"]) * (jnp.sqrt(responses**2 + smoothing**2) - smoothing))
 
 
 def cosines():
@@ -59,7 +67,7 @@ def cosines():
 
 
 def experts_start():
-    return {"filters": cosines(), "weight": jnp.full(FILTERS, -4.5), "smoothing": jnp.full(FILTERS, -4.0)}
+    return {"filters": cosines(), "weight": jnp.full(FILTERS, -5.7), "smoothing": jnp.full(FILTERS, -4.0)}
 
 
 # ---- the bilevel problem: two functions
@@ -103,26 +111,30 @@ def psnr(image, clean):
 
 def grid_search(d, points):
     """Each row of the grid from warm starts; the pair that is best on the training crops."""
-    solve, spent = denoiser(total_variation, 1e-5), 0
+    solve, work = denoiser(total_variation, 1e-5), 0
     axes = np.linspace(-6.0, -1.0, points), np.linspace(-9.0, -1.0, points)
     scores = np.zeros((points, points))
     for i, weight in enumerate(axes[0]):
         y = d["noisy"]
         for j, smoothing in reversed(list(enumerate(axes[1]))):  # from smooth to sharp
             y, count = solve(jnp.array([weight, smoothing], jnp.float32), d["noisy"], y)
-            spent += int(count)
+            work += int(count)
             scores[i, j] = psnr(y, d["clean"])
     best = np.unravel_index(np.argmax(scores), scores.shape)
-    return dict(axes=axes, scores=scores, spent=spent, theta=jnp.array([axes[0][best[0]], axes[1][best[1]]], jnp.float32))
+    return dict(axes=axes, scores=scores, spent=work, theta=jnp.array([axes[0][best[0]], axes[1][best[1]]], jnp.float32))
 
 
-def fixed(tol, d, steps):
+def fixed(regulariser, theta, tol, d, steps, optimizer):
+    """The same outer problem with one accuracy for all steps, and the work of it."""
     algorithm = bx.algorithms.double_loop(
-        bx.inner.lbfgs(maxiter=1000, tol=tol), bx.hypergradient.implicit(bx.linear.cg(maxiter=1000, tol=tol), max_residual=jnp.inf), optax.adam(0.2)
+        bx.inner.lbfgs(maxiter=1000, tol=tol), bx.hypergradient.implicit(bx.linear.cg(maxiter=1000, tol=tol), max_residual=jnp.inf), optimizer
     )
-    solution = learn(total_variation, START, d, steps, algorithm)
-    spent = sum(int(np.sum(column)) for name, column in solution.history.items() if name in ("inner_evaluations", "adjoint_iterations"))
-    return solution, spent
+    solution = learn(regulariser, theta, d, steps, algorithm)
+    return solution, spent(solution, "inner_evaluations", "adjoint_iterations")
+
+
+def spent(solution, *columns):
+    return int(sum(np.sum(solution.history[name]) for name in columns))
 
 
 def crops(rng, images, count, size):
@@ -160,21 +172,19 @@ def main(argv=None):
         def judged(regulariser, theta, test=test):
             return denoiser(regulariser, 1e-5)(theta, test["noisy"], test["noisy"])[0]
 
-        def work(solution):
-            return int(np.sum(solution.history["lower_steps"]) + np.sum(solution.history["adjoint_steps"]))
-
         tv = learn(total_variation, START, d, args.steps)
         tv_image = judged(total_variation, tv.outer_params)
-        add(TV, psnr(tv_image, test["clean"]), work(tv))
+        add(TV, psnr(tv_image, test["clean"]), spent(tv, "lower_steps", "adjoint_steps"))
         for tol in (1e-2,) if args.small else (1e-2, 1e-5):
-            solution, spent = fixed(tol, d, args.steps)
-            add(FIXED.format(tol), psnr(judged(total_variation, solution.outer_params), test["clean"]), spent)
+            solution, work = fixed(total_variation, START, tol, d, args.steps, optax.adam(0.2))
+            add(FIXED.format(tol), psnr(judged(total_variation, solution.outer_params), test["clean"]), work)
         grid = grid_search(d, sizes["grid"])
         grid_image = judged(total_variation, grid["theta"])
         add(GRID.format(f"{sizes['grid']} x {sizes['grid']}"), psnr(grid_image, test["clean"]), grid["spent"])
-        foe = learn(fields_of_experts, experts_start(), d, 2 * args.steps)
+        rate = optax.cosine_decay_schedule(0.03, 5 * args.steps)
+        foe, work = fixed(fields_of_experts, experts_start(), 1e-3, d, 5 * args.steps, optax.adam(rate))
         foe_image = judged(fields_of_experts, foe.outer_params)
-        add(FOE, psnr(foe_image, test["clean"]), work(foe))
+        add(FOE, psnr(foe_image, test["clean"]), work)
 
     seconds = time.perf_counter() - begin
     print(report.table(columns, {"test": "test PSNR, dB", "work": "inner gradients and products"}, digits=2))
@@ -200,19 +210,23 @@ def draw(path, d, test, tv, tv_image, foe, foe_image, grid):
         left, middle, right, last = cells[1]
         weights, smoothings = grid["axes"]
         shown = left.contourf(smoothings, weights, grid["scores"], 20, cmap="viridis")
-        fig.colorbar(shown, ax=left, label="training PSNR, dB")
+        fig.colorbar(shown, ax=left, location="bottom", label="training PSNR, dB")
         left.plot(*reversed(np.asarray(tv.outer_params)), "o", color=report.ORANGE, label="MAID")
         left.plot(*reversed(grid["theta"]), "x", color="white", label="grid's best")
         left.set(xlabel="θ₁, log smoothing", ylabel="θ₀, log weight", title="Total variation on the grid")
-        left.legend(labelcolor="0.1", frameon=True)
-        for solution, name, color in ((tv, "total variation", report.BLUE), (foe, "fields of experts", report.ORANGE)):
-            spent = np.cumsum(solution.history["lower_steps"] + solution.history["adjoint_steps"])
-            middle.plot(spent, -10 * np.log10(2 * solution.history["value"]), color=color, label=name)
-            last.semilogy(spent, solution.history["grad_norm"], color=color, label=f"{name}: hypergradient")
-            last.semilogy(spent, solution.history["error_bound"], ":", color=color, label="its error bound")
-        middle.set(xlabel="inner gradients and products", ylabel="training PSNR, dB", title="MAID", xscale="log")
+        left.legend(labelcolor="0.1", frameon=True, facecolor="0.75")
+        for name, solution, columns, color in (
+            ("total variation, MAID", tv, ("lower_steps", "adjoint_steps"), report.BLUE),
+            ("fields of experts, Adam", foe, ("inner_evaluations", "adjoint_iterations"), report.ORANGE),
+        ):
+            work = np.cumsum(sum(solution.history[column] for column in columns))
+            middle.plot(work, -10 * np.log10(2 * solution.history["value"]), color=color, label=name)
+        middle.set(xlabel="inner gradients and products", ylabel="training PSNR, dB", title="Learning", xscale="log")
         middle.legend()
-        last.set(xlabel="inner gradients and products", title="Norm and error bound", xscale="log")
+        work = np.cumsum(tv.history["lower_steps"] + tv.history["adjoint_steps"])
+        last.semilogy(work, tv.history["grad_norm"], color=report.BLUE, label="hypergradient")
+        last.semilogy(work, tv.history["error_bound"], ":", color=report.BLUE, label="its error bound")
+        last.set(xlabel="inner gradients and products", title="Total variation, MAID: norm and error bound", xscale="log")
         last.legend(fontsize=8)
         filters = np.asarray(foe.outer_params["filters"])
         scale = np.exp(np.asarray(foe.outer_params["weight"])) * np.sqrt(np.sum(filters**2, axis=(1, 2)))
