@@ -257,6 +257,19 @@ def test_adam_at_an_exactly_zero_gradient(clipped):
     assert float(out.grad[3]) != 0.0
 
 
+def test_a_gradient_whose_square_underflows_is_zero_to_adam():
+    """Features that are zero but for rounding: their gradients are tiny, their second moments zero, and the derivative infinite."""
+    opt, y = optax.adam(0.01), jnp.ones(2, jnp.float32)
+    state = opt.init(y)
+    with jax.numpy_dtype_promotion("standard"):
+        (tiny, kinks), (zero, _) = (
+            adapt(lambda grads: opt.update(grads, state, y)[0], jnp.asarray([g, 1.0], jnp.float32), jnp.ones(2, jnp.float32)) for g in (1e-22, 0.0)
+        )
+    assert int(kinks) == 1
+    np.testing.assert_array_equal(tiny, zero)
+    assert np.all(np.isfinite(tiny))
+
+
 def test_rule_spares_coordinates_that_have_a_derivative():
     """A zero gradient under SGD is no kink: only Adam's half of the parameters is touched."""
     opt = optax.multi_transform({"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}, {"a": "adam", "s": "sgd"})

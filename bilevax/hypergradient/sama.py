@@ -141,7 +141,7 @@ def adapt(updates: Callable[[PyTree], PyTree], grads: PyTree, w: PyTree) -> tupl
         return q, jnp.int32(0)
 
     def kinked():
-        at_zero = jax.tree.map(lambda g: g == 0, grads)
+        at_zero = jax.tree.map(lambda g: jnp.abs(g) < _tiny(g.dtype), grads)  # squares that underflow are zero to the optimizer
         _, moved = jax.jvp(updates, (grads,), (jax.tree.map(lambda z, g: z.astype(g.dtype), at_zero, grads),))
         kinks = jax.tree.map(lambda z, m: z & ~jnp.isfinite(m), at_zero, moved)
 
