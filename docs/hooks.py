@@ -36,15 +36,41 @@ def results() -> str:
     return "\n\n".join(f"### `{code.name}` ({int(code)}{', a failure' if code.failed else ''})\n\n{code.message}" for code in RESULTS)
 
 
+# Headings that are not the script's name, in the order of the page: from the first example to whole systems. Others follow.
+_TITLES = {
+    "quickstart": "Quickstart",
+    "hyper_cleaning": "Hyper-cleaning",
+    "my_own_loop": "My own loop",
+    "no_tuning": "No tuning",
+    "denoising": "Denoising",
+    "nested_argmin": "Nested argmin",
+    "learning_by_ignoring": "Learning by ignoring",
+    "flax_nnx": "Flax: nnx",
+    "flax_linen": "Flax: linen",
+    "reweight_cnn": "Reweighting a CNN",
+    "multihost": "Several hosts",
+    "weak_supervision": "Weak supervision",
+    "data_pruning": "Data pruning",
+    "autolora": "AutoLoRA",
+    "mlo_mae": "MLO-MAE",
+    "learning_by_grouping": "Learning by grouping",
+}
+
+
 def gallery() -> str:
     """A section for each example: what it is, the command, its picture, its numbers."""
     sections = []
-    for script in sorted((ROOT / "examples").glob("*.py")):
+    known = list(_TITLES)
+    place = {script: known.index(script.stem) if script.stem in known else len(known) for script in (ROOT / "examples").glob("*.py")}
+    for script in sorted(place, key=lambda script: (place[script], script.stem)):
         doc = ast.get_docstring(ast.parse(script.read_text())) or ""
         if "python examples/" not in doc:
             continue  # what the scripts share
         summary = doc.split("\n\n")[0].replace("\n", " ")
-        parts = [f"## {script.stem.replace('_', ' ').capitalize()}", summary, f"```bash\npython examples/{script.name}\n```"]
+        title = _TITLES.get(script.stem, script.stem.replace("_", " ").capitalize())
+        parts = [f"## {title}", summary, f"```bash\npython examples/{script.name}\n```"]
+        if (ROOT / "docs" / "systems" / f"{script.stem}.md").exists():
+            parts.insert(2, f"[What came out, and how](systems/{script.stem}.md).")
         pictures = sorted((ROOT / "docs" / "gallery").glob(f"{script.stem}*.png"))
         parts += [f"![{script.stem}](gallery/{picture.name})" for picture in pictures]
         saved = ROOT / "docs" / "gallery" / f"{script.stem}.json"

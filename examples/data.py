@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import gzip
+import json
 import os
 import socket
 from pathlib import Path
@@ -87,6 +90,89 @@ def cifar10() -> Split:
         arrays = [x[:10_000], y[:10_000], x[50_000:51_000], y[50_000:51_000]]
     x_train, y_train, x_test, y_test = arrays
     return Split(x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32))
+
+
+class Census(NamedTuple):
+    """The census income data: features (float32, one-hot or standardised by the training rows), 1 for above 50K, 1 for men; their names."""
+
+    x: np.ndarray
+    y: np.ndarray
+    male: np.ndarray
+    train: int  # rows of the official training set, which come first
+    names: list[str]
+
+
+NUMBERS = ("age", "education-num", "capital-gain", "capital-loss", "hours")
+ADULT = ("age", "workclass", "fnlwgt", "education", "education-num", "marital", "occupation", "relationship", "race", "sex", *NUMBERS[2:], "country")
+
+
+def adult() -> Census:
+    """Adult: 32,561 and 16,281 people with the official split. The sampling weight is left out; missing values are a category of their own."""
+    paths = [local("adult.data.gz"), local("adult.test.gz")]
+    if all(paths):
+        people = []
+        for path in paths:
+            with gzip.open(path, "rt") as file:
+                people += [row for row in csv.reader(file, skipinitialspace=True) if len(row) == len(ADULT) + 1]
+        table = np.array(people)
+        columns, y, male = list(table.T[:-1]), np.char.startswith(table[:, -1], ">50K"), table[:, ADULT.index("sex")] == "Male"
+    else:
+        x, label = openml("adult", 2)
+        place = np.roll(np.arange(len(x)), -16_281)  # there the test set comes first
+        columns, y = list(x[place].T), np.char.startswith(label[place].astype(str), ">50K")
+        sex = columns[ADULT.index("sex")]
+        male = sex == (0 if np.mean(sex == 0) > 0.5 else 1)  # coded by number there; most are men
+    train, out, names = 32_561, [], []
+    for name, column in zip(ADULT, columns, strict=True):
+        if name in NUMBERS:
+            column = column.astype(np.float32)
+            if name.startswith("capital"):  # mostly zero, and else over four orders of magnitude
+                out.append(column > 0)
+                names.append(f"any {name}")
+                column = np.log1p(column)
+            out.append((column - column[:train].mean()) / column[:train].std())
+            names.append(name)
+        elif name != "fnlwgt":
+            codes = np.array([str(value) for value in column])
+            for value in np.unique(codes):
+                out.append(codes == value)
+                names.append(f"{name}={value}")
+    return Census(np.stack(out, 1).astype(np.float32), y.astype(np.int32), male.astype(np.int32), train, names)
+
+
+class Weak(NamedTuple):
+    """One split of a data set of weak supervision: texts, gold labels as int32, and what each labelling function votes for each text, -1 for none."""
+
+    texts: list[str]
+    y: np.ndarray
+    votes: np.ndarray
+
+
+def wrench(name: str) -> dict[str, Weak]:
+    """Splits ``train``, ``valid`` and ``test`` of a data set of WRENCH (Zhang et al., NeurIPS 2021), such as ``trec`` or ``youtube``."""
+    content = _packed(
+        f"wrench_{name}.json.gz", '{"train": {id: {"label": 0, "weak_labels": [-1, ...], "data": {"text": ""}}}, "valid": ..., "test": ...}'
+    )
+    splits = {}
+    for split in ("train", "valid", "test"):
+        rows = list(content[split].values())
+        votes = np.array([row["weak_labels"] for row in rows], np.int32)
+        splits[split] = Weak([row["data"]["text"] for row in rows], np.array([row["label"] for row in rows], np.int32), votes)
+    return splits
+
+
+def sst2() -> dict[str, tuple[list[str], np.ndarray]]:
+    """SST-2 by whole sentences: texts and labels of ``train`` (6,920), ``dev`` (872) and ``test`` (1,821)."""
+    content = _packed("sst2_sent.json.gz", '{"train": [[label, sentence], ...], "dev": ..., "test": ...}')
+    return {split: ([text for _, text in rows], np.array([int(label) for label, _ in rows], np.int32)) for split, rows in content.items()}
+
+
+def _packed(name: str, form: str):
+    path = local(name)
+    if path is None:
+        raise Unavailable(f"{name} is not on this machine: put it into the folder that BILEVAX_DATA names. It is gzipped JSON, {form}.")
+    with gzip.open(path, "rt") as file:
+        return json.load(file)
 
 
 def digits() -> tuple[np.ndarray, np.ndarray]:

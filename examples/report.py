@@ -1,20 +1,26 @@
-"""How the examples report: common flags, a table of means and standard errors, a picture, and a JSON file with all that a run depended on."""
+"""How the examples report: common flags, pieces that a second call reads back, tables, pictures, and a JSON file of all that a run depended on."""
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import hashlib
 import importlib.metadata
 import json
 import os
 import platform
+import shutil
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from urllib.parse import quote
 
 import jax
 import numpy as np
 from data import Unavailable
+
+import bilevax as bx
 
 # Okabe and Ito's colours, distinguishable with any kind of colour vision; black last.
 BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"
@@ -33,6 +39,8 @@ def parser(doc: str, *, full: Mapping[str, int], small: Mapping[str, int]) -> ar
     for name, what in (("seeds", "random seeds"), ("steps", "outer steps")):
         out.add_argument(f"--{name}", type=_positive, help=f"{what} (default {full[name]}, with --small {small[name]})")
     out.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder of the picture and the JSON file")
+    out.add_argument("--device", help="where to run: cpu, gpu, tpu, or one of several, such as gpu:1 (default: what jax takes)")
+    out.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that keeps what is finished and the run in flight; a second call goes on")
     out.set_defaults(modes={False: dict(full), True: dict(small)})
     return out
 
@@ -44,8 +52,22 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     del args.modes
+    if args.device is not None:
+        try:
+            jax.config.update("jax_default_device", device(args.device))
+        except (RuntimeError, LookupError, ValueError) as error:
+            parser.error(f"argument --device: got {args.device!r}: {error}")
     args.out.mkdir(parents=True, exist_ok=True)
     return args
+
+
+def device(name: str) -> jax.Device:
+    """The device ``platform`` or ``platform:number``."""
+    platform, _, number = name.partition(":")
+    found = jax.devices(platform)
+    if number and int(number) >= len(found):
+        raise LookupError(f"there are {len(found)} devices of this platform, counted from 0")
+    return found[int(number or 0)]
 
 
 def _positive(text: str) -> int:
@@ -63,6 +85,52 @@ def run(main: Callable) -> None:
         if "--small" not in sys.argv:
             raise SystemExit(str(error)) from None
         print(f"skipped: {error}")
+
+
+# ---- pieces of a long run
+
+
+class Pieces:
+    """What a script does, piece by piece: ``rows = pieces("seed 0, CG", lambda: train(...))``.
+
+    With ``--checkpoint DIR`` results are kept in a folder in there, named by the script and a digest of the `settings`, and a piece that is there is
+    read back. `settings` is all that results depend on; leave out what only says how many pieces there are, such as the number of seeds.
+    """
+
+    def __init__(self, args: argparse.Namespace, settings: Mapping):
+        content = json.dumps(dict(settings), indent=1, sort_keys=True, default=_plain)
+        self.folder, self.begin = None, time.perf_counter()
+        if args.checkpoint is not None:
+            digest = hashlib.sha256(content.encode()).hexdigest()[:10]
+            self.folder = args.checkpoint / f"{Path(sys.argv[0]).stem}-{digest}"
+            self.folder.mkdir(parents=True, exist_ok=True)
+            (self.folder / "settings.json").write_text(content + "\n")
+            print(f"pieces are kept in {self.folder}", flush=True)
+
+    def __call__(self, name: str, make: Callable):
+        """The result of ``make()`` as JSON gives it back (arrays are lists), or that of an earlier call of the script. One line of progress."""
+        path = None if self.folder is None else self.folder / f"{quote(name, safe=' ,=()')}.json"
+        if path is not None and path.is_file():
+            print(f"{self._clock()}  {name}: read back", flush=True)
+            return json.loads(path.read_text())
+        start = time.perf_counter()
+        text = json.dumps(make(), default=_plain)
+        if path is not None:
+            part = path.with_suffix(".part")
+            part.write_text(text + "\n")
+            part.replace(path)  # there as a whole or not at all
+            shutil.rmtree(self.folder / "running", ignore_errors=True)
+        print(f"{self._clock()}  {name}: {time.perf_counter() - start:.1f} s", flush=True)
+        return json.loads(text)
+
+    def checkpoint(self, name: str, every: int):
+        """For ``solve_bilevel(..., checkpoint=...)``: the run called `name` of the piece in progress, saved every so many steps. Its checkpoints go
+        when the piece is finished. None without ``--checkpoint``."""
+        return None if self.folder is None else bx.checkpoint.every(every, self.folder / "running" / quote(name, safe=" ,=()"))
+
+    def _clock(self) -> str:
+        seconds = int(time.perf_counter() - self.begin)
+        return f"{seconds // 60:3d}:{seconds % 60:02d}"
 
 
 # ---- numbers
@@ -138,7 +206,8 @@ def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str) -> Non
 
 def save(path: Path, settings: Mapping, rows: Rows, seconds: float, **more) -> None:
     """Settings, results a seed, time and environment as JSON."""
-    content = {"settings": dict(settings), "results": rows, "seconds": seconds, **more, "environment": environment()}
+    settings = {name: value for name, value in settings.items() if name not in ("out", "checkpoint")}  # where it was written says nothing
+    content = {"settings": settings, "results": rows, "seconds": seconds, **more, "environment": environment()}
     path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
     print(f"numbers: {path}")
 
@@ -151,7 +220,13 @@ def environment() -> dict:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout that is not installed
             versions[name] = importlib.metadata.version(name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"python": platform.python_version(), **versions, "platform": platform.platform(), "cores": cores, "device": str(jax.devices()[0])}
+    return {
+        "python": platform.python_version(),
+        **versions,
+        "platform": platform.platform(),
+        "cores": cores,
+        "device": str(jax.config.jax_default_device or jax.devices()[0]),
+    }
 
 
 def _plain(value):
