@@ -244,7 +244,7 @@ def probe(splits, of):
     for l2 in (1e-4, 1e-3, 1e-2):
         w = fit_probe(start, train, splits.pretrain.y, l2)
         right = lambda x, y: float(jnp.mean((jnp.argmax(x @ w["w"] + w["b"], -1) == y).astype(jnp.float32)))  # noqa: B023 (called at once)
-        best = max(best, (right(held, splits.validation.y), right(test, splits.test.y)))
+        best = max(best, (right(held, splits.validation.y), right(test, splits.test.y)), key=lambda pair: pair[0])
     return best[1]
 
 
