@@ -9,6 +9,9 @@ What chooses what. A fifth of the validation set is held out of everything. Its 
 the CNN's training, and it chooses L2: for each row that trains a softmax regression directly out of four values at every seed, for each
 bilevel row out of three at the first seed. The row "clean validation only" then trains on the whole validation set; the outer level sees
 four fifths. Test data chooses nothing.
+
+What came out (softmax regression, 3 seeds): with 5,000 validation examples .909 ± .001 by either method, .906 for the clean examples alone and .915
+for the oracle; with 1,000, .897 ± .001, .876 and .916. The weights tell wrong labels from right ones with an AUC of .96 to .97.
 """
 
 from __future__ import annotations
