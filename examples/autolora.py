@@ -136,6 +136,7 @@ def search(t: Task, sizes: Sizes, seed: int, steps: int, checkpoint) -> dict:
         keep="last",
         checkpoint=checkpoint,
     )
+    report.unless_preempted(solution)
     gates = {name: np.asarray(adapter.gates) for name, adapter in adapters(problem.merge(solution)).items()}
     return {"gates": gates, "seconds": time.perf_counter() - begin, "value": solution.history["value"]}
 
@@ -221,7 +222,7 @@ def draw(path, results, found, sizes, seeds):
 
 
 def main(argv=None):
-    args = report.parse(report.parser(__doc__, full=dict(seeds=3, steps=24), small=dict(seeds=1, steps=2)), argv)
+    args = report.parse(report.parser(__doc__, full=dict(seeds=3, steps=24), small=dict(seeds=1, steps=2), pieces=True), argv)
     sizes = SMALL if args.small else FULL
     begin = time.perf_counter()
     settings = {**sizes._asdict(), "outer_steps": args.steps, "rank": RANK, "batch": BATCH, "learning_rate": LEARNING_RATE, "search": repr(SEARCH)}

@@ -164,8 +164,7 @@ def search(d, model, method, steps, sizes, seed, checkpoint):
         keep="last",
         checkpoint=checkpoint,
     )
-    if solution.result is bx.RESULTS.preempted:
-        raise SystemExit("stopped by a signal; the same command goes on from here")
+    report.unless_preempted(solution)
     return np.asarray(solution.outer_params).T.reshape(-1), solution
 
 
@@ -296,7 +295,7 @@ def draw(path, results, full, first):
 
 
 def main(argv=None):
-    parser = report.parser(__doc__, full=dict(seeds=5, steps=500, mlp_seeds=3), small=dict(seeds=1, steps=5, mlp_seeds=1))
+    parser = report.parser(__doc__, full=dict(seeds=5, steps=500, mlp_seeds=3), small=dict(seeds=1, steps=5, mlp_seeds=1), pieces=True)
     parser.add_argument("--mlp-seeds", type=int, help="random seeds of the MLP, 0 to leave it out (default 3, with --small 1)")
     args = report.parse(parser, argv)
     sizes = SMALL if args.small else FULL

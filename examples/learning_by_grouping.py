@@ -134,8 +134,7 @@ def learn(d, params, fair, steps, checkpoint):
         keep="last",
         checkpoint=checkpoint,
     )
-    if solution.result is bx.RESULTS.preempted:
-        raise SystemExit("stopped by a signal; the same command goes on from here")
+    report.unless_preempted(solution)
     return solution, {**solution.inner_params, "top": solution.outer_params}
 
 
@@ -296,7 +295,7 @@ def draw(path, rows, census, first):
 
 
 def main(argv=None):
-    args = report.parse(report.parser(__doc__, full=dict(seeds=5, steps=60), small=dict(seeds=1, steps=3)), argv)
+    args = report.parse(report.parser(__doc__, full=dict(seeds=5, steps=60), small=dict(seeds=1, steps=3), pieces=True), argv)
     census = data.adult()
     if args.small:
         keep = np.r_[0:2000, census.train : census.train + 1000]

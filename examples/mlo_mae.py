@@ -187,7 +187,7 @@ def learn(splits, steps, seed, checkpoint=None):
     train, held = ({"x": jnp.asarray(p.x), "y": jnp.asarray(p.y)} for p in (splits.pretrain, splits.validation))
     planted = splits.test.planted
     shown = {"x": splits.test.x[:100], "planted": np.zeros((100, PATCHES), bool) if planted is None else planted[:100]}
-    return bx.solve_multilevel(
+    solution = bx.solve_multilevel(
         LEVELS,
         init(jax.random.key(seed)),
         data={
@@ -201,6 +201,7 @@ def learn(splits, steps, seed, checkpoint=None):
         keep="last",
         checkpoint=checkpoint,
     )
+    return report.unless_preempted(solution)
 
 
 # ---- what it is compared with, and by
@@ -367,7 +368,7 @@ def picture(path, problems):
 
 
 def main(argv=None):
-    args = report.parse(report.parser(__doc__, full=dict(seeds=3, steps=150), small=dict(seeds=1, steps=2)), argv)
+    args = report.parse(report.parser(__doc__, full=dict(seeds=3, steps=150), small=dict(seeds=1, steps=2), pieces=True), argv)
     sizes = SMALL if args.small else FULL
     begin = time.perf_counter()
     settings = {"steps": args.steps, **sizes._asdict(), "width": WIDTH, "layers": LAYERS, "batch": BATCH, "hidden": HIDDEN, "patches": PATCHES}

@@ -31,8 +31,11 @@ Rows = Mapping[str, Mapping[str, Sequence[float]]]  # row -> column -> one numbe
 # ---- flags
 
 
-def parser(doc: str, *, full: Mapping[str, int], small: Mapping[str, int]) -> argparse.ArgumentParser:
-    """A parser with the flags that every example has. `full` and `small` hold the defaults of ``seeds`` and ``steps`` in either mode."""
+def parser(doc: str, *, full: Mapping[str, int], small: Mapping[str, int], pieces: bool = False) -> argparse.ArgumentParser:
+    """A parser with the flags that every example has. `full` and `small` hold the defaults of ``seeds`` and ``steps`` in either mode.
+
+    `pieces`: the script works through `Pieces`, and has ``--checkpoint``.
+    """
     summary, _, usage = doc.strip().partition("\n\n")
     out = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--small", action="store_true", help="a small run that finishes in seconds; its numbers mean nothing")
@@ -40,7 +43,10 @@ def parser(doc: str, *, full: Mapping[str, int], small: Mapping[str, int]) -> ar
         out.add_argument(f"--{name}", type=_positive, help=f"{what} (default {full[name]}, with --small {small[name]})")
     out.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder of the picture and the JSON file")
     out.add_argument("--device", help="where to run: cpu, gpu, tpu, or one of several, such as gpu:1 (default: what jax takes)")
-    out.add_argument("--checkpoint", type=Path, metavar="DIR", help="folder that keeps what is finished and the run in flight; a second call goes on")
+    if pieces:
+        out.add_argument(
+            "--checkpoint", type=Path, metavar="DIR", help="folder that keeps what is finished and the run in flight; a second call goes on"
+        )
     out.set_defaults(modes={False: dict(full), True: dict(small)})
     return out
 
@@ -131,6 +137,13 @@ class Pieces:
     def _clock(self) -> str:
         seconds = int(time.perf_counter() - self.begin)
         return f"{seconds // 60:3d}:{seconds % 60:02d}"
+
+
+def unless_preempted(solution: bx.Solution) -> bx.Solution:
+    """`solution`, unless a signal ended its run: then the script ends as well, since a part of a run is no result, and a second call goes on."""
+    if solution.result is bx.RESULTS.preempted:
+        raise SystemExit("stopped by a signal; the same command goes on from here")
+    return solution
 
 
 # ---- numbers

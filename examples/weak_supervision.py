@@ -369,7 +369,7 @@ def draw(path, results, table, sizes, seeds):
 
 
 def main(argv=None):
-    args = report.parse(report.parser(__doc__, full=dict(seeds=5, steps=150), small=dict(seeds=1, steps=11)), argv)
+    args = report.parse(report.parser(__doc__, full=dict(seeds=5, steps=150), small=dict(seeds=1, steps=11), pieces=True), argv)
     sizes = SMALL if args.small else FULL
     begin = time.perf_counter()
     splits = data.wrench(sizes.data)

@@ -27,7 +27,7 @@ def report():
 @pytest.fixture
 def parsed(report, tmp_path):
     def parse(*argv):
-        parser = report.parser("What.\n\nHow.", full=dict(seeds=5, steps=10), small=dict(seeds=1, steps=2))
+        parser = report.parser("What.\n\nHow.", full=dict(seeds=5, steps=10), small=dict(seeds=1, steps=2), pieces=True)
         return report.parse(parser, ["--out", str(tmp_path / "out"), *argv])
 
     before = jax.config.jax_default_device
@@ -98,3 +98,20 @@ def test_the_run_in_flight_goes_on(report, parsed, tmp_path):
         pieces("piece", lambda: run(pieces, fails=True))
     assert pieces("piece", lambda: run(pieces, fails=False)) == 6
     assert not (pieces.folder / "running").exists()
+
+
+def test_a_run_that_a_signal_ended_is_no_result(report, parsed, tmp_path):
+    solution = bx.solve_bilevel(
+        lambda y, x, batch: jnp.sum((y - x) ** 2),
+        lambda y, x, batch: jnp.sum(y**2),
+        jnp.zeros(2),
+        jnp.ones(2),
+        algorithm=bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), bx.hypergradient.implicit(), optax.sgd(0.1)),
+        num_steps=2,
+    )
+    assert report.unless_preempted(solution) is solution
+    ended = solution._replace(result=bx.RESULTS.preempted)
+    pieces = report.Pieces(parsed("--checkpoint", str(tmp_path / "kept")), {})
+    with pytest.raises(SystemExit, match="goes on from here"):
+        pieces("a run", lambda: report.unless_preempted(ended).history)
+    assert not list(pieces.folder.glob("a run*"))
