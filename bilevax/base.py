@@ -42,7 +42,7 @@ class Ctx(NamedTuple):
 class Feed(NamedTuple):
     """A stream of batches: `data` that `draw` reads, the stream's key, and the index of the next draw.
 
-    `order` is what a draw would find out at each step, found out for many of them at once: the first draw's index, and an array with an entry a draw.
+    `order` is what each draw from here on would find out, found out for many of them at once: an array with an entry a draw.
     """
 
     data: PyTree = None
@@ -52,13 +52,14 @@ class Feed(NamedTuple):
 
 
 class Feeds(NamedTuple):
-    """The streams of one step of an algorithm, a key for its own randomness, and the step's number."""
+    """The streams of one step of an algorithm, a key for its own randomness, the step's number, and how many steps led to the state."""
 
     inner: Feed = Feed()
     hyper: Feed = Feed()
     outer: Feed = Feed()
     key: jax.Array | None = None
     step: Any = 0
+    done: Any = 0
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["fn", "has_aux", "stateful", "keyed"], meta_fields=[])
@@ -307,12 +308,14 @@ class Algorithm(NamedTuple):
 
     A state has the fields `inner` (an `InnerState`) and `outer`. `draws` says how many batches a step draws from each stream. `undoes`: where a step
     reports a failure, it returns the state that it was given. Otherwise the driver restores that, at the price of a copy of the whole state a step.
+    `finite`: ``(problem, feeds, draws) -> bool``, whether what a failed step has read is finite; None for a step that finds that out itself.
     """
 
     init: AlgorithmInit
     step: AlgorithmStep
     draws: Draws = Draws()
     undoes: bool = False
+    finite: Callable[..., Any] | None = None
 
     def __repr__(self) -> str:
         return repr(self.step)

@@ -15,6 +15,9 @@ from bilevax.data import ordered
 from bilevax.metrics import Metrics
 from bilevax.results import RESULTS
 
+CHUNK = 256  # steps of a run's first compiled call, and between two looks at the host for whoever asks for nothing else
+MOST_VALUES = 2**18  # a call takes more steps only where their history is that small
+
 
 class Best(NamedTuple):
     """The kept iterate: its score (smaller is better), the step it belongs to, its parameters and model state."""
@@ -27,11 +30,12 @@ class Best(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """All that the next step needs; saved, it is a full checkpoint."""
+    """All that the next step needs; saved, it is a full checkpoint. `skipped` of the `step` steps so far left no trace: passed over or taken back."""
 
     algorithm: PyTree
     key: Any
     step: Any
+    skipped: Any
     code: Any
     first_norm: Any
     best: Best | None
@@ -48,7 +52,7 @@ class Plan(NamedTuple):
 
 
 def feeds(state: RunState, data: tuple, draws: Draws | tuple, orders: tuple | None = None) -> Any:
-    """The streams of the next step."""
+    """The streams of the next step; `orders` has this step's row of what `orders` below found out, a stream each."""
     orders = (None,) * len(data) if orders is None else orders
 
     def key(i):
@@ -58,17 +62,19 @@ def feeds(state: RunState, data: tuple, draws: Draws | tuple, orders: tuple | No
     if not isinstance(draws, Draws):  # a stream a level
         return streams
     inner, hyper, outer = streams
-    return Feeds(inner, hyper, outer, None if state.key is None else jax.random.fold_in(key(3), state.step), state.step)
+    own = None if state.key is None else jax.random.fold_in(key(3), state.step)
+    return Feeds(inner, hyper, outer, own, state.step, state.step - state.skipped)
 
 
 def orders(plan: Plan, state: RunState, data: tuple, steps: int) -> tuple:
-    """What the draws of the next `steps` steps can know of before the loop, a stream each."""
+    """What the draws of the next `steps` steps can know of before the loop, a stream each: None, or an array with a row a step."""
     draws, problem = plan.algorithm.draws, plan.problem
     if not isinstance(draws, Draws):
         return (None,) * len(data)
     streams = feeds(state, data, draws)[:3]
     pairs = zip((problem.inner_draw, problem.hyper_draw, problem.outer_draw), streams, draws, strict=True)
-    return tuple(ordered(draw, feed, steps * count).order if count else None for draw, feed, count in pairs)
+    found = ((ordered(draw, feed, steps * count) if count else None, count) for draw, feed, count in pairs)
+    return tuple(None if order is None else order.reshape(steps, count) for order, count in found)
 
 
 def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = None) -> tuple[RunState, dict]:
@@ -87,8 +93,12 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
 
     failed = info.code >= 10
     grad_norm = jnp.asarray(info.grad_norm, state.first_norm.dtype)
-    first_norm = jnp.where((state.first_norm == 0) & ~failed, grad_norm, state.first_norm)  # of the first step that did not fail
-    converged = ~failed & (grad_norm <= plan.tol * first_norm) if plan.tol is not None else jnp.asarray(False)
+    if plan.tol is None:
+        first_norm, converged = state.first_norm, jnp.asarray(False)  # `_chunk` finds it out afterwards
+    else:
+        first_norm = jnp.where((state.first_norm == 0) & ~failed, grad_norm, state.first_norm)  # of the first step that did not fail
+        # An adjoint that starts at zero can make the first direction zero anywhere: twice in a row, and it is a solution.
+        converged = ~failed & (grad_norm <= plan.tol * first_norm) & ((first_norm > 0) | (state.step > 0))
     best = state.best
     if best is not None:
         score = jnp.asarray(score, best.score.dtype)
@@ -97,33 +107,76 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
     code = jnp.where(failed, info.code, jnp.where(converged, jnp.int32(RESULTS.converged), jnp.int32(RESULTS.success)))
     step = state.step + jnp.where(failed, 0, 1).astype(state.step.dtype)
     kept = algorithm if plan.algorithm.undoes else tree.where(failed, state.algorithm, algorithm)
-    new = RunState(kept, state.key, step, code, first_norm, best)
+    new = RunState(kept, state.key, step, state.skipped, code, first_norm, best)
     return (new, row) if plan.layout is None else (plan.layout.pin(new), plan.layout.everywhere(row))
 
 
-def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, n):
-    """At most `n` steps, fewer after a failure or at the tolerance. `n` is a value, so chunks of any length share one program."""
+def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, n, most_values: int | None = None):
+    """At most `n` steps, fewer after a failure or at the tolerance. `n` is a value, so chunks of any length share one program.
+
+    `capacity` is the most that `n` may be; where the history of so many steps had more than `most_values` numbers, fewer steps are done.
+    """
     plan = join(static, dynamic)
-    known = orders(plan, state, data, capacity)
-    # Traced once, for the shapes and for the loop.
-    step = jax.jit(lambda state, dynamic, data, known: one_step(join(static, dynamic), state, data, known))
-    shapes = jax.eval_shape(step, state, dynamic, data, known)[1]
+    same: dict[str, Any] = {}  # columns of Python numbers, which no step changes
+
+    def moving(state, dynamic, data, known):
+        state, row = one_step(join(static, dynamic), state, data, known)
+        row["code"] = row["code"].astype(state.first_norm.dtype)  # exact, and one more entry of a vector that is written anyway
+        same.update({name: value for name, value in row.items() if isinstance(value, int)})
+        return state, {name: value for name, value in row.items() if name not in same}
+
+    step = jax.jit(moving)  # traced once, for the shapes and for the loop
+    shapes = jax.eval_shape(lambda: step(state, dynamic, data, _row_of(orders(plan, state, data, 1), 0)))[1]
+    if most_values is not None:
+        capacity = min(capacity, max(CHUNK, most_values // sum(leaf.size for leaf in jax.tree.leaves(shapes))))
+    known, first = orders(plan, state, data, capacity), state.step
     pack, unpack = _packing(shapes)
     rows = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), jax.eval_shape(pack, shapes))
 
     def unfinished(carry):
         i, state, _ = carry
-        return (i < n) & (state.code == 0)
+        return (i < jnp.minimum(n, capacity)) & (state.code == 0)
 
     def body(carry):
         i, state, rows = carry
-        state, row = step(state, dynamic, data, known)
-        rows = jax.tree.map(lambda buffer, value: lax.dynamic_update_index_in_dim(buffer, value, i, 0), rows, pack(row))
-        return i + 1, state, rows
+        state, row = step(state._replace(step=first + i), dynamic, data, _row_of(known, i))
+        rows = jax.tree.map(lambda buffer, value: _write(buffer, value, i), rows, pack(row))
+        return i + 1, state._replace(step=None), rows  # one counter is enough
 
-    count, state, rows = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state, rows))
+    count, state, rows = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state._replace(step=None), rows))
+    state = state._replace(step=first + count - (state.code >= 10).astype(first.dtype))
     rows = jax.vmap(unpack)(rows)
+    rows |= {"code": rows["code"].astype(jnp.int32), **{name: jnp.full((capacity,), value, jnp.int32) for name, value in same.items()}}
+    state, rows = _afterwards(plan, state, rows, count, data)
     return (state, rows, count) if plan.layout is None else (plan.layout.pin(state), *plan.layout.everywhere((rows, count)))
+
+
+def _afterwards(plan: Plan, state: RunState, rows: dict, count, data: tuple) -> tuple[RunState, dict]:
+    """What short steps would feel if each of them found it out: the first norm, where no tolerance asks for it, and what a failure came from."""
+    if plan.tol is None:
+        counted = (jnp.arange(len(rows["code"]), dtype=count.dtype) < count) & (rows["code"] < 10) & (rows["grad_norm"] != 0)
+        found = rows["grad_norm"][jnp.argmax(counted)].astype(state.first_norm.dtype)
+        state = state._replace(first_norm=jnp.where((state.first_norm == 0) & jnp.any(counted), found, state.first_norm))
+    look = plan.algorithm.finite
+    if look is not None:
+        failed, last, draws = state.code >= 10, jnp.maximum(count - 1, 0), plan.algorithm.draws
+        streams = feeds(state, data, draws)
+        finite = lax.cond(failed, lambda: look(plan.problem, streams, draws), lambda: jnp.asarray(True))
+        state = state._replace(code=jnp.where(finite, state.code, jnp.int32(RESULTS.nonfinite_batch)))
+        rows = {**rows, "code": rows["code"].at[last].set(jnp.where(failed, state.code, rows["code"][last]))}
+    return state, rows
+
+
+# Slices at a counter that is never negative, which a plain index would ask about.
+
+
+def _row_of(known: tuple, i) -> tuple:
+    at = jnp.asarray(i, jnp.int32)
+    return jax.tree.map(lambda a: lax.dynamic_slice(a, (at, jnp.zeros_like(at)), (1, a.shape[1]), allow_negative_indices=False)[0], known)
+
+
+def _write(buffer, value, i):
+    return lax.dynamic_update_slice(buffer, value[None], (i, *[jnp.zeros_like(i)] * value.ndim), allow_negative_indices=False)
 
 
 def _packing(shapes: dict) -> tuple:
@@ -151,5 +204,5 @@ def _packing(shapes: dict) -> tuple:
     return pack, unpack
 
 
-run_chunk = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))(_chunk)
+run_chunk = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))(functools.partial(_chunk, most_values=MOST_VALUES))
 run_traced = _chunk  # the same inside another program

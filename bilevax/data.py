@@ -129,27 +129,23 @@ def _chosen(feed: Feed, i, num_batches: int, replace: bool) -> jax.Array:
     return permuted(jax.random.fold_in(feed.key, number // num_batches), position, num_batches).astype(jnp.int32)
 
 
-def ordered(draw: Draw, feed: Feed, count: int) -> Feed:
-    """`feed` with the `order` of its next `count` draws, where `draw` makes use of it: one vectorised pass in place of a cipher in each step."""
+def ordered(draw: Draw, feed: Feed, count: int) -> jax.Array | None:
+    """What the next `count` draws of `feed` find out, where `draw` makes use of it: one vectorised pass in place of a cipher in each step."""
     if not (isinstance(draw, Bound) and draw.fn is _partition) or draw.settings["num_batches"] == 1:
-        return feed
+        return None
     total, first = draw.settings["num_batches"], draw_number(feed, 0)
     places = jnp.arange(count, dtype=jnp.int32)
     if draw.settings["replace"]:
-        return feed._replace(order=(first, jax.vmap(lambda i: _chosen(feed, i, total, True))(places)))
+        return jax.vmap(lambda i: _chosen(feed, i, total, True))(places)
     epochs = first // total + jnp.arange(count // total + 2, dtype=jnp.int32)
     keys = jax.vmap(lambda epoch: _round_keys(jax.random.fold_in(feed.key, epoch)))(epochs)
     numbers = first + places
     order = jax.vmap(lambda keys, place: _walk(keys, place, total))(keys[numbers // total - epochs[0]], (numbers % total).astype(jnp.uint32))
-    return feed._replace(order=(first, order.astype(jnp.int32)))
+    return order.astype(jnp.int32)
 
 
 def _partition(feed: Feed, i, *, batch_size: int, num_batches: int, replace: bool) -> Ctx:
-    if feed.order is None:
-        index = _chosen(feed, i, num_batches, replace)
-    else:
-        first, order = feed.order
-        index = order[draw_number(feed, i) - first]
+    index = _chosen(feed, i, num_batches, replace) if feed.order is None else feed.order[i]
     batch = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index * batch_size, batch_size), feed.data)
     return Ctx(batch, jax.random.fold_in(_key(feed, i), 1), index=index)
 
@@ -184,7 +180,7 @@ def _generated(feed: Feed, i, *, fn: Callable) -> Ctx:
 def permuted(key: jax.Array, places: jax.Array, total: int) -> jax.Array:
     """Images of `places` (uint32, below `total`) under a pseudo-random permutation of ``range(total)`` chosen by `key`.
 
-    A six-round Feistel network on the next even number of bits, walked along its cycle until it lands below `total`. It reaches any
+    A six-round Feistel network on as many bits as `total` needs, walked along its cycle until it lands below `total`. It reaches any
     place of an epoch's order without building the order, so a run resumes at any step exactly and a draw costs O(batch), not
     O(total log total).
 
@@ -212,8 +208,8 @@ def _round_keys(key: jax.Array) -> jax.Array:
 
 
 def _walk(keys: jax.Array, places: jax.Array, total: int) -> jax.Array:
-    half = max(1, ((total - 1).bit_length() + 1) // 2)
-    mask, shift = jnp.uint32(2**half - 1), jnp.uint32(half)
+    bits = (total - 1).bit_length()
+    widths = bits // 2, bits - bits // 2  # of the two halves, which change places in each round
 
     def mix(value):  # a 32-bit finaliser: every input bit reaches every output bit
         value = (value ^ (value >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
@@ -221,10 +217,10 @@ def _walk(keys: jax.Array, places: jax.Array, total: int) -> jax.Array:
         return value ^ (value >> jnp.uint32(16))
 
     def network(place):
-        left, right = place >> shift, place & mask
+        left, right = place >> jnp.uint32(widths[1]), place & jnp.uint32(2 ** widths[1] - 1)
         for k in range(6):
-            left, right = right, left ^ (mix(right ^ keys[k]) & mask)
-        return (left << shift) | right
+            left, right = right, left ^ (mix(right ^ keys[k]) & jnp.uint32(2 ** widths[k % 2] - 1))
+        return (left << jnp.uint32(widths[1])) | right
 
     limit = jnp.uint32(total)
     return jax.lax.while_loop(lambda p: jnp.any(p >= limit), lambda p: jnp.where(p >= limit, network(p), p), network(places))

@@ -16,7 +16,7 @@ from bilevax import callbacks as callbacks_lib
 from bilevax import check, tree
 from bilevax import checkpoint as checkpoint_lib
 from bilevax.base import Algorithm, InnerState, PyTree, join, split
-from bilevax.chunk import Best, Plan, RunState, run_chunk, run_traced
+from bilevax.chunk import CHUNK, Best, Plan, RunState, run_chunk, run_traced
 from bilevax.data import Source, Stream, as_source
 from bilevax.metrics import Metrics, check_metrics
 from bilevax.metrics import metrics as as_metrics
@@ -26,7 +26,7 @@ from bilevax.sharding import layout, placement, report
 from bilevax.solution import Solution
 from bilevax.streams import Window, first_context, source_draw
 
-CHUNK = 256  # steps in one compiled call: long enough to hide the dispatch, short enough for a failure or a signal to be seen soon
+LONGEST, QUICK = 4096, 0.1  # a later call takes up to so many steps in about so many seconds: a failure or a signal is to be seen soon
 STREAM_CHUNK = 16  # the same for batches read on the host, which must be held stacked
 ROLLBACK_CHUNK = 32  # the same where a failure undoes one or two chunks
 PATIENCE = 10  # failures in a row after which a run that passes over failures ends all the same
@@ -193,7 +193,7 @@ def _first_state(plan: Plan, start: InnerState, outer: PyTree, key, score_dtype,
     score = jnp.full((), jnp.inf, score_dtype)
     best = Best(score, jnp.zeros((), jnp.int32) - 1, start.params, start.model, outer) if keep == "best" else None
     zero = jnp.zeros((), jnp.int32)
-    return RunState(plan.algorithm.init(plan.problem, start, outer), key, zero, zero, jnp.zeros_like(score), best)
+    return RunState(plan.algorithm.init(plan.problem, start, outer), key, zero, zero, zero, jnp.zeros_like(score), best)
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
@@ -269,7 +269,9 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
     """Chunk after chunk until the steps are done, a failure, the tolerance, or a word from outside."""
     num_steps, watchers, draws = options.num_steps, options.watchers, plan.algorithm.draws
     begin, start, first_chunk = time.perf_counter(), int(run.step), 0.0
-    capacity = min(num_steps, STREAM_CHUNK) if any(isinstance(s, Stream) for s in sources) else CHUNK
+    streaming = any(isinstance(s, Stream) for s in sources)
+    capacity = min(num_steps, STREAM_CHUNK) if streaming else LONGEST if plan.layout is None else CHUNK
+    shortest = length = min(capacity, CHUNK)  # of the next chunk
     window = Window(sources, draws, capacity, None if plan.layout is None else plan.layout.put_window)
     history = _History()
     store = None if options.checkpoint is None else checkpoint_lib.Store(options.checkpoint, start)
@@ -304,16 +306,19 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
             ends.callback(store.close)
         try:
             while done < num_steps and result is RESULTS.success:
-                due = [w.every - done % w.every for w in watchers if w.every is not None]
+                due = [every - done % every for every in (w.every or shortest for w in watchers)]
                 if store is not None:
                     due.append(store.spec.every - (start + done) % store.spec.every)
                 recovery.before(run, due)
-                data, steps = window.read(start + done, min([capacity, num_steps - done, *due]))
+                data, steps = window.read(start + done, min([length, num_steps - done, *due]))
                 if steps:
+                    since = time.perf_counter()
                     run, rows, count = run_chunk(static, capacity, run, dynamic, data, steps)
                     count = int(count)
                     history.chunks.append(jax.tree.map(lambda a: np.asarray(a)[:count], rows))  # noqa: B023 (mapped at once)
                     done += count
+                    each = (time.perf_counter() - since) / max(count, 1)
+                    length = min(capacity, max(shortest, int(QUICK / each)))
                     first_chunk = first_chunk or time.perf_counter() - begin
                     run, result = recovery.after(run, count)
                     window.put_back(steps - count)
@@ -322,7 +327,7 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
                 over = done >= num_steps or result is not RESULTS.success
                 event = None
                 for watcher in watchers:
-                    if over or done % (watcher.every or capacity) == 0:
+                    if over or done % (watcher.every or shortest) == 0:
                         event = event or callbacks_lib.Event(int(run.step), done, num_steps, history.all(), run)
                         if watcher.fn(event) and not over:
                             result = RESULTS.stopped
@@ -379,7 +384,7 @@ class _Recovery:
         if self.policy == "rollback":
             due.append(ROLLBACK_CHUNK)
             if self.clean or not self.snapshots:
-                self.snapshots = [*self.snapshots, tree.copy(run.algorithm)][-2:]
+                self.snapshots = [*self.snapshots, (tree.copy(run.algorithm), run.step - run.skipped)][-2:]
 
     def after(self, run: RunState, count: int) -> tuple[RunState, RESULTS]:
         """The state to go on with after a chunk of `count` steps, the last of which may have failed."""
@@ -392,8 +397,9 @@ class _Recovery:
         self.in_a_row, self.clean = self.in_a_row + 1 if row else 1, 0
         if self.policy == "stop" or self.in_a_row >= PATIENCE:
             return run, result
-        run = run._replace(code=jnp.zeros_like(run.code), step=run.step + 1)
+        run = run._replace(code=jnp.zeros_like(run.code), step=run.step + 1, skipped=run.skipped + 1)
         if self.policy == "rollback":
             self.snapshots = self.snapshots[:1]
-            run = run._replace(algorithm=tree.copy(self.snapshots[0]))
+            algorithm, done = self.snapshots[0]
+            run = run._replace(algorithm=tree.copy(algorithm), skipped=run.step - done)
         return run, RESULTS.success

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevax.base import Ctx, Feed, PyTree
+from bilevax.base import Ctx, Feed, PyTree, join, split
 from bilevax.data import Source, Stream, windowed
 
 
@@ -97,6 +98,12 @@ def first_context(source: Source | Stream, key) -> Ctx:
     if isinstance(source, Stream):
         batch = peek(source)
         return jax.eval_shape(lambda key: windowed(Feed((0, jax.tree.map(lambda a: jnp.asarray(a)[None], batch)), key, 0), 0), key)
+    static, dynamic = split(source.draw)
+    return _first_draw.eval_shape(static, dynamic, source.data, key)
+
+
+@functools.partial(jax.jit, static_argnums=0)  # for its cache: a second run on the same data traces nothing
+def _first_draw(static, dynamic, data, key) -> Ctx:
     zero = jnp.zeros((), jnp.int32)
-    known = (zero, zero[None])  # an order, whose finding out would be most of what is traced here
-    return jax.eval_shape(lambda data, key: source.draw(Feed(data, key, zero, known), 0), source.data, key)
+    known = zero[None]  # an order, whose finding out would be most of what is traced here
+    return join(static, dynamic)(Feed(data, key, zero, known), 0)

@@ -9,7 +9,18 @@ from jax import lax
 
 from bilevax import check, tree
 from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import Directions, combined, counts, descend, drawn, hessian_product, inner_grad, inner_pass, outer_pass, report
+from bilevax.algorithms.directions import (
+    Directions,
+    combined,
+    counts,
+    descend,
+    drawn_finite,
+    hessian_product,
+    inner_grad,
+    inner_pass,
+    outer_pass,
+    report,
+)
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 
 
@@ -45,7 +56,7 @@ def s_tfbo(initial: float = 1.0) -> Algorithm:
     Source: Yang, Ban, Huang, Ma and Ji, "Tuning-free bilevel optimization: new algorithms and convergence analysis" (ICLR 2025), algorithm 2.
     """
     settings = dict(initial=_steps.positive(initial, "initial"))
-    return Algorithm(Bound("s_tfbo", _init, name="s_tfbo", **settings), Bound("s_tfbo", _single, **settings), Draws(1, 0, 1))
+    return Algorithm(Bound("s_tfbo", _init, name="s_tfbo", **settings), Bound("s_tfbo", _single, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
 def _init(problem: Problem, inner: InnerState, outer: PyTree, *, name, initial, **_) -> TfboState:
@@ -64,7 +75,7 @@ def _single(problem: Problem, state: TfboState, feeds: Feeds, *, initial) -> tup
     beta, gamma, alpha = jnp.sqrt(squares)
     both = jnp.maximum(beta, gamma)
     moved = descend(x, 1 / (alpha * both), d.x)
-    info = report(state.inner, x, f, d, drawn(problem, feeds, Draws(1, 0, 1)), counts(1, 2, 1))
+    info = report(state.inner, x, f, d, counts(1, 2, 1))
     inner = state.inner._replace(params=descend(y, 1 / beta, d.y), model=g.model)
     return TfboState(inner, _steps.projected(problem, moved), descend(v, 1 / both, d.v), squares), info
 
@@ -100,7 +111,7 @@ def d_tfbo(initial: float = 1.0, *, inner_tol: float = 1e-3, adjoint_tol: float 
         adjoint_tol=_steps.positive(adjoint_tol, "adjoint_tol"),
         maxiter=check.count(maxiter, "maxiter"),
     )
-    return Algorithm(Bound("d_tfbo", _init, name="d_tfbo", **settings), Bound("d_tfbo", _double, **settings), Draws(1, 0, 1))
+    return Algorithm(Bound("d_tfbo", _init, name="d_tfbo", **settings), Bound("d_tfbo", _double, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
 def _double(problem: Problem, state: TfboState, feeds: Feeds, *, initial, inner_tol, adjoint_tol, maxiter) -> tuple[TfboState, StepInfo]:
@@ -135,7 +146,7 @@ def _double(problem: Problem, state: TfboState, feeds: Feeds, *, initial, inner_
     squares = state.squares.at[2].add(tree.dot(d_x, d_x).astype(dtype))
     moved = descend(x, 1 / jnp.sqrt(squares[2]), d_x)
     inner = state.inner._replace(params=y, model=model)
-    info = report(inner, x, f, Directions(d_y, d_v, d_x), drawn(problem, feeds, Draws(1, 0, 1)), counts(descents + 1, products + 2, 1))
+    info = report(inner, x, f, Directions(d_y, d_v, d_x), counts(descents + 1, products + 2, 1))
     return TfboState(inner, _steps.projected(problem, moved), v, squares), info
 
 

@@ -6,7 +6,6 @@ hypergradient.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -82,17 +81,14 @@ def descend(params: PyTree, size: Any, direction: PyTree) -> PyTree:
     return tree.axpy(-size, direction, params)
 
 
-def report(
-    inner: InnerState, outer: PyTree, f: Outer, d: Directions, batches: Callable, calls: dict[str, Any], diagnostics: dict[str, Any] | None = None
-) -> StepInfo:
-    """The step's `StepInfo`: its code names the first of the quantities that left the finite numbers, or the batch that brought it.
+def report(inner: InnerState, outer: PyTree, f: Outer, d: Directions, calls: dict[str, Any], diagnostics: dict[str, Any] | None = None) -> StepInfo:
+    """The step's `StepInfo`: its code names the first of the quantities that left the finite numbers.
 
     Args:
       inner: the inner state that the value belongs to.
       outer: the outer parameters that it belongs to.
       f: the outer pass there.
       d: the directions that were taken; the norm of ``d.x`` stands for the hypergradient's.
-      batches: draws the step's batches again, after a failure only (`drawn`).
       calls: oracle calls of the step by name, a batch each.
       diagnostics: further columns of the history.
     """
@@ -103,27 +99,27 @@ def report(
         unless(jnp.isfinite(tree.norm(d.v)), RESULTS.adjoint_nonfinite),
         unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
     )
-    # Not the batches themselves: what a branch reads is copied out of the data at every step, whether it is taken or not.
-    finite = lax.cond(code >= 10, batches, lambda: jnp.asarray(True))
-    code = jnp.where(finite, code, jnp.int32(RESULTS.nonfinite_batch))
-    columns = {name: jnp.asarray(count, jnp.int32) for name, count in calls.items()}
-    return StepInfo(f.value, grad_norm, (inner, outer), code, {**columns, **(diagnostics or {})}, f.aux)
+    return StepInfo(f.value, grad_norm, (inner, outer), code, {**calls, **(diagnostics or {})}, f.aux)
 
 
-def drawn(problem: Problem, feeds: Feeds, draws: Draws) -> Callable:
-    """A function that tells whether the batches of a step, so many of each stream, are finite."""
+def drawn_finite(problem: Problem, feeds: Feeds, draws: Draws) -> jax.Array:
+    """Whether the batches of a step, so many of each stream, are finite."""
+    ok = jnp.asarray(True)
+    for draw, feed, count in zip((problem.inner_draw, problem.hyper_draw, problem.outer_draw), feeds[:3], draws, strict=True):
+        if not count:  # of a stream read on the host there is no batch then, not even to trace
+            continue
+        ok &= lax.fori_loop(0, count, lambda i, ok, draw=draw, feed=feed: ok & tree.all_finite(draw(feed, i).batch), jnp.asarray(True))
+    return ok
 
-    def finite():
-        ok = jnp.asarray(True)
-        for draw, feed, count in zip((problem.inner_draw, problem.hyper_draw, problem.outer_draw), feeds[:3], draws, strict=True):
-            if not count:  # of a stream read on the host there is no batch then, not even to trace
-                continue
-            ok &= lax.fori_loop(0, count, lambda i, ok, draw=draw, feed=feed: ok & tree.all_finite(draw(feed, i).batch), jnp.asarray(True))
-        return ok
 
-    return finite
+def data_finite(problem: Problem, feeds: Feeds, draws: Draws) -> jax.Array:
+    """Whether all data is finite: for steps that read the whole of it now and then."""
+    return tree.all_finite((feeds.inner.data, feeds.hyper.data, feeds.outer.data))
 
 
 def counts(inner_gradients: Any = 0, products: Any = 0, outer_gradients: Any = 0) -> dict[str, Any]:
-    """Oracle calls of a step, a batch each; `products` are Hessian-vector and mixed products, those of one pass counted apart."""
+    """Oracle calls of a step, a batch each: Python numbers where all steps take as many.
+
+    `products` are Hessian-vector and mixed products, those of one pass counted apart.
+    """
     return {"inner_gradients": inner_gradients, "products": products, "outer_gradients": outer_gradients}

@@ -10,7 +10,7 @@ from jax import lax
 from bilevax import check, data, optimizer, tree
 from bilevax.algorithms import memory
 from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import Directions, counts, descend, drawn, inner_grad, outer_pass, report
+from bilevax.algorithms.directions import Directions, counts, data_finite, descend, drawn_finite, inner_grad, outer_pass, report
 from bilevax.algorithms.steps import StepSize
 from bilevax.algorithms.two_loop import Contexts, adjoint_hypergradient, neumann, neumann_settings, truncated
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
@@ -105,13 +105,13 @@ def sustain(
 def _storm(name, inner_step, outer_step, momentum, neumann_step, neumann_steps, decay) -> Algorithm:
     settings = dict(
         name=name,
-        inner=_steps.transformation(inner_step, "inner_step", decay),
-        outer=_steps.transformation(outer_step, "outer_step", decay),
+        inner=_steps.transformation(inner_step, "inner_step"),
+        outer=_steps.transformation(outer_step, "outer_step"),
         momentum=_steps.positive(momentum, "momentum", 1),
-        decay=_steps.positive(decay, "decay", zero=True),
+        decay=_steps.exponent(decay),
         **neumann_settings(inner_step, neumann_step, neumann_steps),
     )
-    return Algorithm(Bound(name, _storm_init, **settings), Bound(name, _storm_step, **settings), Draws(1, neumann_steps + 1, 1))
+    return Algorithm(Bound(name, _storm_init, **settings), Bound(name, _storm_step, **settings), Draws(1, neumann_steps + 1, 1), finite=drawn_finite)
 
 
 def _storm_init(problem: Problem, state: InnerState, outer_params: PyTree, *, name, inner, outer, **_) -> MomentumState:
@@ -142,13 +142,13 @@ def _storm_step(
     w = adjoint_hypergradient(problem, y, x, q, f.x, last)
     w_old = adjoint_hypergradient(problem, y_old, x_old, q_old, f_old.x, last)
 
-    number = jnp.asarray(feeds.step + 1).astype(jnp.result_type(float))
+    smaller = _steps.decayed(feeds.done, decay)
     # The first step has nothing to remember; from there on η stays below 1, whatever it began at.
-    weight = jnp.where(feeds.step == 0, 1.0, momentum * jnp.power(number, -2 * decay))
+    weight = jnp.where(feeds.done == 0, 1.0, momentum * smaller**2)
     d_y, d_x = memory.storm(state.directions, (u, w), (u_old, w_old), weight)
-    info = report(state.inner, state.outer, f, Directions(d_y, q, d_x), drawn(problem, feeds, Draws(1, terms + 1, 1)), counts(2, 2 * terms + 2, 2))
-    y, y_opt = _steps.move(inner, d_y, state.inner.opt, y)
-    x, x_opt = _steps.move(outer, d_x, state.outer_opt, x)
+    info = report(state.inner, state.outer, f, Directions(d_y, q, d_x), counts(2, 2 * terms + 2, 2))
+    y, y_opt = _steps.move(inner, d_y, state.inner.opt, y, smaller)
+    x, x_opt = _steps.move(outer, d_x, state.outer_opt, x, smaller)
     return MomentumState(InnerState(y, y_opt, new_model), _steps.projected(problem, x), x_opt, (d_y, d_x), here), info
 
 
@@ -196,7 +196,12 @@ def vrbo(
         num=check.count(steps, "steps"),
         **neumann_settings(inner_step, neumann_step, neumann_steps),
     )
-    return Algorithm(Bound("vrbo", _vrbo_init, **settings), Bound("vrbo", _vrbo_step, **settings), Draws(steps, steps * (neumann_steps + 1), steps))
+    return Algorithm(
+        Bound("vrbo", _vrbo_init, **settings),
+        Bound("vrbo", _vrbo_step, **settings),
+        Draws(steps, steps * (neumann_steps + 1), steps),
+        finite=data_finite,
+    )
 
 
 def _vrbo_init(problem: Problem, state: InnerState, outer_params: PyTree, *, outer, **_) -> MomentumState:
@@ -227,7 +232,7 @@ def _vrbo_step(problem: Problem, state: MomentumState, feeds: Feeds, *, step_siz
         inner_ctx, outer_ctx = inner_draw(feeds.inner, 0)._replace(model=model), outer_draw(feeds.outer, 0)._replace(model=model)
         return estimates(((y, x),), inner_ctx, Contexts(hyper_draw, feeds.hyper, model), outer_ctx)[0][0]
 
-    refresh = feeds.step % period == 0
+    refresh = feeds.done % period == 0
     d_y, d_x = lax.cond(refresh, full, lambda: state.directions)
     moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x)
     moved = _steps.projected(problem, moved)
@@ -245,9 +250,7 @@ def _vrbo_step(problem: Problem, state: MomentumState, feeds: Feeds, *, step_siz
     batches = [data.num_batches(draw, "vrbo") for draw in draws]
     extra = jnp.where(refresh, 1, 0)
     calls = counts(2 * num + extra * batches[0], 2 * num * (terms + 1) + extra * (terms + 1) * batches[1], 2 * num + 1 + extra * batches[2])
-    info = report(
-        state.inner, x, first, Directions(d_y, d[0], d_x), lambda: tree.all_finite((feeds.inner.data, feeds.hyper.data, feeds.outer.data)), calls
-    )
+    info = report(state.inner, x, first, Directions(d_y, d[0], d_x), calls)
     return MomentumState(state.inner._replace(params=new_y, model=model), moved, x_opt, d, ()), info
 
 

@@ -11,7 +11,7 @@ from jax import lax
 
 from bilevax import check, optimizer, tree
 from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import Directions, Outer, counts, descend, drawn, inner_grad, report
+from bilevax.algorithms.directions import Directions, Outer, counts, descend, drawn_finite, inner_grad, report
 from bilevax.algorithms.steps import StepSize
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 
@@ -95,14 +95,17 @@ def f2sa(
     """
     settings = dict(
         step_size=_steps.positive(inner_step, "inner_step"),
-        outer=_steps.transformation(outer_step, "outer_step", outer_decay),
+        outer=_steps.transformation(outer_step, "outer_step"),
         penalty=_steps.positive(penalty, "penalty"),
         order=check.count(order, "order"),
         num=check.count(steps, "steps"),
         growth=_steps.positive(growth, "growth", zero=True),
-        inner_decay=_steps.positive(inner_decay, "inner_decay", zero=True),
+        inner_decay=_steps.exponent(inner_decay, "inner_decay"),
+        outer_decay=_steps.exponent(outer_decay, "outer_decay"),
     )
-    return Algorithm(Bound("f2sa", _f2sa_init, **settings), Bound("f2sa", _f2sa_step, **settings), Draws(steps + 1, 0, steps + 1))
+    return Algorithm(
+        Bound("f2sa", _f2sa_init, **settings), Bound("f2sa", _f2sa_step, **settings), Draws(steps + 1, 0, steps + 1), finite=drawn_finite
+    )
 
 
 def _f2sa_init(problem: Problem, inner: InnerState, x: PyTree, *, outer, order, **_) -> F2saState:
@@ -113,13 +116,13 @@ def _f2sa_init(problem: Problem, inner: InnerState, x: PyTree, *, outer, order, 
 
 
 def _f2sa_step(
-    problem: Problem, state: F2saState, feeds: Feeds, *, step_size, outer, penalty, growth, order, num, inner_decay
+    problem: Problem, state: F2saState, feeds: Feeds, *, step_size, outer, penalty, growth, order, num, inner_decay, outer_decay
 ) -> tuple[F2saState, StepInfo]:
     places, coefficients = difference(order)
     x = state.outer
-    number = jnp.asarray(feeds.step + 1).astype(jnp.result_type(float))
+    number = jnp.asarray(feeds.done + 1).astype(jnp.result_type(float))
     nu = 1 / (penalty * jnp.power(number, growth))
-    size = step_size * jnp.power(number, -inner_decay)
+    size = step_size * _steps.decayed(feeds.done, inner_decay)
     weights = nu * jnp.asarray(places, nu.dtype)
 
     def penalised(y, weight, contexts, argnum):
@@ -144,7 +147,7 @@ def _f2sa_step(
     value, (_, aux) = problem.outer(y, x, last[1])
     d_y, _ = inner_grad(problem, y, x, last[0])
 
-    moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x)
+    moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x, _steps.decayed(feeds.done, outer_decay))
     inner = state.inner._replace(params=y, model=model)
     many = len(places)
     calls = counts((num + 1) * many + 1, 0, (num + 1) * many)
@@ -153,7 +156,6 @@ def _f2sa_step(
         x,
         Outer(value, d_y, d_x, aux),
         Directions(d_y, d_y, d_x),
-        drawn(problem, feeds, Draws(num + 1, 0, num + 1)),
         calls,
         {"penalty": 1 / nu, "inner_grad_norm": tree.norm(d_y)},
     )
@@ -209,7 +211,7 @@ def bome(inner_step: float, outer_step: StepSize, *, steps: int = 10, barrier: f
         num=check.count(steps, "steps"),
         barrier=_steps.positive(barrier, "barrier"),
     )
-    return Algorithm(Bound("bome", _bome_init, **settings), Bound("bome", _bome_step, **settings), Draws(steps + 1, 0, 1))
+    return Algorithm(Bound("bome", _bome_init, **settings), Bound("bome", _bome_step, **settings), Draws(steps + 1, 0, 1), finite=drawn_finite)
 
 
 def _bome_init(problem: Problem, inner: InnerState, x: PyTree, *, outer, **_) -> BomeState:
@@ -242,7 +244,6 @@ def _bome_step(problem: Problem, state: BomeState, feeds: Feeds, *, step_size, o
         x,
         Outer(value, f[0], f[1], aux),
         Directions(d[0], d[0], d[1]),
-        drawn(problem, feeds, Draws(num + 1, 0, 1)),
         counts(num + 2, 0, 1),
         {"multiplier": multiplier, "gap": g - g_solved},
     )

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import optimizer, tree
 from bilevax.algorithms import memory, steps
-from bilevax.algorithms.directions import Directions, combined, counts, drawn, inner_grad, inner_pass, outer_pass, report
+from bilevax.algorithms.directions import Directions, combined, counts, drawn_finite, inner_grad, inner_pass, outer_pass, report
 from bilevax.algorithms.steps import StepSize
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 
@@ -39,11 +39,11 @@ class Moves(NamedTuple):
     x: Any
 
 
-def moves(inner_step: StepSize, outer_step: StepSize, adjoint_step: StepSize | None, decay: float = 0.0) -> Moves:
+def moves(inner_step: StepSize, outer_step: StepSize, adjoint_step: StepSize | None) -> Moves:
     """Transformations of the three step arguments; the adjoint's step is the inner one's by default."""
     adjoint = inner_step if adjoint_step is None else adjoint_step
     arguments = ((inner_step, "inner_step"), (adjoint, "adjoint_step"), (outer_step, "outer_step"))
-    return Moves(*(steps.transformation(step, name, decay) for step, name in arguments))
+    return Moves(*(steps.transformation(step, name) for step, name in arguments))
 
 
 def start(problem: Problem, inner: InnerState, outer: PyTree, moves: Moves, name: str, first_memory: PyTree = ()) -> SingleLoopState:
@@ -54,11 +54,13 @@ def start(problem: Problem, inner: InnerState, outer: PyTree, moves: Moves, name
     return SingleLoopState(inner._replace(opt=optimizer.init(moves.y, inner.params)), outer, adjoint, opt, first_memory)
 
 
-def advance(problem: Problem, state: SingleLoopState, d: Directions, moves: Moves, model: PyTree, new_memory: PyTree = ()) -> SingleLoopState:
+def advance(
+    problem: Problem, state: SingleLoopState, d: Directions, moves: Moves, model: PyTree, new_memory: PyTree = (), decayed: Any = 1.0
+) -> SingleLoopState:
     """All three variables moved along their directions."""
-    y, y_opt = steps.move(moves.y, d.y, state.inner.opt, state.inner.params)
-    v, v_opt = steps.move(moves.v, d.v, state.opt[0], state.adjoint)
-    x, x_opt = steps.move(moves.x, d.x, state.opt[1], state.outer)
+    y, y_opt = steps.move(moves.y, d.y, state.inner.opt, state.inner.params, decayed)
+    v, v_opt = steps.move(moves.v, d.v, state.opt[0], state.adjoint, decayed)
+    x, x_opt = steps.move(moves.x, d.x, state.opt[1], state.outer, decayed)
     return SingleLoopState(InnerState(y, y_opt, model), steps.projected(problem, x), v, (v_opt, x_opt), new_memory)
 
 
@@ -92,19 +94,19 @@ def soba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     Source: Dagréou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables stochastic and global variance reduction
     algorithms" (NeurIPS 2022), section 3.1.
     """
-    settings = dict(moves=moves(inner_step, outer_step, adjoint_step, decay))
-    return Algorithm(Bound("soba", _soba_init, **settings), Bound("soba", _soba_step, **settings), Draws(1, 0, 1))
+    settings = dict(moves=moves(inner_step, outer_step, adjoint_step), decay=steps.exponent(decay))
+    return Algorithm(Bound("soba", _soba_init, **settings), Bound("soba", _soba_step, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
-def _soba_init(problem, inner, outer, *, moves) -> SingleLoopState:
+def _soba_init(problem, inner, outer, *, moves, decay) -> SingleLoopState:
     return start(problem, inner, outer, moves, "soba")
 
 
-def _soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves) -> tuple[SingleLoopState, StepInfo]:
+def _soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, decay) -> tuple[SingleLoopState, StepInfo]:
     inner_ctx, outer_ctx, g, f = passes(problem, state, feeds)
     d = combined(g, f)
-    info = report(state.inner, state.outer, f, d, drawn(problem, feeds, Draws(1, 0, 1)), counts(1, 2, 1))
-    return advance(problem, state, d, moves, g.model), info
+    info = report(state.inner, state.outer, f, d, counts(1, 2, 1))
+    return advance(problem, state, d, moves, g.model, (), steps.decayed(feeds.done, decay)), info
 
 
 def passes(problem: Problem, state: SingleLoopState, feeds: Feeds) -> tuple:
@@ -143,21 +145,21 @@ def ma_soba(
     Source: Chen, Xiao and Balasubramanian, "Optimal algorithms for stochastic bilevel optimization under relaxed smoothness conditions"
     (JMLR 2024), algorithm 1.
     """
-    settings = dict(moves=moves(inner_step, outer_step, adjoint_step, decay), momentum=steps.positive(momentum, "momentum", 1))
-    return Algorithm(Bound("ma_soba", _ma_soba_init, **settings), Bound("ma_soba", _ma_soba_step, **settings), Draws(1, 0, 1))
+    settings = dict(moves=moves(inner_step, outer_step, adjoint_step), momentum=steps.positive(momentum, "momentum", 1), decay=steps.exponent(decay))
+    return Algorithm(Bound("ma_soba", _ma_soba_init, **settings), Bound("ma_soba", _ma_soba_step, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
-def _ma_soba_init(problem, inner, outer, *, moves, momentum) -> SingleLoopState:
+def _ma_soba_init(problem, inner, outer, *, moves, momentum, decay) -> SingleLoopState:
     return start(problem, inner, outer, moves, "ma_soba", tree.zeros_like(outer))
 
 
-def _ma_soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, momentum) -> tuple[SingleLoopState, StepInfo]:
+def _ma_soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, momentum, decay) -> tuple[SingleLoopState, StepInfo]:
     inner_ctx, outer_ctx, g, f = passes(problem, state, feeds)
     d = combined(g, f)
-    mean = memory.momentum(state.memory, d.x, jnp.where(feeds.step == 0, 1.0, momentum))
+    mean = memory.momentum(state.memory, d.x, jnp.where(feeds.done == 0, 1.0, momentum))
     d = d._replace(x=mean)
-    info = report(state.inner, state.outer, f, d, drawn(problem, feeds, Draws(1, 0, 1)), counts(1, 2, 1))
-    return advance(problem, state, d, moves, g.model, mean), info
+    info = report(state.inner, state.outer, f, d, counts(1, 2, 1))
+    return advance(problem, state, d, moves, g.model, mean, steps.decayed(feeds.done, decay)), info
 
 
 class _Previous(NamedTuple):
@@ -193,11 +195,11 @@ def fsla(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     Source: Li, Gu and Huang, "A fully single loop algorithm for bilevel optimization without Hessian inverse" (AAAI 2022), algorithm 1.
     """
     settings = dict(
-        moves=moves(inner_step, outer_step, adjoint_step, decay),
+        moves=moves(inner_step, outer_step, adjoint_step),
         momentum=steps.positive(momentum, "momentum", 1),
-        decay=steps.positive(decay, "decay", zero=True),
+        decay=steps.exponent(decay),
     )
-    return Algorithm(Bound("fsla", _fsla_init, **settings), Bound("fsla", _fsla_step, **settings), Draws(1, 2, 2))
+    return Algorithm(Bound("fsla", _fsla_init, **settings), Bound("fsla", _fsla_step, **settings), Draws(1, 2, 2), finite=drawn_finite)
 
 
 def _fsla_init(problem, inner, outer, *, moves, momentum, decay) -> SingleLoopState:
@@ -209,26 +211,25 @@ def _fsla_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves,
     model = state.inner.model
     inner_ctx = problem.inner_draw(feeds.inner, 0)._replace(model=model)
     d_y, model = inner_grad(problem, y_old, x, inner_ctx)
-    y, y_opt = steps.move(moves.y, d_y, state.inner.opt, y_old)
+    smaller = steps.decayed(feeds.done, decay)
+    y, y_opt = steps.move(moves.y, d_y, state.inner.opt, y_old, smaller)
 
     hyper = [problem.hyper_draw(feeds.hyper, i)._replace(model=model) for i in range(2)]
     outer = [problem.outer_draw(feeds.outer, i)._replace(model=model) for i in range(2)]
     product = inner_pass(problem, y, x, v_old, hyper[0]).product
     d_v = tree.add(product, outer_pass(problem, y, x, outer[0]).y)
-    v, v_opt = steps.move(moves.v, d_v, state.opt[0], v_old)
+    v, v_opt = steps.move(moves.v, d_v, state.opt[0], v_old, smaller)
 
     f = outer_pass(problem, y, x, outer[1])
     new = tree.add(inner_pass(problem, y, x, v, hyper[1]).cross, f.x)
     x_old = state.memory.outer
     old = tree.add(inner_pass(problem, y_old, x_old, v_old, hyper[1]).cross, outer_pass(problem, y_old, x_old, outer[1]).x)
-    number = jnp.asarray(feeds.step + 1).astype(jnp.result_type(float))
-    # The first step has nothing to remember.
-    weight = jnp.where(feeds.step == 0, 1.0, momentum * jnp.power(number, -decay))
+    weight = jnp.where(feeds.done == 0, 1.0, momentum * smaller)  # the first step has nothing to remember
     d_x = memory.storm(state.memory.direction, new, old, weight)
-    x_new, x_opt = steps.move(moves.x, d_x, state.opt[1], x)
+    x_new, x_opt = steps.move(moves.x, d_x, state.opt[1], x, smaller)
 
     inner = InnerState(y, y_opt, model)
-    info = report(inner, x, f, Directions(d_y, d_v, d_x), drawn(problem, feeds, Draws(1, 2, 2)), counts(1, 3, 3))
+    info = report(inner, x, f, Directions(d_y, d_v, d_x), counts(1, 3, 3))
     new_state = SingleLoopState(inner, steps.projected(problem, x_new), v, (v_opt, x_opt), _Previous(d_x, x))
     return new_state, info
 

@@ -31,24 +31,22 @@ def positive(value: Any, argument: str, upper: float = np.inf, zero: bool = Fals
     return float(value)
 
 
-def _descent(step_size, decay) -> optax.GradientTransformation:
+def _descent(step_size) -> optax.GradientTransformation:
     def init(params):
-        return jnp.zeros((), jnp.int32)
+        return ()
 
-    def update(grads, count, params=None):
-        size = -step_size * jnp.power((count + 1).astype(jnp.result_type(float)), -decay)
-        return tree.scale(size, grads), count + 1
+    def update(grads, state, params=None, *, decayed=1.0):
+        return tree.scale(-step_size * decayed, grads), state
 
-    return optax.GradientTransformation(init, update)
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
-def transformation(step: StepSize, argument: str, decay: float = 0.0) -> optax.GradientTransformation:
-    """`step` as a transformation: a number `a` becomes ``−a t^{−decay} d`` with leaves for numbers, a transformation stays what it is.
+def transformation(step: StepSize, argument: str) -> optax.GradientTransformation:
+    """`step` as a transformation: a number `a` becomes ``−a t^{−decay} d`` with a leaf for a, a transformation stays what it is.
 
     Args:
-      step: a positive number, or an optax transformation (then `decay` does not apply: put a schedule into it).
+      step: a positive number, or an optax transformation (which takes no decay from here: put a schedule into it).
       argument: the argument's name, for messages.
-      decay: exponent of the step's number t = 1, 2, ...
 
     Returns:
       A ``GradientTransformation``.
@@ -59,20 +57,31 @@ def transformation(step: StepSize, argument: str, decay: float = 0.0) -> optax.G
     Example:
       >>> import jax.numpy as jnp
       >>> sgd = transformation(0.5, "step")
-      >>> sgd.update(jnp.ones(2), sgd.init(jnp.ones(2)))[0].tolist()
-      [-0.5, -0.5]
+      >>> sgd.update(jnp.ones(2), sgd.init(jnp.ones(2)), decayed=decayed(3, 0.5))[0].tolist()
+      [-0.25, -0.25]
     """
     if isinstance(step, tuple) or hasattr(step, "init"):
         check.transformation(step, argument)
         return step
     if callable(step):
         raise TypeError(f"{argument}: got {check.describe(step)}; expected a positive number, or an optax transformation. Try 0.1.")
-    return tunable(_descent, step_size=positive(step, argument), decay=positive(decay, "decay", zero=True))
+    return tunable(_descent, step_size=positive(step, argument))
 
 
-def move(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree) -> tuple[PyTree, PyTree]:
-    """Parameters after one step of `opt` along `direction`, and its state."""
-    updates, state = optimizer.update(opt, direction, state, params)
+def exponent(decay: float, argument: str = "decay") -> float | None:
+    """An exponent of the decay of steps; None for 0, which then costs nothing."""
+    value = positive(decay, argument, zero=True)
+    return None if isinstance(value, float) and value == 0 else value
+
+
+def decayed(done: Any, decay: float | None) -> Any:
+    """``t^{−decay}`` for the step after `done` others, t = done + 1."""
+    return 1.0 if decay is None else jnp.power(jnp.asarray(done + 1).astype(jnp.result_type(float)), -decay)
+
+
+def move(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree, decayed: Any = 1.0) -> tuple[PyTree, PyTree]:
+    """Parameters after one step of `opt` along `direction`, and its state; a step given as a number is taken `decayed` times."""
+    updates, state = optimizer.update(opt, direction, state, params, decayed=decayed)
     return optimizer.apply(params, updates), state
 
 

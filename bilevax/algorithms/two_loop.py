@@ -11,7 +11,7 @@ from jax import lax
 
 from bilevax import check, optimizer, tree
 from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import Directions, counts, descend, drawn, hessian_product, inner_grad, inner_pass, outer_pass, report
+from bilevax.algorithms.directions import Directions, counts, descend, drawn_finite, hessian_product, inner_grad, inner_pass, outer_pass, report
 from bilevax.algorithms.steps import StepSize
 from bilevax.base import Algorithm, Bound, Ctx, Draws, Feed, Feeds, InnerState, Problem, PyTree
 
@@ -37,13 +37,15 @@ class Contexts(NamedTuple):
         return self.draw(self.feed, i)._replace(model=self.model)
 
 
-def descent(problem: Problem, state: InnerState, outer: PyTree, feed: Feed, opt, num: int) -> tuple[InnerState, PyTree]:
-    """`num` stochastic steps on the inner parameters, a fresh batch each, and the last direction."""
+def descent(
+    problem: Problem, state: InnerState, outer: PyTree, feed: Feed, opt, num: int, decayed: Callable = lambda i: 1.0
+) -> tuple[InnerState, PyTree]:
+    """`num` stochastic steps on the inner parameters, a fresh batch each, and the last direction; the i-th is taken ``decayed(i)`` times."""
 
     def body(i, carry):
         state, _ = carry
         d, model = inner_grad(problem, state.params, outer, problem.inner_draw(feed, i)._replace(model=state.model))
-        y, y_opt = _steps.move(opt, d, state.opt, state.params)
+        y, y_opt = _steps.move(opt, d, state.opt, state.params, decayed(i))
         return InnerState(y, y_opt, model), d
 
     return _loop(num, body, (state, tree.zeros_like(state.params)))
@@ -93,10 +95,10 @@ def adjoint_hypergradient(problem: Problem, y: PyTree, x: PyTree, q: PyTree, f_x
     return tree.sub(f_x, inner_pass(problem, y, x, q, ctx).cross)
 
 
-def _settings(inner_step, outer_step, num, inner_decay=0.0, outer_decay=0.0):
+def _settings(inner_step, outer_step, num):
     return dict(
-        inner=_steps.transformation(inner_step, "inner_step", inner_decay),
-        outer=_steps.transformation(outer_step, "outer_step", outer_decay),
+        inner=_steps.transformation(inner_step, "inner_step"),
+        outer=_steps.transformation(outer_step, "outer_step"),
         num=check.count(num, "steps"),
     )
 
@@ -106,8 +108,8 @@ def _start(problem: Problem, state: InnerState, outer_params: PyTree, inner, out
     return TwoLoopState(state._replace(opt=optimizer.init(inner, state.params)), outer_params, optimizer.init(outer, outer_params))
 
 
-def _outer_move(problem: Problem, state: TwoLoopState, opt, d_x: PyTree) -> tuple[PyTree, PyTree]:
-    x, x_opt = _steps.move(opt, d_x, state.outer_opt, state.outer)
+def _outer_move(problem: Problem, state: TwoLoopState, opt, d_x: PyTree, decayed: Any = 1.0) -> tuple[PyTree, PyTree]:
+    x, x_opt = _steps.move(opt, d_x, state.outer_opt, state.outer, decayed)
     return _steps.projected(problem, x), x_opt
 
 
@@ -151,7 +153,9 @@ def amigo(
     settings = _settings(inner_step, outer_step, steps)
     settings["adjoint"] = _steps.transformation(inner_step if adjoint_step is None else adjoint_step, "adjoint_step")
     settings["adjoint_num"] = check.count(adjoint_steps, "adjoint_steps")
-    return Algorithm(Bound("amigo", _amigo_init, **settings), Bound("amigo", _amigo_step, **settings), Draws(steps, adjoint_steps + 1, 1))
+    return Algorithm(
+        Bound("amigo", _amigo_init, **settings), Bound("amigo", _amigo_step, **settings), Draws(steps, adjoint_steps + 1, 1), finite=drawn_finite
+    )
 
 
 def _amigo_init(problem, state, outer_params, *, inner, outer, adjoint, **_) -> TwoLoopState:
@@ -176,7 +180,7 @@ def _amigo_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, o
     q, q_opt, d_v = _loop(adjoint_num, body, (*state.adjoint, tree.zeros_like(y)))
     last = hyper.at(adjoint_num)
     d_x = adjoint_hypergradient(problem, y, x, q, f.x, last)
-    info = report(point, x, f, Directions(d_y, d_v, d_x), drawn(problem, feeds, Draws(num, adjoint_num + 1, 1)), counts(num, adjoint_num + 1, 1))
+    info = report(point, x, f, Directions(d_y, d_v, d_x), counts(num, adjoint_num + 1, 1))
     return TwoLoopState(point, *_outer_move(problem, state, outer, d_x), (q, q_opt)), info
 
 
@@ -217,7 +221,10 @@ def stocbio(
     """
     settings = dict(**_settings(inner_step, outer_step, steps), **neumann_settings(inner_step, neumann_step, neumann_steps))
     return Algorithm(
-        Bound("stocbio", _two_loop_init, name="stocbio", **settings), Bound("stocbio", _stocbio_step, **settings), Draws(steps, neumann_steps + 1, 1)
+        Bound("stocbio", _two_loop_init, name="stocbio", **settings),
+        Bound("stocbio", _stocbio_step, **settings),
+        Draws(steps, neumann_steps + 1, 1),
+        finite=drawn_finite,
     )
 
 
@@ -244,7 +251,7 @@ def _stocbio_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner,
     (q,) = neumann(problem, ((y, x),), (f.y,), hyper, terms, size)
     last = hyper.at(terms)
     d_x = adjoint_hypergradient(problem, y, x, q, f.x, last)
-    info = report(point, x, f, Directions(d_y, q, d_x), drawn(problem, feeds, Draws(num, terms + 1, 1)), counts(num, terms + 1, 1))
+    info = report(point, x, f, Directions(d_y, q, d_x), counts(num, terms + 1, 1))
     return TwoLoopState(point, *_outer_move(problem, state, outer, d_x)), info
 
 
@@ -288,8 +295,15 @@ def bsa(
 
     Source: Ghadimi and Wang, "Approximation methods for bilevel programming" (arXiv 1802.02246), algorithms 2 and 3.
     """
-    settings = dict(**_settings(inner_step, outer_step, steps, inner_decay, outer_decay), **neumann_settings(inner_step, neumann_step, neumann_steps))
-    return Algorithm(Bound("bsa", _two_loop_init, name="bsa", **settings), Bound("bsa", _bsa_step, **settings), Draws(steps, neumann_steps, 1))
+    settings = dict(
+        **_settings(inner_step, outer_step, steps),
+        **neumann_settings(inner_step, neumann_step, neumann_steps),
+        inner_decay=_steps.exponent(inner_decay, "inner_decay"),
+        outer_decay=_steps.exponent(outer_decay, "outer_decay"),
+    )
+    return Algorithm(
+        Bound("bsa", _two_loop_init, name="bsa", **settings), Bound("bsa", _bsa_step, **settings), Draws(steps, neumann_steps, 1), finite=drawn_finite
+    )
 
 
 def ttsa(
@@ -338,9 +352,9 @@ def ttsa(
     )
 
 
-def _bsa_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, outer, num, size, terms):
+def _bsa_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, outer, num, size, terms, inner_decay, outer_decay):
     x = state.outer
-    point, d_y = descent(problem, state.inner, x, feeds.inner, inner, num)
+    point, d_y = descent(problem, state.inner, x, feeds.inner, inner, num, lambda i: _steps.decayed(num * feeds.done + i, inner_decay))
     y = point.params
     hyper = Contexts(problem.hyper_draw, feeds.hyper, point.model)
     outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=point.model)
@@ -349,8 +363,8 @@ def _bsa_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, out
     last = hyper.at(terms - 1)
     d_x = adjoint_hypergradient(problem, y, x, q, f.x, last)
     # Half of the series is expected; the products are counted as if all of it were.
-    info = report(point, x, f, Directions(d_y, q, d_x), drawn(problem, feeds, Draws(num, terms, 1)), counts(num, terms, 1))
-    return TwoLoopState(point, *_outer_move(problem, state, outer, d_x)), info
+    info = report(point, x, f, Directions(d_y, q, d_x), counts(num, terms, 1))
+    return TwoLoopState(point, *_outer_move(problem, state, outer, d_x, _steps.decayed(feeds.done, outer_decay))), info
 
 
 __all__ = ["TwoLoopState", "amigo", "bsa", "stocbio", "ttsa"]

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevax import check, data, tree
 from bilevax.algorithms import memory, steps
-from bilevax.algorithms.directions import Directions, Inner, Outer, combined, counts, drawn, inner_pass, outer_pass, report
+from bilevax.algorithms.directions import Directions, Inner, Outer, combined, counts, data_finite, drawn_finite, inner_pass, outer_pass, report
 from bilevax.algorithms.single_loop import SingleLoopState, advance, passes, start
 from bilevax.algorithms.single_loop import moves as make_moves
 from bilevax.algorithms.steps import StepSize
@@ -51,7 +51,7 @@ def saba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     algorithms" (NeurIPS 2022), section 3.2.
     """
     settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step))
-    return Algorithm(Bound("saba", _saba_init, **settings), Bound("saba", _saba_step, **settings), Draws(1, 0, 1), undoes=True)
+    return Algorithm(Bound("saba", _saba_init, **settings), Bound("saba", _saba_step, **settings), Draws(1, 0, 1), undoes=True, finite=drawn_finite)
 
 
 def _saba_init(problem, inner, outer, *, moves) -> SingleLoopState:
@@ -67,7 +67,7 @@ def _saba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves)
     (grad, product, cross), inner_change = memory.saga(tables.inner, inner_parts, i)
     (f_y, f_x), outer_change = memory.saga(tables.outer, outer_parts, j)
     d = combined(Inner(grad, product, cross), Outer(f.value, f_y, f_x, f.aux))
-    info = report(state.inner, state.outer, f, d, drawn(problem, feeds, Draws(1, 0, 1)), counts(1, 2, 1))
+    info = report(state.inner, state.outer, f, d, counts(1, 2, 1))
     # A failed step is undone here: a driver that kept the tables of both ends of a step would copy them in each.
     kept = info.code < 10
     moved = tree.where(kept, advance(problem, state, d, moves, g.model)._replace(memory=()), state._replace(memory=()))
@@ -118,7 +118,9 @@ def srba(inner_step: StepSize, outer_step: StepSize, *, period: int, adjoint_ste
     2024), algorithm 1.
     """
     settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step), period=check.count(period, "period"))
-    return Algorithm(Bound("srba", _recursive_init, name="srba", **settings), Bound("srba", _srba_step, **settings), Draws(1, 0, 1))
+    return Algorithm(
+        Bound("srba", _recursive_init, name="srba", **settings), Bound("srba", _srba_step, **settings), Draws(1, 0, 1), finite=data_finite
+    )
 
 
 def _recursive_init(problem, inner, outer, *, name, moves, **_) -> SingleLoopState:
@@ -130,7 +132,7 @@ def _recursive_init(problem, inner, outer, *, name, moves, **_) -> SingleLoopSta
 
 
 def _srba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, period) -> tuple[SingleLoopState, StepInfo]:
-    return _recursive_step(problem, state, feeds, moves, feeds.step % period == 0, "srba")
+    return _recursive_step(problem, state, feeds, moves, feeds.done % period == 0, "srba")
 
 
 def spaba(inner_step: StepSize, outer_step: StepSize, *, probability: float, adjoint_step: StepSize | None = None) -> Algorithm:
@@ -162,12 +164,14 @@ def spaba(inner_step: StepSize, outer_step: StepSize, *, probability: float, adj
     (ICML 2024), algorithm 1.
     """
     settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step), probability=steps.positive(probability, "probability", 1))
-    return Algorithm(Bound("spaba", _recursive_init, name="spaba", **settings), Bound("spaba", _spaba_step, **settings), Draws(1, 0, 1))
+    return Algorithm(
+        Bound("spaba", _recursive_init, name="spaba", **settings), Bound("spaba", _spaba_step, **settings), Draws(1, 0, 1), finite=data_finite
+    )
 
 
 def _spaba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, probability) -> tuple[SingleLoopState, StepInfo]:
     key = steps.random_key(feeds, "spaba")
-    return _recursive_step(problem, state, feeds, moves, (feeds.step == 0) | jax.random.bernoulli(key, probability), "spaba")
+    return _recursive_step(problem, state, feeds, moves, (feeds.done == 0) | jax.random.bernoulli(key, probability), "spaba")
 
 
 def _recursive_step(problem: Problem, state: SingleLoopState, feeds: Feeds, moves, refresh, name) -> tuple[SingleLoopState, StepInfo]:
@@ -195,7 +199,7 @@ def _recursive_step(problem: Problem, state: SingleLoopState, feeds: Feeds, move
         return memory.sarah(old.directions, new, past), new_model, f, jnp.asarray([2, 4, 2], jnp.int32)
 
     d, new_model, f, calls = jax.lax.cond(refresh, full, recursive)
-    info = report(state.inner, state.outer, f, d, lambda: tree.all_finite((feeds.inner.data, feeds.outer.data)), counts(*calls))
+    info = report(state.inner, state.outer, f, d, counts(*calls))
     return advance(problem, state, d, moves, new_model, Recursive(d, *here)), info
 
 

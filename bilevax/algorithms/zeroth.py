@@ -10,7 +10,7 @@ from jax import lax
 
 from bilevax import check, optimizer, tree
 from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import Directions, counts, descend, drawn, inner_grad, outer_pass, report
+from bilevax.algorithms.directions import Directions, counts, descend, drawn_finite, inner_grad, outer_pass, report
 from bilevax.algorithms.steps import StepSize
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 
@@ -58,7 +58,7 @@ def pzobo(inner_step: float, outer_step: StepSize, *, steps: int = 10, samples: 
         samples=check.count(samples, "samples"),
         smoothing=_steps.positive(smoothing, "smoothing"),
     )
-    return Algorithm(Bound("pzobo", _init, **settings), Bound("pzobo", _step, **settings), Draws(steps, 0, 1))
+    return Algorithm(Bound("pzobo", _init, **settings), Bound("pzobo", _step, **settings), Draws(steps, 0, 1), finite=drawn_finite)
 
 
 def _init(problem: Problem, inner: InnerState, x: PyTree, *, outer, **_) -> PzoboState:
@@ -93,7 +93,7 @@ def _step(problem: Problem, state: PzoboState, feeds: Feeds, *, step_size, outer
     d_x = tree.add(f.x, estimate)
     moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x)
     inner = state.inner._replace(params=y, model=model)
-    info = report(inner, x, f, Directions(d_y, f.y, d_x), drawn(problem, feeds, Draws(num, 0, 1)), counts(num * (samples + 1), 0, 1))
+    info = report(inner, x, f, Directions(d_y, f.y, d_x), counts(num * (samples + 1), 0, 1))
     return PzoboState(inner, _steps.projected(problem, moved), x_opt), info
 
 

@@ -123,7 +123,7 @@ def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count,
         return feed._replace(data=jax.tree.map(leaf, feed.data), key=everywhere, step=everywhere, order=everywhere)
 
     specs = [feed_spec(feed, stream) for feed, stream in zip((feeds.inner, feeds.hyper, feeds.outer), streams, strict=True)]
-    feeds_spec = feeds._replace(inner=specs[0], hyper=specs[1], outer=specs[2], key=everywhere, step=everywhere)
+    feeds_spec = feeds._replace(inner=specs[0], hyper=specs[1], outer=specs[2], key=everywhere, step=everywhere, done=everywhere)
     point = (state_spec.inner, state_spec.outer)
     info_spec: Any = StepInfo(everywhere, everywhere, point, everywhere, everywhere, split_first)  # type: ignore[arg-type]
 

@@ -1,0 +1,112 @@
+"""How many steps one compiled call takes changes nothing but the time."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import bilevax as bx
+from bilevax import check, solve
+from bilevax.base import Feed, Feeds, InnerState
+from bilevax.chunk import MOST_VALUES
+
+WIDE = MOST_VALUES // 300  # numbers in a row of the history: more than 256 steps of them are held, fewer than 600
+
+
+def inner(y, x, batch):
+    return 0.5 * jnp.sum((y - x - batch.mean()) ** 2)
+
+
+def outer(y, x, batch):
+    return 0.5 * jnp.sum((y - 1.0) ** 2) + 0.05 * jnp.sum(x**2)
+
+
+def wide(y, x, batch):
+    return outer(y, x, batch), jnp.full(WIDE, y[0])
+
+
+ROWS = bx.data.partitioned(jnp.linspace(-1.0, 1.0, 10).reshape(5, 2), 1)
+ALGORITHM = bx.algorithms.soba(0.3, 0.1)
+
+
+def run(steps, objective=outer, **keywords):
+    keywords = dict(inner_data=ROWS, algorithm=ALGORITHM, key=jax.random.key(0), num_steps=steps, **keywords)
+    return bx.solve_bilevel(inner, objective, jnp.zeros(2), jnp.zeros(2), **keywords)
+
+
+def same(a, b):
+    equal = jax.tree.map(np.array_equal, (a.outer_params, a.inner_params, a.history), (b.outer_params, b.inner_params, b.history))
+    assert all(jax.tree.leaves(equal))
+
+
+def test_long_chunks_are_short_ones(monkeypatch):
+    lengths, chunk = [], solve.run_chunk
+
+    def spy(static, capacity, state, dynamic, data, n):
+        lengths.append(n)
+        return chunk(static, capacity, state, dynamic, data, n)
+
+    monkeypatch.setattr(solve, "run_chunk", spy)
+    run(300)  # compiles
+    lengths.clear()
+    monkeypatch.setattr(solve, "QUICK", 1e3)
+    long = run(3000)
+    assert lengths == [256, 2744]
+    lengths.clear()
+    monkeypatch.setattr(solve, "QUICK", 0.0)
+    short = run(3000)
+    assert lengths == [256] * 11 + [184]
+    same(long, short)
+
+
+def test_a_wide_history_takes_shorter_chunks_and_all_steps(monkeypatch):
+    monkeypatch.setattr(solve, "QUICK", 1e3)
+    objective = bx.objective(wide, has_aux=True)
+    out = run(600, objective)
+    assert out.stats["steps"] == 600 and out.history["aux"].shape == (600, WIDE)
+    monkeypatch.setattr(solve, "QUICK", 0.0)
+    same(out, run(600, objective))
+    traced = jax.jit(
+        lambda x: bx.solve_bilevel(inner, objective, jnp.zeros(2), x, inner_data=ROWS, algorithm=ALGORITHM, key=jax.random.key(0), num_steps=600)
+    )
+    whole = traced(jnp.zeros(2))
+    assert int(whole.stats["steps"]) == 600
+    np.testing.assert_allclose(whole.history["aux"][-1, 0], out.history["aux"][-1, 0], rtol=1e-12)
+
+
+def test_a_tolerance_is_relative_to_the_first_step_of_all_calls():
+    first = run(40)
+    rest = run(200, state=first.state, tol=0.3)
+    whole = run(240, tol=0.3)
+    assert rest.result is whole.result is bx.RESULTS.converged
+    assert rest.stats["total_steps"] == whole.stats["total_steps"]
+
+
+def test_a_first_direction_of_zero_is_no_convergence_and_a_solution_is():
+    """Where the outer objective has no x of its own, an adjoint that starts at zero makes the first direction zero."""
+    bare = run(400, lambda y, x, batch: 0.5 * jnp.sum((y - 1.0) ** 2), tol=0.3)
+    assert bare.history["grad_norm"][0] == 0 and bare.stats["steps"] > 2
+    exact = bx.algorithms.double_loop(bx.inner.lbfgs(), bx.hypergradient.implicit(), bx.tunable(optax.sgd, learning_rate=0.1))
+    there = bx.solve_bilevel(
+        lambda y, x, b: jnp.sum((y - x) ** 2), lambda y, x, b: jnp.sum(y**2), jnp.zeros(2), jnp.zeros(2), algorithm=exact, tol=0.1, num_steps=9
+    )
+    assert there.result is bx.RESULTS.converged and there.stats["steps"] == 2
+
+
+@pytest.mark.parametrize("name", ["srba", "ma_soba"])
+def test_a_memory_starts_with_the_first_step_that_did_not_fail(name):
+    """A recursion or a mean that began at a step that was passed over would go on from nothing."""
+    algorithm = {"srba": bx.algorithms.srba(0.3, 0.1, period=4), "ma_soba": bx.algorithms.ma_soba(0.3, 0.1)}[name]
+    problem = check.problem(inner, outer, ROWS.draw, ROWS.draw, ROWS.draw)
+    point = InnerState(jnp.ones(2), (), None), jnp.full(2, 0.5)
+    feed = Feed(ROWS.data, jax.random.key(0), jnp.int32(3))
+
+    @jax.jit
+    def directions(done):
+        state = algorithm.init(problem, *point)
+        return algorithm.step(problem, state, Feeds(feed, feed, feed, jax.random.key(1), jnp.int32(3), done))[1].grad_norm
+
+    exact = 0.1 * np.linalg.norm(point[1])  # ∇_x f, as the adjoint is zero: of the fourth step, if none before it counts
+    assert np.isclose(directions(jnp.int32(0)), exact, rtol=1e-12)
+    assert np.isclose(directions(jnp.int32(3)), {"srba": 0.0, "ma_soba": 0.1 * exact}[name], rtol=1e-12)
