@@ -9,6 +9,8 @@
 No step size, no tolerance, no number of inner steps, no algorithm. Beside each: Adam outside and 20 steps of gradient descent inside at the better
 of three pairs of step sizes. Every point is judged apart from its run, by a hypergradient whose inner and adjoint systems are solved to 1e-10 in
 float64; what counts is its norm relative to the one at the start.
+
+What came out: all three converge, to 2.7e-6 of the first gradient or below in 100 steps at most; the tuned runs of 100 steps end at 7e-3 to 6e-2.
 """
 
 from __future__ import annotations
