@@ -6,6 +6,8 @@ Inner level: a network with BatchNorm and Dropout, 200 digits, and a penalty a l
 other digits, which also say when to stop. Beside it: the same training without penalties, stopped by the same digits.
 """
 
+import time
+
 import data
 import jax
 import jax.numpy as jnp
@@ -43,7 +45,7 @@ ALGORITHMS = {name: bx.algorithms.double_loop(INNER, METHOD, opt) for name, opt 
 def main(argv=None):
     args = report.parse(report.parser(__doc__, full=dict(seeds=5, steps=150), small=dict(seeds=1, steps=5)), argv)
     x, y = map(jnp.asarray, data.digits())
-    rows = {name: {"test": []} for name in ALGORITHMS}
+    rows, begin = {name: {"test": []} for name in ALGORITHMS}, time.perf_counter()
     for seed in range(args.seeds):
         order = jax.random.permutation(jax.random.key(seed), len(x))
         train, valid, test = ({"x": x[part], "y": y[part]} for part in (order[:200], order[200:400], order[400:]))
@@ -63,6 +65,7 @@ def main(argv=None):
     with report.figure(args.out / "flax_linen.png", 1, height=2.5) as (_, ax):
         report.bars(ax, rows, "test", {"learned": report.BLUE}, "test accuracy")
         ax.set_title("Weight decay a layer")
+    report.save(args.out / "flax_linen.json", vars(args), rows, time.perf_counter() - begin)
     return rows
 
 
