@@ -80,7 +80,7 @@ def _step(problem: Problem, state: HoagState, feeds: Feeds, *, solver, epsilon, 
     start = tree.norm(inner_grad(problem, state.inner.params, x, inner_ctx._replace(model=state.inner.model))[0]).astype(dtype)
     scale = jnp.maximum(state.scale, start)
     scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
-    eps = jnp.maximum(epsilon * jnp.power(jnp.asarray(rate).astype(dtype), jnp.asarray(feeds.step).astype(dtype)), 10 * unit)
+    eps = jnp.maximum(epsilon * jnp.power(jnp.asarray(rate).astype(dtype), jnp.asarray(feeds.done).astype(dtype)), 10 * unit)
 
     solved = solve_to(problem, solver, state.inner, x, inner_ctx, eps * scale, scale)
     y, model = solved.inner.params, solved.inner.model

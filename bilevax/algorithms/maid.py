@@ -212,7 +212,7 @@ def _step(
         f_y_norm = tree.norm(f.y).astype(dtype)
         solution = adjoint_to(products.hessian, f.y, q, jnp.maximum(dlt, 10 * unit * f_y_norm), ADJOINT)
         z = tree.sub(f.x, products.cross(solution.q))
-        fresh = (feeds.step == 0) & (tries == 0)
+        fresh = (feeds.done == 0) & (tries == 0)
         k, probes, spent = certificate.estimate(problem, known, probes, y, x, solution.q, products, contexts, fresh)
         residual = solution.residual.astype(dtype)
         bound = certificate.error_bound(k, solved.grad_norm.astype(dtype), residual, tree.norm(solution.q).astype(dtype))
@@ -316,7 +316,7 @@ def _step(
             return ()
         s, u = tree.sub(x, state.last[0]), tree.sub(g.z, state.last[1])
         su, ss = tree.dot(s, u), tree.dot(s, s)
-        keep = (feeds.step > 0) & (ss > 0) & (su > 1e-8 * jnp.sqrt(ss * tree.dot(u, u)))
+        keep = (feeds.done > 0) & (ss > 0) & (su > 1e-8 * jnp.sqrt(ss * tree.dot(u, u)))
         return _remember(state.memory, s, u, su.astype(state.memory.gamma.dtype), keep)
 
     def attempt(carry):
