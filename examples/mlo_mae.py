@@ -235,6 +235,11 @@ def all_features(encoder, x):
     return lax.map(partial(features, encoder), x.reshape(-1, 100, PATCHES, PIXELS)).reshape(len(x), WIDTH)
 
 
+def probed(w, x, y):
+    """Accuracy of a linear probe."""
+    return float(jnp.mean((jnp.argmax(x @ w["w"] + w["b"], -1) == y).astype(jnp.float32)))
+
+
 def probe(splits, of):
     """Test accuracy of a softmax regression on features, standardised by the pretraining images, with the L2 that is best on validation images."""
     train, held, test = (np.asarray(of(p.x)) for p in splits)
@@ -244,8 +249,7 @@ def probe(splits, of):
     best = (0.0, 0.0)  # accuracy on validation and on test images
     for l2 in (1e-4, 1e-3, 1e-2):
         w = fit_probe(start, train, splits.pretrain.y, l2)
-        right = lambda x, y: float(jnp.mean((jnp.argmax(x @ w["w"] + w["b"], -1) == y).astype(jnp.float32)))  # noqa: B023 (called at once)
-        best = max(best, (right(held, splits.validation.y), right(test, splits.test.y)), key=lambda pair: pair[0])
+        best = max(best, (probed(w, held, splits.validation.y), probed(w, test, splits.test.y)), key=lambda pair: pair[0])
     return best[1]
 
 

@@ -98,3 +98,22 @@ def test_evaluations_of_one_draw_share_a_key_and_draws_do_not():
     feed = Feed(source.data, KEY, 0)
     first, again, second = (jax.random.key_data(source.draw(feed, i).key).tolist() for i in (0, 0, 1))
     assert first == again != second
+
+
+@pytest.mark.parametrize("replace", [False, True])
+@pytest.mark.parametrize("total", [2, 5, 16])
+def test_an_order_found_at_once_is_that_of_the_draws(total, replace):
+    """The compiled loop reads which batch comes next from a table; a draw of its own works it out."""
+    source = data.partitioned(jnp.arange(3.0 * total).reshape(-1, 1), 3, replace=replace)
+    feed = Feed(source.data, KEY, jnp.int32(7))  # in the middle of an epoch
+    count = 2 * total + 1
+
+    @jax.jit
+    def both(feed):
+        order = data.ordered(source.draw, feed, count)
+        alone = [source.draw(feed, i) for i in range(count)]
+        told = [source.draw(feed._replace(order=order), i) for i in range(count)]
+        return order, jnp.stack([ctx.index for ctx in alone]), [jnp.stack([ctx.batch for ctx in many]) for many in (alone, told)]
+
+    order, index, (alone, told) = both(feed)
+    assert np.array_equal(order, index) and np.array_equal(alone, told)

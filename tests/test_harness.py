@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from benchmarks import harness
+from benchmarks import harness, solvers
 
 
 @pytest.fixture
@@ -128,3 +128,10 @@ def test_quick_keeps_no_numbers(tmp_path, monkeypatch, capsys):
 def test_bad_arguments(reference, rounds, message):
     with pytest.raises(ValueError, match=message):
         harness.measure(harness.Case("x", {"a": lambda: jnp.ones(())}, reference=reference), rounds)
+
+
+def test_a_target_is_reached_where_the_score_comes_to_stay():
+    """Between two measurements by the logarithm: from 1e-4 at 2 s to 1e-8 at 4 s, 1e-6 is passed at 3 s; the first visit does not count."""
+    curve = {"seconds": [0.0, 1.0, 2.0, 4.0], "calls": [0.0, 10.0, 20.0, 60.0], "score": [1.0, 1e-7, 1e-4, 1e-8]}
+    assert solvers.reached(curve, 1e-6) == pytest.approx((3.0, 40.0))
+    assert solvers.reached(curve, 1e-9) == (float("inf"), float("inf"))

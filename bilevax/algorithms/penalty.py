@@ -120,8 +120,7 @@ def _f2sa_step(
 ) -> tuple[F2saState, StepInfo]:
     places, coefficients = difference(order)
     x = state.outer
-    number = jnp.asarray(feeds.done + 1).astype(jnp.result_type(float))
-    nu = 1 / (penalty * jnp.power(number, growth))
+    nu = _steps.decayed(feeds.done, growth) / penalty
     size = step_size * _steps.decayed(feeds.done, inner_decay)
     weights = nu * jnp.asarray(places, nu.dtype)
 
