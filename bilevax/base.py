@@ -30,13 +30,16 @@ Scalar = Any
 class Ctx(NamedTuple):
     """What one evaluation of an objective is given besides the parameters. Methods hand it on and never look inside.
 
-    `index` is the batch's number where the data is a fixed partition (`data.partitioned`), for methods that keep a table of batches.
+    `index` is the batch's number where the data is a fixed partition (`data.partitioned`), for methods
+    that keep a table of batches. `inner_step` is the number of the inner step within its outer step, for
+    objectives that were declared `indexed`; None where nothing counts.
     """
 
     batch: PyTree = None
     key: jax.Array | None = None
     model: PyTree = None
     index: Any = None
+    inner_step: Any = None
 
 
 class Feed(NamedTuple):
@@ -62,7 +65,7 @@ class Feeds(NamedTuple):
     done: Any = 0
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["fn", "has_aux", "stateful", "keyed"], meta_fields=[])
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["fn", "has_aux", "stateful", "keyed", "indexed", "trajectory"], meta_fields=[])
 @dataclasses.dataclass(frozen=True, repr=False)
 class Objective:
     """A user's function in the one form that the library calls: ``(inner, outer, ctx) -> (value, (model, aux))``.
@@ -74,10 +77,15 @@ class Objective:
     has_aux: bool = False
     stateful: bool = False
     keyed: bool = False
+    indexed: bool = False
+    trajectory: bool = False
 
     def __call__(self, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[Scalar, tuple[PyTree, PyTree]]:
         args = (inner, outer, ctx.batch) + ((ctx.model,) if self.stateful else ())
-        out = self.fn(*args, **({"key": ctx.key} if self.keyed else {}))
+        extra = {"key": ctx.key} if self.keyed else {}
+        if self.indexed:
+            extra["inner_step"] = ctx.inner_step
+        out = self.fn(*args, **extra)
         if not (self.has_aux or self.stateful):
             return out, (ctx.model, None)
         value, rest = out
@@ -94,11 +102,20 @@ class Objective:
         return getattr(fn, "__name__", None) or repr(fn)
 
     def __repr__(self) -> str:
-        flags = [flag for flag in ("has_aux", "stateful", "keyed") if getattr(self, flag)]
+        names = ("has_aux", "stateful", "keyed", "indexed", "trajectory")
+        flags = [flag for flag in names if getattr(self, flag)]
         return f"objective({', '.join([self.name] + [f'{flag}=True' for flag in flags])})"
 
 
-def objective(fn: Callable, *, has_aux: bool = False, stateful: bool = False, keyed: bool = False) -> Objective:
+def objective(
+    fn: Callable,
+    *,
+    has_aux: bool = False,
+    stateful: bool = False,
+    keyed: bool = False,
+    indexed: bool = False,
+    trajectory: bool = False,
+) -> Objective:
     """Declare what an objective takes and returns beyond ``fn(inner_params, outer_params, batch) -> scalar``.
 
     A plain three-argument function needs no wrapping. Wrap once, at module level: a run is compiled once for each objective.
@@ -109,6 +126,9 @@ def objective(fn: Callable, *, has_aux: bool = False, stateful: bool = False, ke
       stateful: `fn` takes ``model_state`` as fourth argument and returns ``(value, model_state)`` (``(value, (model_state, aux))`` with
         `has_aux`). The state moves on real inner steps only, never on hypergradient passes.
       keyed: `fn` takes a PRNG key as ``key=``; evaluations that are differenced share one key.
+      indexed: `fn` takes the number of the inner step within its outer step as ``inner_step=``.
+      trajectory: `fn`, an outer objective, takes in place of the inner parameters those after every inner
+        step, stacked along a new leading axis.
 
     Returns:
       An `Objective`. Wrapping one again returns it unchanged when no flag is given.
@@ -122,12 +142,12 @@ def objective(fn: Callable, *, has_aux: bool = False, stateful: bool = False, ke
       objective(<lambda>, has_aux=True)
     """
     if isinstance(fn, Objective):
-        if has_aux or stateful or keyed:
+        if has_aux or stateful or keyed or indexed or trajectory:
             raise TypeError(f"fn: got {fn!r}, which is wrapped already; expected a plain function. Give all flags in one call of objective.")
         return fn
     if not callable(fn):
         raise TypeError(f"fn: got {type(fn).__name__}; expected a function (inner_params, outer_params, batch) -> scalar.")
-    return Objective(fn, has_aux, stateful, keyed)
+    return Objective(fn, has_aux, stateful, keyed, indexed, trajectory)
 
 
 # ---- the pieces
@@ -161,8 +181,17 @@ class Update(Protocol):
     def __call__(self, grads: PyTree, opt: PyTree, params: PyTree) -> tuple[PyTree, PyTree]: ...
 
 
+class Fixed(Protocol):
+    """A mapping whose fixed points an inner solver's solutions are: ``(objective, params, outer, ctx) -> params``."""
+
+    def __call__(self, objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx) -> PyTree: ...
+
+
 class InnerSolver(NamedTuple):
     """Moves `inner_params`: ``init(params) -> opt`` and ``step(objective, state, outer, ctx) -> (state, info)``, `steps` times.
+
+    The first three say how it moves. The others say what else is known of it; their defaults are right
+    for a solver that says nothing.
 
     Attributes:
       init: optimizer state from inner parameters.
@@ -170,6 +199,13 @@ class InnerSolver(NamedTuple):
       steps: steps for each outer step.
       update: what SAMA differentiates; None where the solver is not a gradient transformation.
       reversible: False where a ``while_loop`` inside forbids reverse mode, so that unrolling is refused.
+      sees_outer: its settings may depend on the outer parameters: it is called as
+        ``init(params, outer)`` and ``update(grads, opt, params, outer=outer)``.
+      to_tolerance: ``(tol, maxiter) -> InnerSolver``: the same solver, run in one step until it is
+        solved to `tol` (a value or a traced scalar), at most `maxiter` iterations. None: a fixed number of
+        steps is all it can do.
+      optimality: what its solutions satisfy. None: the inner gradient is zero. Else the mapping whose fixed
+        points they are (a projected or proximal step), which implicit differentiation then goes through.
     """
 
     init: InnerInit
@@ -177,6 +213,9 @@ class InnerSolver(NamedTuple):
     steps: int = 1
     update: Update | None = None
     reversible: bool = True
+    sees_outer: bool = False
+    to_tolerance: Callable[[Any, int], InnerSolver] | None = None
+    optimality: Fixed | None = None
 
     def __repr__(self) -> str:
         return repr(self.step)
@@ -225,12 +264,32 @@ class Hypergradient(NamedTuple):
       vjp: as above. `ctx` is the context of second-order products, drawn apart from the solve's own.
       sees_init: the pullback returns a cotangent on the initial inner point; otherwise None stands there.
       order: how often the solution may be differentiated: 1 where only this pullback is right, 2 where the derivative is exact again.
+      sees_model: the pullback takes an `InnerState` of cotangents, on the parameters and on the model's
+        state (its `opt` is ``()``), and differentiates both. Otherwise it takes the cotangent on the
+        parameters, and the statistics count as constants.
+      sees_settings: it differentiates inner optimizer settings that depend on the outer parameters.
+      sees_steps: it differentiates the trajectory, not only its end (objectives declared `trajectory`).
+      batches: batches on which the pullback evaluates the inner objective. 0: none, so that an iterable
+        gives none up for it. 1: one, where need be the one that the level was last trained on. More: as
+        many, independent of each other and of the training.
+      cost: ``(inner solver) -> {"gradients": n, "hvps": n, "mixed_products": n}``, what one pullback takes
+        beyond the solve, as far as it is known beforehand. None: not known.
+      linear: the linear solver inside, for those who solve a larger system in its place. None: there is none.
+      first_order_form: the method to take where the inner objective may be differentiated only once (it
+        holds a solution of a first-order method). None: this method itself.
     """
 
     init: HypergradientInit
     vjp: HypergradientVjp
     sees_init: bool = False
     order: int = 2
+    sees_model: bool = False
+    sees_settings: bool = False
+    sees_steps: bool = False
+    batches: int = 1
+    cost: Callable[[InnerSolver], dict[str, Any]] | None = None
+    linear: LinearSolver | None = None
+    first_order_form: Hypergradient | None = None
 
     def __repr__(self) -> str:
         return repr(self.vjp)
@@ -277,6 +336,9 @@ class StepInfo(NamedTuple):
       code: a `RESULTS` code as int32; a failure ends the run and the step is undone.
       diagnostics: scalars by name, a column of the history each.
       aux: the outer objective's aux.
+      warnings: what is known to be rough about this step, as a bit mask (`results.warning`).
+      scored: whether `value` may be compared with those of other steps: the inner level has caught up
+        with the outer one, as far as the step can tell.
     """
 
     value: Scalar
@@ -285,6 +347,8 @@ class StepInfo(NamedTuple):
     code: Scalar
     diagnostics: dict[str, Scalar]
     aux: PyTree = None
+    warnings: Scalar = 0
+    scored: Scalar = True
 
 
 class Draws(NamedTuple):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import enum
 
 import jax.numpy as jnp
+import numpy as np
 
 
 class RESULTS(enum.IntEnum):
     """How a run ended. Failures carry what happened, the likely causes, and what to try (`message`).
 
-    The integer is what compiled code carries; `worst` combines two of them. Codes of 10 and more are failures: they end a run, undo its
-    last step, and raise unless ``throw=False``.
+    The integer is what compiled code carries; `worst` combines two of them. Failures end a run, undo its last step, and raise unless
+    ``throw=False``: ask `failed`, never compare numbers. Warnings stand for numbers that are rough; the run goes on (`warning`).
     """
 
     success = 0
@@ -21,6 +22,9 @@ class RESULTS(enum.IntEnum):
     data_exhausted = 4
     inner_not_converged = 5
     preempted = 6
+    no_step_accepted = 7
+    statistics_constant = 8
+    interrupted = 9
     nonfinite_batch = 10
     inner_nonfinite = 11
     adjoint_not_converged = 20
@@ -29,13 +33,19 @@ class RESULTS(enum.IntEnum):
     adjoint_nonfinite = 23
     difference_lost = 24
     adaptation_zero = 25
+    not_stationary = 26
+    off_constraint = 27
+    lower_level_failed = 28
+    weakly_active = 29
     outer_nonfinite = 30
     hypergradient_nonfinite = 31
+    diverged = 32
+    metric_nonfinite = 33
 
     @property
     def failed(self) -> bool:
         """Whether this ends a run and raises."""
-        return self >= 10
+        return bool(failed(self.value))
 
     @property
     def message(self) -> str:
@@ -50,6 +60,15 @@ _MESSAGES = {
     RESULTS.tolerance_not_met: "All steps were done, and the hypergradient is still above tol. Give more steps, or a larger outer step.",
     RESULTS.data_exhausted: "An iterator of batches came to its end before num_steps. Pass something that can be iterated again, or fewer steps.",
     RESULTS.preempted: "SIGTERM came, and the run was saved. Start it again with the same arguments and checkpoint directory, and it goes on from there.",
+    RESULTS.interrupted: "An interrupt (Ctrl-C) came, and the run ended after its last whole chunk. Its state is in .state, from which it goes on.",
+    RESULTS.no_step_accepted: (
+        "No step length passed the test of sufficient decrease, so the point stayed where it was. At a solution that is rounding; elsewhere the "
+        "hypergradient is too rough for the value's own accuracy. Try a more accurate inner solve, float64, or a fixed outer step."
+    ),
+    RESULTS.statistics_constant: (
+        "The outer objective depends on the model's state (BatchNorm's statistics), which this method takes as constant, so its hypergradient leaves "
+        "that path out. Try hypergradient.unrolled() or forward(), or judge with frozen statistics."
+    ),
     RESULTS.nonfinite_batch: (
         "A batch held NaN or infinity. The data itself, or its preprocessing (a division by a zero spread, a log of zero), is the cause. "
         "Check it with jnp.isfinite before the run."
@@ -90,6 +109,21 @@ _MESSAGES = {
         "learning rate of zero all do this; so does Adam when the whole gradient is exactly zero (give it eps_root=1e-12). Try another inner "
         "optimizer, or hypergradient.one_step, finite_difference or implicit, which do not differentiate the update."
     ),
+    RESULTS.not_stationary: (
+        "The inner solver says that it is done, and its point does not satisfy the condition that this method differentiates: the derivative would "
+        "be that of another problem. Try hypergradient.fixed_point with the solver's mapping, or an unconstrained solver."
+    ),
+    RESULTS.off_constraint: (
+        "The inner point is off its constraint, so the conditions that this method differentiates do not hold there. Try more inner steps or a "
+        "tighter tolerance of the constrained solver."
+    ),
+    RESULTS.lower_level_failed: (
+        "A level inside this one failed: its own linear system had no usable answer. Look at that level alone (its curvature, its solver), try "
+        "linear.minres for a symmetric indefinite Hessian, damping, or a regulariser that makes it strongly convex."
+    ),
+    RESULTS.weakly_active: (
+        "An inequality is active with a multiplier of zero: the solution has one-sided derivatives only, and what is returned is one of them."
+    ),
     RESULTS.outer_nonfinite: (
         "The outer objective is NaN or infinite at a finite inner point. Look at the outer objective at the returned iterate: a log of zero, a division, "
         "an overflow. Working with logits and jax.nn's stable losses usually cures it."
@@ -98,7 +132,35 @@ _MESSAGES = {
         "The hypergradient is NaN or infinite although both objectives are finite. Likely a derivative that does not exist (sqrt or a norm at zero, "
         "jnp.where around a NaN branch), or an unrolled solve whose reverse pass overflowed. Try smooth forms, fewer unrolled steps, or implicit."
     ),
+    RESULTS.diverged: (
+        "The run left its start by orders of magnitude without becoming infinite: outer value or hypergradient grew past any use. Usually the inner, "
+        "adjoint or outer step is too large for the curvature. Try a tenth of it, or algorithm=None."
+    ),
+    RESULTS.metric_nonfinite: (
+        "The metric that selects the kept iterate was never finite. Look at the metric at the returned iterate, which is the last."
+    ),
 }
+
+
+_FIRST_FAILURE = 10  # of the numbers above; those below are ends and warnings
+
+# What may be rough about a step that goes on, in the order of their bits in a mask. The order never changes: masks stand in histories
+# and checkpoints.
+WARNINGS = (
+    RESULTS.adjoint_not_converged,
+    RESULTS.adjoint_breakdown,
+    RESULTS.negative_curvature,
+    RESULTS.inner_not_converged,
+    RESULTS.no_step_accepted,
+    RESULTS.statistics_constant,
+    RESULTS.not_stationary,
+    RESULTS.off_constraint,
+    RESULTS.weakly_active,
+    RESULTS.diverged,
+    RESULTS.metric_nonfinite,
+    RESULTS.difference_lost,
+    RESULTS.adaptation_zero,
+)
 
 
 class SolveError(RuntimeError):
@@ -124,6 +186,23 @@ def first(*codes):
         code = jnp.asarray(code, jnp.int32)
         out = jnp.where(code >= 10, code, out)
     return out
+
+
+def failed(code):
+    """Whether a code (an integer, an array of them) is a failure: no number could come."""
+    return code >= _FIRST_FAILURE
+
+
+def warning(condition, code: RESULTS):
+    """The bit mask of one warning: `code`'s bit where `condition` (a traced scalar) holds, else 0."""
+    return jnp.where(condition, jnp.int32(1 << WARNINGS.index(code)), jnp.int32(0))
+
+
+def warnings_in(masks) -> dict[RESULTS, int]:
+    """How often each warning stands in an array of bit masks; those that never do are left out."""
+    masks = np.asarray(masks)
+    counts = {code: int(np.sum((masks >> bit) & 1)) for bit, code in enumerate(WARNINGS)}
+    return {code: count for code, count in counts.items() if count}
 
 
 def unless(condition, code: RESULTS):
