@@ -122,7 +122,8 @@ _MESSAGES = {
         "linear.minres for a symmetric indefinite Hessian, damping, or a regulariser that makes it strongly convex."
     ),
     RESULTS.weakly_active: (
-        "An inequality is active with a multiplier of zero: the solution has one-sided derivatives only, and what is returned is one of them."
+        "An inequality is active with a multiplier of zero: the solution has one-sided derivatives only, and what is returned is one of them. "
+        "Try outer parameters beside this point, or a smoothed constraint."
     ),
     RESULTS.outer_nonfinite: (
         "The outer objective is NaN or infinite at a finite inner point. Look at the outer objective at the returned iterate: a log of zero, a division, "
