@@ -138,7 +138,7 @@ _MESSAGES = {
         "adjoint or outer step is too large for the curvature. Try a tenth of it, or algorithm=None."
     ),
     RESULTS.metric_nonfinite: (
-        "The metric that selects the kept iterate was never finite. Look at the metric at the returned iterate, which is the last."
+        "The metric that selects the kept iterate was never finite. Check the metric at the returned iterate, which is the last."
     ),
 }
 
