@@ -18,10 +18,12 @@ import optax
 
 import bilevax as bx
 from benchmarks.harness import Case, main
-from bilevax import lagrangian, nest, tree
+from bilevax import tree
 from bilevax.data import same
-from bilevax.level import checked
-from bilevax.multilevel import MultilevelGradFn
+from bilevax.multilevel import joint as one_system
+from bilevax.multilevel import nested
+from bilevax.multilevel.level import checked
+from bilevax.multilevel.solve import MultilevelGradFn
 
 HG, DIM = bx.hypergradient, 24
 
@@ -88,13 +90,13 @@ def product(depth, joint, count=None):
     levels, params = stacked(depth + 1, 20, bx.linear.cg(maxiter=DIM))
     system = MultilevelGradFn(levels).system(params, dict.fromkeys(params), {}, None, {})
     name = f"l{depth}"
-    side, given = nest.lower(system, name), {n: params[n] for n in system.graph[name].total}
-    feed = nest.level_feed(system, name, params, dict.fromkeys(params), None, jnp.zeros((), jnp.int32))
-    start = nest.start_state(system, name, {n: bx.base.InnerState(params[n], system.solvers[n].init(params[n])) for n in system.solvers})
-    ctx = nest.hyper_context(side, feed)._replace(model=start.model)
+    side, given = nested.lower(system, name), {n: params[n] for n in system.graph[name].total}
+    feed = nested.level_feed(system, name, params, dict.fromkeys(params), None, jnp.zeros((), jnp.int32))
+    start = nested.start_state(system, name, {n: bx.base.InnerState(params[n], system.solvers[n].init(params[n])) for n in system.solvers})
+    ctx = nested.hyper_context(side, feed)._replace(model=start.model)
     if joint:
-        u = jax.jit(lambda: lagrangian.point(system, name, start.params, given, ctx))()
-        gradient = jax.grad(lambda u: lagrangian.lagrangian(system, name, u, given, ctx))
+        u = jax.jit(lambda: one_system.point(system, name, start.params, given, ctx))()
+        gradient = jax.grad(lambda u: one_system.lagrangian(system, name, u, given, ctx))
     else:
         u, gradient = start.params, jax.grad(lambda y: side.objective(y, given, ctx)[0])
 

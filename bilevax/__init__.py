@@ -8,18 +8,17 @@ from bilevax.argmin import argmin
 from bilevax.base import Estimate, objective
 from bilevax.estimate import value_and_hypergrad
 from bilevax.inner.tunable import tunable
-from bilevax.metrics import metrics
 from bilevax.results import RESULTS, SolveError
-from bilevax.solution import Solution
+from bilevax.run.metrics import metrics
+from bilevax.run.solution import Solution
 from bilevax.solve import solve_bilevel
 from bilevax.tasks import task_copies, tasks
 
 if TYPE_CHECKING:
     from bilevax import algorithms, diagnostics, nn, plots, testing
     from bilevax.diagnostics import check_hypergradient, compare_hypergradients, error_bound
-    from bilevax.explanation import explain
-    from bilevax.level import Level
-    from bilevax.multilevel import solve_multilevel, value_and_multilevel_grad
+    from bilevax.multilevel import Level, solve_multilevel, value_and_multilevel_grad
+    from bilevax.multilevel.explain import explain
 
 __version__ = "0.1.0"
 
@@ -27,9 +26,7 @@ __version__ = "0.1.0"
 _LATER = {
     **dict.fromkeys(("algorithms", "diagnostics", "nn", "plots", "testing")),
     **dict.fromkeys(("check_hypergradient", "compare_hypergradients", "error_bound"), "diagnostics"),
-    **dict.fromkeys(("solve_multilevel", "value_and_multilevel_grad"), "multilevel"),
-    "Level": "level",
-    "explain": "explanation",
+    **dict.fromkeys(("Level", "explain", "solve_multilevel", "value_and_multilevel_grad"), "multilevel"),
 }
 
 

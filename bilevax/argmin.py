@@ -12,8 +12,8 @@ import numpy as np
 from jax import lax
 
 from bilevax import base, tree
+from bilevax._core.jaxpr import evaluate
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
-from bilevax.jaxpr import evaluate
 from bilevax.linear.cg import cg
 from bilevax.results import RESULTS, SolveError, worst
 

@@ -15,10 +15,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax.bound import Bound as Bound
-from bilevax.bound import Static as Static
-from bilevax.bound import join as join
-from bilevax.bound import split as split
+from bilevax._core.settings import Bound as Bound
+from bilevax._core.settings import Static as Static
+from bilevax._core.settings import join as join
+from bilevax._core.settings import split as split
 
 PyTree = Any
 Scalar = Any

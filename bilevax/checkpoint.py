@@ -19,8 +19,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevax import check, digest, tree
+from bilevax import check, tree
 from bilevax.base import PyTree
+from bilevax.run import digest
 
 FORMAT = 1
 LISTING = "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete

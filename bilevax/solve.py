@@ -16,15 +16,16 @@ from bilevax import callbacks as callbacks_lib
 from bilevax import check, tree
 from bilevax import checkpoint as checkpoint_lib
 from bilevax.base import Algorithm, InnerState, PyTree, join, split
-from bilevax.chunk import CHUNK, Best, Plan, RunState, run_chunk, run_traced
 from bilevax.data import Source, Stream, as_source
-from bilevax.metrics import Metrics, check_metrics
-from bilevax.metrics import metrics as as_metrics
-from bilevax.preemption import Preemption
 from bilevax.results import RESULTS, SolveError
-from bilevax.sharding import layout, placement, report
-from bilevax.solution import Solution
-from bilevax.streams import Window, first_context, source_draw
+from bilevax.run import layout
+from bilevax.run.chunk import CHUNK, Best, Plan, RunState, run_chunk, run_traced
+from bilevax.run.metrics import Metrics, check_metrics
+from bilevax.run.metrics import metrics as as_metrics
+from bilevax.run.preemption import Preemption
+from bilevax.run.solution import Solution
+from bilevax.run.window import Window, first_context, source_draw
+from bilevax.sharding import placement, report
 
 LONGEST, QUICK = 4096, 0.1  # a later call takes up to so many steps in about so many seconds: a failure or a signal is to be seen soon
 STREAM_CHUNK = 16  # the same for batches read on the host, which must be held stacked

@@ -382,7 +382,7 @@ def test_a_half_written_save_is_cleaned_up(whole, tmp_path):
 
 
 def test_the_digest_tells_places_apart():
-    from bilevax import digest
+    from bilevax.run import digest
 
     a = jnp.arange(6.0).reshape(2, 3)
     assert digest.of_arrays([a]) == digest.of_arrays([jax.device_put(a, jax.devices()[3])]) != digest.of_arrays([a[::-1]])

@@ -9,7 +9,7 @@ import pytest
 import bilevax as bx
 from bilevax import check, solve
 from bilevax.base import Feed, Feeds, InnerState
-from bilevax.chunk import MOST_VALUES
+from bilevax.run.chunk import MOST_VALUES
 
 WIDE = MOST_VALUES // 300  # numbers in a row of the history: more than 256 steps of them are held, fewer than 600
 

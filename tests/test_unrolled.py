@@ -8,7 +8,7 @@ import pytest
 
 import bilevax as bx
 from bilevax.hypergradient import forward, unrolled
-from bilevax.hypergradient._mixed import mixed
+from bilevax.hypergradient._mixed_mode import mixed
 from bilevax.hypergradient.unrolled import CHECKPOINTS
 from tests import problems
 from tests.problems import PROBLEMS, QUADRATICS, flatten

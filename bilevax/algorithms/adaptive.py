@@ -8,8 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import check, tree
-from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import (
+from bilevax.algorithms._parts import steps as _steps
+from bilevax.algorithms._parts.directions import (
     Directions,
     combined,
     counts,

@@ -6,7 +6,8 @@ from typing import NamedTuple
 
 import optax
 
-from bilevax import check, optimizer
+from bilevax import check
+from bilevax._core import optimizer
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, StepInfo
 from bilevax.estimate import estimate
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from bilevax import check, optimizer, tree
+from bilevax import check, tree
+from bilevax._core import optimizer
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Lower, Problem, PyTree, StepInfo
 from bilevax.results import RESULTS, first, unless
 

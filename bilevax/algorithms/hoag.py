@@ -7,9 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from bilevax import tree
-from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import inner_grad, outer_pass
-from bilevax.algorithms.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
+from bilevax.algorithms._parts import steps as _steps
+from bilevax.algorithms._parts.directions import inner_grad, outer_pass
+from bilevax.algorithms._parts.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Problem, PyTree, StepInfo
 from bilevax.inner.lbfgs import lbfgs
 from bilevax.results import RESULTS, first, unless

@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, tree
-from bilevax.algorithms import certificate
-from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.certificate import Constants, Probes
-from bilevax.algorithms.directions import inner_grad, outer_pass
-from bilevax.algorithms.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
+from bilevax import certificate, check, tree
+from bilevax.algorithms._parts import steps as _steps
+from bilevax.algorithms._parts.directions import inner_grad, outer_pass
+from bilevax.algorithms._parts.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Problem, PyTree, StepInfo
+from bilevax.certificate import Constants, Probes
 from bilevax.inner.lbfgs import _remember, inverse_hessian_product, lbfgs
 from bilevax.results import RESULTS, first, unless
 

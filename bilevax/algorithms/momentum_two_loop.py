@@ -7,11 +7,12 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, data, optimizer, tree
-from bilevax.algorithms import memory
-from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import Directions, counts, data_finite, descend, drawn_finite, inner_grad, outer_pass, report
-from bilevax.algorithms.steps import StepSize
+from bilevax import check, data, tree
+from bilevax._core import optimizer
+from bilevax.algorithms._parts import memory
+from bilevax.algorithms._parts import steps as _steps
+from bilevax.algorithms._parts.directions import Directions, counts, data_finite, descend, drawn_finite, inner_grad, outer_pass, report
+from bilevax.algorithms._parts.steps import StepSize
 from bilevax.algorithms.two_loop import Contexts, adjoint_hypergradient, neumann, neumann_settings, truncated
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 

@@ -9,10 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevax import check, optimizer, tree
-from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import Directions, Outer, counts, descend, drawn_finite, inner_grad, report
-from bilevax.algorithms.steps import StepSize
+from bilevax import check, tree
+from bilevax._core import optimizer
+from bilevax.algorithms._parts import steps as _steps
+from bilevax.algorithms._parts.directions import Directions, Outer, counts, descend, drawn_finite, inner_grad, report
+from bilevax.algorithms._parts.steps import StepSize
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 
 

@@ -6,10 +6,11 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
-from bilevax import optimizer, tree
-from bilevax.algorithms import memory, steps
-from bilevax.algorithms.directions import Directions, combined, counts, drawn_finite, inner_grad, inner_pass, outer_pass, report
-from bilevax.algorithms.steps import StepSize
+from bilevax import tree
+from bilevax._core import optimizer
+from bilevax.algorithms._parts import memory, steps
+from bilevax.algorithms._parts.directions import Directions, combined, counts, drawn_finite, inner_grad, inner_pass, outer_pass, report
+from bilevax.algorithms._parts.steps import StepSize
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 
 

@@ -9,10 +9,21 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, optimizer, tree
-from bilevax.algorithms import steps as _steps
-from bilevax.algorithms.directions import Directions, counts, descend, drawn_finite, hessian_product, inner_grad, inner_pass, outer_pass, report
-from bilevax.algorithms.steps import StepSize
+from bilevax import check, tree
+from bilevax._core import optimizer
+from bilevax.algorithms._parts import steps as _steps
+from bilevax.algorithms._parts.directions import (
+    Directions,
+    counts,
+    descend,
+    drawn_finite,
+    hessian_product,
+    inner_grad,
+    inner_pass,
+    outer_pass,
+    report,
+)
+from bilevax.algorithms._parts.steps import StepSize
 from bilevax.base import Algorithm, Bound, Ctx, Draws, Feed, Feeds, InnerState, Problem, PyTree
 
 

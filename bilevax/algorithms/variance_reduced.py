@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import check, data, tree
-from bilevax.algorithms import memory, steps
-from bilevax.algorithms.directions import Directions, Inner, Outer, combined, counts, data_finite, drawn_finite, inner_pass, outer_pass, report
+from bilevax.algorithms._parts import memory, steps
+from bilevax.algorithms._parts.directions import Directions, Inner, Outer, combined, counts, data_finite, drawn_finite, inner_pass, outer_pass, report
+from bilevax.algorithms._parts.steps import StepSize
 from bilevax.algorithms.single_loop import SingleLoopState, advance, passes, start
 from bilevax.algorithms.single_loop import moves as make_moves
-from bilevax.algorithms.steps import StepSize
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Problem, PyTree, StepInfo
 
 

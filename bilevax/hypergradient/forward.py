@@ -8,7 +8,7 @@ import numpy as np
 
 from bilevax import tree
 from bilevax.base import Bound, Hypergradient, PyTree
-from bilevax.hypergradient._forward import summary
+from bilevax.hypergradient._solve import summary
 
 LARGEST = 1024  # outer parameters: as many tangents of inner parameters and optimizer state are carried
 

@@ -12,7 +12,7 @@ from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax.base import Bound, Hypergradient, LinearSolver, PyTree
 from bilevax.hypergradient import _adjoint
-from bilevax.hypergradient._forward import forward
+from bilevax.hypergradient._solve import forward
 from bilevax.linear import Preconditioner
 
 CEILING = 0.1  # loosest tolerance that `follow` may ask for: above it an adjoint is more noise than direction

@@ -11,7 +11,7 @@ from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax.base import Bound, Hypergradient, LinearSolver
 from bilevax.hypergradient import _adjoint
-from bilevax.hypergradient._forward import forward
+from bilevax.hypergradient._solve import forward
 from bilevax.inner._mapping import as_mapping, bound_like
 
 

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from bilevax import tree
 from bilevax.base import Bound, Hypergradient
 from bilevax.hypergradient import _product
-from bilevax.hypergradient._forward import forward
+from bilevax.hypergradient._solve import forward
 
 
 def one_step(scale: float = 1.0) -> Hypergradient:

@@ -12,7 +12,7 @@ from jax import lax
 from bilevax import tree
 from bilevax.base import Bound, Hypergradient, PyTree, Scalar
 from bilevax.hypergradient import _product
-from bilevax.hypergradient._forward import forward
+from bilevax.hypergradient._solve import forward
 from bilevax.results import RESULTS, first
 
 

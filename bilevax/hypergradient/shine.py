@@ -9,7 +9,7 @@ from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax.base import Bound, Hypergradient, LinearInfo
 from bilevax.hypergradient import _adjoint
-from bilevax.hypergradient._forward import forward
+from bilevax.hypergradient._solve import forward
 from bilevax.inner.lbfgs import LbfgsState, inverse_hessian_product
 from bilevax.results import RESULTS
 

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax.base import Bound, Feed, Hypergradient, InnerState, Lower, PyTree
-from bilevax.hypergradient._forward import summary
-from bilevax.hypergradient._mixed import mixed
+from bilevax.hypergradient._mixed_mode import mixed
+from bilevax.hypergradient._solve import summary
 
 CHECKPOINTS = ("mixed", "none", "step", "sqrt")
 

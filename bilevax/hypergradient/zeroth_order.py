@@ -8,7 +8,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax.base import Bound, Hypergradient
-from bilevax.hypergradient._forward import forward
+from bilevax.hypergradient._solve import forward
 
 
 def zeroth_order(samples: int = 16, scale: float = 1e-2, *, antithetic: bool = True, chunk: int | None = None) -> Hypergradient:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import jax
 import optax as _optax
 
-from bilevax import base, optimizer, tree
+from bilevax import base, tree
+from bilevax._core import optimizer
 from bilevax.base import PyTree
 
 

@@ -9,10 +9,10 @@ import jax
 
 from bilevax import base, check
 from bilevax.base import Bound, Objective, PyTree
-from bilevax.metrics import Metrics
-from bilevax.metrics import metrics as as_metrics
 from bilevax.nn.from_nnx import from_nnx, modules
 from bilevax.nn.net import Net
+from bilevax.run.metrics import Metrics
+from bilevax.run.metrics import metrics as as_metrics
 
 
 def objective(

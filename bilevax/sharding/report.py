@@ -11,9 +11,9 @@ import jax
 import numpy as np
 
 from bilevax.base import join
-from bilevax.chunk import one_step
 from bilevax.data import Stream
-from bilevax.streams import Window
+from bilevax.run.chunk import one_step
+from bilevax.run.window import Window
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}

@@ -9,16 +9,18 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, lagrangian, nest, optimizer, tree
+from bilevax import check, tree
+from bilevax._core import optimizer
 from bilevax.base import Algorithm, Bound, Ctx, Estimate, Feed, InnerState, PyTree, StepInfo
 from bilevax.checkpoint import Checkpointing
 from bilevax.data import Source, Stream, as_source, same
-from bilevax.hypergradient._forward import forward
-from bilevax.level import Level, System, as_solver, as_system, checked, method_of, split_params
-from bilevax.metrics import Metrics, check_metrics
+from bilevax.hypergradient._solve import forward
+from bilevax.multilevel import joint, nested
+from bilevax.multilevel.level import Level, System, as_solver, as_system, checked, method_of, split_params
 from bilevax.results import RESULTS, first, unless
+from bilevax.run.metrics import Metrics, check_metrics
+from bilevax.run.solution import Solution
 from bilevax.sharding import Sharding
-from bilevax.solution import Solution
 from bilevax.solve import RunState, check_options, first_context, launch, source_draw
 
 # ---- the reverse sweep
@@ -59,21 +61,21 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
     pullbacks: dict[str, Callable] = {}
     infos: dict[str, dict] = {}
     for name in top.nested:
-        node, side = graph[name], nest.lower(system, name)
+        node, side = graph[name], nested.lower(system, name)
         given = {n: env[n] for n in node.live}
         rest = lax.stop_gradient({n: v for n, v in env.items() if n != name and n not in given})
         feed = Feed((data, rest), feeds[name].key, feeds[name].step)
-        start = nest.start_state(system, name, states)
+        start = nested.start_state(system, name, states)
         if node.live:
-            method = lagrangian.adapted(system, name)
-            solution, pullbacks[name] = method.vjp(side, start, given, feed, nest.hyper_context(side, feed), methods[name])
+            method = joint.adapted(system, name)
+            solution, pullbacks[name] = method.vjp(side, start, given, feed, nested.hyper_context(side, feed), methods[name])
         else:
             solution, infos[name] = forward(side, start, given, feed)
         if system.look_ahead[name]:
             one, _ = side.run(*lax.stop_gradient((start, given, feed)), 0, 1)
-            ahead |= nest.end_states(name, lax.stop_gradient(one))
+            ahead |= nested.end_states(name, lax.stop_gradient(one))
         env[name] = solution.params
-        states |= nest.end_states(name, solution)
+        states |= nested.end_states(name, solution)
 
     moved = {n: env[n] for n in (*(n for n in top.uses if n in pullbacks), top.name)}
     ctx = system.draws[top.name](feeds[top.name], 0)._replace(model=None)
@@ -177,7 +179,7 @@ class MultilevelGradFn:
         """The levels bound to these shapes, with the graph found from them."""
         _check_key(self.levels, key, [])
         contexts = {level.name: Ctx(batches.get(level.name), key) for level in self.levels}
-        return as_system(self.levels, floats, fixed, {level.name: same for level in self.levels}, contexts, models, lagrangian.attached)
+        return as_system(self.levels, floats, fixed, {level.name: same for level in self.levels}, contexts, models, joint.attached)
 
 
 def check_names(given: Any, names: Sequence[str], argument: str) -> dict:
@@ -261,7 +263,7 @@ def _packed(states: dict[str, InnerState]) -> InnerState:
 
 def _init(problem: System, inner: InnerState, outer: PyTree) -> MultilevelState:
     opt = {name: solver.init(inner.params[name]) for name, solver in problem.solvers.items()}
-    methods = {name: lagrangian.adapted(problem, name).init(inner.params[name]) for name in problem.solvers}
+    methods = {name: joint.adapted(problem, name).init(inner.params[name]) for name in problem.solvers}
     return MultilevelState(inner._replace(opt=opt), outer, optimizer.init(problem.optimizer, outer), methods)
 
 
@@ -362,7 +364,7 @@ def solve_multilevel(
         check.finite(floats[name], f"params[{name!r}]")
     contexts = {name: first_context(source, run_key) for name, source in sources.items()}
     now = models if state is None else state.algorithm.inner.model
-    system = as_system(levels, floats, fixed, {n: source_draw(s) for n, s in sources.items()}, contexts, now, lagrangian.attached)
+    system = as_system(levels, floats, fixed, {n: source_draw(s) for n, s in sources.items()}, contexts, now, joint.attached)
     inside = {n for name in names[:-1] for n in system.graph[name].held}
     for name, source in sources.items():
         if isinstance(source, Stream) and name in inside:

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core.jaxpr import evaluate
 from bilevax.base import Bound, Ctx, Objective, PyTree
-from bilevax.jaxpr import evaluate
 
 
 def mixed(objective: Objective) -> Objective:

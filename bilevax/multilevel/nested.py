@@ -20,11 +20,11 @@ import jax
 from jax import lax
 
 from bilevax import tree
+from bilevax._core.jaxpr import evaluate
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, join, split
 from bilevax.data import draw_number
-from bilevax.jaxpr import evaluate
-from bilevax.level import System
+from bilevax.multilevel.level import System
 
 
 class LevelBatch(NamedTuple):

@@ -12,8 +12,8 @@ from jax import lax
 from bilevax import tree
 from bilevax.base import Algorithm, Draws, Feed, Feeds, PyTree, join
 from bilevax.data import ordered
-from bilevax.metrics import Metrics
 from bilevax.results import RESULTS
+from bilevax.run.metrics import Metrics
 
 CHUNK = 256  # steps of a run's first compiled call, and between two looks at the host for whoever asks for nothing else
 MOST_VALUES = 2**18  # a call takes more steps only where their history is that small

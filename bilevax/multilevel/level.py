@@ -13,9 +13,9 @@ from jax import lax
 from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, PyTree, objective
-from bilevax.graph import Graph, find
 from bilevax.hypergradient.finite_difference import finite_difference
 from bilevax.hypergradient.one_step import one_step
+from bilevax.multilevel.graph import Graph, find
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from bilevax import tree
-from bilevax.base import PyTree
+from bilevax.tree import PyTree
 
 
 def _lenient():

@@ -16,9 +16,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 from bilevax import tree
 from bilevax.base import Bound, Feed, InnerState, Objective, Problem, PyTree, join, split
 from bilevax.data import Source, Stream
-from bilevax.sharding import over_tasks
+from bilevax.run import over_tasks
+from bilevax.run.window import peek
 from bilevax.sharding.placement import Sharding
-from bilevax.streams import peek
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,10 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bilevax import lagrangian
 from bilevax.base import Bound, Hypergradient, InnerSolver, PyTree
-from bilevax.level import Level, System, split_params
-from bilevax.multilevel import MultilevelGradFn, check_names
+from bilevax.multilevel import joint
+from bilevax.multilevel.level import Level, System, split_params
+from bilevax.multilevel.solve import MultilevelGradFn, check_names
 
 GRADIENTS, HVPS = "gradients", "hvps"
 
@@ -169,7 +169,7 @@ def explain(
         holders = [n for n in names if name in graph[n].nested]
         for holder in holders:
             sweep = holder == top
-            method = lagrangian.adapted(system, name) if sweep else system.methods[name]
+            method = joint.adapted(system, name) if sweep else system.methods[name]
             moving = graph[name].live if sweep else [n for n in graph[name].total if n == holder or n in graph[holder].nested]
             edges += [Edge(name, n, describe(method, system.methods[name]), None if sweep else holder) for n in moving]
         still = [n for n in graph[name].reads if not any(edge.level == name and edge.reads == n for edge in edges)]
@@ -246,7 +246,7 @@ def _derivative(system: System, name: str) -> Counter | None:
 
 
 def _pullback(system: System, name: str) -> Counter | None:
-    method = lagrangian.adapted(system, name)
+    method = joint.adapted(system, name)
     if _name(method) != "lagrangian":
         return _applied(system, name, method)
     # The levels inside are solved at the solution, the multipliers found, then one system is solved for all.

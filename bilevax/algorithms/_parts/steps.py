@@ -10,7 +10,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from bilevax import check, optimizer, tree
+from bilevax import check, tree
+from bilevax._core import optimizer
 from bilevax.base import Feeds, Problem, PyTree
 from bilevax.inner.tunable import tunable
 

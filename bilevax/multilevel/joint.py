@@ -20,12 +20,13 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import linear, nest, tree
+from bilevax import linear, tree
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Hypergradient, InnerState, PyTree
 from bilevax.hypergradient import _adjoint
-from bilevax.hypergradient._forward import forward
-from bilevax.level import System
+from bilevax.hypergradient._solve import forward
+from bilevax.multilevel import nested
+from bilevax.multilevel.level import System
 
 
 class Unknowns(NamedTuple):
@@ -39,7 +40,7 @@ def adapted(system: System, name: str) -> Hypergradient:
     """The method of a level that the top level solves: from three nested levels on, implicit differentiation takes the one system."""
     method = system.methods[name]
     implicit = isinstance(method.vjp, Bound) and method.vjp.name == "implicit"
-    if system.graph[name].depth < 3 or not implicit or not nest.applies_jointly(system, name):
+    if system.graph[name].depth < 3 or not implicit or not nested.applies_jointly(system, name):
         return method
     return Hypergradient(method.init, Bound("lagrangian", _vjp, system=system, name=name))
 
@@ -51,7 +52,7 @@ def attached(system: System, name: str, solution: InnerState, given: dict, ctx: 
     def value(u, given, ctx):
         return lagrangian(system, name, u, given, ctx)
 
-    _, max_residual = nest.linear_settings(system.methods[name])
+    _, max_residual = nested.linear_settings(system.methods[name])
     return attach(value, _solver(system, name, u), max_residual=max_residual)(u, given, ctx).y
 
 
@@ -67,9 +68,9 @@ def lagrangian(system: System, name: str, u: Unknowns, given: dict, ctx: Ctx):
 
 def _inside(system: System, name: str, env: dict, ctx: Ctx) -> tuple[dict, Ctx]:
     """What a level inside another is given at `env`."""
-    side, feed = nest.inside(system, name, env, ctx.batch)
-    model = nest.start_state(system, name, ctx.model.below).model
-    return {n: env[n] for n in system.graph[name].total}, nest.hyper_context(side, feed)._replace(model=model)
+    side, feed = nested.inside(system, name, env, ctx.batch)
+    model = nested.start_state(system, name, ctx.model.below).model
+    return {n: env[n] for n in system.graph[name].total}, nested.hyper_context(side, feed)._replace(model=model)
 
 
 def point(system: System, name: str, y: PyTree, given: dict, ctx: Ctx) -> Unknowns:
@@ -77,9 +78,9 @@ def point(system: System, name: str, y: PyTree, given: dict, ctx: Ctx) -> Unknow
     env = {**ctx.batch.rest, **given, name: y}
     below: dict[str, tuple] = {}
     for i in system.graph[name].nested:
-        side, feed = nest.inside(system, i, env, ctx.batch)
+        side, feed = nested.inside(system, i, env, ctx.batch)
         known, ctx_i = _inside(system, i, env, ctx)
-        solution, _ = side.run(nest.start_state(system, i, ctx.model.below), known, feed)
+        solution, _ = side.run(nested.start_state(system, i, ctx.model.below), known, feed)
         env[i] = solution.params
         u_i = point(system, i, solution.params, known, ctx_i._replace(model=solution.model))
         below[i] = (u_i, tree.zeros_like(u_i))
@@ -98,7 +99,7 @@ def point(system: System, name: str, y: PyTree, given: dict, ctx: Ctx) -> Unknow
 
 def _solver(system: System, name: str, u: Unknowns):
     """MINRES to the tolerance of the level's own method; a level with none inside keeps that method's solver."""
-    given, _ = nest.linear_settings(system.methods[name])
+    given, _ = nested.linear_settings(system.methods[name])
     if given is not None and (not u.below or (isinstance(given, Bound) and given.name == "minres")):
         return given
     settings = given.settings if isinstance(given, Bound) else {}
@@ -120,7 +121,7 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, system: System, name: s
         right = tree.zeros_like(u)._replace(y=w)
         q, linear_info = _solver(system, name, u)(lambda v: products(v)[0], right, tree.zeros_like(u))
         mixed = products(q)[1]
-        _, max_residual = nest.linear_settings(system.methods[name])
+        _, max_residual = nested.linear_settings(system.methods[name])
         report = _adjoint.report(info, linear_info, max_residual, inner_grad_norm=tree.norm(stationarity), cotangent_norm=tree.norm(w))
         return tree.neg(mixed), None, state, report
 

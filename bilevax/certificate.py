@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
-from bilevax.algorithms.solving import Curvature
 from bilevax.base import Ctx, Problem, PyTree
 from bilevax.linear._common import rows_dot, rows_sum
+
+if TYPE_CHECKING:
+    from bilevax.algorithms._parts.solving import Curvature
 
 RITZ = 6  # products with the Hessian in one refinement of its smallest eigenpair
 FIRST = 8  # refinements at the first step
