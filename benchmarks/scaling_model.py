@@ -50,7 +50,7 @@ class Method(NamedTuple):
 def method(name: str, inner_steps: int, iterations: int) -> Method:
     """DESIGN's counts: a Hessian-vector product costs 1.9 gradients, a mixed product 2; k is the number of iterations.
 
-    The counted all-reduces of tests/test_sharding.py: SAMA 2Y + X, differences Y + 2X, CG (2 + k) Y + X, unrolled (1 + K) Y + K X.
+    The counted all-reduces of tests/sharding/test_sharding.py: SAMA 2Y + X, differences Y + 2X, CG (2 + k) Y + X, unrolled (1 + K) Y + K X.
     """
     K, k = inner_steps, iterations
     return {

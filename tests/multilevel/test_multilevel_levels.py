@@ -10,7 +10,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import RESULTS
-from tests.multilevel_cases import CASES
+from tests.multilevel.multilevel_cases import CASES
 
 H, L = bx.hypergradient, bx.linear
 SGD = bx.tunable(optax.sgd, learning_rate=0.25)

@@ -11,7 +11,7 @@ from bilevax.algorithms.penalty import difference
 from bilevax.base import Feed
 from bilevax.solve import run_chunk
 from bilevax.tree import normal_like
-from tests import numpy_algorithms as rules
+from tests.algorithms import numpy_algorithms as rules
 from tests.problems import PROBLEMS
 
 STEPS, ROWS, SIZE, N, M = 50, 12, 3, 4, 3

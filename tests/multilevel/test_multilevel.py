@@ -10,7 +10,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import RESULTS
-from tests.multilevel_cases import CASES, Case, follow, reference, top
+from tests.multilevel.multilevel_cases import CASES, Case, follow, reference, top
 from tests.multilevel_problems import MULTILEVEL
 
 H, L = bx.hypergradient, bx.linear

@@ -12,7 +12,7 @@ from flax.training.train_state import TrainState
 
 import bilevax as bx
 from bilevax import base, nn, tree
-from tests.nn_models import MODES, LinenNet, batches, leaves, linen_variables, nnx_net, plain, weighted
+from tests.nn.nn_models import MODES, LinenNet, batches, leaves, linen_variables, nnx_net, plain, weighted
 
 TRAIN, VALID = batches()
 SCORES = jnp.linspace(-1.0, 1.0, len(TRAIN[1]))

@@ -5,8 +5,8 @@ import numpy as np
 import pytest
 
 import bilevax as bx
-from tests import numpy_adaptive as rules
-from tests.test_algorithms import INNER, OUTER, SUM, X0, Y0, inner, outer
+from tests.algorithms import numpy_adaptive as rules
+from tests.algorithms.test_algorithms import INNER, OUTER, SUM, X0, Y0, inner, outer
 
 DATA = dict(inner_data=bx.data.full(INNER), outer_data=bx.data.full(OUTER))
 SIZE = 0.5  # of the descent inside

@@ -1,6 +1,6 @@
 """A small sampled run that is saved, in a module of its own for the processes that are killed.
 
-``python -m tests.checkpoint_problem`` reads lines ``directory result log`` and forks a process for each, whose number it prints: forks of one
+``python -m tests.run.checkpoint_problem`` reads lines ``directory result log`` and forks a process for each, whose number it prints: forks of one
 process that has imported everything are on their way in a second.
 """
 

@@ -15,7 +15,7 @@ import bilevax as bx
 @pytest.fixture
 def report():
     pytest.importorskip("sklearn")
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
     try:
         import report
 

@@ -13,7 +13,7 @@ from jax.flatten_util import ravel_pytree
 import bilevax as bx
 from bilevax import base, nn, tree
 from bilevax.solve import run_chunk
-from tests.nn_models import NnxNet, batches, call, leaves, linen_net, linen_variables, losses, nnx_net, plain, same_bits, weighted
+from tests.nn.nn_models import NnxNet, batches, call, leaves, linen_net, linen_variables, losses, nnx_net, plain, same_bits, weighted
 
 TRAIN, VALID = batches()
 SCORES = jnp.linspace(-1.0, 1.0, len(TRAIN[1]))

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import bilevax as bx
-from tests.test_algorithms import EVERY, INNER, INNER_DATA, KEY, OUTER, OUTER_DATA, SIZE, SUM, X0, Y0, inner, outer, run
+from tests.algorithms.test_algorithms import EVERY, INNER, INNER_DATA, KEY, OUTER, OUTER_DATA, SIZE, SUM, X0, Y0, inner, outer, run
 
 ALGORITHMS = bx.algorithms
 

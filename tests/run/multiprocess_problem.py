@@ -1,4 +1,4 @@
-"""One process of a run of several: ``python -m tests.multiprocess_problem rank processes port folder steps [terminate]``."""
+"""One process of a run of several: ``python -m tests.run.multiprocess_problem rank processes port folder steps [terminate]``."""
 
 # ruff: noqa: E402 (jax is told of the other processes before anything that could ask it for its devices)
 

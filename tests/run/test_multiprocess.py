@@ -12,7 +12,7 @@ import pytest
 
 from bilevax import RESULTS
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 CASES = ("data_parallel", "fsdp")
 
 
@@ -28,7 +28,7 @@ def run(processes: int, folder: pathlib.Path, steps: int, *flags: str) -> list[d
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
         "JAX_COMPILATION_CACHE_DIR": cache,
     }
-    command = [sys.executable, "-W", "error::UserWarning:bilevax", "-m", "tests.multiprocess_problem"]
+    command = [sys.executable, "-W", "error::UserWarning:bilevax", "-m", "tests.run.multiprocess_problem"]
     children = [
         subprocess.Popen(
             [*command, *map(str, (rank, processes, port, folder, steps)), *flags], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True

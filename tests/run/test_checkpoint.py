@@ -19,9 +19,9 @@ import pytest
 
 import bilevax as bx
 from bilevax import RESULTS
-from tests.checkpoint_problem import EVERY, STEPS, VALID, bits, solve
+from tests.run.checkpoint_problem import EVERY, STEPS, VALID, bits, solve
 
-ROOT = pathlib.Path(__file__).parent.parent
+ROOT = pathlib.Path(__file__).parents[2]
 
 # The reader abandons its other reads when one fails, and Python says so when it collects them.
 abandoned = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
@@ -155,7 +155,7 @@ class Forks:
             "JAX_ENABLE_X64": "1",
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         }
-        command = [sys.executable, "-W", "ignore", "-m", "tests.checkpoint_problem"]
+        command = [sys.executable, "-W", "ignore", "-m", "tests.run.checkpoint_problem"]
         self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
         self.folder = folder
         assert self.line() == "ready"

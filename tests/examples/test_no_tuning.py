@@ -9,7 +9,7 @@ import pytest
 
 @pytest.fixture(scope="module")
 def example():
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
     try:
         import no_tuning
 

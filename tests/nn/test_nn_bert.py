@@ -82,7 +82,7 @@ def minilm():
         pytest.skip("BILEVAX_DATA is unset: MiniLM's weights are not looked for")
     pytest.importorskip("safetensors")
     pytest.importorskip("tokenizers")
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples"))
+    sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "examples"))
     try:
         from data import Unavailable
         from encoder import folder
