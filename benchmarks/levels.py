@@ -22,8 +22,8 @@ from bilevax import tree
 from bilevax.data import same
 from bilevax.multilevel import joint as one_system
 from bilevax.multilevel import nested
+from bilevax.multilevel.gradient import MultilevelGradFn
 from bilevax.multilevel.level import checked
-from bilevax.multilevel.solve import MultilevelGradFn
 
 HG, DIM = bx.hypergradient, 24
 

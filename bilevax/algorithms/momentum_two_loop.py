@@ -7,7 +7,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, data, tree
+from bilevax import check, tree
 from bilevax._core import optimizer
 from bilevax.algorithms._parts import memory
 from bilevax.algorithms._parts import steps as _steps
@@ -15,6 +15,7 @@ from bilevax.algorithms._parts.directions import Directions, counts, data_finite
 from bilevax.algorithms._parts.steps import StepSize
 from bilevax.algorithms.two_loop import Contexts, adjoint_hypergradient, neumann, neumann_settings, truncated
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
+from bilevax.data.draws import num_batches, whole
 
 
 class MomentumState(NamedTuple):
@@ -208,7 +209,7 @@ def vrbo(
 def _vrbo_init(problem: Problem, state: InnerState, outer_params: PyTree, *, outer, **_) -> MomentumState:
     _steps.warm_only(problem, "vrbo")
     for draw in (problem.inner_draw, problem.hyper_draw, problem.outer_draw):
-        data.num_batches(draw, "vrbo")
+        num_batches(draw, "vrbo")
     y, x = state.params, outer_params
     return MomentumState(state, x, optimizer.init(outer, x), (tree.zeros_like(y), tree.zeros_like(x)), ())
 
@@ -229,7 +230,7 @@ def _vrbo_step(problem: Problem, state: MomentumState, feeds: Feeds, *, step_siz
         return found, gradients[0][1], passes[0].value
 
     def full():
-        inner_draw, hyper_draw, outer_draw = (data.whole(draw, "vrbo") for draw in draws)
+        inner_draw, hyper_draw, outer_draw = (whole(draw, "vrbo") for draw in draws)
         inner_ctx, outer_ctx = inner_draw(feeds.inner, 0)._replace(model=model), outer_draw(feeds.outer, 0)._replace(model=model)
         return estimates(((y, x),), inner_ctx, Contexts(hyper_draw, feeds.hyper, model), outer_ctx)[0][0]
 
@@ -248,7 +249,7 @@ def _vrbo_step(problem: Problem, state: MomentumState, feeds: Feeds, *, step_siz
 
     first = outer_pass(problem, y, x, problem.outer_draw(feeds.outer, 0)._replace(model=model))
     new_y, _, d, model, _ = lax.fori_loop(0, num, body, (y, (y, x), (d_y, d_x), model, first.value))
-    batches = [data.num_batches(draw, "vrbo") for draw in draws]
+    batches = [num_batches(draw, "vrbo") for draw in draws]
     extra = jnp.where(refresh, 1, 0)
     calls = counts(2 * num + extra * batches[0], 2 * num * (terms + 1) + extra * (terms + 1) * batches[1], 2 * num + 1 + extra * batches[2])
     info = report(state.inner, x, first, Directions(d_y, d[0], d_x), calls)

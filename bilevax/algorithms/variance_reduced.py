@@ -7,13 +7,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevax import check, data, tree
+from bilevax import check, tree
 from bilevax.algorithms._parts import memory, steps
 from bilevax.algorithms._parts.directions import Directions, Inner, Outer, combined, counts, data_finite, drawn_finite, inner_pass, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
 from bilevax.algorithms.single_loop import SingleLoopState, advance, passes, start
 from bilevax.algorithms.single_loop import moves as make_moves
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Problem, PyTree, StepInfo
+from bilevax.data.draws import num_batches, whole
 
 
 class Tables(NamedTuple):
@@ -55,7 +56,7 @@ def saba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
 
 
 def _saba_init(problem, inner, outer, *, moves) -> SingleLoopState:
-    y, counts_ = inner.params, [data.num_batches(draw, "saba") for draw in (problem.inner_draw, problem.outer_draw)]
+    y, counts_ = inner.params, [num_batches(draw, "saba") for draw in (problem.inner_draw, problem.outer_draw)]
     tables = Tables(memory.saga_init((y, y, outer), counts_[0]), memory.saga_init((y, outer), counts_[1]))
     return start(problem, inner, outer, moves, "saba", tables)
 
@@ -125,7 +126,7 @@ def srba(inner_step: StepSize, outer_step: StepSize, *, period: int, adjoint_ste
 
 def _recursive_init(problem, inner, outer, *, name, moves, **_) -> SingleLoopState:
     for draw in (problem.inner_draw, problem.outer_draw):
-        data.num_batches(draw, name)
+        num_batches(draw, name)
     y = inner.params
     zero = tree.zeros_like(y)
     return start(problem, inner, outer, moves, name, Recursive(Directions(zero, zero, tree.zeros_like(outer)), y, zero, outer))
@@ -186,10 +187,10 @@ def _recursive_step(problem: Problem, state: SingleLoopState, feeds: Feeds, move
         return tuple(draw(feed, 0)._replace(model=model) for draw, feed in ((inner_draw, feeds.inner), (outer_draw, feeds.outer)))
 
     here = (state.inner.params, state.adjoint, state.outer)
-    inner_count, outer_count = (data.num_batches(draw, name) for draw in (problem.inner_draw, problem.outer_draw))
+    inner_count, outer_count = (num_batches(draw, name) for draw in (problem.inner_draw, problem.outer_draw))
 
     def full():
-        d, new_model, f = evaluate(*here, contexts(data.whole(problem.inner_draw, name), data.whole(problem.outer_draw, name)))
+        d, new_model, f = evaluate(*here, contexts(whole(problem.inner_draw, name), whole(problem.outer_draw, name)))
         return d, new_model, f, jnp.asarray([inner_count, 2 * inner_count, outer_count], jnp.int32)
 
     def recursive():

@@ -1,7 +1,8 @@
 """Problems of any number of levels."""
 
 from bilevax.multilevel.explain import Edge, Explanation, explain
+from bilevax.multilevel.gradient import value_and_multilevel_grad
 from bilevax.multilevel.level import Level
-from bilevax.multilevel.solve import solve_multilevel, value_and_multilevel_grad
+from bilevax.multilevel.solve import solve_multilevel
 
 __all__ = ["Edge", "Explanation", "Level", "explain", "solve_multilevel", "value_and_multilevel_grad"]

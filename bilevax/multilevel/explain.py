@@ -8,8 +8,9 @@ from typing import Any, NamedTuple
 
 from bilevax.base import Bound, Hypergradient, InnerSolver, PyTree
 from bilevax.multilevel import joint
-from bilevax.multilevel.level import Level, System, split_params
-from bilevax.multilevel.solve import MultilevelGradFn, check_names
+from bilevax.multilevel.gradient import MultilevelGradFn
+from bilevax.multilevel.level import Level, check_names, split_params
+from bilevax.multilevel.system import System
 
 GRADIENTS, HVPS = "gradients", "hvps"
 

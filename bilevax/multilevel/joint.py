@@ -26,7 +26,7 @@ from bilevax.base import Bound, Ctx, Hypergradient, InnerState, PyTree
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.multilevel import nested
-from bilevax.multilevel.level import System
+from bilevax.multilevel.system import System
 
 
 class Unknowns(NamedTuple):

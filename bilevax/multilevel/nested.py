@@ -23,8 +23,8 @@ from bilevax import tree
 from bilevax._core.jaxpr import evaluate
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, join, split
-from bilevax.data import draw_number
-from bilevax.multilevel.level import System
+from bilevax.data.draws import draw_number
+from bilevax.multilevel.system import System
 
 
 class LevelBatch(NamedTuple):

@@ -1,4 +1,4 @@
-"""The gradient of the top level through all levels below it, and the driver that follows it."""
+"""solve_multilevel: the driver's run along the gradient of the top level."""
 
 from __future__ import annotations
 
@@ -6,246 +6,24 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax import lax
 
 from bilevax import check, tree
 from bilevax._core import optimizer
-from bilevax.base import Algorithm, Bound, Ctx, Estimate, Feed, InnerState, PyTree, StepInfo
+from bilevax.base import Algorithm, Bound, Feed, InnerState, PyTree, StepInfo
 from bilevax.checkpoint import Checkpointing
-from bilevax.data import Source, Stream, as_source, same
-from bilevax.hypergradient._solve import forward
-from bilevax.multilevel import joint, nested
-from bilevax.multilevel.level import Level, System, as_solver, as_system, checked, method_of, split_params
-from bilevax.results import RESULTS, first, unless
+from bilevax.data.loaders import Stream
+from bilevax.data.sources import Source, as_source
+from bilevax.multilevel import joint
+from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
+from bilevax.multilevel.sweep import sweep
+from bilevax.multilevel.system import System, as_system
+from bilevax.run.chunk import RunState
+from bilevax.run.driver import launch
 from bilevax.run.metrics import Metrics, check_metrics
+from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
+from bilevax.run.window import first_context, source_draw
 from bilevax.sharding import Sharding
-from bilevax.solve import RunState, check_options, first_context, launch, source_draw
-
-# ---- the reverse sweep
-
-
-class Sweep(NamedTuple):
-    """One gradient of the top level and what it leaves behind.
-
-    Attributes:
-      value: the top objective at the solved levels.
-      grad: its total derivative.
-      solved: the states that `value` belongs to, by level name.
-      states: the states to go on from: `solved`, but for levels that only looked ahead.
-      methods: the methods' states, by level name.
-      info: scalars, those of a level as ``"name/entry"``, and ``code`` and ``grad_norm``.
-      aux: the top objective's aux.
-    """
-
-    value: Any
-    grad: PyTree
-    solved: dict[str, InnerState]
-    states: dict[str, InnerState]
-    methods: dict[str, PyTree]
-    info: dict[str, Any]
-    aux: PyTree
-
-
-def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTree], outer: PyTree, feeds: dict[str, Feed]) -> Sweep:
-    """Solve the levels, each after those that it reads, and pull the top objective's cotangents back, each before those.
-
-    ``w_j = ∂F_top/∂y_j + Σ_k (∂y_k/∂y_j)' w_k`` over the levels k that read j; one pullback a level, none where nothing arrives or nothing moves.
-    """
-    graph, top = system.graph, system.graph.top
-    states, methods = dict(states), dict(methods)
-    data = {name: feed.data for name, feed in feeds.items()}
-    env = {name: state.params for name, state in states.items()} | {top.name: outer}
-    ahead: dict[str, InnerState] = {}
-    pullbacks: dict[str, Callable] = {}
-    infos: dict[str, dict] = {}
-    for name in top.nested:
-        node, side = graph[name], nested.lower(system, name)
-        given = {n: env[n] for n in node.live}
-        rest = lax.stop_gradient({n: v for n, v in env.items() if n != name and n not in given})
-        feed = Feed((data, rest), feeds[name].key, feeds[name].step)
-        start = nested.start_state(system, name, states)
-        if node.live:
-            method = joint.adapted(system, name)
-            solution, pullbacks[name] = method.vjp(side, start, given, feed, nested.hyper_context(side, feed), methods[name])
-        else:
-            solution, infos[name] = forward(side, start, given, feed)
-        if system.look_ahead[name]:
-            one, _ = side.run(*lax.stop_gradient((start, given, feed)), 0, 1)
-            ahead |= nested.end_states(name, lax.stop_gradient(one))
-        env[name] = solution.params
-        states |= nested.end_states(name, solution)
-
-    moved = {n: env[n] for n in (*(n for n in top.uses if n in pullbacks), top.name)}
-    ctx = system.draws[top.name](feeds[top.name], 0)._replace(model=None)
-
-    def value_of(moved):
-        return system.objectives[top.name]({**env, **moved}, None, ctx)
-
-    (value, (_, aux)), cotangents = jax.value_and_grad(value_of, has_aux=True)(moved)
-    for name in reversed(top.nested):
-        if name not in pullbacks or name not in cotangents:
-            continue
-        found, _, methods[name], infos[name] = pullbacks[name](cotangents[name])
-        for n, cotangent in found.items():
-            cotangents[n] = tree.add(cotangents[n], cotangent) if n in cotangents else cotangent
-    grad = cotangents[top.name]
-    return Sweep(value, grad, states, {**states, **ahead}, methods, _report(system, infos, value, grad), aux)
-
-
-def _report(system: System, infos: dict[str, dict], value, grad) -> dict[str, Any]:
-    order = [name for name in system.graph.top.nested if name in infos]
-    out = {f"{name}/{entry}": a for name in order for entry, a in infos[name].items() if entry != "code"}
-    grad_norm = tree.norm(grad)
-    codes = [infos[name]["code"] for name in order]
-    code = first(
-        *(jnp.where(c == RESULTS.inner_nonfinite, c, jnp.int32(0)) for c in codes),
-        unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
-        *codes,
-        *(unless(jnp.isfinite(a), RESULTS.adjoint_nonfinite) for entry, a in out.items() if entry.endswith("/inner_grad_norm")),
-        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
-    )
-    return {**out, "grad_norm": grad_norm, "code": code}
-
-
-# ---- value_and_multilevel_grad
-
-
-class MultilevelEstimateState(NamedTuple):
-    """What the next estimate starts from, by level name: optimizers' states, models' states, methods' states; and draws done."""
-
-    opt: dict[str, PyTree]
-    model: dict[str, PyTree]
-    method: dict[str, PyTree]
-    step: Any
-
-
-class MultilevelGradFn:
-    """What `value_and_multilevel_grad` returns: call it, or make a first state with `init`."""
-
-    def __init__(self, levels: Sequence[Level]):
-        self.levels = checked(levels)
-
-    def __repr__(self) -> str:
-        return f"value_and_multilevel_grad({list(self.levels)!r})"
-
-    def init(self, params: dict[str, PyTree], *, model_state: dict[str, PyTree] | None = None) -> MultilevelEstimateState:
-        """A first `state` for these parameters. Passing it from the start keeps one trace, where ``state=None`` and then a state make two.
-
-        Args:
-          params: dict by level name.
-          model_state: initial model states of stateful objectives, by level name.
-
-        Returns:
-          A `MultilevelEstimateState`.
-        """
-        floats, fixed = split_params(self.levels, params)
-        states, methods = first_states(self.levels, floats, check_names(model_state, [level.name for level in self.levels], "model_state"))
-        opt = {name: state.opt for name, state in states.items()}
-        return MultilevelEstimateState(opt, {name: state.model for name, state in states.items()}, methods, jnp.zeros((), jnp.int32))
-
-    def __call__(
-        self,
-        params: dict[str, PyTree],
-        batches: dict[str, PyTree] | None = None,
-        *,
-        state: MultilevelEstimateState | None = None,
-        key: jax.Array | None = None,
-    ) -> Estimate:
-        """Value and gradient of the top level at `params`; see `value_and_multilevel_grad`."""
-        floats, fixed = split_params(self.levels, params)
-        names = [level.name for level in self.levels]
-        batches = {n: jax.tree.map(jnp.asarray, b) for n, b in check_names(batches, names, "batches").items()}
-        models = {} if state is None else state.model
-        system = self.system(floats, fixed, batches, key, models)
-        if state is None:
-            states, methods = first_states(self.levels, floats, {})
-            step = jnp.zeros((), jnp.int32)
-        else:
-            states = {n: InnerState(floats[n], state.opt[n], state.model[n]) for n in names[:-1]}
-            methods, step = state.method, state.step
-        zero = jnp.zeros((), jnp.int32)
-        feeds = {n: Feed(batches.get(n), None if key is None else jax.random.fold_in(key, i), zero) for i, n in enumerate(names)}
-        out = sweep(system, states, methods, floats[names[-1]], feeds)
-        new_state = MultilevelEstimateState(
-            {n: s.opt for n, s in out.states.items()}, {n: s.model for n, s in out.states.items()}, out.methods, step + 1
-        )
-        solved = {n: tree.combine(s.params, fixed[n]) for n, s in out.states.items()}
-        grad = tree.combine(out.grad, jax.tree.map(lambda a: None, fixed[names[-1]]))
-        return Estimate(out.value, grad, solved, new_state, out.info, out.aux)
-
-    def system(self, floats: dict, fixed: dict, batches: dict, key: Any, models: dict) -> System:
-        """The levels bound to these shapes, with the graph found from them."""
-        _check_key(self.levels, key, [])
-        contexts = {level.name: Ctx(batches.get(level.name), key) for level in self.levels}
-        return as_system(self.levels, floats, fixed, {level.name: same for level in self.levels}, contexts, models, joint.attached)
-
-
-def check_names(given: Any, names: Sequence[str], argument: str) -> dict:
-    """A dict by level name; None is an empty one."""
-    if given is None:
-        return {}
-    if not isinstance(given, dict):
-        raise TypeError(f"{argument}: got {check.describe(given)}; expected a dict by level name, of {list(names)}.")
-    for name in given:
-        if name not in names:
-            raise ValueError(f"{argument}: got the key {name!r}; expected level names: {list(names)}.")
-    return given
-
-
-def first_states(levels: Sequence[Level], params: dict[str, PyTree], models: dict) -> tuple[dict[str, InnerState], dict[str, PyTree]]:
-    """Fresh optimizer and method states of all levels but the top one."""
-    states, methods = {}, {}
-    for level in levels[:-1]:
-        name = level.name
-        opt, methods[name] = tree.strong((as_solver(level).init(params[name]), method_of(level).init(params[name])))
-        states[name] = InnerState(params[name], opt, None if models.get(name) is None else tree.strong(models[name]))
-    return states, methods
-
-
-def value_and_multilevel_grad(levels: Sequence[Level]) -> MultilevelGradFn:
-    r"""The top objective at the solved levels below it, and its total derivative: `value_and_hypergrad` for any number of levels.
-
-    .. math::
-        w_j = \nabla_{y_j} f + \sum_{k \text{ reads } j} (\partial y_k / \partial y_j)^\top w_k, \qquad
-        \nabla F = \nabla_x f + \sum_{j \text{ reads } x} (\partial y_j / \partial x)^\top w_j
-
-    Who reads whom is found from the objectives (`explain` prints it); so is whether a lower level is a constant of another's problem (a chain) or
-    reacts to it and is solved inside it (nested). Every level is pulled back once, after all levels that read it.
-
-    Args:
-      levels: two or more `Level`, lowest first. Each but the top one has a solver and a method.
-
-    Returns:
-      ``fn(params, batches=None, *, state=None, key=None) -> Estimate``, free to be jitted, vmapped and scanned, with ``fn.init(params,
-      model_state=)`` for a first state. `params` and `batches` are dicts by level name; `params` says where each level starts. ``Estimate.grad`` is
-      that of the top level, ``Estimate.inner_params`` a dict of the levels below as solved, ``Estimate.info`` has the entries of each level's
-      method as ``"name/entry"``. A level that only others' objectives hold is returned as those left it.
-
-    Raises:
-      TypeError, ValueError: for arguments that cannot work, naming the level; for a level that nobody reads; for a method that needs a second
-        derivative through a level whose method gives only one.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, bilevax as bx
-      >>> descent, method = bx.inner.optax(optax.sgd(0.2), 30), bx.hypergradient.implicit()
-      >>> levels = [
-      ...     bx.Level("z", lambda p, batch: (p["z"] - p["y"]) ** 2, solver=descent, hypergradient=method),
-      ...     bx.Level("y", lambda p, batch: (p["y"] - p["x"]) ** 2 + p["z"] ** 2, solver=descent, hypergradient=method),
-      ...     bx.Level("x", lambda p, batch: (p["y"] - 1.0) ** 2, solver=optax.sgd(0.1)),
-      ... ]
-      >>> fn = bx.value_and_multilevel_grad(levels)
-      >>> round(float(fn({"z": 0.0, "y": 0.0, "x": 4.0}).grad), 3)  # y = x / 2, since z follows y
-      1.0
-
-    Source: the levels' best responses compose by the implicit function theorem; Choe et al., "Betty: an automatic differentiation library for
-    multilevel optimization" (ICLR 2023), on graphs of levels.
-    """
-    return MultilevelGradFn(levels)
-
-
-# ---- solve_multilevel
 
 
 class MultilevelState(NamedTuple):
@@ -358,7 +136,7 @@ def solve_multilevel(
     sources = {name: as_source(given.get(name), f"data[{name!r}]") for name in names}
     models = {n: check.arrays(m, f"model_state[{n!r}]") for n, m in check_names(model_state, names, "model_state").items()}
     run_key = key if state is None else state.key
-    _check_key(levels, run_key, [n for n, s in sources.items() if isinstance(s, Source) and s.keyed])
+    check_key(levels, run_key, [n for n, s in sources.items() if isinstance(s, Source) and s.keyed])
     floats, fixed = split_params(levels, params)
     for name in names:
         check.finite(floats[name], f"params[{name!r}]")
@@ -387,12 +165,3 @@ def solve_multilevel(
 
 def _projected(outer, *, fn, fixed):
     return tree.partition(fn(tree.combine(outer, fixed)))[0]
-
-
-def _check_key(levels: Sequence[Level], key, sampled: list[str]) -> None:
-    keyed = [level.name for level in levels if getattr(level.objective, "keyed", False)]
-    if key is None and (keyed or sampled):
-        cause = f"the objective of level {keyed[0]!r} takes a key" if keyed else f"the data of level {sampled[0]!r} is sampled"
-        raise ValueError(f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0).")
-    if key is not None:
-        check.is_key(key)

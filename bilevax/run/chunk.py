@@ -11,7 +11,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax.base import Algorithm, Draws, Feed, Feeds, PyTree, join
-from bilevax.data import ordered
+from bilevax.data.draws import ordered
 from bilevax.results import RESULTS
 from bilevax.run.metrics import Metrics
 

@@ -15,9 +15,9 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevax import tree
 from bilevax.base import Bound, Feed, InnerState, Objective, Problem, PyTree, join, split
-from bilevax.data import Source, Stream
+from bilevax.data.loaders import Stream, peek
+from bilevax.data.sources import Source
 from bilevax.run import over_tasks
-from bilevax.run.window import peek
 from bilevax.sharding.placement import Sharding
 
 

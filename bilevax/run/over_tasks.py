@@ -11,7 +11,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from bilevax.base import Algorithm, Bound, Hypergradient, Objective, Problem, PyTree, StepInfo, join, split
-from bilevax.data import Stream
+from bilevax.data.loaders import Stream
 from bilevax.sharding.axis import enter, leave
 from bilevax.tasks import _over_tasks
 

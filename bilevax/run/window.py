@@ -11,7 +11,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax.base import Ctx, Feed, PyTree, join, split
-from bilevax.data import Source, Stream, windowed
+from bilevax.data.draws import windowed
+from bilevax.data.loaders import Stream, peek
+from bilevax.data.sources import Source
 
 
 class Window:
@@ -71,21 +73,6 @@ class Window:
             else:
                 data.append(None)
         return tuple(data), steps
-
-
-def peek(stream: Stream) -> PyTree:
-    """The first batch of a stream, which is put back."""
-    first = stream.next()
-    rest = stream.iterator
-
-    def again():
-        yield first
-        yield from rest
-
-    stream.iterator = again()
-    if stream.iterable is rest:  # a one-pass iterator stays one
-        stream.iterable = stream.iterator
-    return first
 
 
 def source_draw(source: Source | Stream) -> Any:

@@ -7,13 +7,9 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
 import numpy as np
 
-from bilevax.base import join
-from bilevax.data import Stream
-from bilevax.run.chunk import one_step
-from bilevax.run.window import Window
+from bilevax.sharding.placement import Sharding
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _BYTES = {"pred": 1, "s4": 0.5, "u4": 0.5, "c64": 8, "c128": 16}
@@ -109,45 +105,10 @@ def dry_run(driver: Callable, *args, **kwargs) -> Report:
       >>> report.state_bytes == report.total_bytes  # on one device
       True
     """
-    from bilevax.sharding.placement import Sharding  # which reads the data through streams, as this module does
-
     sharding = kwargs.pop("sharding", None)
     if not isinstance(sharding, Sharding):
         raise TypeError(f"sharding: got {sharding!r}; expected one of sharding's factories. Try sharding.data_parallel().")
     return driver(*args, **kwargs, sharding=dataclasses.replace(sharding, dry=True))
-
-
-def of_step(static: Any, dynamic: tuple, run: Any, sources: tuple, draws: Any) -> Report:
-    """The report of one step of a run."""
-    plan = join(static, dynamic)
-    window = Window(sources, draws, 1, plan.layout.put_window)
-    data, _ = window.read(0, 1) if any(isinstance(s, Stream) for s in sources) else (tuple(s.data for s in sources), 1)
-    step = jax.jit(lambda dynamic, run, data: one_step(join(static, dynamic), run, data), donate_argnums=(1,))
-    compiled = step.lower(dynamic, run, data).compile()
-    pieces = tuple(_piece(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(run))
-    return Report(
-        pieces,
-        collectives(compiled.as_text() or ""),
-        sum(p.device_bytes for p in pieces),
-        sum(p.total_bytes for p in pieces),
-        _peak(compiled),
-    )
-
-
-def _peak(compiled: Any) -> int | None:
-    memory = compiled.memory_analysis()
-    if memory is None:
-        return None
-    return int(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
-
-
-def _piece(path: Any, leaf: jax.Array) -> Piece:
-    if jax.numpy.issubdtype(leaf.dtype, jax.dtypes.prng_key):
-        leaf = jax.random.key_data(leaf)
-    local = leaf.sharding.shard_shape(leaf.shape)
-    size = leaf.dtype.itemsize
-    device, total = (int(np.prod(shape, dtype=np.int64)) * size for shape in (local, leaf.shape))
-    return Piece(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), getattr(leaf.sharding, "spec", None), device, total)
 
 
 # ---- reading the compiled program

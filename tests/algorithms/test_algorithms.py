@@ -9,7 +9,7 @@ import pytest
 import bilevax as bx
 from bilevax.algorithms.penalty import difference
 from bilevax.base import Feed
-from bilevax.solve import run_chunk
+from bilevax.run.chunk import run_chunk
 from bilevax.tree import normal_like
 from tests.algorithms import numpy_algorithms as rules
 from tests.problems import PROBLEMS

@@ -7,20 +7,21 @@ import pytest
 
 from bilevax import data
 from bilevax.base import Feed
+from bilevax.data import draws, loaders, permutation, sources
 
 KEY = jax.random.key(3)
 
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 64, 97, 1000])
 def test_permuted_is_a_permutation(total):
-    images = jax.jit(data.permuted, static_argnums=2)(KEY, jnp.arange(total, dtype=jnp.uint32), total)
+    images = jax.jit(permutation.permuted, static_argnums=2)(KEY, jnp.arange(total, dtype=jnp.uint32), total)
     assert sorted(images.tolist()) == list(range(total))
 
 
 def test_permuted_looks_random():
     """Over 2,000 keys each place's image is uniform (chi-square), and neighbours are not correlated."""
     keys = jax.random.split(KEY, 2000)
-    images = np.asarray(jax.vmap(lambda k: data.permuted(k, jnp.arange(10, dtype=jnp.uint32), 10))(keys)).astype(int)
+    images = np.asarray(jax.vmap(lambda k: permutation.permuted(k, jnp.arange(10, dtype=jnp.uint32), 10))(keys)).astype(int)
     for place in range(10):
         counts = np.bincount(images[:, place], minlength=10)
         assert ((counts - 200) ** 2 / 200).sum() < 33.7  # chi-square, 9 degrees, p = 1e-4
@@ -75,19 +76,19 @@ def test_pytrees_are_drawn_together():
 
 
 def test_generated_sees_key_and_step():
-    source = data.as_source(lambda key, step: (step, jax.random.normal(key)), "inner_data")
+    source = sources.as_source(lambda key, step: (step, jax.random.normal(key)), "inner_data")
     (a, ra), (b, rb) = (source.draw(Feed(None, KEY, 5), i).batch for i in (0, 1))
     assert (int(a), int(b)) == (5, 6) and float(ra) != float(rb)
     assert float(source.draw(Feed(None, KEY, 4), 1).batch[1]) == float(ra)
 
 
 def test_forms():
-    assert data.as_source(None, "d").draw is data.same
-    assert data.as_source([np.zeros(3), np.zeros((3, 2))], "d").draw is data.same
-    assert isinstance(data.as_source(iter([np.zeros(3)]), "d"), data.Stream)
-    stream = data.as_source(range(3), "d")
+    assert sources.as_source(None, "d").draw is data.same
+    assert sources.as_source([np.zeros(3), np.zeros((3, 2))], "d").draw is data.same
+    assert isinstance(sources.as_source(iter([np.zeros(3)]), "d"), loaders.Stream)
+    stream = sources.as_source(range(3), "d")
     assert [stream.next() for _ in range(5)] == [0, 1, 2, 0, 1]  # what can be iterated again starts over
-    once = data.as_source(iter(range(2)), "d")
+    once = sources.as_source(iter(range(2)), "d")
     assert [once.next(), once.next()] == [0, 1]
     with pytest.raises(StopIteration):
         once.next()
@@ -110,7 +111,7 @@ def test_an_order_found_at_once_is_that_of_the_draws(total, replace):
 
     @jax.jit
     def both(feed):
-        order = data.ordered(source.draw, feed, count)
+        order = draws.ordered(source.draw, feed, count)
         alone = [source.draw(feed, i) for i in range(count)]
         told = [source.draw(feed._replace(order=order), i) for i in range(count)]
         return order, jnp.stack([ctx.index for ctx in alone]), [jnp.stack([ctx.batch for ctx in many]) for many in (alone, told)]

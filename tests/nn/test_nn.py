@@ -12,7 +12,7 @@ from jax.flatten_util import ravel_pytree
 
 import bilevax as bx
 from bilevax import base, nn, tree
-from bilevax.solve import run_chunk
+from bilevax.run.chunk import run_chunk
 from tests.nn.nn_models import NnxNet, batches, call, leaves, linen_net, linen_variables, losses, nnx_net, plain, same_bits, weighted
 
 TRAIN, VALID = batches()

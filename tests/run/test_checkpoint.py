@@ -55,7 +55,7 @@ def test_a_run_in_pieces_is_the_run(whole, tmp_path):
 
 
 def test_nothing_is_compiled_again_for_a_resumed_run(tmp_path):
-    from bilevax.solve import run_chunk
+    from bilevax.run.chunk import run_chunk
 
     solve(20, checkpoint=every(tmp_path))
     before = run_chunk._cache_size()

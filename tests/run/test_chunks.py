@@ -7,8 +7,9 @@ import optax
 import pytest
 
 import bilevax as bx
-from bilevax import check, solve
+from bilevax import check
 from bilevax.base import Feed, Feeds, InnerState
+from bilevax.run import driver
 from bilevax.run.chunk import MOST_VALUES
 
 WIDE = MOST_VALUES // 300  # numbers in a row of the history: more than 256 steps of them are held, fewer than 600
@@ -41,31 +42,31 @@ def same(a, b):
 
 
 def test_long_chunks_are_short_ones(monkeypatch):
-    lengths, chunk = [], solve.run_chunk
+    lengths, chunk = [], driver.run_chunk
 
     def spy(static, capacity, state, dynamic, data, n):
         lengths.append(n)
         return chunk(static, capacity, state, dynamic, data, n)
 
-    monkeypatch.setattr(solve, "run_chunk", spy)
+    monkeypatch.setattr(driver, "run_chunk", spy)
     run(300)  # compiles
     lengths.clear()
-    monkeypatch.setattr(solve, "QUICK", 1e3)
+    monkeypatch.setattr(driver, "QUICK", 1e3)
     long = run(3000)
     assert lengths == [256, 2744]
     lengths.clear()
-    monkeypatch.setattr(solve, "QUICK", 0.0)
+    monkeypatch.setattr(driver, "QUICK", 0.0)
     short = run(3000)
     assert lengths == [256] * 11 + [184]
     same(long, short)
 
 
 def test_a_wide_history_takes_shorter_chunks_and_all_steps(monkeypatch):
-    monkeypatch.setattr(solve, "QUICK", 1e3)
+    monkeypatch.setattr(driver, "QUICK", 1e3)
     objective = bx.objective(wide, has_aux=True)
     out = run(600, objective)
     assert out.stats["steps"] == 600 and out.history["aux"].shape == (600, WIDE)
-    monkeypatch.setattr(solve, "QUICK", 0.0)
+    monkeypatch.setattr(driver, "QUICK", 0.0)
     same(out, run(600, objective))
     traced = jax.jit(
         lambda x: bx.solve_bilevel(inner, objective, jnp.zeros(2), x, inner_data=ROWS, algorithm=ALGORITHM, key=jax.random.key(0), num_steps=600)

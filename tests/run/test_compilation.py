@@ -6,7 +6,7 @@ import optax
 
 import bilevax as bx
 from bilevax import base
-from bilevax.solve import run_chunk
+from bilevax.run.chunk import run_chunk
 
 
 def problem():

@@ -164,7 +164,7 @@ def test_multilevel_equals_one_device(sharding):
 
 
 def test_nothing_is_compiled_twice():
-    from bilevax.solve import run_chunk
+    from bilevax.run.chunk import run_chunk
 
     run("soba", sharding=S.fsdp(min_size=16))
     before = run_chunk._cache_size()

@@ -1,0 +1,144 @@
+"""Draws, ``(feed, i) -> Ctx``: how compiled code finds the batch of a step."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from bilevax.base import Bound, Ctx, Draw, Feed
+from bilevax.data.permutation import permuted, round_keys, walk
+
+
+def draw_number(feed: Feed, i) -> jax.Array:
+    """The number of the i-th draw from here, counted from the run's start: what draws are keyed by."""
+    return jnp.asarray(feed.step, jnp.int32) + jnp.asarray(i, jnp.int32)
+
+
+def _key(feed: Feed, i) -> Any:
+    return None if feed.key is None else jax.random.fold_in(feed.key, draw_number(feed, i))
+
+
+def same(feed: Feed, i) -> Ctx:
+    """Draw: the whole of the feed's data, every time.
+
+    Args:
+      feed: the stream.
+      i: the draw's number from here.
+
+    Returns:
+      A `Ctx` with the batch, and a key of its own where the stream has one.
+
+    Example:
+      >>> from bilevax import base, data
+      >>> data.same(base.Feed([1.0, 2.0]), 5).batch
+      [1.0, 2.0]
+    """
+    return Ctx(feed.data, _key(feed, i))
+
+
+def stacked(feed: Feed, i) -> Ctx:
+    """Draw: the data's leading axis counts draws, and entry ``feed.step + i`` is the batch.
+
+    Args:
+      feed: the stream.
+      i: the draw's number from here.
+
+    Returns:
+      A `Ctx` with the batch, and a key of its own where the stream has one.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from bilevax import base, data
+      >>> data.stacked(base.Feed(jnp.array([10.0, 20.0, 30.0])), 2).batch.item()
+      30.0
+    """
+    return Ctx(jax.tree.map(lambda a: a[draw_number(feed, i)], feed.data), _key(feed, i))
+
+
+def windowed(feed: Feed, i) -> Ctx:
+    """Draw: as `stacked`, from a window ``(start, batches)`` of a longer stream."""
+    start, batches = feed.data
+    return Ctx(jax.tree.map(lambda a: a[draw_number(feed, i) - start], batches), _key(feed, i))
+
+
+def sampled(feed: Feed, i, *, batch_size: int) -> Ctx:
+    """Draw: rows chosen independently, with replacement."""
+    key = _key(feed, i)
+    total = jax.tree.leaves(feed.data)[0].shape[0]
+    index = jax.random.randint(key, (batch_size,), 0, total)
+    return Ctx(jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(key, 1))
+
+
+def by_epoch(feed: Feed, i, *, batch_size: int) -> Ctx:
+    """Draw: rows in an order of their own for each epoch."""
+    total = jax.tree.leaves(feed.data)[0].shape[0]
+    per_epoch = total // batch_size
+    step = draw_number(feed, i).astype(jnp.uint32)
+    epoch, position = step // jnp.uint32(per_epoch), step % jnp.uint32(per_epoch)
+    places = position * jnp.uint32(batch_size) + jnp.arange(batch_size, dtype=jnp.uint32)
+    index = permuted(jax.random.fold_in(feed.key, epoch), places, total).astype(jnp.int32)
+    return Ctx(jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(_key(feed, i), 1))
+
+
+def _chosen(feed: Feed, i, num_batches: int, replace: bool) -> jax.Array:
+    """The number of the batch that the i-th draw from here takes."""
+    number = draw_number(feed, i)
+    if num_batches == 1:
+        return jnp.zeros((), jnp.int32)
+    if replace:
+        return jax.random.randint(_key(feed, i), (), 0, num_batches, jnp.int32)
+    position = (number % num_batches).astype(jnp.uint32)
+    return permuted(jax.random.fold_in(feed.key, number // num_batches), position, num_batches).astype(jnp.int32)
+
+
+def ordered(draw: Draw, feed: Feed, count: int) -> jax.Array | None:
+    """What the next `count` draws of `feed` find out, where `draw` makes use of it: one vectorised pass in place of a cipher in each step."""
+    if not (isinstance(draw, Bound) and draw.fn is partition) or draw.settings["num_batches"] == 1:
+        return None
+    total, first = draw.settings["num_batches"], draw_number(feed, 0)
+    places = jnp.arange(count, dtype=jnp.int32)
+    if draw.settings["replace"]:
+        return jax.vmap(lambda i: _chosen(feed, i, total, True))(places)
+    epochs = first // total + jnp.arange(count // total + 2, dtype=jnp.int32)
+    keys = jax.vmap(lambda epoch: round_keys(jax.random.fold_in(feed.key, epoch)))(epochs)
+    numbers = first + places
+    order = jax.vmap(lambda keys, place: walk(keys, place, total))(keys[numbers // total - epochs[0]], (numbers % total).astype(jnp.uint32))
+    return order.astype(jnp.int32)
+
+
+def partition(feed: Feed, i, *, batch_size: int, num_batches: int, replace: bool) -> Ctx:
+    """Draw: one of the fixed batches that the data is divided into."""
+    index = _chosen(feed, i, num_batches, replace) if feed.order is None else feed.order[i]
+    batch = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index * batch_size, batch_size), feed.data)
+    return Ctx(batch, jax.random.fold_in(_key(feed, i), 1), index=index)
+
+
+def num_batches(draw: Draw, algorithm: str) -> int:
+    """How many batches this draw chooses from: those of a `partitioned` source, or 1 where every draw is the whole.
+
+    Raises:
+      ValueError: for any other draw, naming `algorithm`, which needs batches that come again.
+    """
+    if draw is same:
+        return 1
+    if isinstance(draw, Bound) and draw.fn is partition:
+        return draw.settings["num_batches"]
+    raise ValueError(
+        f"algorithm: got {algorithm}, which returns to the same batches again and again, with data drawn by {draw!r}; "
+        "expected a fixed number of batches. Try data.partitioned(arrays, batch_size), or full-batch data."
+    )
+
+
+def whole(draw: Draw, algorithm: str) -> Draw:
+    """The draw of all of the data that `draw` takes batches of; refuses what `num_batches` refuses."""
+    num_batches(draw, algorithm)
+    return same
+
+
+def generated(feed: Feed, i, *, fn: Callable) -> Ctx:
+    """Draw: what a user's ``fn(key, step)`` makes."""
+    key = _key(feed, i)
+    return Ctx(fn(jax.random.fold_in(key, 0), draw_number(feed, i)), jax.random.fold_in(key, 1))

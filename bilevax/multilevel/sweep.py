@@ -1,0 +1,100 @@
+"""The reverse sweep: one gradient of the top level through all levels below it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import tree
+from bilevax.base import Feed, InnerState, PyTree
+from bilevax.hypergradient._solve import forward
+from bilevax.multilevel import joint, nested
+from bilevax.multilevel.system import System
+from bilevax.results import RESULTS, first, unless
+
+
+class Sweep(NamedTuple):
+    """One gradient of the top level and what it leaves behind.
+
+    Attributes:
+      value: the top objective at the solved levels.
+      grad: its total derivative.
+      solved: the states that `value` belongs to, by level name.
+      states: the states to go on from: `solved`, but for levels that only looked ahead.
+      methods: the methods' states, by level name.
+      info: scalars, those of a level as ``"name/entry"``, and ``code`` and ``grad_norm``.
+      aux: the top objective's aux.
+    """
+
+    value: Any
+    grad: PyTree
+    solved: dict[str, InnerState]
+    states: dict[str, InnerState]
+    methods: dict[str, PyTree]
+    info: dict[str, Any]
+    aux: PyTree
+
+
+def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTree], outer: PyTree, feeds: dict[str, Feed]) -> Sweep:
+    """Solve the levels, each after those that it reads, and pull the top objective's cotangents back, each before those.
+
+    ``w_j = ∂F_top/∂y_j + Σ_k (∂y_k/∂y_j)' w_k`` over the levels k that read j; one pullback a level, none where nothing arrives or nothing moves.
+    """
+    graph, top = system.graph, system.graph.top
+    states, methods = dict(states), dict(methods)
+    data = {name: feed.data for name, feed in feeds.items()}
+    env = {name: state.params for name, state in states.items()} | {top.name: outer}
+    ahead: dict[str, InnerState] = {}
+    pullbacks: dict[str, Callable] = {}
+    infos: dict[str, dict] = {}
+    for name in top.nested:
+        node, side = graph[name], nested.lower(system, name)
+        given = {n: env[n] for n in node.live}
+        rest = lax.stop_gradient({n: v for n, v in env.items() if n != name and n not in given})
+        feed = Feed((data, rest), feeds[name].key, feeds[name].step)
+        start = nested.start_state(system, name, states)
+        if node.live:
+            method = joint.adapted(system, name)
+            solution, pullbacks[name] = method.vjp(side, start, given, feed, nested.hyper_context(side, feed), methods[name])
+        else:
+            solution, infos[name] = forward(side, start, given, feed)
+        if system.look_ahead[name]:
+            one, _ = side.run(*lax.stop_gradient((start, given, feed)), 0, 1)
+            ahead |= nested.end_states(name, lax.stop_gradient(one))
+        env[name] = solution.params
+        states |= nested.end_states(name, solution)
+
+    moved = {n: env[n] for n in (*(n for n in top.uses if n in pullbacks), top.name)}
+    ctx = system.draws[top.name](feeds[top.name], 0)._replace(model=None)
+
+    def value_of(moved):
+        return system.objectives[top.name]({**env, **moved}, None, ctx)
+
+    (value, (_, aux)), cotangents = jax.value_and_grad(value_of, has_aux=True)(moved)
+    for name in reversed(top.nested):
+        if name not in pullbacks or name not in cotangents:
+            continue
+        found, _, methods[name], infos[name] = pullbacks[name](cotangents[name])
+        for n, cotangent in found.items():
+            cotangents[n] = tree.add(cotangents[n], cotangent) if n in cotangents else cotangent
+    grad = cotangents[top.name]
+    return Sweep(value, grad, states, {**states, **ahead}, methods, _report(system, infos, value, grad), aux)
+
+
+def _report(system: System, infos: dict[str, dict], value, grad) -> dict[str, Any]:
+    order = [name for name in system.graph.top.nested if name in infos]
+    out = {f"{name}/{entry}": a for name in order for entry, a in infos[name].items() if entry != "code"}
+    grad_norm = tree.norm(grad)
+    codes = [infos[name]["code"] for name in order]
+    code = first(
+        *(jnp.where(c == RESULTS.inner_nonfinite, c, jnp.int32(0)) for c in codes),
+        unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
+        *codes,
+        *(unless(jnp.isfinite(a), RESULTS.adjoint_nonfinite) for entry, a in out.items() if entry.endswith("/inner_grad_norm")),
+        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
+    )
+    return {**out, "grad_norm": grad_norm, "code": code}

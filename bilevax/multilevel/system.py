@@ -1,0 +1,105 @@
+"""The levels as compiled code is given them: bound to their fixed leaves, with the graph of who reads whom."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from bilevax import check, tree
+from bilevax import inner as inner_solvers
+from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, objective
+from bilevax.hypergradient.finite_difference import finite_difference
+from bilevax.hypergradient.one_step import one_step
+from bilevax.multilevel.graph import Graph, find
+from bilevax.multilevel.level import Level
+
+
+class System(NamedTuple):
+    """The levels as compiled code is given them: a pytree whose functions and integers are static and whose numbers are leaves."""
+
+    graph: Graph
+    objectives: dict[str, Objective]  # (params, None, ctx), on floating-point leaves
+    solvers: dict[str, InnerSolver]  # of all levels but the top one
+    methods: dict[str, Hypergradient]
+    draws: dict[str, Draw]
+    optimizer: Any  # of the top level
+    look_ahead: dict[str, bool]
+    joint: Callable  # (system, name, solution, given, ctx): the exact derivative of a solved level with others inside it
+
+
+def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[str, Draw], contexts: dict, models: dict, joint: Callable) -> System:
+    """The levels bound to their non-float leaves, with the graph of who reads whom found from these shapes."""
+    objectives = {}
+    for level in levels:
+        wrapped = objective(level.objective)
+        objectives[level.name] = dataclasses.replace(wrapped, fn=Bound(wrapped.name, _two_arguments, fn=wrapped.fn, fixed=fixed))
+        model = models.get(level.name)
+        if wrapped.stateful and model is None:
+            raise ValueError(f"model_states: got none for level {level.name!r}, whose objective is stateful; expected its initial model state.")
+        check._evaluate(objectives[level.name], f"Level {level.name!r}, objective", params, None, contexts[level.name]._replace(model=model))
+    given = {name: contexts[name]._replace(model=models.get(name)) for name in objectives}
+    graph = find(objectives, params, given, {level.name: level.reads for level in levels}, [level.name for level in levels if level.freeze])
+    *lower, top = levels
+    methods = {level.name: method_of(level) for level in lower}
+    return System(
+        graph,
+        objectives,
+        {level.name: as_solver(level) for level in lower},
+        {name: _once_only(method) if any(methods[n].order < 2 for n in graph[name].held) else method for name, method in methods.items()},
+        draws,
+        top.solver,
+        {level.name: level.look_ahead for level in lower},
+        joint,
+    )
+
+
+def method_of(level: Level) -> Hypergradient:
+    """The method of a level below the top; only a frozen one may do without."""
+    return _NONE if level.hypergradient is None else level.hypergradient
+
+
+_NONE = one_step()  # never called: nothing waits for a frozen level
+
+
+def _once_only(method: Hypergradient) -> Hypergradient:
+    """A method over a level that can be differentiated once only: SAMA and one-step take their mixed products from differences there."""
+    if not isinstance(method.vjp, Bound):
+        return method
+    settings = method.vjp.settings
+    if method.vjp.name == "one_step":
+        return finite_difference(settings["scale"])
+    if settings.get("product") == "exact":
+        return method._replace(vjp=Bound(method.vjp.name, method.vjp.fn, **{**settings, "product": "difference"}))
+    return method
+
+
+def _two_arguments(params, _, batch, *model, fn, fixed, **keyed):
+    return fn({name: tree.combine(value, fixed[name]) for name, value in params.items()}, batch, *model, **keyed)
+
+
+def as_solver(level: Level) -> InnerSolver:
+    """What solves a level below the top."""
+    solver = level.solver if isinstance(level.solver, InnerSolver) else inner_solvers.optax(level.solver, 1)
+    if level.every == 1:
+        return solver
+    step = Bound("every", _every_nth, step=solver.step, solves=solver.steps + 1, every=level.every)
+    return solver._replace(step=step)
+
+
+def _every_nth(objective, state, outer, ctx, *, step, solves, every):
+    """The solver's step in every n-th solve; in the others the level stands still."""
+
+    def move():
+        return step(objective, state, outer, ctx)
+
+    shapes = jax.eval_shape(move)[1]
+
+    def stand():
+        return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+
+    return lax.cond((ctx.batch.number // solves) % every == 0, move, stand)

@@ -1,0 +1,271 @@
+"""Runs that survive: checkpoints of the whole run state through orbax, with a digest of their own.
+
+A checkpoint is one folder ``step_<n>`` that appears complete or not at all. It holds every leaf of the run state, the history up to there, and a
+manifest: the leaves' paths, shapes and dtypes, and 64 bits of digest for each, computed on the devices from the values and their positions alone, so
+that it can be checked on any number of devices.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import time
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from bilevax import tree
+from bilevax.base import PyTree
+from bilevax.checkpoint import Checkpointing
+from bilevax.run import digest
+
+FORMAT = 1
+LISTING = "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete
+_NAME = re.compile(r"^step_(\d+)$")
+
+
+class Store:
+    """The checkpoints of one run, in one directory. Every process of a run makes one and calls the same methods."""
+
+    def __init__(self, spec: Checkpointing, start: int):
+        try:
+            import orbax.checkpoint as ocp
+            from etils import epath
+        except ImportError as error:
+            raise ImportError("checkpoint= needs orbax; try pip install 'bilevax[checkpoint]'.") from error
+        self.spec, self.start, self.primary = spec, start, jax.process_index() == 0
+        self.folder = epath.Path(spec.directory)
+        if self.folder.exists() and not self.folder.is_dir():
+            raise NotADirectoryError(f"checkpoint: got the directory {spec.directory!r}, which is a file; expected a folder.")
+        if self.primary:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):  # what a killed process was writing
+                left.rmtree()
+        self._agree("opened")
+        self._ocp, self._writer = ocp, ocp.StandardCheckpointer()
+        self.saved: int | None = None
+        self._unlisted: int | None = None
+        self.seconds = 0.0  # for which saving kept the run waiting
+
+    def _agree(self, what: str) -> None:
+        if jax.process_count() > 1:
+            from jax.experimental import multihost_utils
+
+            multihost_utils.sync_global_devices(f"bilevax checkpoint {what}")
+
+    def steps(self) -> list[int]:
+        """Steps of the finished checkpoints, oldest first."""
+        found = [_NAME.match(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
+        return sorted(int(match[1]) for match in found if match)
+
+    def path(self, step: int, prefix: str = "") -> Any:
+        return self.folder / f"{prefix}step_{step:09d}"
+
+    # ---- saving
+
+    def save(self, run: PyTree, history: dict, step: int) -> None:
+        """Begin to write this state and history; waits only for the save before it."""
+        begin = time.perf_counter()
+        self._finish()
+        if self.path(step).exists():
+            raise FileExistsError(
+                f"checkpoint: {self.path(step)} exists already, and a save over it would be lost; expected a directory that no other run writes to."
+            )
+        leaves = {path: _plain(leaf) for path, leaf in _flat(run).items()}
+        if jax.default_backend() == "cpu":  # there the writer may read the very buffers that the next chunk overwrites
+            leaves = {path: tree.copy(leaf) for path, leaf in leaves.items()}
+        rows = {path: np.asarray(column) for path, column in _flat(history).items()}
+        manifest = {
+            "format": FORMAT,
+            "start": self.start,
+            "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
+            "digests": digest.of_arrays(list(leaves.values())),
+            "history": {path: _describe(column) for path, column in rows.items()},
+            "history_digest": digest.of_columns(rows),
+        }
+        text = json.dumps(manifest)
+        metadata = {"manifest": text, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
+        self._writer.save(self.path(step), _numbered(leaves, rows), custom_metadata=metadata)
+        self.saved = self._unlisted = step
+        self.seconds += time.perf_counter() - begin
+
+    def close(self) -> None:
+        """Wait for the save in flight."""
+        begin = time.perf_counter()
+        self._finish()
+        self._writer.close()
+        self.seconds += time.perf_counter() - begin
+
+    def _finish(self) -> None:
+        """Wait for the save in flight, list its files, and remove the oldest checkpoints beyond those to keep."""
+        self._writer.wait_until_finished()
+        if self.primary:
+            if self._unlisted is not None:
+                (self.path(self._unlisted) / LISTING).write_text(json.dumps(self._files(self._unlisted)))
+            for step in self.steps()[: -self.spec.keep]:
+                self.path(step).rmtree()
+        self._unlisted = None
+
+    def _files(self, step: int) -> dict[str, int]:
+        place, out, todo = self.path(step), {}, [self.path(step)]
+        while todo:
+            for entry in todo.pop().iterdir():
+                if entry.is_dir():
+                    todo.append(entry)
+                elif entry.name != LISTING:
+                    out[os.fspath(entry.relative_to(place))] = entry.stat().length
+        return dict(sorted(out.items()))
+
+    # ---- reading
+
+    def restore(self, run: PyTree) -> tuple[PyTree, dict] | None:
+        """The newest sound checkpoint's state, placed as `run` is, and its history; None where there is no checkpoint."""
+        steps = self.steps()
+        damaged: list[int] = []
+        for step in reversed(steps):
+            manifest = found = None
+            problem: Exception | None = None
+            try:
+                manifest = self._manifest(step)
+            except Exception as error:
+                problem = error
+            if manifest is not None:
+                self._same_problem(run, manifest, step)
+                try:
+                    found = self._read(run, manifest, step)
+                except Exception as error:  # whatever the reader trips over: the file is not what was written
+                    problem = error
+            if self._everywhere(found is not None):
+                assert found is not None
+                self._same_key(run.key, found[0].key, step)
+                if self.primary:
+                    for bad in damaged:
+                        self.path(bad).rename(self._aside(bad))
+                self._agree("restored")
+                self.saved = step
+                return found
+            reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
+            warnings.warn(
+                f"checkpoint: {self.path(step)} is damaged ({reason}); going back to the one before it. It is kept as {self._aside(step).name}.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
+            damaged.append(step)
+        if damaged:
+            raise RuntimeError(
+                f"checkpoint: all of {[str(self.path(s)) for s in damaged]} are damaged. Move the directory away to start anew, or put a backup back."
+            )
+        return None
+
+    def _aside(self, step: int) -> Any:
+        place, number = self.path(step, "damaged_"), 1
+        while place.exists():
+            place, number = self.folder / f"damaged_step_{step:09d}_{number}", number + 1
+        return place
+
+    def _everywhere(self, ok: bool) -> bool:
+        if jax.process_count() == 1:
+            return ok
+        from jax.experimental import multihost_utils
+
+        return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
+
+    def _manifest(self, step: int) -> dict:
+        """The manifest of a checkpoint whose files are all there."""
+        metadata = self._writer.metadata(self.path(step)).custom_metadata
+        if not metadata or "manifest" not in metadata:
+            raise _Damaged("it has no manifest")
+        text = metadata["manifest"]
+        if hashlib.blake2b(text.encode(), digest_size=16).hexdigest() != metadata.get("digest"):
+            raise _Damaged("its manifest does not have the manifest's digest")
+        listing = self.path(step) / LISTING
+        if listing.exists() and (was := json.loads(listing.read_text())) != (now := self._files(step)):
+            raise _Damaged(f"files are missing or have another size: {sorted(dict(was.items() ^ now.items()))[:5]}")
+        return json.loads(text)
+
+    def _same_problem(self, run: PyTree, manifest: dict, step: int) -> None:
+        want = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
+        got = manifest["leaves"]
+        differing = [
+            f"{path} ({got.get(path, 'absent')} there, {want.get(path, 'absent')} here)"
+            for path in {**want, **got}
+            if want.get(path) != got.get(path)
+        ]
+        if differing or manifest["format"] != FORMAT:
+            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+            raise ValueError(
+                f"checkpoint: {self.path(step)} belongs to another problem; expected the state of this one. Differing paths: "
+                f"{', '.join(differing[:8])}{more}. Give this run a directory of its own."
+            )
+        if manifest["start"] != self.start:
+            raise ValueError(
+                f"checkpoint: {self.path(step)} belongs to a run that started at step {manifest['start']}, and this one starts at {self.start}; "
+                "expected a directory for each call of its own."
+            )
+
+    def _same_key(self, key: Any, saved: Any, step: int) -> None:
+        if key is not None and (np.asarray(_plain(key)) != np.asarray(_plain(saved))).any():
+            raise ValueError(
+                f"checkpoint: {self.path(step)} was made with another key; expected the same one, which decides the order of the data. Give this run "
+                "a directory of its own."
+            )
+
+    def _read(self, run: PyTree, manifest: dict, step: int) -> tuple[PyTree, dict]:
+        wanted = {path: _plain(leaf) for path, leaf in _flat(run).items()}
+        like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in wanted.items()}
+        columns = {path: _empty(text) for path, text in manifest["history"].items()}
+        restored = self._writer.restore(self.path(step), _numbered(like, columns))
+        leaves = {path: restored.get(f"s{i}", wanted[path]) for i, path in enumerate(like)}  # an array without entries is not written
+        # What was on no particular device before must not be bound to one now: the step would be compiled again.
+        leaves = {path: leaf if wanted[path].committed else jnp.asarray(np.asarray(leaf)) for path, leaf in leaves.items()}
+        if digest.of_arrays(list(leaves.values())) != manifest["digests"]:
+            pairs = zip(digest.of_arrays(list(leaves.values())), manifest["digests"], strict=True)
+            wrong = sorted({list(leaves)[i // 2] for i, (a, b) in enumerate(pairs) if a != b})
+            raise _Damaged(f"the digest differs at {wrong[:5]}")
+        rows = {path: np.asarray(restored.get(f"h{i}", column)) for i, (path, column) in enumerate(columns.items())}
+        if digest.of_columns(rows) != manifest["history_digest"]:
+            raise _Damaged("the digest of the history differs")
+        flat, structure = jax.tree.flatten(run)
+        keys = zip(flat, leaves.values(), strict=True)
+        values = [
+            jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if jnp.issubdtype(old.dtype, jax.dtypes.prng_key) else new
+            for old, new in keys
+        ]
+        return structure.unflatten(values), rows
+
+
+# ---- what is in a checkpoint
+
+
+def _plain(leaf):
+    """A leaf as an array that can be written: PRNG keys as their data."""
+    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
+
+
+def _flat(value: PyTree) -> dict[str, Any]:
+    """Leaves by path."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(value)}
+
+
+def _describe(leaf) -> str:
+    return f"{leaf.dtype}{list(leaf.shape)}"
+
+
+class _Damaged(Exception):
+    """A checkpoint that does not give back what was saved."""
+
+
+def _numbered(leaves: dict, rows: dict) -> dict:
+    """Names that any storage takes, in the order of the manifest; arrays without entries are left out."""
+    out = {f"s{i}": leaf for i, leaf in enumerate(leaves.values()) if np.prod(leaf.shape, dtype=np.int64)}
+    return out | {f"h{i}": column for i, column in enumerate(rows.values()) if column.size}
+
+
+def _empty(text: str) -> np.ndarray:
+    dtype, shape = text.split("[", 1)
+    return np.zeros(json.loads("[" + shape), jnp.dtype(dtype))
