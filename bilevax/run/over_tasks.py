@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from bilevax.base import Algorithm, Bound, Hypergradient, Objective, Problem, PyTree, StepInfo, join, split
 from bilevax.data.loaders import Stream
+from bilevax.results import WARNINGS
 from bilevax.sharding.axis import enter, leave
 from bilevax.tasks import _over_tasks
 
@@ -125,17 +126,29 @@ def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count,
     specs = [feed_spec(feed, stream) for feed, stream in zip((feeds.inner, feeds.hyper, feeds.outer), streams, strict=True)]
     feeds_spec = feeds._replace(inner=specs[0], hyper=specs[1], outer=specs[2], key=everywhere, step=everywhere, done=everywhere)
     point = (state_spec.inner, state_spec.outer)
-    info_spec: Any = StepInfo(everywhere, everywhere, point, everywhere, everywhere, split_first)  # type: ignore[arg-type]
+    info_spec: Any = StepInfo(everywhere, everywhere, point, everywhere, everywhere, split_first, everywhere, everywhere)  # type: ignore[arg-type]
 
     def local(dynamic, state, feeds):
         problem, step = join(static, dynamic)
         state, info = step(problem, state, feeds)
         diagnostics = {name: _reduced(name, value, axis) for name, value in info.diagnostics.items()}
-        return state, info._replace(code=lax.pmax(info.code, axis), diagnostics=diagnostics)
+        return state, info._replace(
+            code=lax.pmax(info.code, axis),
+            diagnostics=diagnostics,
+            warnings=_any_of(info.warnings, axis),
+            scored=lax.pmin(jnp.asarray(info.scored, jnp.int32), axis) > 0,
+        )
 
     # Without check_vma: the step's loops carry values that differ by device beside constants that do not, which it would refuse to mix.
     run = jax.shard_map(local, mesh=sharding.mesh, in_specs=(everywhere, state_spec, feeds_spec), out_specs=(state_spec, info_spec), check_vma=False)
     return run(dynamic, state, feeds)
+
+
+def _any_of(mask, axis: str):
+    """The bits that are set on any device."""
+    places = jnp.arange(len(WARNINGS), dtype=jnp.int32)
+    bits = (jnp.asarray(mask, jnp.int32) >> places) & 1
+    return jnp.sum(lax.pmax(bits, axis) << places, dtype=jnp.int32)
 
 
 def _reduced(name: str, value, axis: str):
