@@ -76,7 +76,7 @@ def argmin(
       ValueError: for an objective that is not a real scalar, an `inner_init` without floating-point leaves, a `tol` that is not positive.
       SolveError: with `throw`, when a solve failed. From compiled code it comes as ``jax.errors.JaxRuntimeError`` with the same text.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> ridge = lambda w, lam: jnp.sum((w - 1.0) ** 2) + lam * jnp.sum(w**2)
       >>> fn = bx.argmin(ridge, bx.inner.optax(optax.sgd(0.1), steps=100))  # w* = 1 / (1 + lam)
@@ -113,7 +113,7 @@ def attach(objective: Callable, linear_solver: LinearSolver | None = None, *, ma
       ``fn(y, *args) -> y``, differentiable in `args` and in what `objective` closes over, any number of times. The tangent of `y` itself is
       dropped.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, bilevax as bx
       >>> from bilevax.argmin import attach
       >>> fn = attach(lambda y, x: (y - x**2) ** 2)

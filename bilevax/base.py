@@ -136,7 +136,7 @@ def objective(
     Raises:
       TypeError: if `fn` is not callable, or is an `Objective` already and flags are given.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.objective(lambda w, lam, batch: ((w - lam) ** 2, {"w": w}), has_aux=True)
       objective(<lambda>, has_aux=True)

@@ -55,7 +55,7 @@ def every(n: int, fn: Callable[[Event], bool | None]) -> Callback:
       ValueError: if `n` is below 1.
       TypeError: if `fn` is not callable.
 
-    Example:
+    Examples:
       >>> from bilevax import callbacks
       >>> callbacks.every(100, lambda event: print(event.step, event.history["value"][-1])).every
       100
@@ -82,7 +82,7 @@ def early_stopping(name: str, *, patience: int, mode: str = "min", min_delta: fl
       ValueError: for another mode, or counts below 1.
       KeyError: in the run, if the history has no such column.
 
-    Example:
+    Examples:
       >>> from bilevax import callbacks
       >>> callbacks.early_stopping("accuracy", patience=50, mode="max").every
       10
@@ -113,7 +113,7 @@ def progress_bar() -> Callback:
     Raises:
       ImportError: where tqdm is not installed.
 
-    Example:
+    Examples:
       >>> from bilevax import callbacks
       >>> bar = callbacks.progress_bar()
     """
@@ -199,7 +199,7 @@ def jsonl(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
     Raises:
       TypeError, ValueError: for a path that is none, or ``flush_every < 1``.
 
-    Example:
+    Examples:
       >>> import pathlib, jax.numpy as jnp, optax, bilevax as bx
       >>> quadratic = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
       >>> algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.5))
@@ -245,7 +245,7 @@ def csv(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
     Raises:
       TypeError, ValueError: for a path that is none, or ``flush_every < 1``; in the run, if the file has another header.
 
-    Example:
+    Examples:
       >>> from bilevax import callbacks
       >>> callbacks.csv("run.csv").every
       32
@@ -289,7 +289,7 @@ def tensorboard(directory: str | os.PathLike, *, flush_every: int = 32) -> Callb
       ImportError: where tensorboardX is not installed.
       TypeError, ValueError: for a directory that is none, or ``flush_every < 1``.
 
-    Example:
+    Examples:
       >>> from bilevax import callbacks
       >>> callbacks.tensorboard("logs").every
       32

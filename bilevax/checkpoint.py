@@ -42,7 +42,7 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointi
       TypeError, ValueError: for arguments of another kind; in the run, for a directory that holds checkpoints of another problem, another key, or
         of a run that started elsewhere; RuntimeError if all checkpoints in it are damaged.
 
-    Example:
+    Examples:
       >>> import tempfile, jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: 0.5 * jnp.sum((y - 3.0) ** 2)

@@ -178,7 +178,7 @@ def value_and_hypergrad(
     Raises:
       TypeError, ValueError: for arguments that cannot work, before anything is compiled; see the message.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> ridge = lambda w, lam, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2) + jnp.exp(lam) * w @ w
       >>> loss = lambda w, lam, batch: jnp.mean((batch[0] @ w - batch[1]) ** 2)

@@ -62,7 +62,7 @@ def history(run: Any) -> dict[str, np.ndarray]:
       TypeError: for anything else.
       ValueError: for a run without a row.
 
-    Example:
+    Examples:
       >>> from bilevax import plots
       >>> plots.history({"value": [3.0, 2.0]})["value"].tolist()
       [3.0, 2.0]
@@ -102,7 +102,7 @@ def dashboard(run: Any, *, title: str | None = None) -> Any:
       ImportError: where matplotlib is not installed.
       TypeError, ValueError: for a run that is none or empty.
 
-    Example:
+    Examples:
       >>> from bilevax import plots
       >>> figure = plots.dashboard({"value": [3.0, 2.0, 1.5], "grad_norm": [1.0, 0.3, 0.1]})
       >>> [axes.get_title() for axes in figure.axes]
@@ -163,7 +163,7 @@ def runs(runs: Mapping[str, Any], column: str = "value", *, cost: str | Sequence
       ImportError: where matplotlib is not installed.
       KeyError: for a run without such a column.
 
-    Example:
+    Examples:
       >>> from bilevax import plots
       >>> ax = plots.runs({"slow": {"value": [3.0, 2.5]}, "fast": {"value": [3.0, 0.1]}}, log=True)
       >>> [line.get_label() for line in ax.get_lines()]
@@ -198,7 +198,7 @@ def comparison(found: Any, ax: Any = None) -> Any:
     Raises:
       ImportError: where matplotlib is not installed.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y**2)

@@ -90,7 +90,7 @@ def solve_bilevel(
       TypeError, ValueError: for arguments that cannot work, before anything is compiled.
       SolveError: if the run fails and `throw`; the error's ``solution`` holds all that was reached.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: 0.5 * jnp.sum((y - 3.0) ** 2)

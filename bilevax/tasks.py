@@ -32,7 +32,7 @@ def tasks(fn: Callable, reduce: str = "mean") -> Objective:
       TypeError: for a function that is none, or a stateful one.
       ValueError: for another `reduce`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> loss = lambda w, x, batch: jnp.sum((w - batch) ** 2) / 2
       >>> fn = bx.value_and_hypergrad(
@@ -82,7 +82,7 @@ def task_copies(num_tasks: int) -> Callable[[PyTree], PyTree]:
     Raises:
       ValueError: for fewer than 1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> bx.task_copies(2)(jnp.ones(3)).shape
       (2, 3)

@@ -53,7 +53,7 @@ def quadratic(key: jax.Array, *, inner_size: int = 6, outer_size: int = 4, condi
     Raises:
       ValueError: for sizes too small, or ``condition < 1``.
 
-    Example:
+    Examples:
       >>> import jax, bilevax as bx
       >>> problem = bx.testing.quadratic(jax.random.key(0))
       >>> bx.value_and_hypergrad(
@@ -117,7 +117,7 @@ def check_method(method: Hypergradient, solver: InnerSolver | None = None, *, ex
       AssertionError: naming the first thing that is not so.
       TypeError: if `method` is not a `Hypergradient`.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.testing.check_method(bx.hypergradient.implicit())
     """

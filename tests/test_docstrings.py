@@ -45,6 +45,9 @@ def test_sections(name):
         assert re.search(rf"^\s+[\w, *]*\b{re.escape(argument)}\b[\w, *]*:", doc, re.MULTILINE), f"{name}: argument {argument!r} is not described"
     assert re.search(r"^Returns:|^Yields:|^Raises:", doc, re.MULTILINE), f"{name} does not say what it returns"
     assert ">>>" in doc, f"{name} has no example"
+    assert re.search(r"^Examples:\n +>>> ", doc, re.MULTILINE), (
+        f"{name}: its example stands in no section Examples, which the page would show as code"
+    )
     source = inspect.getsource(fn)
     if re.search(r"^    raise |^        raise ", source, re.MULTILINE):
         assert "Raises:" in doc, f"{name} raises, and does not say so"

@@ -48,7 +48,7 @@ def s_tfbo(initial: float = 1.0) -> Algorithm:
     Raises:
       TypeError, ValueError: if `initial` is no positive number.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.s_tfbo().draws
       Draws(inner=1, hyper=0, outer=1)
@@ -98,7 +98,7 @@ def d_tfbo(initial: float = 1.0, *, inner_tol: float = 1e-3, adjoint_tol: float 
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.d_tfbo().draws
       Draws(inner=1, hyper=0, outer=1)

@@ -37,7 +37,7 @@ def default_algorithm(sources) -> Algorithm:
     Returns:
       An `Algorithm`, the same object at every call.
 
-    Example:
+    Examples:
       >>> from bilevax import data
       >>> from bilevax.algorithms.default import default_algorithm
       >>> default_algorithm([data.full(None)] * 3).draws.inner

@@ -38,7 +38,7 @@ def double_loop(inner_solver: InnerSolver, hypergradient: Hypergradient, outer_o
     Raises:
       TypeError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import optax, bilevax as bx
       >>> bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 10), bx.hypergradient.implicit(bx.linear.cg(maxiter=10)), optax.adam(1e-2)).draws
       Draws(inner=10, hyper=1, outer=1)

@@ -72,7 +72,7 @@ def persistent_es(
     Raises:
       TypeError, ValueError: for arguments of another kind or outside their range; when run without a key.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2) / 2
       >>> outer = lambda y, x, batch: jnp.sum((y - 1.0) ** 2) / 2

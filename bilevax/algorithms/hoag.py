@@ -52,7 +52,7 @@ def hoag(inner_solver: InnerSolver | None = None, *, epsilon: float = 0.1, rate:
     Raises:
       TypeError, ValueError: for arguments of another kind; later, for data that is sampled.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.hoag(bx.inner.agd(), rate=0.8).draws
       Draws(inner=1, hyper=0, outer=1)

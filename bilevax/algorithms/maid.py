@@ -131,7 +131,7 @@ def maid(
     Raises:
       TypeError, ValueError: for arguments of another kind; later, for data that is sampled.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> ridge = lambda w, lam, b: jnp.mean((b["X"] @ w - b["y"]) ** 2) + jnp.exp(lam) * jnp.sum(w * w)
       >>> loss = lambda w, lam, b: jnp.mean((b["X"] @ w - b["y"]) ** 2)

@@ -57,7 +57,7 @@ def mrbo(
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.mrbo(0.1, 0.05, neumann_steps=8).draws
       Draws(inner=1, hyper=9, outer=1)
@@ -94,7 +94,7 @@ def sustain(
     Raises:
       TypeError, ValueError: for arguments of another kind; later, without a key.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.sustain(0.1, 0.05, neumann_steps=8).draws
       Draws(inner=1, hyper=9, outer=1)
@@ -184,7 +184,7 @@ def vrbo(
     Raises:
       TypeError, ValueError: for arguments of another kind; later, for data that is no partition.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.vrbo(0.1, 0.05, period=8, steps=3, neumann_steps=4).draws
       Draws(inner=3, hyper=15, outer=3)

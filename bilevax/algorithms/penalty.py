@@ -37,7 +37,7 @@ def difference(order: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
     Returns:
       Two tuples of equal length.
 
-    Example:
+    Examples:
       >>> difference(1), difference(2)
       (((0, 1), (-1.0, 1.0)), ((-1, 1), (-0.5, 0.5)))
     """
@@ -86,7 +86,7 @@ def f2sa(
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.f2sa(0.1, 0.05, steps=5, order=2).draws
       Draws(inner=6, hyper=0, outer=6)
@@ -198,7 +198,7 @@ def bome(inner_step: float, outer_step: StepSize, *, steps: int = 10, barrier: f
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.bome(0.1, 0.05, steps=5).draws
       Draws(inner=6, hyper=0, outer=1)

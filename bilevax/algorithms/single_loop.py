@@ -83,7 +83,7 @@ def soba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     Raises:
       TypeError, ValueError: for steps that are neither a positive number nor a transformation.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2) / 2
       >>> outer = lambda y, x, batch: jnp.sum((y - 3.0) ** 2) / 2
@@ -138,7 +138,7 @@ def ma_soba(
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.ma_soba(0.1, 0.05, momentum=0.2).draws
       Draws(inner=1, hyper=0, outer=1)
@@ -188,7 +188,7 @@ def fsla(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.fsla(0.1, 0.05).draws
       Draws(inner=1, hyper=2, outer=2)

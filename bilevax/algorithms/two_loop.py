@@ -153,7 +153,7 @@ def amigo(
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.amigo(0.1, 0.05, steps=5).draws
       Draws(inner=5, hyper=6, outer=1)
@@ -223,7 +223,7 @@ def stocbio(
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.stocbio(0.1, 0.05, steps=5, neumann_steps=8).draws
       Draws(inner=5, hyper=9, outer=1)
@@ -299,7 +299,7 @@ def bsa(
     Raises:
       TypeError, ValueError: for arguments of another kind; later, without a key.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.bsa(0.1, 0.05, steps=5, neumann_steps=8).draws
       Draws(inner=5, hyper=8, outer=1)
@@ -344,7 +344,7 @@ def ttsa(
     Raises:
       TypeError, ValueError: for arguments of another kind; later, without a key.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.ttsa(0.1, 0.05, neumann_steps=8).draws
       Draws(inner=1, hyper=8, outer=1)

@@ -43,7 +43,7 @@ def saba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     Raises:
       TypeError, ValueError: for steps of another kind; later, for data that is no partition.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.saba(0.1, 0.05).draws
       Draws(inner=1, hyper=0, outer=1)
@@ -110,7 +110,7 @@ def srba(inner_step: StepSize, outer_step: StepSize, *, period: int, adjoint_ste
     Raises:
       TypeError, ValueError: for arguments of another kind; later, for data that is no partition.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.srba(0.1, 0.05, period=32).draws
       Draws(inner=1, hyper=0, outer=1)
@@ -156,7 +156,7 @@ def spaba(inner_step: StepSize, outer_step: StepSize, *, probability: float, adj
     Raises:
       TypeError, ValueError: for arguments of another kind; later, for data that is no partition, or without a key.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.spaba(0.1, 0.05, probability=0.1).draws
       Draws(inner=1, hyper=0, outer=1)

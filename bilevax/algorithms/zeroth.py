@@ -45,7 +45,7 @@ def pzobo(inner_step: float, outer_step: StepSize, *, steps: int = 10, samples: 
     Raises:
       TypeError, ValueError: for arguments of another kind; later, without a key.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.algorithms.pzobo(0.1, 0.05, steps=5, samples=4).draws
       Draws(inner=5, hyper=0, outer=1)

@@ -31,7 +31,7 @@ def same(feed: Feed, i) -> Ctx:
     Returns:
       A `Ctx` with the batch, and a key of its own where the stream has one.
 
-    Example:
+    Examples:
       >>> from bilevax import base, data
       >>> data.same(base.Feed([1.0, 2.0]), 5).batch
       [1.0, 2.0]
@@ -49,7 +49,7 @@ def stacked(feed: Feed, i) -> Ctx:
     Returns:
       A `Ctx` with the batch, and a key of its own where the stream has one.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import base, data
       >>> data.stacked(base.Feed(jnp.array([10.0, 20.0, 30.0])), 2).batch.item()

@@ -21,7 +21,7 @@ def permuted(key: jax.Array, places: jax.Array, total: int) -> jax.Array:
     Returns:
       uint32 array of the same shape.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> order = permuted(jax.random.key(0), jnp.arange(10, dtype=jnp.uint32), 10)
       >>> sorted(order.tolist()) == list(range(10))

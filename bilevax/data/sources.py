@@ -34,7 +34,7 @@ def full(arrays: PyTree) -> Source:
     Returns:
       A `Source`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> full({"x": jnp.ones((5, 2)), "prior": jnp.float32(0.1)}).keyed
       False
@@ -57,7 +57,7 @@ def minibatches(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
     Raises:
       ValueError: for arrays whose leading axes differ, or a batch size outside 1 to N.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> source = minibatches((jnp.ones((10, 3)), jnp.zeros(10)), 4)
       >>> source.keyed
@@ -97,7 +97,7 @@ def partitioned(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
     Raises:
       ValueError: for arrays whose leading axes differ, or a batch size outside 1 to N.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> partitioned((jnp.ones((10, 3)), jnp.zeros(10)), 4).data[0].shape
       (8, 3)

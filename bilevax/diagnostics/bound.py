@@ -79,7 +79,7 @@ def error_bound(info: Mapping[str, Scalar], constants: Constants) -> ErrorBound:
     Raises:
       TypeError, ValueError: for an info without these entries, or constants of another kind or out of range.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> info = {"inner_grad_norm": 1e-3, "adjoint_residual": 1e-2, "cotangent_norm": 2.0}
       >>> bound = bx.error_bound(info, bx.diagnostics.Constants(strong_convexity=0.5, cross=1.0, outer_smoothness=1.0))
@@ -143,7 +143,7 @@ def estimate_constants(
     Raises:
       TypeError, ValueError: for objectives that are none, and for counts below 1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum(jnp.array([1.0, 3.0]) * (y - x) ** 2) / 2
       >>> outer = lambda y, x, batch: jnp.sum(y**2) / 2

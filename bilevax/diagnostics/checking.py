@@ -118,7 +118,7 @@ def check_hypergradient(
     Raises:
       TypeError, ValueError: for arguments that cannot work.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y**2)

@@ -169,7 +169,7 @@ def compare_hypergradients(
     Raises:
       TypeError, ValueError: for arguments that cannot work, and a method's own refusals.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum(jnp.array([1.0, 2.0]) * (y - x) ** 2) / 2
       >>> outer = lambda y, x, batch: jnp.sum(y**2) / 2

@@ -33,7 +33,7 @@ def black_box(minimizer: Callable, interpolation: float = 1.0, *, host: bool = F
     Raises:
       TypeError, ValueError: for a minimizer that cannot be called, an interpolation that is not positive.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, bilevax as bx
       >>> smallest = lambda c: jax.nn.one_hot(jnp.argmin(c), c.size)
       >>> inner, outer = (lambda y, x, batch: jnp.sum(x * y)), (lambda y, x, batch: jnp.sum(jnp.array([1.0, 0.0]) * y))

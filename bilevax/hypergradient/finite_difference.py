@@ -30,7 +30,7 @@ def finite_difference(scale: float = 1.0, *, radius: float = 0.01) -> Hypergradi
     Raises:
       TypeError, ValueError: if `scale` or `radius` is not a positive, finite number.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y)

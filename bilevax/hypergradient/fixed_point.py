@@ -39,7 +39,7 @@ def fixed_point(mapping: Callable, linear: LinearSolver | None = None, *, warm_s
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> smooth = lambda y, x, batch: jnp.sum((y - x) ** 2) / 2
       >>> T = bx.inner.proximal_map(smooth, lambda v, x, s: optax.projections.projection_non_negative(v), 0.5)

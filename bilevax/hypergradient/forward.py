@@ -31,7 +31,7 @@ def forward() -> Hypergradient:
 
     The initial inner point gets no cotangent.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y)

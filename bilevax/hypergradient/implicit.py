@@ -72,7 +72,7 @@ def implicit(
     Raises:
       TypeError, ValueError: for arguments of another kind or outside their range.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y**2)

@@ -39,7 +39,7 @@ def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residua
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2) / 2
       >>> constraint = lambda y, x, batch: jnp.sum(y) - 1.0

@@ -26,7 +26,7 @@ def one_step(scale: float = 1.0) -> Hypergradient:
     Raises:
       TypeError, ValueError: if `scale` is not a positive, finite number.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y)

@@ -46,7 +46,7 @@ def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -
     Raises:
       TypeError, ValueError: for settings out of range; when run, with a solver that is no gradient transformation.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y)

@@ -36,7 +36,7 @@ def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float = 1.0) -> H
     Raises:
       TypeError, ValueError: for arguments of another kind or outside their range; when called, with a solver that keeps no such matrix.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum(jnp.array([1.0, 3.0]) * (y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y**2)

@@ -48,7 +48,7 @@ def unrolled(last: int | None = None, *, checkpoint: str = "mixed") -> Hypergrad
     Adam, RMSProp and their like have no derivative at a coordinate whose gradients have all been exactly zero (an input that is zero in all data, a
     dead unit): the hypergradient is NaN, and its code ``hypergradient_nonfinite``. ``eps_root=1e-12`` in the optimizer cures that.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
       >>> outer = lambda y, x, batch: jnp.sum(y)

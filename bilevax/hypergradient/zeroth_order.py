@@ -34,7 +34,7 @@ def zeroth_order(samples: int = 16, scale: float = 1e-2, *, antithetic: bool = T
     Raises:
       TypeError, ValueError: for arguments of another kind or outside their range; when called without a key.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2) / 2
       >>> outer = lambda y, x, batch: jnp.sum(y)

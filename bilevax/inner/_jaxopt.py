@@ -35,7 +35,7 @@ def jaxopt(solver: Any, **settings) -> base.InnerSolver:
     Raises:
       TypeError: if `solver` is not a jaxopt class, or has no such argument.
 
-    Example:
+    Examples:
       >>> import warnings
       >>> warnings.simplefilter("ignore", DeprecationWarning)
       >>> import jax.numpy as jnp, jaxopt, bilevax as bx

@@ -31,7 +31,7 @@ def optax(opt: _optax.GradientTransformation, steps: int) -> base.InnerSolver:
       TypeError: if `opt` is not a gradient transformation, or `steps` is not an int.
       ValueError: if ``steps < 1``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> from bilevax import base
       >>> solver = bx.inner.optax(optax.sgd(0.5), steps=20)

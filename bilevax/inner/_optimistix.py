@@ -30,7 +30,7 @@ def optimistix(solver: Any, *, maxiter: int = 256) -> base.InnerSolver:
       ImportError: if optimistix is not installed.
       TypeError, ValueError: if `solver` is not a minimiser, or `maxiter` not an int of at least 1.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optimistix, bilevax as bx
       >>> from bilevax import base
       >>> solver = bx.inner.optimistix(optimistix.BFGS(rtol=1e-5, atol=1e-5))

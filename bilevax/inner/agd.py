@@ -46,7 +46,7 @@ def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
     Raises:
       TypeError, ValueError: if `maxiter` is not an int of at least 1, or `tol` is not a positive float.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> from bilevax import base
       >>> solver = bx.inner.agd(tol=1e-5)

@@ -28,7 +28,7 @@ def black_box(minimizer: Callable, *, host: bool = False) -> base.InnerSolver:
     Raises:
       TypeError: for a minimizer that cannot be called.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, bilevax as bx
       >>> from bilevax import base
       >>> solver = bx.inner.black_box(lambda c: jax.nn.one_hot(jnp.argmin(c), c.size))

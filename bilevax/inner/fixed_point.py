@@ -34,7 +34,7 @@ def fixed_point(mapping: Callable, maxiter: int = 1000, tol: float = 1e-6) -> ba
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> from bilevax import base
       >>> solver = bx.inner.fixed_point(lambda y, x, batch: jnp.cos(y) * x)
@@ -72,7 +72,7 @@ def proximal_map(smooth: Callable, prox: Callable, step: float) -> base.Bound:
     Raises:
       TypeError, ValueError: for functions that are none, or a step that is not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> T = bx.inner.proximal_map(lambda y, x, batch: jnp.sum((y - x) ** 2) / 2, lambda v, x, s: optax.projections.projection_non_negative(v), 0.5)
       >>> T(jnp.zeros(2), jnp.array([1.0, -1.0]), None).tolist()

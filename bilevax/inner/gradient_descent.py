@@ -47,7 +47,7 @@ def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol
     Raises:
       TypeError, ValueError: if `maxiter` is not an int of at least 1, or `tol` or `step_size` is not a positive float.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> from bilevax import base
       >>> solver = bx.inner.gradient_descent(tol=1e-5)

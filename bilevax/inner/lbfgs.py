@@ -66,7 +66,7 @@ def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.In
     Raises:
       TypeError, ValueError: if `maxiter` or `memory` is not an int of at least 1, or `tol` is not a positive float.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> from bilevax import base
       >>> solver = bx.inner.lbfgs(tol=1e-5)
@@ -112,7 +112,7 @@ def inverse_hessian_product(state: LbfgsState, v: PyTree) -> PyTree:
     Returns:
       ``H v``, like `v`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax.inner.lbfgs import inverse_hessian_product, lbfgs
       >>> inverse_hessian_product(lbfgs().init(jnp.zeros(2)), jnp.ones(2)).tolist()

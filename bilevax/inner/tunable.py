@@ -28,7 +28,7 @@ def tunable(factory: Callable[..., optax.GradientTransformation], /, **hyperpara
     Raises:
       TypeError: if `factory` is not callable, or does not return a ``GradientTransformation``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> from bilevax.inner.tunable import tunable
       >>> from bilevax import base

@@ -34,7 +34,7 @@ def bicgstab(maxiter: int = 100, tol: float = 1e-6) -> Bound:
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.bicgstab()(lambda v: jnp.array([[2.0, 1.0], [0.0, 1.0]]) @ v, jnp.array([3.0, 1.0]), jnp.zeros(2))

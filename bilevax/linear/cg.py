@@ -42,7 +42,7 @@ def cg(maxiter: int = 100, tol: float = 1e-6, *, preconditioner: Callable[[PyTre
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.cg(tol=1e-5)(lambda v: jnp.array([1.0, 2.0, 4.0]) * v, jnp.array([1.0, 1.0, 1.0]), jnp.zeros(3))

@@ -34,7 +34,7 @@ def cholesky() -> Bound:
     Raises:
       ValueError: when called with more than 4,096 unknowns.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.cholesky()(lambda v: jnp.array([[2.0, 1.0], [1.0, 2.0]]) @ v, jnp.array([3.0, 3.0]), jnp.zeros(2))
@@ -63,7 +63,7 @@ def lu() -> Bound:
     Raises:
       ValueError: when called with more than 4,096 unknowns.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.lu()(lambda v: jnp.array([[0.0, 1.0], [-1.0, 0.0]]) @ v, jnp.array([2.0, 1.0]), jnp.zeros(2))

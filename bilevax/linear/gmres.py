@@ -36,7 +36,7 @@ def gmres(maxiter: int = 100, tol: float = 1e-6, *, restart: int = 20) -> Bound:
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.gmres()(lambda v: jnp.array([[0.0, 1.0], [-1.0, 0.0]]) @ v, jnp.array([2.0, 1.0]), jnp.zeros(2))

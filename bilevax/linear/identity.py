@@ -28,7 +28,7 @@ def identity(scale: float = 1.0) -> Bound:
     Raises:
       TypeError, ValueError: for a scale of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.identity(0.5)(lambda v: 4.0 * v, jnp.array([1.0, 2.0]), jnp.zeros(2))

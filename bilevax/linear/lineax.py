@@ -33,7 +33,7 @@ def lineax(solver: Any, *, symmetric: bool = True) -> Bound:
       ImportError: if lineax is not installed.
       TypeError: if `solver` is no lineax solver.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> import lineax
       >>> from bilevax import linear

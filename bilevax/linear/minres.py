@@ -32,7 +32,7 @@ def minres(maxiter: int = 100, tol: float = 1e-6) -> Bound:
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.minres()(lambda v: jnp.array([1.0, -2.0]) * v, jnp.array([1.0, 1.0]), jnp.zeros(2))

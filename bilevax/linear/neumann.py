@@ -33,7 +33,7 @@ def neumann(terms: int = 10, step: float | None = None) -> Bound:
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.neumann(2, step=0.5)(lambda v: jnp.array([1.0, 2.0]) * v, jnp.array([1.0, 1.0]), jnp.zeros(2))

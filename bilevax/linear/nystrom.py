@@ -74,7 +74,7 @@ def precondition(solver: Bound, state: PyTree) -> Bound:
     Raises:
       TypeError: if the solver was not made with a `Preconditioner`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> kept = linear.nystrom_preconditioner(rank=2)
@@ -112,7 +112,7 @@ def nystrom(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) 
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> x, info = linear.nystrom(rank=2, rho=1e-6)(lambda v: jnp.array([1.0, 2.0]) * v, jnp.array([1.0, 1.0]), jnp.zeros(2))
@@ -146,7 +146,7 @@ def nystrom_preconditioner(rank: int = 10, rho: float = 1e-2, *, key: jax.Array 
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
       >>> solver = linear.cg(preconditioner=linear.nystrom_preconditioner(rank=2, rho=1e-6))

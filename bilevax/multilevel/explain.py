@@ -79,7 +79,7 @@ class Explanation(NamedTuple):
         Returns:
           The axes.
 
-        Example:
+        Examples:
           >>> explanation.draw().figure.savefig("levels.png")  # doctest: +SKIP
         """
         import matplotlib.pyplot as plt
@@ -138,7 +138,7 @@ def explain(
     Raises:
       TypeError, ValueError: as `value_and_multilevel_grad`, above all for a level that nobody reads, or that declares to read itself.
 
-    Example:
+    Examples:
       >>> import optax, bilevax as bx
       >>> descent, method = bx.inner.optax(optax.sgd(0.5), 10), bx.hypergradient.implicit(bx.linear.cg(maxiter=5))
       >>> levels = [

@@ -120,7 +120,7 @@ def value_and_multilevel_grad(levels: Sequence[Level]) -> MultilevelGradFn:
       TypeError, ValueError: for arguments that cannot work, naming the level; for a level that nobody reads; for a method that needs a second
         derivative through a level whose method gives only one.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> descent, method = bx.inner.optax(optax.sgd(0.2), 30), bx.hypergradient.implicit()
       >>> levels = [

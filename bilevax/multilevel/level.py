@@ -34,7 +34,7 @@ class Level:
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> fit = lambda p, batch: jnp.sum((p["w"] - p["lam"]) ** 2)
       >>> bx.Level("w", fit, solver=bx.inner.optax(optax.sgd(0.5), 10), hypergradient=bx.hypergradient.implicit())

@@ -110,7 +110,7 @@ def solve_multilevel(
       TypeError, ValueError: for arguments that cannot work, before anything is compiled.
       SolveError: if the run fails and `throw`.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> descent, method = bx.inner.optax(optax.sgd(0.2), 3), bx.hypergradient.implicit()
       >>> levels = [

@@ -26,7 +26,7 @@ class LoRALinear(nnx.Module):
       gate: from the logits ``c`` to the components' factors. A softmax shares one unit among them.
       rngs: ``nnx.Rngs``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from bilevax import nn
@@ -72,7 +72,7 @@ def add_lora(model: nnx.Module, chosen: Callable[[tuple, nnx.Module], bool], ran
     Raises:
       ValueError: if none was.
 
-    Example:
+    Examples:
       >>> from flax import nnx
       >>> from bilevax import nn
       >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
@@ -106,7 +106,7 @@ class Prompt(nnx.Module):
       scale: standard deviation at first.
       rngs: ``nnx.Rngs``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from bilevax import nn

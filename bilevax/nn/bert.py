@@ -55,7 +55,7 @@ class Bert(nnx.Module):
       config: sizes.
       rngs: ``nnx.Rngs``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> model = Bert(BertConfig(50, 8, 2, 2, 16, 12), rngs=nnx.Rngs(0))

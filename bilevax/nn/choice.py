@@ -26,7 +26,7 @@ def soft_choice(logits: jax.Array, options: Sequence, *, temperature: float = 1.
     Returns:
       An array of the options' shape.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> soft_choice(jnp.zeros(2), [jnp.array([0.0]), jnp.array([4.0])]).tolist()
       [2.0]
@@ -53,7 +53,7 @@ class SoftChoice(nnx.Module):
       hard: straight-through, as in `soft_choice`.
       rngs: ``nnx.Rngs``; its stream ``gumbel``, or the default one, is drawn from.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from bilevax import nn
@@ -96,7 +96,7 @@ def straight_through(value: PyTree, surrogate: PyTree) -> PyTree:
     Returns:
       A pytree equal to `value`.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> value, grad = jax.value_and_grad(lambda x: straight_through(jnp.round(x), x**2))(0.7)
       >>> float(value), round(float(grad), 6)
@@ -120,7 +120,7 @@ def mask(scores: PyTree, keep: float | None = None) -> PyTree:
     Raises:
       ValueError: if `keep` is not a fraction.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> mask({"w": jnp.array([1.0, -2.0, 3.0, 0.5])}, keep=0.5)["w"].tolist()
       [1.0, 0.0, 1.0, 0.0]

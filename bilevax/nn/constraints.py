@@ -29,7 +29,7 @@ def constrained(projection: Callable[..., PyTree], wrt: Callable[[tuple, Any], b
     Raises:
       TypeError: if `projection` is not a function. When it is run, if it is not given parameters.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax
       >>> from bilevax import nn
       >>> opt = optax.chain(optax.sgd(1.0), nn.constrained(optax.projections.projection_simplex))

@@ -45,7 +45,7 @@ def from_linen(
       TypeError: for arguments of another kind.
       ValueError: if there are no parameters, or a filter takes nothing.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import linen
       >>> from bilevax import nn

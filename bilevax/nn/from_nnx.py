@@ -32,7 +32,7 @@ def from_nnx(model: Any, wrt: Any = nnx.Param) -> Net:
       TypeError: if `model` is not of nnx.
       ValueError: if a filter takes nothing.
 
-    Example:
+    Examples:
       >>> from flax import nnx
       >>> from bilevax import nn
       >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))

@@ -75,7 +75,7 @@ def paths(*patterns: str) -> Paths:
     Raises:
       TypeError: for anything but strings.
 
-    Example:
+    Examples:
       >>> from bilevax import nn
       >>> head = nn.paths("head", r"layers/[0-2]")
       >>> head(("head", "kernel")), head(("layers", 2, "bias")), head(("layers", 3, "bias")), head(("ahead", "kernel"))

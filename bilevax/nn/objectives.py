@@ -39,7 +39,7 @@ def objective(
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> import bilevax as bx
@@ -194,7 +194,7 @@ def bilevel(
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> from flax import nnx
       >>> def train_loss(model, log_decay, batch):

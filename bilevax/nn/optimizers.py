@@ -25,7 +25,7 @@ def going_on(training: Any) -> optax.GradientTransformation:
       TypeError: for anything without ``tx`` and ``opt_state``.
       ValueError: when it starts, if the state is of other parameters than those learned.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> from flax import nnx
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))
@@ -72,7 +72,7 @@ def hand_back(training: Any, solution: Any, *, inner_steps: int, model: Any = No
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> from flax import nnx
       >>> model = nnx.Linear(2, 1, rngs=nnx.Rngs(0))

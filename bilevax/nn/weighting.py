@@ -17,7 +17,7 @@ class WeightNet(nnx.Module):
       hidden: hidden units.
       rngs: ``nnx.Rngs``.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from flax import nnx
       >>> from bilevax import nn
@@ -53,7 +53,7 @@ class LabelNet(nnx.Module):
       trust: ``c``, how much the given labels count at first.
       rngs: ``nnx.Rngs``.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from bilevax import nn

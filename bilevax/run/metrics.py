@@ -55,7 +55,7 @@ def metrics(
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> held_out = jnp.arange(4.0)
       >>> bx.metrics(lambda w, lam, y: {"error": jnp.mean((w - y) ** 2)}, held_out, every=5, select="error").every

@@ -79,7 +79,7 @@ def axis_mean(fn: Callable, axis_name: str) -> Objective:
       TypeError: for arguments of another kind.
       ValueError: in the run, for parameters that differ by device.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> from jax.sharding import AxisType, PartitionSpec as P
       >>> inner = bx.sharding.axis_mean(lambda y, x, batch: jnp.mean((y - x * batch) ** 2), "data")

@@ -38,7 +38,7 @@ def accumulate(fn: Callable, microbatches: int) -> Objective:
     Raises:
       TypeError, ValueError: for arguments of another kind; in the run, for batches that it does not divide.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> loss = bx.sharding.accumulate(lambda y, x, batch: jnp.mean((batch - y) ** 2), 4)
       >>> float(loss.fn(jnp.float32(1.0), None, jnp.arange(8.0)))
@@ -97,7 +97,7 @@ def low_precision(fn: Callable, dtype: jnp.dtype = jnp.bfloat16) -> Objective:
     Raises:
       TypeError: for another dtype.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, bilevax as bx
       >>> loss = bx.sharding.low_precision(lambda y, x, batch: jnp.mean((batch - y) ** 2))
       >>> value, grad = jax.value_and_grad(loss.fn)(jnp.float32(1.0), None, jnp.arange(4.0))

@@ -101,7 +101,7 @@ def data_parallel(devices: Any = None, *, axis: str = "data", mean: bool = False
       TypeError, ValueError: for arguments of another kind; in the run, for batches whose rows the devices do not divide, or, with ``mean``,
         for objectives that are no means or have aux, state or keys.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.sharding.data_parallel().rows
       'data'
@@ -128,7 +128,7 @@ def fsdp(devices: Any = None, *, axis: str = "data", min_size: int = 1024) -> Sh
     Raises:
       TypeError, ValueError: for arguments of another kind.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.sharding.fsdp(min_size=64).kind
       'largest'
@@ -155,7 +155,7 @@ def tasks(devices: Any = None, *, axis: str = "tasks") -> Sharding:
     Raises:
       TypeError, ValueError: for arguments of another kind; in the run, for objectives that were not made by `bilevax.tasks`.
 
-    Example:
+    Examples:
       >>> import bilevax as bx
       >>> bx.sharding.tasks().axis
       'tasks'
@@ -181,7 +181,7 @@ def by_path(mesh: Mesh, rules: Mapping[str, PartitionSpec], *, rows: Any = None)
     Raises:
       TypeError, ValueError: for arguments of another kind, or specs that name no axis of the mesh.
 
-    Example:
+    Examples:
       >>> import jax, bilevax as bx
       >>> from jax.sharding import AxisType, PartitionSpec as P
       >>> mesh = jax.make_mesh((1, 1), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -220,7 +220,7 @@ def from_process(sharding: Sharding, arrays: PyTree) -> PyTree:
     Raises:
       ValueError: for a sharding that does not split rows.
 
-    Example:
+    Examples:
       >>> import numpy as np, bilevax as bx
       >>> bx.sharding.from_process(bx.sharding.data_parallel(), {"x": np.zeros((16, 3))})["x"].shape  # in a single process
       (16, 3)

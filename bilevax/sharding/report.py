@@ -93,7 +93,7 @@ def dry_run(driver: Callable, *args, **kwargs) -> Report:
     Raises:
       TypeError: without a sharding.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.mean((batch @ y - x) ** 2) + jnp.sum(y**2)
       >>> outer = lambda y, x, batch: jnp.mean((batch @ y - 1.0) ** 2)
@@ -137,7 +137,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
     Returns:
       A `Collective` for each.
 
-    Example:
+    Examples:
       >>> import jax, jax.numpy as jnp
       >>> from bilevax import sharding
       >>> sharding.collectives(jax.jit(jnp.sin).lower(1.0).compile().as_text())

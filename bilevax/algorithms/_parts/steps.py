@@ -55,7 +55,7 @@ def transformation(step: StepSize, argument: str) -> optax.GradientTransformatio
     Raises:
       TypeError, ValueError: for anything else.
 
-    Example:
+    Examples:
       >>> import jax.numpy as jnp
       >>> sgd = transformation(0.5, "step")
       >>> sgd.update(jnp.ones(2), sgd.init(jnp.ones(2)), decayed=decayed(3, 0.5))[0].tolist()
