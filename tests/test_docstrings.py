@@ -9,7 +9,7 @@ import pytest
 import bilevax as bx
 from bilevax.base import Algorithm, Bound, Hypergradient
 
-NAMESPACES = ("algorithms", "callbacks", "checkpoint", "data", "hypergradient", "inner", "linear", "nn", "plots", "sharding", "testing")
+NAMESPACES = ("algorithms", "callbacks", "checkpoint", "data", "hypergradient", "inner", "linear", "nn", "plots", "replay", "sharding", "testing")
 
 
 def public() -> dict[str, object]:

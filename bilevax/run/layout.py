@@ -38,7 +38,7 @@ class Layout:
 
     def put(self, state: PyTree) -> PyTree:
         """Lay out a concrete state."""
-        return self._each(state, _put)
+        return self._each(state, put_leaf)
 
     def everywhere(self, value: PyTree) -> PyTree:
         """Traced values on every device."""
@@ -46,14 +46,14 @@ class Layout:
 
     def put_everywhere(self, value: PyTree) -> PyTree:
         """Concrete arrays on every device; plain numbers stay what they are."""
-        return jax.tree.map(lambda a: _put(a, self.sharding.named()) if isinstance(a, (jax.Array, np.ndarray)) else a, value)
+        return jax.tree.map(lambda a: put_leaf(a, self.sharding.named()) if isinstance(a, (jax.Array, np.ndarray)) else a, value)
 
     def put_window(self, stacked: PyTree) -> PyTree:
         """Stacked batches of a stream: rows split, the axis of draws not."""
-        return jax.tree.map(lambda a: _put(a, self.sharding.named(*_rows_spec(self.sharding, a, 1))), stacked)
+        return jax.tree.map(lambda a: put_leaf(a, self.sharding.named(*rows_spec(self.sharding, a, 1))), stacked)
 
 
-def _put(leaf, where: NamedSharding):
+def put_leaf(leaf, where: NamedSharding):
     """`leaf` placed; an array of several processes is moved by a compiled identity, which is the only thing that may communicate."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf if leaf.sharding.is_equivalent_to(where, leaf.ndim) else jax.jit(lambda a: a, out_shardings=where)(leaf)
@@ -130,7 +130,7 @@ def of_run(sharding: Sharding, plan: Any, shapes: PyTree, start: InnerState, out
 # ---- batches
 
 
-def _rows_spec(sharding: Sharding, leaf, axis: int = 0) -> tuple:
+def rows_spec(sharding: Sharding, leaf, axis: int = 0) -> tuple:
     """Split along `axis` where there is one that the devices divide."""
     devices = sharding.row_devices
     where = sharding.axis if sharding.kind == "tasks" else sharding.rows
@@ -151,13 +151,13 @@ def _check_rows(sharding: Sharding, batch: PyTree, what: str) -> None:
 def _place_source(sharding: Sharding, source: Source | Stream) -> Source | Stream:
     if isinstance(source, Stream):
         return source
-    return source._replace(data=jax.tree.map(lambda a: _put(a, sharding.named(*_rows_spec(sharding, a))), source.data))
+    return source._replace(data=jax.tree.map(lambda a: put_leaf(a, sharding.named(*rows_spec(sharding, a))), source.data))
 
 
 def _split_rows(inner, outer, batch, *args, fn, sharding, **kwargs):
     """The objective with its batch's rows split, wherever the batch was drawn from."""
     _check_rows(sharding, batch, "batch")
-    batch = jax.tree.map(lambda a: lax.with_sharding_constraint(a, sharding.named(*_rows_spec(sharding, a))), batch)
+    batch = jax.tree.map(lambda a: lax.with_sharding_constraint(a, sharding.named(*rows_spec(sharding, a))), batch)
     return fn(inner, outer, batch, *args, **kwargs)
 
 
@@ -165,7 +165,7 @@ def _own_rows(inner, outer, batch, *, fn, sharding):
     """The mean over devices of the objective on each one's rows."""
     _check_rows(sharding, batch, "batch")
     names = (sharding.rows,) if isinstance(sharding.rows, str) else tuple(sharding.rows)
-    everywhere, rows = PartitionSpec(), jax.tree.map(lambda a: PartitionSpec(*_rows_spec(sharding, a)), batch)
+    everywhere, rows = PartitionSpec(), jax.tree.map(lambda a: PartitionSpec(*rows_spec(sharding, a)), batch)
 
     def local(inner, outer, batch):
         # Made each device's own here and not where they first meet the batch: what is summed is then a gradient, not an intermediate of any size.
@@ -175,7 +175,8 @@ def _own_rows(inner, outer, batch, *, fn, sharding):
     return jax.shard_map(local, mesh=sharding.mesh, in_specs=(everywhere, everywhere, rows), out_specs=everywhere)(inner, outer, batch)
 
 
-def _wrap(sharding: Sharding, objective: Objective) -> Objective:
+def wrap(sharding: Sharding, objective: Objective) -> Objective:
+    """The objective on batches whose rows are split over the devices."""
     fn = _own_rows if sharding.mean else _split_rows
     return dataclasses.replace(objective, fn=Bound(objective.name, fn, fn=objective.fn, sharding=sharding))
 
@@ -189,17 +190,17 @@ def place(sharding: Sharding, plan: Any, sources: tuple, start: InnerState, oute
         if sharding.mean:
             _check_mean(sharding, problem, sources, start, outer, key)
         if isinstance(problem, Problem):
-            problem = problem._replace(inner=_wrap(sharding, problem.inner), outer=_wrap(sharding, problem.outer))
+            problem = problem._replace(inner=wrap(sharding, problem.inner), outer=wrap(sharding, problem.outer))
         else:
-            problem = problem._replace(objectives={name: _wrap(sharding, objective) for name, objective in problem.objectives.items()})
+            problem = problem._replace(objectives={name: wrap(sharding, objective) for name, objective in problem.objectives.items()})
         plan = plan._replace(problem=problem)
     everywhere = sharding.named()
 
     def put(params, level):
-        return jax.tree.map(lambda a, spec: _put(a, sharding.named(*spec)), params, param_specs(sharding, params, level))
+        return jax.tree.map(lambda a, spec: put_leaf(a, sharding.named(*spec)), params, param_specs(sharding, params, level))
 
-    start = start._replace(params=put(start.params, "inner"), model=jax.tree.map(lambda a: _put(a, everywhere), start.model))
-    key = None if key is None else _put(key, everywhere)
+    start = start._replace(params=put(start.params, "inner"), model=jax.tree.map(lambda a: put_leaf(a, everywhere), start.model))
+    key = None if key is None else put_leaf(key, everywhere)
     return plan, tuple(_place_source(sharding, source) for source in sources), start, put(outer, "outer"), key
 
 
@@ -226,7 +227,7 @@ def _check_mean(sharding: Sharding, problem: Any, sources: tuple, start: InnerSt
             batch = source.draw(Feed(source.data, key, jnp.zeros((), jnp.int32)), 0).batch
         if not jax.tree.leaves(batch):
             continue
-        batch = jax.tree.map(lambda a: _put(a, sharding.named(*_rows_spec(sharding, a))), batch)
+        batch = jax.tree.map(lambda a: put_leaf(a, sharding.named(*rows_spec(sharding, a))), batch)
         both = (objective.fn, Bound(objective.name, _own_rows, fn=objective.fn, sharding=sharding))
         static, dynamic = split(both)
         whole, parts, gap, size = _compared(static, dynamic, start.params, outer, batch)
