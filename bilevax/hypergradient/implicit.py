@@ -11,7 +11,7 @@ from jax import lax
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax.base import Bound, Hypergradient, LinearSolver, PyTree
-from bilevax.hypergradient import _adjoint
+from bilevax.hypergradient import _adjoint, _precision
 from bilevax.hypergradient._solve import forward
 from bilevax.linear import Preconditioner
 
@@ -105,6 +105,7 @@ def implicit(
         low_memory=low_memory,
         refresh=refresh,
         follow=None if follow is None else follow * 1.0,
+        precision=_precision.asked_by(linear),
     )
     return Hypergradient(init=Bound("implicit", _init, linear=linear, warm_start=warm_start), vjp=Bound("implicit", _vjp, **settings))
 
@@ -119,7 +120,7 @@ def _init(inner, *, linear, warm_start):
     return ImplicitState(tree.zeros_like(inner) if warm_start else None, None if held is None else held.init(inner), jnp.int32(0))
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, linear, damping, warm_start, max_residual, low_memory, refresh, follow):
+def _vjp(lower, inner_state, outer, feed, ctx, state, *, linear, damping, warm_start, max_residual, low_memory, refresh, follow, precision):
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 
@@ -170,4 +171,4 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, linear, damping, warm_s
         new_state = ImplicitState(q if warm_start else None, sketch, state.calls + 1)
         return tree.neg(mixed), None, new_state, _adjoint.report(info, linear_info, max_residual, **entries)
 
-    return solution, pullback
+    return solution, _precision.under(precision, pullback)

@@ -1,0 +1,1 @@
+"""The parts of accelerator.py, a file each, with ``run(part)``; and Betty's half, which runs apart."""
