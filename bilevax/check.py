@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import tree
-from bilevax._core import numbers
-from bilevax._core.numbers import describe as describe
 from bilevax.base import Algorithm, Bound, Ctx, Draw, Hypergradient, InnerSolver, Objective, Problem, PyTree, objective
+
+
+def describe(value: Any) -> str:
+    """A short description of what was given."""
+    if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        return f"{value.dtype}{list(value.shape)}"
+    kind, text = type(value).__name__, repr(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text if text.startswith(kind) else f"{kind} {text}"
+
 
 # ---- parameters
 
@@ -105,6 +113,8 @@ def problem(
     for name, optional in (("inner_init", inner_init), ("project", project)):
         if optional is not None and not callable(optional):
             raise TypeError(f"{name}: got {describe(optional)}; expected a function of outer_params, or None.")
+    if objective(outer_objective).indexed:
+        raise TypeError("outer_objective: got objective(..., indexed=True); expected it at the inner level only, whose steps have numbers.")
     for draw in (inner_draw, hyper_draw, outer_draw):
         if not callable(draw):
             raise TypeError(f"inner_draw: got {describe(draw)}; expected a draw (feed, i) -> Ctx such as data.same or data.stacked.")
@@ -116,7 +126,8 @@ def pieces(solver: Any, method: Any, argument: str = "solver") -> None:
     if not isinstance(solver, InnerSolver):
         hint = " Try inner.optax(optimizer, steps)." if hasattr(solver, "update") else " Try inner.lbfgs() or inner.optax(optimizer, steps)."
         raise TypeError(f"{argument}: got {describe(solver)}; expected an InnerSolver.{hint}")
-    numbers.count(solver.steps, f"{argument}.steps")
+    if isinstance(solver.steps, bool) or not isinstance(solver.steps, int) or solver.steps < 1:
+        raise ValueError(f"{argument}.steps: got {solver.steps!r}; expected an integer of at least 1.")
     if not isinstance(method, Hypergradient):
         hint = " Call the factory: hypergradient.implicit()." if callable(method) else " Try hypergradient.implicit()."
         raise TypeError(f"hypergradient: got {describe(method)}; expected a Hypergradient.{hint}")
@@ -157,7 +168,21 @@ def key(value: Any, problem: Problem, sampled: bool) -> None:
             cause = f"{' and '.join(keyed)} takes a key" if keyed else "the data is sampled"
             raise ValueError(f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0).")
         return
-    numbers.key(value)
+    is_key(value)
+
+
+def is_key(value: Any) -> None:
+    """A PRNG key of either style."""
+    old_style = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape[-1:] == (2,)
+    if not old_style and not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+        raise TypeError(f"key: got {describe(value)}; expected a PRNG key. Try jax.random.key({value if isinstance(value, int) else 0}).")
+
+
+def count(value: Any, argument: str) -> int:
+    """An integer of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
+        raise ValueError(f"{argument}: got {value!r}; expected an integer of at least 1.")
+    return int(value)
 
 
 # ---- objectives, by abstract evaluation
@@ -186,7 +211,10 @@ def _evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: 
         raise ValueError(f"model_state: got None although {name} is stateful; expected its initial model state.")
     args = (inner, outer, ctx.batch) + ((ctx.model,) if obj.stateful else ())
     kwargs = {"key": ctx.key} if obj.keyed else {}
-    form = "(inner_params, outer_params, batch" + (", model_state" if obj.stateful else "") + (", *, key)" if obj.keyed else ")")
+    if obj.indexed:
+        kwargs["inner_step"] = ctx.inner_step
+    named = "".join(f", {name}" for name in kwargs)
+    form = f"(inner_params, outer_params, batch{', model_state' if obj.stateful else ''}{', *' + named if named else ''})"
     try:
         inspect.signature(obj.fn).bind(*args, **kwargs)
     except TypeError as error:

@@ -12,6 +12,7 @@ from jax import lax
 from bilevax import check, tree
 from bilevax.base import Ctx, Draw, Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, objective
 from bilevax.data import same
+from bilevax.data.draws import check_stacked, count_steps
 from bilevax.results import RESULTS, first, unless
 
 
@@ -132,6 +133,8 @@ class HypergradFn:
             hyper_ctx_feed = inner_feed._replace(key=keys[1])
         else:
             hyper_ctx_feed, problem = Feed(jax.tree.map(jnp.asarray, hyper_batch), keys[1], 0), problem._replace(hyper_draw=same)
+        check_stacked(problem.inner_draw, inner_batch, self.solver.steps)
+        problem = count_steps(problem, self.solver.steps)
         feeds = Feeds(inner_feed, hyper_ctx_feed, Feed(outer_batch, keys[2], 0), None if key is None else jax.random.fold_in(key, 3), state.step)
         check.objectives(problem, inner, outer, state.model, _context(problem.inner_draw, inner_feed), _context(same, feeds.outer))
         solution, out = estimate(problem, self.solver, self.method, InnerState(inner, state.opt, state.model), outer, feeds, state.method)

@@ -10,13 +10,15 @@ import jax
 from bilevax import check, tree
 from bilevax import checkpoint as checkpoint_lib
 from bilevax.base import Algorithm, InnerState, PyTree
-from bilevax.data.sources import Source, as_source
+from bilevax.data.draws import with_number
+from bilevax.data.episodes import numbered
+from bilevax.data.sources import as_source
 from bilevax.run.chunk import RunState
 from bilevax.run.driver import launch
 from bilevax.run.metrics import Metrics, check_metrics
 from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
-from bilevax.run.window import first_context, source_draw
+from bilevax.run.window import first_context, needs_key, reading, refuse_one_pass, source_draw
 from bilevax.sharding import placement
 
 
@@ -44,6 +46,7 @@ def solve_bilevel(
     checkpoint: checkpoint_lib.Checkpointing | None = None,
     sharding: placement.Sharding | None = None,
     on_failure: str = "stop",
+    read_ahead: int | None = None,
     throw: bool = True,
 ) -> Solution:
     """Minimise an outer objective over the solutions of an inner one.
@@ -56,9 +59,11 @@ def solve_bilevel(
       inner_params: pytree; where the lower level starts. Leaves that are not floating-point ride along unchanged.
       outer_params: pytree; where the upper level starts.
       inner_data: batches of the inner steps: a pytree of arrays with a common leading axis (the whole of it at every step), `data.minibatches` of
-        one, a pure function ``(key, step) -> batch``, an iterable of batches, or None.
+        one, a pure function ``(key, step) -> batch``, an iterable of batches (each trained on once, in order), `data.episodes` of one of these
+        (one draw an outer step, which both levels see), or None.
       outer_data: batches of the outer gradient, likewise.
-      hyper_data: batches of second-order products; by default drawn from `inner_data`, apart from the inner steps' own.
+      hyper_data: batches of second-order products; by default drawn from `inner_data`, apart from the inner steps' own, or, where that is an
+        iterable, the last one that the step has trained on.
       algorithm: an `Algorithm`. None picks one by a documented rule (``algorithms.default``). Build it once: an equal one built again
         compiles again unless its numbers are leaves (`tunable`).
       num_steps: outer steps.
@@ -80,6 +85,8 @@ def solve_bilevel(
         the next step's data. "rollback" goes back to the state of 32 to 64 steps before, and on with the next step's data, for failures that were
         long in the making; it keeps two more copies of the state. Failed steps keep their row of the history, with their code, and are counted in
         ``stats["failed_steps"]``. Ten failures in a row end the run under any policy; rolled back, those that are at most 256 steps apart.
+      read_ahead: outer steps for which batches of iterables are read on the host before they are needed, those
+        that run included. None: as many as fit in 256 MiB, at least two, at most 32.
       throw: raise a `SolveError` on failure; False returns the solution with its `RESULTS` code.
 
     Returns:
@@ -101,8 +108,9 @@ def solve_bilevel(
     """
     # ---- refusals
     options = check_options(
-        num_steps, metrics, tol, keep, callbacks, progress, throw, on_failure=on_failure, checkpoint=checkpoint, sharding=sharding
-    )
+        num_steps, metrics, tol, keep, callbacks, progress, throw,
+        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead,
+    )  # fmt: skip
     if algorithm is not None:
         check.algorithm(algorithm)
     if state is not None and not isinstance(state, RunState):
@@ -110,10 +118,10 @@ def solve_bilevel(
 
     inner_source, outer_source = as_source(inner_data, "inner_data"), as_source(outer_data, "outer_data")
     hyper_source = inner_source if hyper_data is None else as_source(hyper_data, "hyper_data")
-    sources = (inner_source, hyper_source, outer_source)
+    sources = numbered((inner_source, hyper_source, outer_source))
     inner_draw, hyper_draw, outer_draw = (source_draw(s) for s in sources)
     problem = check.problem(inner_objective, outer_objective, inner_draw, hyper_draw, outer_draw, inner_init, project)
-    check.key(key if state is None else state.key, problem, any(isinstance(s, Source) and s.keyed for s in sources))
+    check.key(key if state is None else state.key, problem, state is None and key is None and any(map(needs_key, sources)))
     inner_params, outer_params = check.arrays(inner_params, "inner_params"), check.arrays(outer_params, "outer_params")
     model_state = None if model_state is None else check.arrays(model_state, "model_state")
     for value, name in ((inner_params, "inner_params"), (outer_params, "outer_params")):
@@ -123,10 +131,14 @@ def solve_bilevel(
         from bilevax.algorithms.default import default_algorithm  # here, so that importing the package loads no algorithm
 
         algorithm = default_algorithm(sources)
+    problem = reading(problem, algorithm.draws, sources)
+    if state is not None:
+        refuse_one_pass(sources)
 
     (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)
     problem = check.bind_fixed(problem, inner_fixed, outer_fixed)
-    contexts = [first_context(s, key if state is None else state.key) for s in (inner_source, outer_source)]
+    contexts = [first_context(s, key if state is None else state.key) for s in (sources[0], sources[2])]
+    contexts[0] = with_number(problem.inner, contexts[0])
     model = model_state if state is None else state.algorithm.inner.model
     value_dtype = check.objectives(problem, inner, outer, model, *contexts)
     if options.metrics is not None:

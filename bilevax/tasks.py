@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from bilevax._core import numbers
+from bilevax import check
 from bilevax.base import Bound, Objective, PyTree, objective
 
 
@@ -51,10 +51,10 @@ def tasks(fn: Callable, reduce: str = "mean") -> Objective:
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce: got {reduce!r}; expected 'mean' or 'sum'.")
     settings = dict(fn=one.fn, has_aux=one.has_aux, keyed=one.keyed, reduce=reduce)
-    return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), has_aux=one.has_aux, keyed=one.keyed)
+    return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), has_aux=one.has_aux, keyed=one.keyed, indexed=one.indexed)
 
 
-def _over_tasks(inner, outer, batch, *, fn, has_aux, keyed, reduce, key=None):
+def _over_tasks(inner, outer, batch, *, fn, has_aux, keyed, reduce, key=None, **number):
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((inner, batch))}
     if len(lengths) != 1 or () in lengths:
         shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves((inner, batch))]
@@ -62,7 +62,7 @@ def _over_tasks(inner, outer, batch, *, fn, has_aux, keyed, reduce, key=None):
     keys = jax.random.split(key, lengths.pop()[0]) if keyed else None
 
     def one(inner, batch, key):
-        out = fn(inner, outer, batch, key=key) if keyed else fn(inner, outer, batch)
+        out = fn(inner, outer, batch, **({"key": key} if keyed else {}), **number)
         return out if has_aux else (out, None)
 
     values, aux = jax.vmap(one)(inner, batch, keys)
@@ -87,7 +87,7 @@ def task_copies(num_tasks: int) -> Callable[[PyTree], PyTree]:
       >>> bx.task_copies(2)(jnp.ones(3)).shape
       (2, 3)
     """
-    return Bound("task_copies", _copies, num_tasks=numbers.count(num_tasks, "num_tasks"))
+    return Bound("task_copies", _copies, num_tasks=check.count(num_tasks, "num_tasks"))
 
 
 def _copies(outer, *, num_tasks):

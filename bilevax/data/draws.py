@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from bilevax.base import Bound, Ctx, Draw, Feed
+from bilevax.base import Bound, Ctx, Draw, Feed, Objective, Problem
 from bilevax.data.permutation import permuted, round_keys, walk
 
 
@@ -17,7 +17,8 @@ def draw_number(feed: Feed, i) -> jax.Array:
     return jnp.asarray(feed.step, jnp.int32) + jnp.asarray(i, jnp.int32)
 
 
-def _key(feed: Feed, i) -> Any:
+def draw_key(feed: Feed, i) -> Any:
+    """The key of the i-th draw from here; None where the stream has none."""
     return None if feed.key is None else jax.random.fold_in(feed.key, draw_number(feed, i))
 
 
@@ -36,7 +37,7 @@ def same(feed: Feed, i) -> Ctx:
       >>> data.same(base.Feed([1.0, 2.0]), 5).batch
       [1.0, 2.0]
     """
-    return Ctx(feed.data, _key(feed, i))
+    return Ctx(feed.data, draw_key(feed, i))
 
 
 def stacked(feed: Feed, i) -> Ctx:
@@ -55,18 +56,63 @@ def stacked(feed: Feed, i) -> Ctx:
       >>> data.stacked(base.Feed(jnp.array([10.0, 20.0, 30.0])), 2).batch.item()
       30.0
     """
-    return Ctx(jax.tree.map(lambda a: a[draw_number(feed, i)], feed.data), _key(feed, i))
+    return Ctx(jax.tree.map(lambda a: a[draw_number(feed, i)], feed.data), draw_key(feed, i))
+
+
+def check_stacked(draw: Draw, batches: Any, steps: int) -> None:
+    """Enough entries for `steps` draws, where they are drawn by `stacked`: JAX would repeat the last one."""
+    lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(batches)}
+    if draw is stacked and lengths and min(lengths) < steps:
+        raise ValueError(
+            f"inner_batch: got {min(lengths)} stacked batches for {steps} inner steps; expected at least {steps}, "
+            "an entry of the leading axis a step. Try fewer steps, or data.same to give each step the whole."
+        )
 
 
 def windowed(feed: Feed, i) -> Ctx:
     """Draw: as `stacked`, from a window ``(start, batches)`` of a longer stream."""
+    return _in_window(feed, i, draw_number(feed, i))
+
+
+def last_windowed(feed: Feed, i, *, take: int) -> Ctx:
+    """Draw: the last of the `take` batches that another stream takes from the window in each step."""
+    return _in_window(feed, i, (draw_number(feed, i) + 1) * take - 1)
+
+
+def level_windowed(feed: Feed, i, *, take: int, every: int) -> Ctx:
+    """Draw: of `take` batches in every `every`-th step; the draw after them and those of other steps are the last again."""
+    step, place = draw_number(feed, i) // (take + 1), draw_number(feed, i) % (take + 1)
+    return _in_window(feed, i, (step // every) * take + jnp.minimum(place, take - 1))
+
+
+def _in_window(feed: Feed, i, number) -> Ctx:
     start, batches = feed.data
-    return Ctx(jax.tree.map(lambda a: a[draw_number(feed, i) - start], batches), _key(feed, i))
+    return Ctx(jax.tree.map(lambda a: a[number - start], batches), draw_key(feed, i))
+
+
+def counted(feed: Feed, i, *, draw: Draw, last: int | None = None) -> Ctx:
+    """Draw: `draw`'s, with the number of the inner step; `last`: that one, whichever the draw."""
+    return draw(feed, i)._replace(inner_step=jnp.asarray(i if last is None else last, jnp.int32))
+
+
+def count_steps(problem: Problem, steps: int) -> Problem:
+    """`problem` whose draws number the inner steps, where its inner objective asks for that."""
+    if not problem.inner.indexed:
+        return problem
+    return problem._replace(
+        inner_draw=Bound("counted", counted, draw=problem.inner_draw),
+        hyper_draw=Bound("counted", counted, draw=problem.hyper_draw, last=steps - 1),
+    )
+
+
+def with_number(objective: Objective, ctx: Ctx) -> Ctx:
+    """The shapes of a context, for an objective that is told the inner step's number."""
+    return ctx._replace(inner_step=jax.ShapeDtypeStruct((), jnp.int32)) if objective.indexed else ctx
 
 
 def sampled(feed: Feed, i, *, batch_size: int) -> Ctx:
     """Draw: rows chosen independently, with replacement."""
-    key = _key(feed, i)
+    key = draw_key(feed, i)
     total = jax.tree.leaves(feed.data)[0].shape[0]
     index = jax.random.randint(key, (batch_size,), 0, total)
     return Ctx(jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(key, 1))
@@ -80,7 +126,7 @@ def by_epoch(feed: Feed, i, *, batch_size: int) -> Ctx:
     epoch, position = step // jnp.uint32(per_epoch), step % jnp.uint32(per_epoch)
     places = position * jnp.uint32(batch_size) + jnp.arange(batch_size, dtype=jnp.uint32)
     index = permuted(jax.random.fold_in(feed.key, epoch), places, total).astype(jnp.int32)
-    return Ctx(jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(_key(feed, i), 1))
+    return Ctx(jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(draw_key(feed, i), 1))
 
 
 def _chosen(feed: Feed, i, num_batches: int, replace: bool) -> jax.Array:
@@ -89,7 +135,7 @@ def _chosen(feed: Feed, i, num_batches: int, replace: bool) -> jax.Array:
     if num_batches == 1:
         return jnp.zeros((), jnp.int32)
     if replace:
-        return jax.random.randint(_key(feed, i), (), 0, num_batches, jnp.int32)
+        return jax.random.randint(draw_key(feed, i), (), 0, num_batches, jnp.int32)
     position = (number % num_batches).astype(jnp.uint32)
     return permuted(jax.random.fold_in(feed.key, number // num_batches), position, num_batches).astype(jnp.int32)
 
@@ -113,7 +159,7 @@ def partition(feed: Feed, i, *, batch_size: int, num_batches: int, replace: bool
     """Draw: one of the fixed batches that the data is divided into."""
     index = _chosen(feed, i, num_batches, replace) if feed.order is None else feed.order[i]
     batch = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index * batch_size, batch_size), feed.data)
-    return Ctx(batch, jax.random.fold_in(_key(feed, i), 1), index=index)
+    return Ctx(batch, jax.random.fold_in(draw_key(feed, i), 1), index=index)
 
 
 def num_batches(draw: Draw, algorithm: str) -> int:
@@ -139,6 +185,8 @@ def whole(draw: Draw, algorithm: str) -> Draw:
 
 
 def generated(feed: Feed, i, *, fn: Callable) -> Ctx:
-    """Draw: what a user's ``fn(key, step)`` makes."""
-    key = _key(feed, i)
+    """Draw: what a user's ``fn(key, step)`` makes. A run without a key has a function that reads none."""
+    key = draw_key(feed, i)
+    if key is None:
+        return Ctx(fn(jax.random.key(0), draw_number(feed, i)))
     return Ctx(fn(jax.random.fold_in(key, 0), draw_number(feed, i)), jax.random.fold_in(key, 1))

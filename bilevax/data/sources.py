@@ -9,10 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevax._core import numbers
 from bilevax.base import Bound, Draw, PyTree
 from bilevax.data.draws import by_epoch, generated, partition, same, sampled
-from bilevax.data.loaders import Stream
+from bilevax.data.loaders import Stream, refuse_uniterable
 
 
 class Source(NamedTuple):
@@ -66,15 +65,19 @@ def minibatches(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
     """
     check_arrays(arrays, "arrays")
     total = jax.tree.leaves(arrays)[0].shape[0]
-    if numbers.flag(replace, "replace"):
-        draw = Bound("minibatches", sampled, batch_size=numbers.count(batch_size, "batch_size"))
-    else:
-        draw = Bound("minibatches", by_epoch, batch_size=_batch_size(batch_size, total))
-    return Source(draw, jax.tree.map(jnp.asarray, arrays), True)
+    most = None if replace else total
+    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1 or (most and batch_size > most):
+        limit = "of at least 1" if replace else f"from 1 to {total}, the arrays' leading axis"
+        raise ValueError(f"batch_size: got {batch_size!r}; expected an integer {limit}.")
+    draw = sampled if replace else by_epoch
+    name = "minibatches"
+    return Source(Bound(name, draw, batch_size=int(batch_size)), jax.tree.map(jnp.asarray, arrays), True)
 
 
 def _batch_size(value, total: int) -> int:
-    return numbers.count(value, "batch_size", most=total, why=", the arrays' leading axis")
+    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= total:
+        raise ValueError(f"batch_size: got {value!r}; expected an integer from 1 to {total}, the arrays' leading axis.")
+    return int(value)
 
 
 def partitioned(arrays: PyTree, batch_size: int, *, replace: bool = False) -> Source:
@@ -102,7 +105,7 @@ def partitioned(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
     check_arrays(arrays, "arrays")
     size = _batch_size(batch_size, jax.tree.leaves(arrays)[0].shape[0])
     count = jax.tree.leaves(arrays)[0].shape[0] // size
-    draw = Bound("partitioned", partition, batch_size=size, num_batches=count, replace=numbers.flag(replace, "replace"))
+    draw = Bound("partitioned", partition, batch_size=size, num_batches=count, replace=bool(replace))
     return Source(draw, jax.tree.map(lambda a: jnp.asarray(a)[: count * size], arrays), True)
 
 
@@ -133,16 +136,19 @@ def check_arrays(arrays: PyTree, argument: str) -> None:
         raise ValueError(f"{argument}: got arrays of length 0; expected at least one example.")
 
 
-def as_source(data: Any, argument: str) -> Source | Stream:
-    """The draw behind whichever of the four forms `data` has."""
-    if isinstance(data, (Source, Stream)):
+def as_source(data: Any, argument: str) -> Any:
+    """The `Source`, `Stream` or `Episodes` behind whichever form `data` has."""
+    from bilevax.data.episodes import Episodes  # which are made of sources
+
+    if isinstance(data, (Source, Stream, Episodes)):
         return data
     if data is None:
         return Source(same)
+    refuse_uniterable(data, argument)
     if callable(data):
         return Source(Bound("generated", generated, fn=data), None, True)
     container = isinstance(data, (dict, list, tuple, np.ndarray, jax.Array)) or not jax.tree_util.all_leaves([data])
     if not container and isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
-        return Stream(data)
+        return Stream(data, argument)
     check_arrays(data, argument)
     return Source(same, jax.tree.map(jnp.asarray, data))

@@ -10,7 +10,6 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import check, tree
-from bilevax._core import numbers
 from bilevax.base import Ctx, PyTree, Scalar, objective
 
 
@@ -155,9 +154,9 @@ def estimate_constants(
     Source: von Mises and Pollaczek-Geiringer (1929), the power method.
     """
     g, f = objective(inner_objective), objective(outer_objective)
-    iterations, radius = numbers.count(iterations, "iterations"), numbers.positive(radius, "radius", example=1e-2)
-    if key is not None:
-        numbers.key(key)
+    check.count(iterations, "iterations")
+    if not radius > 0:
+        raise ValueError(f"radius: got {radius!r}; expected a positive number, such as 1e-2.")
     y, x, inner_batch, outer_batch = (tree.strong(value) for value in (inner_params, outer_params, inner_batch, outer_batch))
     check.params(y, "inner_params")
     check.params(x, "outer_params")

@@ -25,11 +25,11 @@ def mixed(objective: Objective) -> Objective:
     forward mode of it (``jax.jvp`` through the solve) is refused by JAX, a custom reverse rule having none.
     """
     # All flags on, so that batch, model state and key reach the rule as arguments, whatever of them the user's function reads.
-    return Objective(Bound(objective.name, _evaluate, objective=objective), has_aux=True, stateful=True, keyed=True)
+    return Objective(Bound(objective.name, _evaluate, objective=objective), True, True, True, indexed=True)
 
 
-def _evaluate(inner, outer, batch, model, *, key, objective):
-    ctx = Ctx(batch, key, model)
+def _evaluate(inner, outer, batch, model, *, key, inner_step, objective):
+    ctx = Ctx(batch, key, model, inner_step=inner_step)
     # A fresh function each time: JAX remembers traces by function, and a remembered one may have captured tracers of a trace that has ended.
     closed, shape = jax.make_jaxpr(lambda inner, outer, ctx: objective(inner, outer, ctx), return_shape=True)(inner, outer, ctx)
     rule = _Static(closed.jaxpr, jax.tree.structure(shape))

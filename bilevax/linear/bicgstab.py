@@ -8,9 +8,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
-from bilevax._core import numbers
 from bilevax.base import Bound
-from bilevax.linear import _krylov
+from bilevax.linear import _common, _krylov
 
 PyTree = Any
 
@@ -45,8 +44,8 @@ def bicgstab(maxiter: int = 100, tol: float = 1e-6) -> Bound:
     Reference:
       van der Vorst 1992, Bi-CGSTAB: A Fast and Smoothly Converging Variant of Bi-CG.
     """
-    maxiter = numbers.count(maxiter, "maxiter")
-    tol = numbers.positive(tol, "tol", example=1e-6)
+    _common.check_count("maxiter", maxiter)
+    _common.check_positive("tol", tol, 1e-6)
     return Bound("bicgstab", _bicgstab, maxiter=maxiter, tol=tol)
 
 
@@ -65,7 +64,7 @@ def _start(r, r_norm):
 
 
 def _nearly_zero(value, scale):
-    return ~(jnp.abs(value) > numbers.rounding_unit(value.dtype) * scale) & ~jnp.isnan(value)
+    return ~(jnp.abs(value) > float(jnp.finfo(value.dtype).eps) * scale) & ~jnp.isnan(value)
 
 
 def _step(x, s: _State, p, ap, a_norm):

@@ -9,8 +9,9 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import tree
-from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree
+from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree, objective
 from bilevax.data import same
+from bilevax.data.draws import with_number
 from bilevax.multilevel import joint
 from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
 from bilevax.multilevel.sweep import sweep
@@ -83,7 +84,7 @@ class MultilevelGradFn:
     def system(self, floats: dict, fixed: dict, batches: dict, key: Any, models: dict) -> System:
         """The levels bound to these shapes, with the graph found from them."""
         check_key(self.levels, key, [])
-        contexts = {level.name: Ctx(batches.get(level.name), key) for level in self.levels}
+        contexts = {level.name: with_number(objective(level.objective), Ctx(batches.get(level.name), key)) for level in self.levels}
         return as_system(self.levels, floats, fixed, {level.name: same for level in self.levels}, contexts, models, joint.attached)
 
 

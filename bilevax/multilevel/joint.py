@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from bilevax import linear, tree
-from bilevax._core import numbers
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Hypergradient, InnerState, PyTree
 from bilevax.hypergradient import _adjoint
@@ -59,7 +59,7 @@ def attached(system: System, name: str, solution: InnerState, given: dict, ctx: 
 def lagrangian(system: System, name: str, u: Unknowns, given: dict, ctx: Ctx):
     """``L_j`` at the unknowns `u` of level `name`."""
     env = {**ctx.batch.rest, **given, name: u.y} | {i: u_i.y for i, (u_i, _) in u.below.items()}
-    value = system.objectives[name](env, None, Ctx(ctx.batch.own, ctx.key, ctx.model.mine))[0]
+    value = system.objectives[name](env, None, Ctx(ctx.batch.own, ctx.key, ctx.model.mine, inner_step=ctx.batch.inner_step))[0]
     for i, (u_i, multipliers) in u.below.items():
         known, ctx_i = _inside(system, i, env, ctx)
         value += jax.jvp(lambda u_i: lagrangian(system, i, u_i, known, ctx_i), (u_i,), (multipliers,))[1]  # noqa: B023 (called at once)
@@ -103,7 +103,7 @@ def _solver(system: System, name: str, u: Unknowns):
     if given is not None and (not u.below or (isinstance(given, Bound) and given.name == "minres")):
         return given
     settings = given.settings if isinstance(given, Bound) else {}
-    unit = numbers.rounding_unit(u)
+    unit = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(u))
     return linear.minres(maxiter=1000, tol=settings.get("tol", 100 * unit))
 
 

@@ -17,6 +17,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
@@ -33,6 +34,7 @@ class LevelBatch(NamedTuple):
     own: PyTree
     key: Any
     number: Any  # of this draw: the levels inside count their own draws from it
+    inner_step: Any  # of this draw within its solve
     data: dict[str, PyTree]  # of all levels
     rest: dict[str, PyTree]  # variables of the levels that its gradient does not depend on
 
@@ -49,9 +51,9 @@ class LevelModel(NamedTuple):
 
 def lower(system: System, name: str) -> Lower:
     """A level as a lower one: its total objective, its solver, its draws."""
-    return Lower(
-        total_objective(system, name), system.solvers[name], Bound("level", _draw, draw=system.draws[name], index=system.graph.index(name), name=name)
-    )
+    solver = system.solvers[name]
+    draw = Bound("level", _draw, draw=system.draws[name], index=system.graph.index(name), name=name, steps=solver.steps)
+    return Lower(total_objective(system, name), solver, draw)
 
 
 def total_objective(system: System, name: str) -> Objective:
@@ -88,12 +90,12 @@ def inside(system: System, name: str, env: dict[str, PyTree], batch: LevelBatch)
     return side, level_feed(system, name, env, batch.data, key, batch.number * (side.solver.steps + 1))
 
 
-def _draw(feed: Feed, i, *, draw: Draw, index: int, name: str) -> Ctx:
+def _draw(feed: Feed, i, *, draw: Draw, index: int, name: str, steps: int) -> Ctx:
     data, rest = feed.data
     ctx = draw(feed._replace(data=data.get(name)), i)
     number = draw_number(feed, i)
     key = None if feed.key is None else jax.random.fold_in(jax.random.fold_in(feed.key, number), index)
-    return ctx._replace(batch=LevelBatch(ctx.batch, key, number, data, rest))
+    return ctx._replace(batch=LevelBatch(ctx.batch, key, number, jnp.minimum(jnp.int32(i), steps - 1), data, rest))
 
 
 # ---- the total objective
@@ -103,7 +105,7 @@ def _total(inner, outer, batch: LevelBatch, model: LevelModel, *, key, system: S
     env, below = {**batch.rest, **outer, name: inner}, model.below
     for j in system.graph[name].nested:
         env[j], below = _respond(system, name, j, env, batch, below)
-    value, (mine, aux) = system.objectives[name](env, None, Ctx(batch.own, key, model.mine))
+    value, (mine, aux) = system.objectives[name](env, None, Ctx(batch.own, key, model.mine, inner_step=batch.inner_step))
     return value, (LevelModel(mine, below), aux)
 
 

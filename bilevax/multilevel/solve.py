@@ -9,20 +9,22 @@ import jax
 
 from bilevax import check, tree
 from bilevax._core import optimizer
-from bilevax.base import Algorithm, Bound, Feed, InnerState, PyTree, StepInfo
+from bilevax.base import Algorithm, Bound, Feed, InnerState, PyTree, StepInfo, objective
 from bilevax.checkpoint import Checkpointing
+from bilevax.data.draws import level_windowed, with_number
+from bilevax.data.episodes import numbered
 from bilevax.data.loaders import Stream
-from bilevax.data.sources import Source, as_source
+from bilevax.data.sources import as_source
 from bilevax.multilevel import joint
 from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
 from bilevax.multilevel.sweep import sweep
-from bilevax.multilevel.system import System, as_system
+from bilevax.multilevel.system import System, as_solver, as_system
 from bilevax.run.chunk import RunState
 from bilevax.run.driver import launch
 from bilevax.run.metrics import Metrics, check_metrics
 from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
-from bilevax.run.window import first_context, source_draw
+from bilevax.run.window import first_context, needs_key, refuse_one_pass, source_draw
 from bilevax.sharding import Sharding
 
 
@@ -75,6 +77,7 @@ def solve_multilevel(
     checkpoint: Checkpointing | None = None,
     sharding: Sharding | None = None,
     on_failure: str = "stop",
+    read_ahead: int | None = None,
     throw: bool = True,
 ) -> Solution:
     """Minimise the top level's objective over the solutions of the levels below it.
@@ -85,8 +88,10 @@ def solve_multilevel(
     Args:
       levels: two or more `Level`, lowest first; the top level's solver is the optax transformation that moves it.
       params: dict by level name: where each starts.
-      data: dict by level name, each entry as in `solve_bilevel`; levels without one get ``batch=None``. Inner steps and second-order products draw
-        apart. A level inside another's objective cannot take an iterable, since how often it is solved is not known on the host.
+      data: dict by level name, each entry as in `solve_bilevel`; levels without one get ``batch=None``. Inner
+        steps and second-order products draw apart; of an iterable each batch is trained on once, and products
+        are taken on the last one that the level was trained on. A level inside another's objective cannot take
+        an iterable, since how often it is solved is not known on the host (episodes of one it can).
       num_steps: steps of the top level.
       key: PRNG key; needed where data is sampled or an objective is keyed.
       project: of the top level's parameters, after each of its steps.
@@ -100,6 +105,7 @@ def solve_multilevel(
       checkpoint: as in `solve_bilevel`.
       sharding: as in `solve_bilevel`: `sharding.data_parallel()`, `sharding.fsdp()` or `sharding.by_path(...)`.
       on_failure: as in `solve_bilevel`.
+      read_ahead: as in `solve_bilevel`.
       throw: as in `solve_bilevel`.
 
     Returns:
@@ -124,8 +130,9 @@ def solve_multilevel(
     """
     levels = checked(levels)
     options = check_options(
-        num_steps, metrics, tol, keep, callbacks, progress, throw, on_failure=on_failure, checkpoint=checkpoint, sharding=sharding
-    )
+        num_steps, metrics, tol, keep, callbacks, progress, throw,
+        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead,
+    )  # fmt: skip
     if state is not None and not isinstance(state, RunState):
         raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")
     if project is not None and not callable(project):
@@ -133,16 +140,19 @@ def solve_multilevel(
     names = [level.name for level in levels]
     upper = names[-1]
     given = check_names(data, names, "data")
-    sources = {name: as_source(given.get(name), f"data[{name!r}]") for name in names}
+    sources = dict(zip(names, numbered(tuple(as_source(given.get(n), f"data[{n!r}]") for n in names)), strict=True))
     models = {n: check.arrays(m, f"model_state[{n!r}]") for n, m in check_names(model_state, names, "model_state").items()}
     run_key = key if state is None else state.key
-    check_key(levels, run_key, [n for n, s in sources.items() if isinstance(s, Source) and s.keyed])
+    check_key(levels, run_key, [n for n, s in sources.items() if run_key is None and needs_key(s)])
     floats, fixed = split_params(levels, params)
     for name in names:
         check.finite(floats[name], f"params[{name!r}]")
-    contexts = {name: first_context(source, run_key) for name, source in sources.items()}
+    if state is not None:
+        refuse_one_pass(tuple(sources.values()))
+    contexts = {level.name: with_number(objective(level.objective), first_context(sources[level.name], run_key)) for level in levels}
     now = models if state is None else state.algorithm.inner.model
-    system = as_system(levels, floats, fixed, {n: source_draw(s) for n, s in sources.items()}, contexts, now, joint.attached)
+    draws = {level.name: _draw_of(level, sources[level.name]) for level in levels}
+    system = as_system(levels, floats, fixed, draws, contexts, now, joint.attached)
     inside = {n for name in names[:-1] for n in system.graph[name].held}
     for name, source in sources.items():
         if isinstance(source, Stream) and name in inside:
@@ -155,12 +165,23 @@ def solve_multilevel(
     if options.metrics is not None:
         check_metrics(options.metrics, start.params, floats[upper], model, {"value", "grad_norm", "code", "aux"})
     value = jax.eval_shape(lambda p, ctx: system.objectives[upper](p, None, ctx)[0], floats, contexts[upper])
-    draws = (*(solver.steps + 1 for solver in system.solvers.values()), 1)
+    counts = (*(solver.steps + 1 for solver in system.solvers.values()), 1)
     bound = None if project is None else Bound("project", _projected, fn=project, fixed=fixed[upper])
     # The driver hands an algorithm whatever problem it was given, and as many streams as `draws` has entries.
-    algorithm = Algorithm(_init, Bound("multilevel", _step, project=bound), draws)  # type: ignore[arg-type]
+    algorithm = Algorithm(_init, Bound("multilevel", _step, project=bound), counts)  # type: ignore[arg-type]
     leaves = ({n: fixed[n] for n in names[:-1]}, fixed[upper])
     return launch(system, algorithm, tuple(sources.values()), start, floats[upper], leaves, key, state, value.dtype, options)
+
+
+def _draw_of(level: Level, source: Any) -> Any:
+    """The draw of a level's source; an iterable is told what the level takes of it."""
+    if not isinstance(source, Stream):
+        return source_draw(source)
+    steps = 0 if level.freeze else as_solver(level).steps if level.hypergradient is not None else 1
+    source.take, source.every = steps, level.every
+    if level.hypergradient is None:
+        return source_draw(source)
+    return Bound("window", level_windowed, take=steps, every=level.every)
 
 
 def _projected(outer, *, fn, fixed):

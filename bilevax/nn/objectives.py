@@ -8,7 +8,6 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevax import base, check
-from bilevax._core import numbers
 from bilevax.base import Bound, Objective, PyTree
 from bilevax.nn.from_nnx import from_nnx, modules
 from bilevax.nn.net import Net
@@ -56,7 +55,8 @@ def objective(
     wrapped = base.objective(loss)
     if wrapped.stateful:
         raise TypeError(f"loss: got {wrapped!r}; expected one that is not stateful: the models' states are kept for it.")
-    train = numbers.flag(train, "train")
+    if not isinstance(train, bool):
+        raise TypeError(f"train: got {train!r}; expected True or False.")
     given = {"inner": inner, "outer": outer, "model": model}
     if levels is not None:
         if any(value is not None for value in given.values()) or not isinstance(levels, Mapping):
@@ -71,7 +71,7 @@ def objective(
     binds = {role: Part(net.bind, net.keyed) for role, net in nets.items()}
     stateful, keyed = any(net.has_state for net in nets.values()), wrapped.keyed or any(net.keyed for net in nets.values())
     settings = dict(fn=wrapped.fn, binds=binds, form=form, train=train, stateful=stateful, has_aux=wrapped.has_aux, keyed=wrapped.keyed)
-    return Objective(Bound(wrapped.name, _evaluate, **settings), wrapped.has_aux, stateful, keyed)
+    return Objective(Bound(wrapped.name, _evaluate, **settings), wrapped.has_aux, stateful, keyed, wrapped.indexed)
 
 
 class Part(NamedTuple):
@@ -100,7 +100,7 @@ def _check_form(role: str, form, net: Net) -> None:
         raise ValueError(f"{role}: got {net!r}, whose parameters are divided between levels; expected it as model=.")
 
 
-def _evaluate(*args, key=None, fn, binds: dict[str, Part], form: str, train: bool, stateful: bool, has_aux: bool, keyed: bool):
+def _evaluate(*args, key=None, fn, binds: dict[str, Part], form: str, train: bool, stateful: bool, has_aux: bool, keyed: bool, **number):
     *params, batch, state = args if stateful else (*args, {})
     if form == "pair":
         given = {"inner": params[0], "outer": params[1]}
@@ -109,12 +109,12 @@ def _evaluate(*args, key=None, fn, binds: dict[str, Part], form: str, train: boo
     else:  # a pair, or a dict by level name
         given = {"model": tuple(params) if len(params) == 2 else params[0]}
     collects = {}
-    for number, role in enumerate(sorted(binds)):
+    for place, role in enumerate(sorted(binds)):
         part = binds[role]
-        own = jax.random.fold_in(key, number) if part.keyed else None
+        own = jax.random.fold_in(key, place) if part.keyed else None
         given[role], collects[role] = part.bind(given[role], state.get(role), own, train)
     models = (given,) if form == "levels" else tuple(given.values())
-    out = fn(*models, batch, **({"key": jax.random.fold_in(key, len(binds))} if keyed else {}))
+    out = fn(*models, batch, **({"key": jax.random.fold_in(key, len(binds))} if keyed else {}), **number)
     if not stateful:
         return out
     moved = {role: collects[role]() if train else old for role, old in state.items()}

@@ -12,6 +12,7 @@ from jax import lax
 from bilevax import tree
 from bilevax.base import Algorithm, Draws, Feed, Feeds, PyTree, join
 from bilevax.data.draws import ordered
+from bilevax.data.episodes import drawn
 from bilevax.results import RESULTS
 from bilevax.run.metrics import Metrics
 
@@ -58,6 +59,7 @@ def feeds(state: RunState, data: tuple, draws: Draws | tuple, orders: tuple | No
     def key(i):
         return None if state.key is None else jax.random.fold_in(state.key, i)
 
+    data = tuple(drawn(d, state.key, state.step) for d in data)
     streams = tuple(Feed(d, key(i), state.step * n, order) for i, (d, n, order) in enumerate(zip(data, draws, orders, strict=True)))
     if not isinstance(draws, Draws):  # a stream a level
         return streams

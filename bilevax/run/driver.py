@@ -13,8 +13,6 @@ import numpy as np
 from bilevax import callbacks as callbacks_lib
 from bilevax import check, tree
 from bilevax.base import InnerState, PyTree, join, split
-from bilevax.data.loaders import Stream
-from bilevax.data.sources import Source
 from bilevax.results import RESULTS, SolveError
 from bilevax.run import dry, layout
 from bilevax.run import store as store_lib
@@ -24,10 +22,9 @@ from bilevax.run.options import Options
 from bilevax.run.preemption import Preemption
 from bilevax.run.recovery import Recovery
 from bilevax.run.solution import Solution
-from bilevax.run.window import Window
+from bilevax.run.window import Window, stream_of
 
 LONGEST, QUICK = 4096, 0.1  # a later call takes up to so many steps in about so many seconds: a failure or a signal is to be seen soon
-STREAM_CHUNK = 16  # the same for batches read on the host, which must be held stacked
 
 
 def launch(
@@ -71,10 +68,10 @@ def launch(
             kept_inner, model, kept_outer = best.inner, best.model, best.outer
         return Solution(tree.combine(kept_inner, inner_fixed), tree.combine(kept_outer, outer_fixed), model, result, history, run, stats)
 
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((run, dynamic, [s.data for s in sources if isinstance(s, Source)]))):
+    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((run, dynamic, [s.data for s in sources if stream_of(s) is None]))):
         return _traced(static, dynamic, run, sources, solution, options)
     if options.sharding is not None and options.sharding.dry:
-        return dry.of_step(static, dynamic, run, sources, plan.algorithm.draws)  # type: ignore[return-value]
+        return dry.of_step(static, dynamic, run, sources)  # type: ignore[return-value]
     return _driven(plan, static, dynamic, run, sources, solution, options)
 
 
@@ -92,7 +89,7 @@ def _placed_first_state(static, score_dtype, keep: str, dynamic: tuple, start: I
 
 
 def _traced(static, dynamic, run, sources, solution, options: Options) -> Solution:
-    if any(isinstance(s, Stream) for s in sources) or options.watchers:
+    if any(map(stream_of, sources)) or options.watchers:
         raise ValueError(
             "callbacks, progress and iterables of batches: got one under a JAX transformation; expected none, since nothing of the host runs there."
         )
@@ -108,19 +105,19 @@ def _traced(static, dynamic, run, sources, solution, options: Options) -> Soluti
 
 def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, options: Options) -> Solution:
     """Chunk after chunk until the steps are done, a failure, the tolerance, or a word from outside."""
-    num_steps, watchers, draws = options.num_steps, options.watchers, plan.algorithm.draws
+    num_steps, watchers = options.num_steps, options.watchers
     begin, start, first_chunk = time.perf_counter(), int(run.step), 0.0
-    streaming = any(isinstance(s, Stream) for s in sources)
-    capacity = min(num_steps, STREAM_CHUNK) if streaming else LONGEST if plan.layout is None else CHUNK
+    put = None if plan.layout is None else plan.layout.put_window
+    window = Window(sources, num_steps, options.read_ahead, put)
+    capacity = window.capacity if window.streaming else LONGEST if plan.layout is None else CHUNK
     shortest = length = min(capacity, CHUNK)  # of the next chunk
-    window = Window(sources, draws, capacity, None if plan.layout is None else plan.layout.put_window)
     history = History()
     store = None if options.checkpoint is None else store_lib.Store(options.checkpoint, start)
     if store is not None and (found := store.restore(run)) is not None:
         run, history.restored = found
     resumed, result = int(run.step), RESULTS(int(run.code))
     done = resumed - start
-    window.skip(done)
+    window.seek(resumed)
     recovery = Recovery(options.on_failure)
 
     def finish(result) -> Solution:
@@ -155,6 +152,7 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
                 if steps:
                     since = time.perf_counter()
                     run, rows, count = run_chunk(static, capacity, run, dynamic, data, steps)
+                    window.prefetch(num_steps - done - steps)
                     count = int(count)
                     history.chunks.append(jax.tree.map(lambda a: np.asarray(a)[:count], rows))  # noqa: B023 (mapped at once)
                     done += count
@@ -162,7 +160,7 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
                     length = min(capacity, max(shortest, int(QUICK / each)))
                     first_chunk = first_chunk or time.perf_counter() - begin
                     run, result = recovery.after(run, count)
-                    window.put_back(steps - count)
+                    window.done(count)
                 if window.exhausted and result is RESULTS.success and done < num_steps:
                     result = RESULTS.data_exhausted
                 over = done >= num_steps or result is not RESULTS.success

@@ -8,17 +8,15 @@ import jax
 import numpy as np
 
 from bilevax.base import join
-from bilevax.data.loaders import Stream
 from bilevax.run.chunk import one_step
 from bilevax.run.window import Window
 from bilevax.sharding.report import Piece, Report, collectives
 
 
-def of_step(static: Any, dynamic: tuple, run: Any, sources: tuple, draws: Any) -> Report:
+def of_step(static: Any, dynamic: tuple, run: Any, sources: tuple) -> Report:
     """The report of one step of a run."""
     plan = join(static, dynamic)
-    window = Window(sources, draws, 1, plan.layout.put_window)
-    data, _ = window.read(0, 1) if any(isinstance(s, Stream) for s in sources) else (tuple(s.data for s in sources), 1)
+    data, _ = Window(sources, 1, 1, plan.layout.put_window).read(0, 1)
     step = jax.jit(lambda dynamic, run, data: one_step(join(static, dynamic), run, data), donate_argnums=(1,))
     compiled = step.lower(dynamic, run, data).compile()
     pieces = tuple(_piece(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(run))

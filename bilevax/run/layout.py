@@ -15,9 +15,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from bilevax import tree
 from bilevax.base import Bound, Feed, InnerState, Objective, Problem, PyTree, join, split
-from bilevax.data.loaders import Stream, peek
-from bilevax.data.sources import Source
+from bilevax.data.episodes import Episodes, drawn
+from bilevax.data.loaders import Stream
 from bilevax.run import over_tasks
+from bilevax.run.window import source_draw
 from bilevax.sharding.placement import Sharding
 
 
@@ -148,9 +149,11 @@ def _check_rows(sharding: Sharding, batch: PyTree, what: str) -> None:
         raise ValueError(f"{what}: got {sorted(lengths)} rows on {sharding.row_devices} devices; expected a multiple of {sharding.row_devices}.")
 
 
-def _place_source(sharding: Sharding, source: Source | Stream) -> Source | Stream:
+def _place_source(sharding: Sharding, source: Any) -> Any:
     if isinstance(source, Stream):
         return source
+    if isinstance(source, Episodes):
+        return source._replace(parent=_place_source(sharding, source.parent))
     return source._replace(data=jax.tree.map(lambda a: put_leaf(a, sharding.named(*rows_spec(sharding, a))), source.data))
 
 
@@ -222,9 +225,10 @@ def _check_mean(sharding: Sharding, problem: Any, sources: tuple, start: InnerSt
                 "Try data_parallel() without mean."
             )
         if isinstance(source, Stream):
-            batch = jax.tree.map(jnp.asarray, peek(source))
+            batch = jax.tree.map(jnp.asarray, source.peek())
         else:
-            batch = source.draw(Feed(source.data, key, jnp.zeros((), jnp.int32)), 0).batch
+            zero = jnp.zeros((), jnp.int32)
+            batch = source_draw(source)(Feed(drawn(source.data, key, zero), key, zero), 0).batch
         if not jax.tree.leaves(batch):
             continue
         batch = jax.tree.map(lambda a: put_leaf(a, sharding.named(*rows_spec(sharding, a))), batch)

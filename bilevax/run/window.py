@@ -3,94 +3,308 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
-from typing import Any
+import logging
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from bilevax.base import Ctx, Feed, PyTree, join, split
-from bilevax.data.draws import windowed
-from bilevax.data.loaders import Stream, peek
-from bilevax.data.sources import Source
+from bilevax.base import Bound, Ctx, Draws, Feed, Problem, PyTree, join, split
+from bilevax.data.draws import count_steps, last_windowed, windowed
+from bilevax.data.episodes import Episodes, drawn, episode
+from bilevax.data.loaders import Stream
+
+MOST_BYTES = 2**28  # of batches read ahead
+MOST_STEPS = 16  # and of outer steps: a slow loader's first ones are waited for
+PATIENCE = 10.0  # seconds of passing over batches between two words about it
+
+
+class Step(NamedTuple):
+    """What was read for one outer step: a list of batches a stream, and a stream's last one before it."""
+
+    batches: list[list[PyTree]]
+    before: list[PyTree]
+
+
+class Staged(NamedTuple):
+    """Steps from `start` on, and their batches as compiled code is given them: ``(start, stacked)`` a stream."""
+
+    start: int
+    steps: list[Step]
+    data: list
+
+
+def stream_of(source: Any) -> Stream | None:
+    """The iterable behind a source."""
+    parent = source.parent if isinstance(source, Episodes) else source
+    return parent if isinstance(parent, Stream) else None
 
 
 class Window:
     """Batches of host streams for the steps of the next chunk, stacked and padded to one shape.
 
-    `put` places a stacked window on the devices; None leaves it to JAX.
+    An iterable that stands behind several sources is read once. `steps` bounds how many outer steps are
+    read ahead, those of the chunk included; None for as many as fit in 256 MiB, at least two. `put` places a
+    stacked window on the devices; None leaves it to JAX.
     """
 
-    def __init__(self, sources: tuple[Source | Stream, ...], draws: Sequence[int], capacity: int, put: Callable[[PyTree], PyTree] | None = None):
-        self.sources, self.draws, self.capacity, self.put, self.exhausted = sources, draws, capacity, put, False
-        self.streaming = any(isinstance(s, Stream) for s in sources)
-        self._last: list = []
-        self._back: list = []
+    def __init__(self, sources: tuple, num_steps: int, steps: int | None = None, put: Callable | None = None):
+        self.sources, self.put = sources, put
+        found = {id(s): s for s in map(stream_of, sources) if s is not None and s.take}
+        self.streams: list[Stream] = list(found.values())
+        if steps is None:
+            step_bytes = sum(s.take * _bytes(s.peek()) / s.every for s in self.streams)
+            steps = max(2, min(2 * MOST_STEPS, int(MOST_BYTES // max(step_bytes, 1))))
+        self.capacity = max(1, min(num_steps, (steps + 1) // 2))
+        self._ahead = max(0, steps - self.capacity)
+        self._next = 0  # the step that is pulled from the streams next
+        self._last: list[PyTree] = [None] * len(self.streams)
+        self._back: list[Step] = []
+        self._current: Staged | None = None
+        self._staged: Staged | None = None
+        self._error: BaseException | None = None
+        self._ended: Stream | None = None
 
-    def _pull(self) -> list[list] | None:
-        """The batches of one step, a list a source, or None at the end of an iterator."""
-        if self._back:
-            return self._back.pop(0)
-        try:
-            return [[s.next() for _ in range(k)] if isinstance(s, Stream) else [] for s, k in zip(self.sources, self.draws, strict=True)]
-        except StopIteration:
-            self.exhausted = True
-            return None
+    @property
+    def streaming(self) -> bool:
+        """Whether anything is read on the host."""
+        return bool(self.streams)
 
-    def skip(self, steps: int) -> None:
-        """Pass over the batches of `steps` steps that an earlier process has done."""
-        for _ in range(steps if self.streaming else 0):
-            if self._pull() is None:
-                break
+    @property
+    def exhausted(self) -> bool:
+        """An iterator is at its end, and so are the steps that were read before."""
+        return self._ended is not None and not self._back and self._staged is None
 
-    def put_back(self, steps: int) -> None:
-        """Hand out again the batches of the last `steps` steps that were read."""
-        self._back = (self._last[-steps:] if steps else []) + self._back
+    # ---- where the streams stand
+
+    def seek(self, step: int) -> None:
+        """Pass over the batches of the steps before `step`, which an earlier run has taken."""
+        self._next = step
+        begin = said = time.perf_counter()
+        for place, stream in enumerate(self.streams):
+            count = -(-step // stream.every) * stream.take
+            for number in range(count):
+                try:
+                    self._last[place] = stream.next()
+                except StopIteration:
+                    self._ended = stream
+                    return
+                if time.perf_counter() - said > PATIENCE:
+                    said = time.perf_counter()
+                    logging.getLogger("bilevax").warning(
+                        "%s: passed over %d of %d batches in %.0f s, to the place where the run stands",
+                        stream.argument, number + 1, count, said - begin,
+                    )  # fmt: skip
+
+    def _pull(self) -> Step | None:
+        """What the next step reads, or None at the end of an iterator."""
+        batches: list[list[PyTree]] = []
+        before = list(self._last)
+        for place, stream in enumerate(self.streams):
+            taken: list[PyTree] = []
+            try:
+                while self._next % stream.every == 0 and len(taken) < stream.take:
+                    taken.append(stream.next())
+            except StopIteration:
+                if self._next == 0:
+                    raise ValueError(
+                        f"{stream.argument}: got an iterator that ended after {len(taken)} batches; expected at "
+                        f"least {stream.take}, those of one outer step. Try an iterable that can be read again."
+                    ) from None
+                self._ended = stream
+                return None
+            batches.append(taken)
+            self._last[place] = taken[-1] if taken else self._last[place]
+        self._next += 1
+        return Step(batches, before)
+
+    # ---- what a chunk is given
 
     def read(self, start: int, n: int) -> tuple[tuple, int]:
         """The data of steps `start` to `start + n`, and how many of those steps there are batches for."""
-        pulled: list[list] = [[] for _ in self.sources]
-        self._last = []
-        steps = 0 if self.streaming else n
-        while self.streaming and steps < n:  # step by step, so that which batch a step gets does not depend on the chunks
-            batches = self._pull()
-            if batches is None:
+        if not self.streaming:
+            return self._arranged([]), n
+        if self._staged is None:
+            self._staged = self._stage(start, n)
+        staged, self._staged, self._current = self._staged, None, self._staged
+        if not staged.steps and self._error is not None:
+            raise self._error
+        return self._arranged(staged.data), min(n, len(staged.steps))
+
+    def prefetch(self, n: int) -> None:
+        """Read the next steps, at most `n`, while those that were handed out are being done."""
+        if self._current is None or self._back:
+            return
+        n = min(n, self._ahead)
+        if n > 0:
+            staged = self._stage(self._current.start + len(self._current.steps), n)
+            self._staged = staged if staged.steps else None
+
+    def done(self, count: int) -> None:
+        """Of the steps handed out last, `count` were done; the others will be handed out again."""
+        if self._current is None:
+            return
+        left = self._current.steps[count:]
+        if left:
+            ahead = [] if self._staged is None else self._staged.steps
+            self._back, self._staged = [*left, *ahead, *self._back], None
+        self._current = None
+
+    def _stage(self, start: int, n: int) -> Staged:
+        """Up to `n` steps, copied into one array a leaf as they are read."""
+        steps: list[Step] = []
+        windows: list[_Stack | None] = [None] * len(self.streams)
+        while len(steps) < min(n, self.capacity):
+            step = self._back.pop(0) if self._back else self._pull_or_wait()
+            if step is None:
                 break
-            self._last.append(batches)
-            for column, new in zip(pulled, batches, strict=True):
-                column.extend(new)
-            steps += 1
-        data = []
-        for source, draws, column in zip(self.sources, self.draws, pulled, strict=True):
-            if isinstance(source, Source):
+            views: list[list[PyTree]] = []
+            for place, stream in enumerate(self.streams):
+                window = windows[place]
+                if window is None:
+                    standing = start % stream.every != 0
+                    number = start // stream.every * stream.take + (stream.take - 1 if standing else 0)
+                    rows = -(-self.capacity // stream.every) * stream.take + (stream.every > 1)
+                    window = windows[place] = _Stack(number, rows, stream.peek())
+                    if standing:
+                        window.add(step.before[place])
+                views.append([window.add(batch) for batch in step.batches[place]])
+            steps.append(step._replace(batches=views))
+        return Staged(start, steps, [None if w is None else w.placed(self.put) for w in windows])
+
+    def _pull_or_wait(self) -> Step | None:
+        if self._ended is not None or self._error is not None:
+            return None
+        try:
+            return self._pull()
+        except Exception as error:  # raised when its step is due, and not when it is read ahead
+            self._error = error
+            return None
+
+    def _arranged(self, windows: list) -> tuple:
+        """The data of each source."""
+        by_stream = {id(stream): window for stream, window in zip(self.streams, windows, strict=False)}
+        data: list[Any] = []
+        for source in self.sources:
+            stream = stream_of(source)
+            if stream is None:
                 data.append(source.data)
-            elif column:
-                padded = column + [column[-1]] * (self.capacity * draws - len(column))
-                stacked = jax.tree.map(lambda *leaves: np.stack(leaves), *padded)
-                placed = jax.tree.map(jnp.asarray, stacked) if self.put is None else self.put(stacked)
-                data.append((jnp.asarray(start * draws, jnp.int32), placed))
             else:
-                data.append(None)
-        return tuple(data), steps
+                window = by_stream.get(id(stream))
+                data.append(source.window(window) if isinstance(source, Episodes) else window)
+        return tuple(data)
 
 
-def source_draw(source: Source | Stream) -> Any:
+class _Stack:
+    """Batches of one stream, the first with this number, copied one after another into arrays of `rows`."""
+
+    def __init__(self, number: int, rows: int, like: PyTree):
+        self.number, self.filled = number, 0
+        self.arrays = jax.tree.map(lambda a: _aligned((rows, *a.shape), a.dtype), like)
+
+    def add(self, batch: PyTree) -> PyTree:
+        """The batch as it lies here."""
+        row, self.filled = self.filled, self.filled + 1
+
+        def copy(array, a):
+            array[row] = np.asarray(a)
+            return array[row]
+
+        return jax.tree.map(copy, self.arrays, batch)
+
+    def placed(self, put: Callable | None) -> tuple:
+        stacked = jax.device_put(self.arrays) if put is None else put(self.arrays)  # on the CPU no copy
+        return jnp.asarray(self.number, jnp.int32), stacked
+
+
+def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+    """Zeros that JAX on the CPU takes as they lie, without a copy."""
+    size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
+    memory = np.zeros(size + 64, np.uint8)
+    begin = -memory.ctypes.data % 64
+    return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _bytes(batch: PyTree) -> int:
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(batch))
+
+
+# ---- what compiled code is given
+
+
+def source_draw(source: Any) -> Any:
     """The draw by which compiled code reads a source."""
+    if isinstance(source, Episodes):
+        return episode
     return windowed if isinstance(source, Stream) else source.draw
 
 
-def first_context(source: Source | Stream, key) -> Ctx:
+def reading(problem: Problem, draws: Draws, sources: tuple) -> Problem:
+    """The problem's draws, and its streams, told what each step of an algorithm takes.
+
+    Over an iterable, second-order products are taken on the last batch that the step has trained on.
+
+    Raises:
+      ValueError: for an algorithm that needs batches of their own for them.
+    """
+    inner, hyper, outer = sources
+    shared = isinstance(inner, Stream) and hyper is inner
+    if shared and draws.hyper > 1:
+        raise ValueError(
+            f"hyper_data: got None with an iterable as {inner.argument}, for an algorithm whose second-order products "
+            f"take {draws.hyper} batches a step, independent of those trained on; expected data of their own. "
+            "Try hyper_data= another iterator over the same data."
+        )
+    for source, take in ((inner, draws.inner), (outer, draws.outer), *(() if shared else ((hyper, draws.hyper),))):
+        if isinstance(source, Stream):
+            source.take = take
+    if shared:
+        problem = problem._replace(hyper_draw=Bound("last", last_windowed, take=draws.inner))
+    return count_steps(problem, draws.inner)
+
+
+def refuse_one_pass(sources: tuple) -> None:
+    """A run that goes on from a state cannot tell where an iterator stands."""
+    for stream in filter(None, map(stream_of, sources)):
+        if stream.one_pass:
+            raise ValueError(
+                f"{stream.argument}: got an iterator ({type(stream.iterable).__name__}) with state=; expected an "
+                "iterable that can be read from its beginning, to be passed over to where the run stands. Try "
+                "what makes the iterator: a loader, or a class with __iter__."
+            )
+
+
+def first_context(source: Any, key) -> Ctx:
     """Shapes of what an objective will be given."""
-    if isinstance(source, Stream):
-        batch = peek(source)
-        return jax.eval_shape(lambda key: windowed(Feed((0, jax.tree.map(lambda a: jnp.asarray(a)[None], batch)), key, 0), 0), key)
-    static, dynamic = split(source.draw)
-    return _first_draw.eval_shape(static, dynamic, source.data, key)
+    stream = stream_of(source)
+    if stream is None:
+        data, draw = source.data, source_draw(source)
+    else:
+        data = (jnp.int32(0), jax.tree.map(lambda a: jnp.asarray(a)[None], stream.peek()))
+        data, draw = (source.window(data) if isinstance(source, Episodes) else data), source_draw(source)
+    static, dynamic = split(draw)
+    return _first_draw.eval_shape(static, dynamic, data, key)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # for its cache: a second run on the same data traces nothing
 def _first_draw(static, dynamic, data, key) -> Ctx:
     zero = jnp.zeros((), jnp.int32)
     known = zero[None]  # an order, whose finding out would be most of what is traced here
-    return join(static, dynamic)(Feed(data, key, zero, known), 0)
+    return join(static, dynamic)(Feed(drawn(data, key, zero), key, zero, known), 0)
+
+
+def needs_key(source: Any) -> bool:
+    """Whether a source without a key is one short: a user's function may ignore its own."""
+    parent = source.parent if isinstance(source, Episodes) else source
+    if isinstance(parent, Stream):
+        return False
+    fn = getattr(parent.draw, "settings", {}).get("fn")
+    if not parent.keyed or fn is None:
+        return parent.keyed
+    like = jax.eval_shape(lambda: jax.random.key(0))
+    closed = jax.make_jaxpr(fn)(like, jax.ShapeDtypeStruct((), jnp.int32))
+    _, used = jax.interpreters.partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    return used[0]
