@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ from bilevax import base, tree
 from bilevax._core.jaxpr import evaluate
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
 from bilevax.linear.cg import cg
-from bilevax.results import RESULTS, SolveError, worst
+from bilevax.results import RESULTS, SolveError, as_warning, failed, strictly, strictness, worst
 
 
 class ArgminInfo(NamedTuple):
@@ -25,11 +25,13 @@ class ArgminInfo(NamedTuple):
       value: the objective at the returned point.
       grad_norm: ``‖∇_y g‖`` there. The derivative is off by about this over the smallest curvature.
       code: a `RESULTS` code: ``success``, ``inner_not_converged`` or ``inner_nonfinite``.
+      warnings: a mask of what is rough about the point (`results.warnings_in`): an unsolved one that `strict` let pass.
     """
 
     value: Any
     grad_norm: Any
     code: Any
+    warnings: Any = 0
 
 
 def argmin(
@@ -39,6 +41,7 @@ def argmin(
     linear_solver: LinearSolver | None = None,
     tol: float | None = None,
     max_residual: float = 1e-2,
+    strict: bool | Collection[RESULTS] = True,
     throw: bool = False,
 ) -> Argmin:
     r"""Turn a minimization into a function of everything that its objective reads.
@@ -62,6 +65,8 @@ def argmin(
       tol: the largest ``‖∇_y g‖`` that counts as solved, one gradient more. Default: the solver's own word, if it gives one (a fixed number
         of optax steps does not: give `tol` there). ``jnp.inf`` takes any finite point.
       max_residual: relative residual of a linear solve above which the derivative is NaN instead of wrong. ``jnp.inf`` accepts anything.
+      strict: warnings that are failures: True for all, False for none, or a set of `RESULTS`. All by default, since a bare solution can carry no
+        warning; ``strict=False`` takes an unsolved point as it is.
       throw: raise where a solve failed, under ``jit`` too. Costs a host callback in the program (taken on failure, and always under ``vmap``),
         and a program with one is not kept in JAX's persistent compilation cache.
 
@@ -93,7 +98,7 @@ def argmin(
         _check_positive("tol", tol, 1e-6)
     if not isinstance(throw, bool):
         raise TypeError(f"throw: got {throw!r}; expected True or False.")
-    return Argmin(_Traceable(objective), solver, _linear(linear_solver, max_residual), tol, throw)
+    return Argmin(_Traceable(objective), solver, _linear(linear_solver, max_residual), tol, throw, strictness(strict))
 
 
 def attach(objective: Callable, linear_solver: LinearSolver | None = None, *, max_residual: float = 1e-2) -> Callable:
@@ -135,8 +140,9 @@ def attach(objective: Callable, linear_solver: LinearSolver | None = None, *, ma
 class Argmin:
     """What `argmin` returns: call it for the solution, or `with_info` for the solution and how the solve ended."""
 
-    def __init__(self, traceable: _Traceable, solver: InnerSolver, linear: _Linear, tol, throw: bool):
+    def __init__(self, traceable: _Traceable, solver: InnerSolver, linear: _Linear, tol, throw: bool, strict: int):
         self._traceable, self._solver, self._linear, self._tol, self._throw = traceable, solver, linear, tol, throw
+        self._strict = strict
 
     def __repr__(self) -> str:
         return f"argmin({self._traceable.name}, {self._solver!r})"
@@ -158,7 +164,7 @@ class Argmin:
 
     def _solve(self, mode: str, traced: _Traced) -> tuple[PyTree, ArgminInfo]:
         static, dynamic = base.split((traced.value, self._solver, self._linear, self._tol))
-        return _solved(static, mode, self._traceable.name, dynamic, traced.inner, traced.outer)
+        return _solved(static, mode, self._strict, self._traceable.name, dynamic, traced.inner, traced.outer)
 
 
 # ---- the objective with nothing captured
@@ -234,8 +240,8 @@ def _checked(name: str, values: PyTree) -> PyTree:
 # ---- the solve
 
 
-@partial(jax.jit, static_argnums=(0, 1, 2))
-def _solved(static: Static, mode: str, name: str, dynamic: tuple, inner: PyTree, outer: _Outer) -> tuple[PyTree, ArgminInfo]:
+@partial(jax.jit, static_argnums=(0, 1, 2, 3))
+def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple, inner: PyTree, outer: _Outer) -> tuple[PyTree, ArgminInfo]:
     value, solver, linear, tol = base.join(static, dynamic)
     start, given, solver, tol = jax.tree.map(_constant, (inner, outer, solver, tol))
     state, report = Lower(value, solver, _no_batch).run(InnerState(start, solver.init(start)), given, Feed())
@@ -248,11 +254,12 @@ def _solved(static: Static, mode: str, name: str, dynamic: tuple, inner: PyTree,
         grad_norm = tree.norm(gradient)
     if tol is not None:
         own_word = jnp.where(grad_norm <= tol, RESULTS.success, RESULTS.inner_not_converged)
+    own_word, warnings = as_warning(own_word)
     code = worst(own_word, jnp.where(tree.all_finite(y), RESULTS.success, RESULTS.inner_nonfinite))
-    info = lax.stop_gradient(ArgminInfo(reached, grad_norm, code))
+    info = lax.stop_gradient(ArgminInfo(reached, grad_norm, strictly(code, warnings, strict), warnings))
 
     if mode != "informed":
-        bad = info.code >= RESULTS.inner_not_converged
+        bad = failed(info.code)
         if mode == "throwing":
             report_failure = partial(_raise, name=name)
             flag = jax.ShapeDtypeStruct((), jnp.bool_)
@@ -276,7 +283,7 @@ def _no_batch(feed: Feed, i) -> Ctx:
 
 def _raise(codes, grad_norms, *, name: str):
     codes, grad_norms = np.asarray(codes), np.asarray(grad_norms)
-    if np.any(codes >= RESULTS.inner_not_converged):
+    if np.any(failed(codes)):
         worst_code = RESULTS(int(np.max(codes)))
         norm = float(np.max(grad_norms))
         raise SolveError(worst_code, None, f" in argmin({name})" + ("" if np.isnan(norm) else f", gradient norm {norm:.2e}"))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -10,10 +10,11 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import check, tree
+from bilevax._core.jaxpr import reads
 from bilevax.base import Ctx, Draw, Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, objective
 from bilevax.data import same
 from bilevax.data.draws import check_stacked, count_steps
-from bilevax.results import RESULTS, first, unless
+from bilevax.results import RESULTS, as_warning, failed, first, strictly, strictness, unless, warning
 
 
 class EstimateState(NamedTuple):
@@ -30,7 +31,8 @@ def estimate(
 ) -> tuple[InnerState, Estimate]:
     """Solve the lower level from `inner` and differentiate the outer objective at its solution, on floating-point leaves only.
 
-    Returns the solved inner state, and an `Estimate` whose `state` is the method's and whose info has ``code`` and ``grad_norm``.
+    Returns the solved inner state, and an `Estimate` whose `state` is the method's and whose info has ``code``, ``warnings`` and
+    ``grad_norm``.
     """
     init_pullback: Callable | None = None
     if problem.inner_init is not None:
@@ -49,15 +51,30 @@ def estimate(
         grad = tree.add(grad, init_pullback(init_cotangent)[0])
 
     grad_norm = tree.norm(grad)
+    said, warned = as_warning(info["code"])
+    warnings = warned | info.get("warnings", 0) | _constant_statistics(problem, method, solution, outer, outer_ctx)
     code = first(
-        jnp.where(info["code"] == RESULTS.inner_nonfinite, info["code"], jnp.int32(0)),
+        jnp.where(said == RESULTS.inner_nonfinite, said, jnp.int32(0)),
         unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
-        info["code"],
+        said,
         unless(jnp.isfinite(info["inner_grad_norm"]), RESULTS.adjoint_nonfinite) if "inner_grad_norm" in info else 0,
         unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
     )
     code = _blame_batch(problem, solver, feeds, code)
-    return solution, Estimate(value, grad, solution.params, state, {**info, "grad_norm": grad_norm, "code": code}, aux)
+    info = {**info, "grad_norm": grad_norm, "code": code, "warnings": warnings}
+    return solution, Estimate(value, grad, solution.params, state, info, aux)
+
+
+def _constant_statistics(problem: Problem, method: Hypergradient, solution: InnerState, outer: PyTree, ctx: Ctx):
+    """The warning that a method leaves out the path through the model's state, where the outer objective takes it."""
+    floats, rest = tree.partition(solution.model)
+    if method.sees_model or not problem.inner.stateful or not jax.tree.leaves(floats):
+        return jnp.int32(0)
+
+    def value(floats):
+        return problem.outer(solution.params, outer, ctx._replace(model=tree.combine(floats, rest)))[0]
+
+    return warning(any(reads(value, floats)), RESULTS.statistics_constant)
 
 
 _NONFINITE = (RESULTS.inner_nonfinite, RESULTS.outer_nonfinite, RESULTS.adjoint_nonfinite, RESULTS.hypergradient_nonfinite)
@@ -85,8 +102,8 @@ def _blame_batch(problem: Problem, solver: InnerSolver, feeds: Feeds, code):
 class HypergradFn:
     """What `value_and_hypergrad` returns: call it, or make a first state with `init`."""
 
-    def __init__(self, problem: Problem, solver: InnerSolver, method: Hypergradient):
-        self.problem, self.solver, self.method = problem, solver, method
+    def __init__(self, problem: Problem, solver: InnerSolver, method: Hypergradient, strict: int = 0):
+        self.problem, self.solver, self.method, self.strict = problem, solver, method, strict
 
     def __repr__(self) -> str:
         return f"value_and_hypergrad({self.problem.inner.name}, {self.problem.outer.name}, solver={self.solver!r}, hypergradient={self.method!r})"
@@ -139,11 +156,21 @@ class HypergradFn:
         check.objectives(problem, inner, outer, state.model, _context(problem.inner_draw, inner_feed), _context(same, feeds.outer))
         solution, out = estimate(problem, self.solver, self.method, InnerState(inner, state.opt, state.model), outer, feeds, state.method)
         new_state = EstimateState(solution.opt, solution.model, out.state, state.step + 1)
+        out = guarded(out._replace(state=new_state), state, self.strict)
         return out._replace(
             grad=tree.combine(out.grad, jax.tree.map(lambda a: None, outer_fixed)),
             inner_params=tree.combine(solution.params, inner_fixed),
-            state=new_state,
         )
+
+
+def guarded(out: Estimate, before: PyTree, strict: int) -> Estimate:
+    """An estimate as a loop may be given it that reads no codes: after a failure its `grad` is NaN, and its `state` the one `before`.
+
+    `strict` is the mask of the warnings that count as failures.
+    """
+    code = strictly(out.info["code"], out.info["warnings"], strict)
+    bad = failed(code)
+    return out._replace(grad=tree.nan_where(bad, out.grad), state=tree.where(bad, before, out.state), info={**out.info, "code": code})
 
 
 def _context(draw: Draw, feed: Feed) -> Ctx:
@@ -158,6 +185,7 @@ def value_and_hypergrad(
     hypergradient: Hypergradient,
     inner_init: Callable[[PyTree], PyTree] | None = None,
     inner_draw: Draw = same,
+    strict: bool | Collection[RESULTS] = False,
 ) -> HypergradFn:
     """The outer objective at the lower level's solution, and its total derivative: the ``jax.value_and_grad`` of bilevel problems.
 
@@ -171,12 +199,15 @@ def value_and_hypergrad(
       inner_init: ``outer_params -> inner_params``, where each solve starts from a function of the outer parameters.
       inner_draw: how the solver's K steps read `inner_batch`: ``data.same`` gives each of them the whole, ``data.stacked`` gives step i the
         i-th entry of the leading axis.
+      strict: warnings that are to be failures: True for all, or a set of `RESULTS`.
 
     Returns:
       ``fn(inner_params, outer_params, inner_batch=None, outer_batch=None, *, hyper_batch=None, state=None, key=None) -> Estimate``, free to be
       jitted, vmapped and scanned, with ``fn.init(inner_params, model_state=)`` for a first state. `hyper_batch` is for second-order products
       (default: as drawn from `inner_batch`). ``Estimate.state`` carries optimizer state, model state and warm starts to the next call, and
-      ``Estimate.grad`` has None at outer leaves that are not floating-point.
+      ``Estimate.grad`` has None at outer leaves that are not floating-point. ``info["code"]`` is a `RESULTS` code: after a failure (no
+      number could come) `grad` is NaN and `state` the one that was passed in. ``info["warnings"]`` is a mask of what is rough
+      (`results.warnings_in` names it).
 
     Raises:
       TypeError, ValueError: for arguments that cannot work, before anything is compiled; see the message.
@@ -194,7 +225,7 @@ def value_and_hypergrad(
     check.pieces(solver, hypergradient)
     problem = check.problem(inner_objective, outer_objective, inner_draw, inner_draw, same, inner_init=inner_init)
     check.sees_init(inner_init, hypergradient)
-    return HypergradFn(problem, solver, hypergradient)
+    return HypergradFn(problem, solver, hypergradient, strictness(strict))
 
 
 __all__ = ["EstimateState", "HypergradFn", "estimate", "objective", "value_and_hypergrad"]

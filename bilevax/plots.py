@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from bilevax import check
+from bilevax import check, results
 
 # Okabe and Ito's colours, distinguishable with any kind of colour vision; with line styles and markers, also without colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -38,7 +38,7 @@ PANELS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
     ),
     ("Step sizes", "step size", True, {"step_size": "outer", "inner_step": "inner", "outer_step": "outer", "adjoint_step": "adjoint"}),
 )
-KNOWN = {name for panel in PANELS for name in panel[3]} | {"code", "aux", "step", "mixed_products", "cotangent_norm"}
+KNOWN = {name for panel in PANELS for name in panel[3]} | {"code", "aux", "step", "warnings", "mixed_products", "cotangent_norm"}
 
 
 def _pyplot() -> Any:
@@ -117,7 +117,7 @@ def dashboard(run: Any, *, title: str | None = None) -> Any:
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     steps = columns.get("step", np.arange(len(next(iter(columns.values())))))
-    failed = np.flatnonzero(columns["code"] >= 10) if "code" in columns else np.array([], int)
+    failed = np.flatnonzero(results.failed(columns["code"])) if "code" in columns else np.array([], int)
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.2 * down), layout="constrained", squeeze=False)
         for ax, (name, label, logarithmic, names) in zip(axes.flat, panels, strict=False):

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import enum
+from collections.abc import Iterable
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -44,7 +47,7 @@ class RESULTS(enum.IntEnum):
 
     @property
     def failed(self) -> bool:
-        """Whether this ends a run and raises."""
+        """Whether this ends a run and raises. A warning's code does where ``strict=`` asked for it, and stands for a run nowhere else."""
         return bool(failed(self.value))
 
     @property
@@ -83,9 +86,9 @@ _MESSAGES = {
         "rarely gets below 1e-5), or a regulariser that makes the lower level strongly convex."
     ),
     RESULTS.adjoint_not_converged: (
-        "The adjoint system H q = f_y was left with a large residual, so the hypergradient would be wrong. Likely an ill-conditioned or singular inner "
-        "Hessian, or too few iterations. Try more iterations, damping (implicit(damping=1e-3)), a preconditioner, a regulariser in the inner "
-        "objective, or max_residual= if a rough hypergradient is enough."
+        "The adjoint system H q = f_y was left with a residual above its tolerance, so the hypergradient is rough. Likely an ill-conditioned or "
+        "singular inner Hessian, or too few iterations. Try more iterations, damping (implicit(damping=1e-3)), a preconditioner, a regulariser in "
+        "the inner objective, or max_residual= if a rough hypergradient is enough."
     ),
     RESULTS.adjoint_breakdown: (
         "The linear solver broke down: a division by (nearly) zero inside its recurrence. Likely a singular or non-symmetric inner Hessian. Try damping, "
@@ -93,7 +96,8 @@ _MESSAGES = {
     ),
     RESULTS.negative_curvature: (
         "The adjoint solve met a direction in which the inner Hessian is negative: the point is no minimum of the lower level, or a saddle of it. "
-        "Try more inner steps, damping larger than the negative curvature, linear.minres, or an unrolled hypergradient."
+        "What was solved until there is used. Try more inner steps, damping larger than the negative curvature, linear.minres, or an unrolled "
+        "hypergradient."
     ),
     RESULTS.adjoint_nonfinite: (
         "The adjoint became NaN or infinite although the inner point is finite. Likely a Hessian that overflows, a kink (norm at zero, sqrt at zero) in "
@@ -143,7 +147,7 @@ _MESSAGES = {
 }
 
 
-_FIRST_FAILURE = 10  # of the numbers above; those below are ends and warnings
+_FIRST_FAILURE = 10  # of the numbers above; those below are ends, and three warnings
 
 # What may be rough about a step that goes on, in the order of their bits in a mask. The order never changes: masks stand in histories
 # and checkpoints.
@@ -162,6 +166,9 @@ WARNINGS = (
     RESULTS.difference_lost,
     RESULTS.adaptation_zero,
 )
+
+
+_SMALL_WARNINGS = tuple(int(code) for code in WARNINGS if code < _FIRST_FAILURE)
 
 
 class SolveError(RuntimeError):
@@ -190,8 +197,14 @@ def first(*codes):
 
 
 def failed(code):
-    """Whether a code (an integer, an array of them) is a failure: no number could come."""
-    return code >= _FIRST_FAILURE
+    """Whether a code (an integer, an array of them) is a failure: no number could come, or ``strict=`` forbade the one that did.
+
+    A warning stands in a mask and not in a code; where it stands in a code, it was made a failure.
+    """
+    out = code >= _FIRST_FAILURE
+    for warned in _SMALL_WARNINGS:
+        out = out | (code == warned)
+    return out
 
 
 def warning(condition, code: RESULTS):
@@ -199,11 +212,53 @@ def warning(condition, code: RESULTS):
     return jnp.where(condition, jnp.int32(1 << WARNINGS.index(code)), jnp.int32(0))
 
 
-def warnings_in(masks) -> dict[RESULTS, int]:
-    """How often each warning stands in an array of bit masks; those that never do are left out."""
-    masks = np.asarray(masks)
-    counts = {code: int(np.sum((masks >> bit) & 1)) for bit, code in enumerate(WARNINGS)}
-    return {code: count for code, count in counts.items() if count}
+def warnings_in(masks) -> dict[RESULTS, Any]:
+    """How often each warning stands in an array of bit masks, along its last axis; those that never do are left out.
+
+    Counts are integers for one axis and arrays for more (a lane each). Traced masks give a traced count of every warning.
+    """
+    if isinstance(masks, jax.core.Tracer):
+        return {code: jnp.sum((masks >> bit) & 1, axis=-1) for bit, code in enumerate(WARNINGS)}
+    masks = np.atleast_1d(np.asarray(masks, np.int64))
+    counts = {code: np.sum((masks >> bit) & 1, axis=-1) for bit, code in enumerate(WARNINGS)}
+    return {code: int(n) if n.ndim == 0 else n for code, n in counts.items() if np.any(n)}
+
+
+def as_warning(code):
+    """A code as ``(code, mask)``: what is a warning moves from the one to the other, failures and ends stay.
+
+    Inner solvers say in one code how they ended; of their words, that they were not content is a warning to those above.
+    """
+    code = jnp.asarray(code, jnp.int32)
+    mask, rough = jnp.int32(0), jnp.asarray(False)
+    for warned in _SMALL_WARNINGS:
+        mask, rough = mask | warning(code == warned, RESULTS(warned)), rough | (code == warned)
+    return jnp.where(rough, jnp.int32(RESULTS.success), code), mask
+
+
+def strictness(strict, argument: str = "strict") -> int:
+    """The mask of the warnings that are to be failures: none for False, all for True, else those of a set of `RESULTS`."""
+    if isinstance(strict, bool):
+        return (1 << len(WARNINGS)) - 1 if strict else 0
+    expected = f"expected True, False or a set of {', '.join(code.name for code in WARNINGS)}. Try {argument}={{RESULTS.negative_curvature}}."
+    if isinstance(strict, (str, bytes)) or not isinstance(strict, Iterable):
+        raise TypeError(f"{argument}: got {strict!r}; {expected}")
+    mask = 0
+    for code in strict:
+        if not isinstance(code, RESULTS) or code not in WARNINGS:
+            raise ValueError(f"{argument}: got {code!r}, which is no warning; {expected}")
+        mask |= 1 << WARNINGS.index(code)
+    return mask
+
+
+def strictly(code, warnings, mask: int):
+    """`code`, or the first of the `warnings` that `mask` makes a failure, where nothing has failed already."""
+    found = jnp.asarray(code, jnp.int32)
+    chosen = jnp.int32(RESULTS.success)
+    for bit in reversed(range(len(WARNINGS))):
+        if (mask >> bit) & 1:
+            chosen = jnp.where((jnp.asarray(warnings, jnp.int32) >> bit) & 1 != 0, jnp.int32(WARNINGS[bit]), chosen)
+    return jnp.where(failed(found) | (chosen == RESULTS.success), found, chosen)
 
 
 def unless(condition, code: RESULTS):

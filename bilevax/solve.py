@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +13,7 @@ from bilevax.base import Algorithm, InnerState, PyTree
 from bilevax.data.draws import with_number
 from bilevax.data.episodes import numbered
 from bilevax.data.sources import as_source
+from bilevax.results import RESULTS
 from bilevax.run.chunk import RunState
 from bilevax.run.driver import launch
 from bilevax.run.metrics import Metrics, check_metrics
@@ -47,6 +48,7 @@ def solve_bilevel(
     sharding: placement.Sharding | None = None,
     on_failure: str = "stop",
     read_ahead: int | None = None,
+    strict: bool | Collection[RESULTS] = False,
     throw: bool = True,
 ) -> Solution:
     """Minimise an outer objective over the solutions of an inner one.
@@ -87,6 +89,10 @@ def solve_bilevel(
         ``stats["failed_steps"]``. Ten failures in a row end the run under any policy; rolled back, those that are at most 256 steps apart.
       read_ahead: outer steps for which batches of iterables are read on the host before they are needed, those
         that run included. None: as many as fit in 256 MiB, at least two, at most 32.
+      strict: warnings that are to be failures. What is known to be rough about a step (an adjoint above its
+        tolerance, an unsolved lower level) is a warning: it stands in the history's column ``warnings``,
+        ``Solution.warnings`` counts it, and the run goes on. True makes failures of all, a set such as
+        ``{RESULTS.negative_curvature}`` of those in it.
       throw: raise a `SolveError` on failure; False returns the solution with its `RESULTS` code.
 
     Returns:
@@ -109,7 +115,7 @@ def solve_bilevel(
     # ---- refusals
     options = check_options(
         num_steps, metrics, tol, keep, callbacks, progress, throw,
-        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead,
+        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict,
     )  # fmt: skip
     if algorithm is not None:
         check.algorithm(algorithm)
@@ -142,6 +148,6 @@ def solve_bilevel(
     model = model_state if state is None else state.algorithm.inner.model
     value_dtype = check.objectives(problem, inner, outer, model, *contexts)
     if options.metrics is not None:
-        check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "aux"})
+        check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "warnings", "aux"})
     start = InnerState(inner, (), model_state)
     return launch(problem, algorithm, sources, start, outer, (inner_fixed, outer_fixed), key, state, value_dtype, options)

@@ -90,6 +90,15 @@ def where(condition, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(lambda u, v: jnp.where(condition, u, v), a, b)
 
 
+@jax.jit
+def nan_where(condition, a: PyTree) -> PyTree:
+    """NaN in the floating-point leaves of ``a`` if ``condition`` (a scalar), else ``a``.
+
+    One program, so that eager code that looks for NaN after each operation meets none where there is none.
+    """
+    return jax.tree.map(lambda u: jnp.where(condition, jnp.asarray(jnp.nan, u.dtype), u) if is_float(u) else u, a)
+
+
 def normal_like(key: jax.Array, a: PyTree) -> PyTree:
     """A standard normal draw with the structure, shapes and dtypes of ``a``."""
     leaves, treedef = jax.tree.flatten(a)

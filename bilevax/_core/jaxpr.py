@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
+
+
+def reads(fn: Callable, argument: Any) -> list[bool]:
+    """Of each leaf of `argument`, whether the outputs of ``fn(argument)`` depend on it: what is left when dead code is dropped."""
+    import jax
+    from jax.interpreters import partial_eval
+
+    closed = jax.make_jaxpr(fn)(argument)
+    return list(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1])
 
 
 def evaluate(jaxpr: Any, captured: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:

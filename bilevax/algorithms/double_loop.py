@@ -66,8 +66,9 @@ def _step(
     outer = optimizer.apply(state.outer, updates)
     if problem.project is not None:
         outer = problem.project(outer)
-    diagnostics = {k: v for k, v in est.info.items() if k not in ("code", "grad_norm")}
-    info = StepInfo(est.value, est.info["grad_norm"], (inner, state.outer), est.info["code"], diagnostics, est.aux)
+    said = est.info
+    diagnostics = {k: v for k, v in said.items() if k not in ("code", "warnings", "grad_norm")}
+    info = StepInfo(est.value, said["grad_norm"], (inner, state.outer), said["code"], diagnostics, est.aux, said["warnings"])
     return DoubleLoopState(inner, outer, outer_opt, est.state), info
 
 

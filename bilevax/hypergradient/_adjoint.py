@@ -8,13 +8,15 @@ import jax
 import jax.numpy as jnp
 
 from bilevax.base import LinearInfo, LinearSolver, Scalar
-from bilevax.results import RESULTS, first
+from bilevax.results import RESULTS, first, warning
+
+ROUGH = 0.1  # residual above which an adjoint is called rough where its solver has no tolerance of its own
 
 
 def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> LinearSolver:
     """The linear solver to use."""
-    if not isinstance(max_residual, jax.core.Tracer) and not max_residual > 0:
-        raise ValueError(f"max_residual: got {max_residual!r}; expected a positive number; jnp.inf accepts any residual.")
+    if max_residual is not None and not isinstance(max_residual, jax.core.Tracer) and not max_residual > 0:
+        raise ValueError(f"max_residual: got {max_residual!r}; expected a positive number or None; jnp.inf accepts any residual.")
     linear = default if linear is None else linear
     if not callable(linear):
         raise TypeError(f"linear: got {linear!r}; expected a solver (matvec, b, x0) -> (x, info), such as linear.cg(maxiter=20).")
@@ -22,9 +24,8 @@ def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> Lin
 
 
 def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual, **entries) -> dict[str, Scalar]:
-    """The info of a pullback. Only a residual too large to use is a failure: stopping a warm-started solve early is how it is meant to be used."""
-    accepted = linear_info.residual <= max_residual
-    code = jnp.where(accepted, jnp.int32(RESULTS.success), jnp.maximum(linear_info.code, jnp.int32(RESULTS.adjoint_not_converged)))
+    """The info of a pullback: a rough adjoint is a warning, and one that no number came of a failure."""
+    code, warnings = verdict(linear_info, max_residual)
     iterations = jnp.asarray(linear_info.iterations, jnp.int32)
     given = {
         "adjoint_iterations": iterations,
@@ -33,4 +34,26 @@ def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual, **ent
         "hvps": iterations,
         "mixed_products": jnp.int32(1),
     }
-    return {**info, **given, **entries, "code": first(info["code"], code)}
+    said = {"code": first(info["code"], code), "warnings": info.get("warnings", 0) | warnings}
+    return {**info, **given, **entries, **said}
+
+
+def verdict(linear_info: LinearInfo, max_residual) -> tuple[Scalar, Scalar]:
+    """A linear solver's word as ``(code, warnings)``.
+
+    Failures: a residual that is not finite, and a breakdown that left nothing better than a zero adjoint.
+    Warnings: a residual above `max_residual`, negative curvature, a breakdown. With ``max_residual=None`` the
+    solver's own tolerance counts (down to what rounding allows), and `ROUGH` for solvers that have none.
+    """
+    residual, said = linear_info.residual, linear_info.code
+    if max_residual is None:
+        floor = 100 * float(jnp.finfo(residual.dtype).eps)
+        rough = (said == RESULTS.adjoint_not_converged) & (residual > floor) | (residual > ROUGH)
+    else:
+        rough = residual > max_residual
+    broken, negative = said == RESULTS.adjoint_breakdown, said == RESULTS.negative_curvature
+    nothing = broken & ~(residual < 1) | negative & ~jnp.isfinite(residual) | (said == RESULTS.adjoint_nonfinite)
+    code = jnp.where(jnp.isfinite(residual), jnp.int32(RESULTS.success), jnp.int32(RESULTS.adjoint_nonfinite))
+    code = jnp.where(nothing, said, code)
+    warnings = warning(rough, RESULTS.adjoint_not_converged) | warning(broken, RESULTS.adjoint_breakdown)
+    return code, warnings | warning(negative, RESULTS.negative_curvature)

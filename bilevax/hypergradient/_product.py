@@ -11,7 +11,7 @@ import numpy as np
 
 from bilevax import tree
 from bilevax.base import Ctx, Objective, PyTree, Scalar
-from bilevax.results import RESULTS
+from bilevax.results import RESULTS, warning
 
 
 def exact(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTree) -> PyTree:
@@ -24,7 +24,7 @@ def exact(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTre
 
 
 def central_difference(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTree, radius: Scalar) -> tuple[PyTree, Scalar]:
-    """``[∇_x g(y + εq) − ∇_x g(y − εq)] / 2ε`` with ``ε = radius / ‖q‖``, both in the one context, and a `RESULTS` code.
+    """``[∇_x g(y + εq) − ∇_x g(y − εq)] / 2ε`` with ``ε = radius / ‖q‖``, both in the one context, and a mask of warnings.
 
     For ``q = 0`` both points are `y`, and the product is exactly zero.
     """
@@ -39,7 +39,7 @@ def central_difference(objective: Objective, inner: PyTree, outer: PyTree, ctx: 
     # In half precision a displacement may round away, and the difference with it.
     error = tree.norm(tree.axpy(-2 * eps, q, tree.sub(up, down)))
     lost = jnp.isfinite(size) & (error > 0.2 * radius)
-    return product, jnp.where(lost, jnp.int32(RESULTS.difference_lost), jnp.int32(RESULTS.success))
+    return product, warning(lost, RESULTS.difference_lost)
 
 
 def check_positive(name: str, value, example: float):

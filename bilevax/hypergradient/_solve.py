@@ -8,11 +8,13 @@ from jax import lax
 
 from bilevax import tree
 from bilevax.base import Feed, InnerState, Lower, PyTree, Scalar
-from bilevax.results import RESULTS, worst
+from bilevax.results import RESULTS, as_warning, worst
 
 
 def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Scalar]:
     """The info of a solve in scalars: last value, last gradient's norm, iterations and evaluations in all, and a code that knows divergence.
+
+    A solver that stopped short of its tolerance says so in the mask ``warnings``.
 
     ``inner_grad_norm`` is that of the last gradient that the solver took, where it reports one. A method that evaluates the gradient at the solution
     itself puts that norm in its place.
@@ -25,7 +27,9 @@ def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Sc
             out[f"inner_{name}"] = jnp.sum(inner_info[name])
     code = inner_info["code"][-1] if "code" in inner_info else jnp.int32(RESULTS.success)
     finite = tree.all_finite(solution.params)
-    return {**out, "code": worst(code, jnp.where(finite, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_nonfinite)))}
+    code, warnings = as_warning(code)
+    code = worst(code, jnp.where(finite, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_nonfinite)))
+    return {**out, "code": code, "warnings": warnings}
 
 
 def forward(lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed) -> tuple[InnerState, dict[str, Scalar]]:

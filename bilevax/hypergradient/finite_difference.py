@@ -8,7 +8,6 @@ from bilevax import tree
 from bilevax.base import Bound, Hypergradient
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
-from bilevax.results import first
 
 
 def finite_difference(scale: float = 1.0, *, radius: float = 0.01) -> Hypergradient:
@@ -24,7 +23,7 @@ def finite_difference(scale: float = 1.0, *, radius: float = 0.01) -> Hypergradi
 
     Returns:
       A first-order `Hypergradient` (``order=1``). Its info has the counters ``gradients``, ``hvps`` and ``mixed_products``, and
-      ``inner_grad_norm``, of the last gradient that the solver took; its code is ``difference_lost`` where the displacement rounds away in
+      ``inner_grad_norm``, of the last gradient that the solver took; it warns of ``difference_lost`` where the displacement rounds away in
       the inner parameters' dtype.
 
     Raises:
@@ -54,8 +53,8 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, scale, radius):
     ctx = ctx._replace(model=solution.model)
 
     def pullback(w):
-        product, code = _product.central_difference(lower.objective, solution.params, outer, ctx, w, radius)
+        product, warnings = _product.central_difference(lower.objective, solution.params, outer, ctx, w, radius)
         counts = {"gradients": jnp.int32(2), "hvps": jnp.int32(0), "mixed_products": jnp.int32(0)}
-        return tree.scale(-scale, product), None, state, {**info, **counts, "code": first(info["code"], code)}
+        return tree.scale(-scale, product), None, state, {**info, **counts, "warnings": info["warnings"] | warnings}
 
     return solution, pullback

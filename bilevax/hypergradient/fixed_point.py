@@ -14,7 +14,9 @@ from bilevax.hypergradient._solve import forward
 from bilevax.inner._mapping import apply, as_mapping
 
 
-def fixed_point(mapping: Callable, linear: LinearSolver | None = None, *, warm_start: bool = True, max_residual: float = 0.5) -> Hypergradient:
+def fixed_point(
+    mapping: Callable, linear: LinearSolver | None = None, *, warm_start: bool = True, max_residual: float | None = None
+) -> Hypergradient:
     r"""Implicit differentiation of ``y = T(y, x)``.
 
     .. math::
@@ -30,7 +32,8 @@ def fixed_point(mapping: Callable, linear: LinearSolver | None = None, *, warm_s
       linear: solver of the adjoint system, which is not symmetric; default ``linear.gmres()``. ``linear.neumann(step=1.0)`` is the classical
         iteration ``q ← w + (∂T)'q``.
       warm_start: start from the adjoint of the last call.
-      max_residual: relative residual above which the hypergradient counts as failed.
+      max_residual: relative residual of the system solved above which the warning ``adjoint_not_converged``
+        stands; ``jnp.inf`` accepts anything. None: the linear solver's own tolerance, and 0.1 for one without.
 
     Returns:
       A `Hypergradient` whose info has ``inner_grad_norm`` (here ``‖T(y, x) − y‖``), ``adjoint_iterations``, ``adjoint_residual``, and the

@@ -37,7 +37,7 @@ def implicit(
     *,
     damping: float = 0.0,
     warm_start: bool = True,
-    max_residual: float = 0.5,
+    max_residual: float | None = None,
     low_memory: bool = False,
     refresh: int = 1,
     follow: float | None = None,
@@ -57,7 +57,8 @@ def implicit(
         Nyström approximations are solvers, too: ``implicit(linear.neumann(...), max_residual=jnp.inf)``.
       damping: ρ ≥ 0, added to the inner Hessian; biases the hypergradient by O(ρ).
       warm_start: start from the adjoint of the last call.
-      max_residual: relative residual of the system solved above which the hypergradient counts as failed. ``jnp.inf`` accepts anything.
+      max_residual: relative residual of the system solved above which the warning ``adjoint_not_converged``
+        stands; ``jnp.inf`` accepts anything. None: the linear solver's own tolerance, and 0.1 for one without.
       low_memory: linearise anew in each Hessian-vector product instead of keeping the linearisation: about one gradient more each, and
         memory flat in the depth of the model.
       refresh: calls between two refreshes of a kept preconditioner, at least 1.

@@ -15,7 +15,7 @@ from bilevax.hypergradient._solve import forward
 from bilevax.inner._mapping import as_mapping, bound_like
 
 
-def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residual: float = 0.5) -> Hypergradient:
+def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residual: float | None = None) -> Hypergradient:
     r"""Implicit differentiation of ``y* = argmin_y g(y, x) subject to c(y, x) = 0``, through its optimality conditions.
 
     .. math::
@@ -30,7 +30,8 @@ def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residua
       constraint: ``c(inner_params, outer_params, batch)``, a pytree of floating-point arrays that the solution makes zero; or `objective` of
         such a function (keyed, stateful).
       linear: solver for symmetric indefinite systems; default ``linear.minres()``. ``linear.lu()`` for small problems.
-      max_residual: relative residual above which the hypergradient counts as failed.
+      max_residual: relative residual of the system solved above which the warning ``adjoint_not_converged``
+        stands; ``jnp.inf`` accepts anything. None: the linear solver's own tolerance, and 0.1 for one without.
 
     Returns:
       A `Hypergradient` whose info has ``inner_grad_norm`` (``‖∇_y L‖``), ``constraint_norm`` (``‖c‖``), ``adjoint_iterations``,

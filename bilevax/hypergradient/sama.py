@@ -13,7 +13,7 @@ from bilevax import tree
 from bilevax.base import Bound, Hypergradient, PyTree, Scalar
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
-from bilevax.results import RESULTS, first
+from bilevax.results import RESULTS, warning
 
 
 def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -> Hypergradient:
@@ -30,7 +30,7 @@ def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -
       second moment of zero; a parameter that no data ever reached), gets an adaptation of zero. Their number is ``adaptation_nonsmooth``
       in the info. With ``eps_root > 0`` the optimizer has a derivative there and it is used.
     - An update whose derivative is zero everywhere (sign updates such as ``optax.lion``, a step of ``optax.MultiSteps`` that only accumulates)
-      would give a hypergradient of zero without a sign of it: the code is ``adaptation_zero``, a failure.
+      gives a hypergradient of zero: the warning ``adaptation_zero`` stands.
     - Transformations that ask for ``value``, ``grad`` or ``value_fn`` get them, as constants. One that searches in a loop is refused.
 
     Args:
@@ -88,12 +88,12 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, product, nudge, radius)
         extra = {"value": value, "grad": grads, "value_fn": lambda params: lower.objective(params, outer, ctx)[0]}
         q, nonsmooth = adapt(_updates(solver.update, solution, extra), grads, w)
         lost = (tree.dot(q, q) == 0) & (tree.dot(w, w) > 0)
-        code = jnp.where(lost, jnp.int32(RESULTS.adaptation_zero), jnp.int32(RESULTS.success))
+        warnings = info["warnings"] | warning(lost, RESULTS.adaptation_zero)
         if product == "exact":
             cross = _product.exact(lower.objective, _after(q, solution.params), outer, ctx, q)
         else:
             cross, difference = _product.central_difference(lower.objective, solution.params, outer, ctx, q, radius)
-            code = first(code, difference)
+            warnings |= difference
         size = tree.norm(q)
         moved = tree.scale(radius / jnp.where(size > 0, size, jnp.ones_like(size)), q) if nudge else ()
         is_exact = product == "exact"
@@ -104,7 +104,7 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, product, nudge, radius)
             "gradients": jnp.int32(1 if is_exact else 3),
             "hvps": jnp.int32(0),
             "mixed_products": jnp.int32(1 if is_exact else 0),
-            "code": first(info["code"], code),
+            "warnings": warnings,
         }
         return tree.neg(cross), None, moved, report
 

@@ -14,7 +14,7 @@ from bilevax.inner.lbfgs import LbfgsState, inverse_hessian_product
 from bilevax.results import RESULTS
 
 
-def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float = 1.0) -> Hypergradient:
+def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float | None = None) -> Hypergradient:
     r"""Implicit differentiation with the inverse Hessian estimate that L-BFGS leaves behind.
 
     .. math::
@@ -27,7 +27,8 @@ def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float = 1.0) -> H
     Args:
       refine: iterations of CG from there; 0 takes ``B w`` as it is.
       tol: relative residual at which the refinement stops.
-      max_residual: relative residual above which the hypergradient counts as failed. Above 1 no adjoint at all would have been better.
+      max_residual: relative residual above which the warning ``adjoint_not_converged`` stands; ``jnp.inf``
+        accepts anything. None: 0.1. Above 1 no adjoint at all would have been better.
 
     Returns:
       A `Hypergradient` for ``inner.lbfgs``. Its info has ``inner_grad_norm``, ``adjoint_iterations``, ``adjoint_residual``, and the cost

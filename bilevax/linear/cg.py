@@ -119,7 +119,7 @@ def _cg(matvec, b, x0=None, *, maxiter, tol, preconditioner) -> tuple[PyTree, Li
         pap, pp = tree.dot(c.p, ap), tree.dot(c.p, c.p)
         a_norm = jnp.maximum(last.a_norm, jnp.abs(pap) / jnp.where(pp == 0, 1, pp))
         noise = tiny * a_norm * pp
-        negative = ~checking & (pap <= -noise)
+        negative = ~checking & (pap < -noise)
         alpha = last.rz / jnp.where(jnp.abs(pap) <= noise, 1, pap)
         length = last.x_norm + jnp.where(checking, 0, jnp.abs(alpha) * jnp.sqrt(pp))
         flat = ~checking & ~negative & ((pap <= noise) | _common.singular(a_norm, length, b_norm))

@@ -102,6 +102,8 @@ def _finished(a, x, rhs, x0, unflat, failure):
     x = jax.tree.map(lambda new, old: jnp.where(failure == 0, new, old), unflat(x), x0)
     flat = jnp.concatenate([jnp.ravel(u).astype(a.dtype) for u in jax.tree.leaves(x)])
     residual = _common.relative(jnp.linalg.norm(rhs - a @ flat), jnp.linalg.norm(rhs))
+    worse = (failure != 0) & (residual > 1)  # a start worse than zero
+    x, residual = tree.where(worse, tree.zeros_like(x), x), jnp.where(worse, 1, residual)
     return x, _common.info(rhs.size, residual, failure, _common.eps(x0) ** 0.5)
 
 

@@ -253,4 +253,6 @@ def _nystrom(matvec, b, x0=None, *, rank, rho, key) -> tuple[PyTree, LinearInfo]
     x = x if complete else tree.axpy(1 / rho, outside, x)
     x = tree.where(state.code == 0, x, x0)
     residual = _common.relative(tree.norm(tree.sub(b, matvec(x))), tree.norm(b))
+    worse = (state.code != 0) & (residual > 1)  # a start worse than zero
+    x, residual = tree.where(worse, tree.zeros_like(x), x), jnp.where(worse, 1, residual)
     return x, _common.info(_cost(b, rank=rank) + 1, residual, state.code)

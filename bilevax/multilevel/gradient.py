@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -12,10 +12,12 @@ from bilevax import tree
 from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree, objective
 from bilevax.data import same
 from bilevax.data.draws import with_number
+from bilevax.estimate import guarded
 from bilevax.multilevel import joint
 from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
 from bilevax.multilevel.sweep import sweep
 from bilevax.multilevel.system import System, as_solver, as_system, method_of
+from bilevax.results import RESULTS, strictness
 
 
 class MultilevelEstimateState(NamedTuple):
@@ -30,8 +32,8 @@ class MultilevelEstimateState(NamedTuple):
 class MultilevelGradFn:
     """What `value_and_multilevel_grad` returns: call it, or make a first state with `init`."""
 
-    def __init__(self, levels: Sequence[Level]):
-        self.levels = checked(levels)
+    def __init__(self, levels: Sequence[Level], strict: int = 0):
+        self.levels, self.strict = checked(levels), strict
 
     def __repr__(self) -> str:
         return f"value_and_multilevel_grad({list(self.levels)!r})"
@@ -79,7 +81,9 @@ class MultilevelGradFn:
         )
         solved = {n: tree.combine(s.params, fixed[n]) for n, s in out.states.items()}
         grad = tree.combine(out.grad, jax.tree.map(lambda a: None, fixed[names[-1]]))
-        return Estimate(out.value, grad, solved, new_state, out.info, out.aux)
+        found = Estimate(out.value, grad, solved, new_state, out.info, out.aux)
+        before = MultilevelEstimateState({n: s.opt for n, s in states.items()}, {n: s.model for n, s in states.items()}, methods, step)
+        return guarded(found, before, self.strict)
 
     def system(self, floats: dict, fixed: dict, batches: dict, key: Any, models: dict) -> System:
         """The levels bound to these shapes, with the graph found from them."""
@@ -98,7 +102,7 @@ def first_states(levels: Sequence[Level], params: dict[str, PyTree], models: dic
     return states, methods
 
 
-def value_and_multilevel_grad(levels: Sequence[Level]) -> MultilevelGradFn:
+def value_and_multilevel_grad(levels: Sequence[Level], *, strict: bool | Collection[RESULTS] = False) -> MultilevelGradFn:
     r"""The top objective at the solved levels below it, and its total derivative: `value_and_hypergrad` for any number of levels.
 
     .. math::
@@ -110,6 +114,7 @@ def value_and_multilevel_grad(levels: Sequence[Level]) -> MultilevelGradFn:
 
     Args:
       levels: two or more `Level`, lowest first. Each but the top one has a solver and a method.
+      strict: as in `value_and_hypergrad`.
 
     Returns:
       ``fn(params, batches=None, *, state=None, key=None) -> Estimate``, free to be jitted, vmapped and scanned, with ``fn.init(params,
@@ -136,4 +141,4 @@ def value_and_multilevel_grad(levels: Sequence[Level]) -> MultilevelGradFn:
     Source: the levels' best responses compose by the implicit function theorem; Choe et al., "Betty: an automatic differentiation library for
     multilevel optimization" (ICLR 2023), on graphs of levels.
     """
-    return MultilevelGradFn(levels)
+    return MultilevelGradFn(levels, strictness(strict))

@@ -53,6 +53,7 @@ def attached(system: System, name: str, solution: InnerState, given: dict, ctx: 
         return lagrangian(system, name, u, given, ctx)
 
     _, max_residual = nested.linear_settings(system.methods[name])
+    max_residual = nested.MAX_RESIDUAL if max_residual is None else max_residual
     return attach(value, _solver(system, name, u), max_residual=max_residual)(u, given, ctx).y
 
 

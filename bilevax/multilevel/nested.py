@@ -27,6 +27,8 @@ from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lowe
 from bilevax.data.draws import draw_number
 from bilevax.multilevel.system import System
 
+MAX_RESIDUAL = 1e-2  # of a linear solve inside a derivative, which no code can come out of: above it the derivative is NaN
+
 
 class LevelBatch(NamedTuple):
     """What the total objective of a level is given: its own batch, and what the levels inside draw theirs from."""
@@ -132,6 +134,7 @@ def attached(system: System, name: str, side: Lower, solution: InnerState, given
     if applies_jointly(system, name):
         return system.joint(system, name, solution, given, ctx)
     solver, max_residual = linear_settings(system.methods[name])
+    max_residual = MAX_RESIDUAL if max_residual is None else max_residual
 
     def value(y, given, ctx):
         return side.objective(y, given, ctx)[0]
@@ -151,7 +154,7 @@ def linear_settings(method: Hypergradient) -> tuple[Any, Any]:
     solver, damping = settings.get("linear"), settings.get("damping")
     if solver is not None and damping is not None:
         solver = Bound("damped", _damped, linear=solver, damping=damping)
-    return solver, settings.get("max_residual", 1e-2)
+    return solver, settings.get("max_residual")
 
 
 def _damped(matvec, b, x0, *, linear, damping):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +19,7 @@ from bilevax.multilevel import joint
 from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
 from bilevax.multilevel.sweep import sweep
 from bilevax.multilevel.system import System, as_solver, as_system
+from bilevax.results import RESULTS
 from bilevax.run.chunk import RunState
 from bilevax.run.driver import launch
 from bilevax.run.metrics import Metrics, check_metrics
@@ -54,8 +55,10 @@ def _step(problem: System, state: MultilevelState, feeds: tuple[Feed, ...], *, p
     outer = optimizer.apply(state.outer, updates)
     if project is not None:
         outer = project(outer)
-    diagnostics = {k: v for k, v in out.info.items() if k not in ("code", "grad_norm")}
-    info = StepInfo(out.value, out.info["grad_norm"], (_packed(out.solved), state.outer), out.info["code"], diagnostics, out.aux)
+    said = out.info
+    diagnostics = {k: v for k, v in said.items() if k not in ("code", "warnings", "grad_norm")}
+    point = (_packed(out.solved), state.outer)
+    info = StepInfo(out.value, said["grad_norm"], point, said["code"], diagnostics, out.aux, said["warnings"])
     return MultilevelState(_packed(out.states), outer, opt, out.methods), info
 
 
@@ -78,6 +81,7 @@ def solve_multilevel(
     sharding: Sharding | None = None,
     on_failure: str = "stop",
     read_ahead: int | None = None,
+    strict: bool | Collection[RESULTS] = False,
     throw: bool = True,
 ) -> Solution:
     """Minimise the top level's objective over the solutions of the levels below it.
@@ -106,6 +110,7 @@ def solve_multilevel(
       sharding: as in `solve_bilevel`: `sharding.data_parallel()`, `sharding.fsdp()` or `sharding.by_path(...)`.
       on_failure: as in `solve_bilevel`.
       read_ahead: as in `solve_bilevel`.
+      strict: as in `solve_bilevel`.
       throw: as in `solve_bilevel`.
 
     Returns:
@@ -131,7 +136,7 @@ def solve_multilevel(
     levels = checked(levels)
     options = check_options(
         num_steps, metrics, tol, keep, callbacks, progress, throw,
-        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead,
+        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict,
     )  # fmt: skip
     if state is not None and not isinstance(state, RunState):
         raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")
@@ -163,7 +168,7 @@ def solve_multilevel(
     model = {n: models.get(n) for n in names[:-1]}
     start = InnerState({n: floats[n] for n in names[:-1]}, {}, model)
     if options.metrics is not None:
-        check_metrics(options.metrics, start.params, floats[upper], model, {"value", "grad_norm", "code", "aux"})
+        check_metrics(options.metrics, start.params, floats[upper], model, {"value", "grad_norm", "code", "warnings", "aux"})
     value = jax.eval_shape(lambda p, ctx: system.objectives[upper](p, None, ctx)[0], floats, contexts[upper])
     counts = (*(solver.steps + 1 for solver in system.solvers.values()), 1)
     bound = None if project is None else Bound("project", _projected, fn=project, fixed=fixed[upper])

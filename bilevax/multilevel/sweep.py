@@ -14,7 +14,7 @@ from bilevax.base import Feed, InnerState, PyTree
 from bilevax.hypergradient._solve import forward
 from bilevax.multilevel import joint, nested
 from bilevax.multilevel.system import System
-from bilevax.results import RESULTS, first, unless
+from bilevax.results import RESULTS, as_warning, first, unless
 
 
 class Sweep(NamedTuple):
@@ -26,7 +26,7 @@ class Sweep(NamedTuple):
       solved: the states that `value` belongs to, by level name.
       states: the states to go on from: `solved`, but for levels that only looked ahead.
       methods: the methods' states, by level name.
-      info: scalars, those of a level as ``"name/entry"``, and ``code`` and ``grad_norm``.
+      info: scalars, those of a level as ``"name/entry"``, and ``code``, ``warnings`` and ``grad_norm``.
       aux: the top objective's aux.
     """
 
@@ -89,7 +89,11 @@ def _report(system: System, infos: dict[str, dict], value, grad) -> dict[str, An
     order = [name for name in system.graph.top.nested if name in infos]
     out = {f"{name}/{entry}": a for name in order for entry, a in infos[name].items() if entry != "code"}
     grad_norm = tree.norm(grad)
-    codes = [infos[name]["code"] for name in order]
+    said = [as_warning(infos[name]["code"]) for name in order]
+    codes = [code for code, _ in said]
+    warnings = jnp.int32(0)
+    for name, (_, warned) in zip(order, said, strict=True):
+        warnings |= warned | infos[name].get("warnings", 0)
     code = first(
         *(jnp.where(c == RESULTS.inner_nonfinite, c, jnp.int32(0)) for c in codes),
         unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
@@ -97,4 +101,4 @@ def _report(system: System, infos: dict[str, dict], value, grad) -> dict[str, An
         *(unless(jnp.isfinite(a), RESULTS.adjoint_nonfinite) for entry, a in out.items() if entry.endswith("/inner_grad_norm")),
         unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
     )
-    return {**out, "grad_norm": grad_norm, "code": code}
+    return {**out, "grad_norm": grad_norm, "code": code, "warnings": warnings}

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import tree
+from bilevax import results, tree
 from bilevax.base import Algorithm, Draws, Feed, Feeds, PyTree, join
 from bilevax.data.draws import ordered
 from bilevax.data.episodes import drawn
-from bilevax.results import RESULTS
+from bilevax.results import RESULTS, as_warning, strictly
 from bilevax.run.metrics import Metrics
 
 CHUNK = 256  # steps of a run's first compiled call, and between two looks at the host for whoever asks for nothing else
@@ -50,6 +50,7 @@ class Plan(NamedTuple):
     metrics: Metrics | None
     tol: float | None
     layout: Any = None  # where the state lives on several devices: the `Layout` of a sharding
+    strict: int = 0  # the mask of the warnings that end the run
 
 
 def feeds(state: RunState, data: tuple, draws: Draws | tuple, orders: tuple | None = None) -> Any:
@@ -83,7 +84,10 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
     """One step of the algorithm and what the driver adds to it: the row of the history, the kept iterate, the stop and the undo."""
     algorithm, info = plan.algorithm.step(plan.problem, state.algorithm, feeds(state, data, plan.algorithm.draws, known))
     inner, outer = info.point
-    row = {"value": info.value, "grad_norm": info.grad_norm, "code": info.code, **info.diagnostics}
+    code, warned = as_warning(info.code)
+    warnings = warned | info.warnings
+    code = strictly(code, warnings, plan.strict)
+    row = {"value": info.value, "grad_norm": info.grad_norm, "code": code, "warnings": warnings, **info.diagnostics}
     score = info.value
     if plan.metrics is not None:
         measured = plan.metrics.row(inner.params, outer, inner.model, state.step)
@@ -93,22 +97,22 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
     if info.aux is not None:
         row["aux"] = info.aux
 
-    failed = info.code >= 10
+    failed = results.failed(code)
     grad_norm = jnp.asarray(info.grad_norm, state.first_norm.dtype)
     if plan.tol is None:
         first_norm, converged = state.first_norm, jnp.asarray(False)  # `_chunk` finds it out afterwards
     else:
         first_norm = jnp.where((state.first_norm == 0) & ~failed, grad_norm, state.first_norm)  # of the first step that did not fail
         # An adjoint that starts at zero can make the first direction zero anywhere: twice in a row, and it is a solution.
-        converged = ~failed & (grad_norm <= plan.tol * first_norm) & ((first_norm > 0) | (state.step > 0))
+        converged = ~failed & (warnings == 0) & (grad_norm <= plan.tol * first_norm) & ((first_norm > 0) | (state.step > 0))
     best = state.best
     if best is not None:
         score = jnp.asarray(score, best.score.dtype)
         better = ~failed & (score < best.score)
         best = tree.where(better, Best(score, state.step, inner.params, inner.model, outer), best)
-    code = jnp.where(failed, info.code, jnp.where(converged, jnp.int32(RESULTS.converged), jnp.int32(RESULTS.success)))
+    code = jnp.where(failed, code, jnp.where(converged, jnp.int32(RESULTS.converged), jnp.int32(RESULTS.success)))
     step = state.step + jnp.where(failed, 0, 1).astype(state.step.dtype)
-    kept = algorithm if plan.algorithm.undoes else tree.where(failed, state.algorithm, algorithm)
+    kept = algorithm if plan.algorithm.undoes and not plan.strict else tree.where(failed, state.algorithm, algorithm)
     new = RunState(kept, state.key, step, state.skipped, code, first_norm, best)
     return (new, row) if plan.layout is None else (plan.layout.pin(new), plan.layout.everywhere(row))
 
@@ -123,7 +127,8 @@ def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, 
 
     def moving(state, dynamic, data, known):
         state, row = one_step(join(static, dynamic), state, data, known)
-        row["code"] = row["code"].astype(state.first_norm.dtype)  # exact, and one more entry of a vector that is written anyway
+        for name in ("code", "warnings"):  # exact, and one more entry of a vector that is written anyway
+            row[name] = row[name].astype(state.first_norm.dtype)
         same.update({name: value for name, value in row.items() if isinstance(value, int)})
         return state, {name: value for name, value in row.items() if name not in same}
 
@@ -146,9 +151,10 @@ def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, 
         return i + 1, state._replace(step=None), rows  # one counter is enough
 
     count, state, rows = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state._replace(step=None), rows))
-    state = state._replace(step=first + count - (state.code >= 10).astype(first.dtype))
+    state = state._replace(step=first + count - results.failed(state.code).astype(first.dtype))
     rows = jax.vmap(unpack)(rows)
-    rows |= {"code": rows["code"].astype(jnp.int32), **{name: jnp.full((capacity,), value, jnp.int32) for name, value in same.items()}}
+    rows |= {name: rows[name].astype(jnp.int32) for name in ("code", "warnings")}
+    rows |= {name: jnp.full((capacity,), value, jnp.int32) for name, value in same.items()}
     state, rows = _afterwards(plan, state, rows, count, data)
     return (state, rows, count) if plan.layout is None else (plan.layout.pin(state), *plan.layout.everywhere((rows, count)))
 
@@ -156,12 +162,12 @@ def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, 
 def _afterwards(plan: Plan, state: RunState, rows: dict, count, data: tuple) -> tuple[RunState, dict]:
     """What short steps would feel if each of them found it out: the first norm, where no tolerance asks for it, and what a failure came from."""
     if plan.tol is None:
-        counted = (jnp.arange(len(rows["code"]), dtype=count.dtype) < count) & (rows["code"] < 10) & (rows["grad_norm"] != 0)
+        counted = (jnp.arange(len(rows["code"]), dtype=count.dtype) < count) & ~results.failed(rows["code"]) & (rows["grad_norm"] != 0)
         found = rows["grad_norm"][jnp.argmax(counted)].astype(state.first_norm.dtype)
         state = state._replace(first_norm=jnp.where((state.first_norm == 0) & jnp.any(counted), found, state.first_norm))
     look = plan.algorithm.finite
     if look is not None:
-        failed, last, draws = state.code >= 10, jnp.maximum(count - 1, 0), plan.algorithm.draws
+        failed, last, draws = results.failed(state.code), jnp.maximum(count - 1, 0), plan.algorithm.draws
         streams = feeds(state, data, draws)
         finite = lax.cond(failed, lambda: look(plan.problem, streams, draws), lambda: jnp.asarray(True))
         state = state._replace(code=jnp.where(finite, state.code, jnp.int32(RESULTS.nonfinite_batch)))

@@ -13,7 +13,7 @@ import numpy as np
 from bilevax import callbacks as callbacks_lib
 from bilevax import check, tree
 from bilevax.base import InnerState, PyTree, join, split
-from bilevax.results import RESULTS, SolveError
+from bilevax.results import RESULTS, SolveError, failed
 from bilevax.run import dry, layout
 from bilevax.run import store as store_lib
 from bilevax.run.chunk import CHUNK, Best, Plan, RunState, run_chunk, run_traced
@@ -36,7 +36,7 @@ def launch(
     """
     inner_fixed, outer_fixed = fixed
     score_dtype = np.promote_types(value_dtype, np.float32)
-    plan = Plan(problem, algorithm, options.metrics, options.tol)
+    plan = Plan(problem, algorithm, options.metrics, options.tol, strict=options.strict)
     if options.sharding is not None:
         key = key if state is None else state.key
         plan, sources, start, outer, key = layout.place(options.sharding, plan, sources, start, outer, key)
@@ -128,7 +128,7 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
             "seconds": time.perf_counter() - begin,
             "first_chunk_seconds": first_chunk,
             "best_step": int(run.step) if run.best is None else int(run.best.step),
-            "failed_steps": int((rows["code"] >= 10).sum()) if rows else 0,
+            "failed_steps": int(failed(rows["code"]).sum()) if rows else 0,
             "resumed_from": resumed,
         }
         if store is not None:
@@ -180,10 +180,7 @@ def _driven(plan: Plan, static, dynamic, run: RunState, sources, solution, optio
             error.add_note("The run so far is in this error's .solution.")
             raise
 
-    codes = history.all().get("code", np.zeros(0, np.int32))
-    if result is RESULTS.success and len(codes) and codes[-1] == RESULTS.inner_not_converged:
-        result = RESULTS.inner_not_converged
-    elif result is RESULTS.success and options.tol is not None:
+    if result is RESULTS.success and options.tol is not None:
         result = RESULTS.tolerance_not_met
     out = finish(result)
     if options.throw and result.failed:

@@ -10,6 +10,7 @@ import jax
 from bilevax import callbacks as callbacks_lib
 from bilevax import check
 from bilevax import checkpoint as checkpoint_lib
+from bilevax.results import strictness
 from bilevax.run.metrics import Metrics
 from bilevax.run.metrics import metrics as as_metrics
 from bilevax.sharding import placement
@@ -30,10 +31,23 @@ class Options(NamedTuple):
     checkpoint: checkpoint_lib.Checkpointing | None
     sharding: placement.Sharding | None
     read_ahead: int | None = None
+    strict: int = 0  # the mask of the warnings that are failures
 
 
 def check_options(
-    num_steps, metrics, tol, keep, callbacks, progress, throw, *, on_failure="stop", checkpoint=None, sharding=None, read_ahead=None
+    num_steps,
+    metrics,
+    tol,
+    keep,
+    callbacks,
+    progress,
+    throw,
+    *,
+    on_failure="stop",
+    checkpoint=None,
+    sharding=None,
+    read_ahead=None,
+    strict=False,
 ) -> Options:
     """`Options`, or an error that names the argument."""
     num_steps = check.count(num_steps, "num_steps")
@@ -57,4 +71,4 @@ def check_options(
         watchers.append(callbacks_lib.progress_bar())
     if metrics is not None and not isinstance(metrics, Metrics):
         metrics = as_metrics(metrics)
-    return Options(num_steps, metrics, tol, keep, watchers, throw, on_failure, checkpoint, sharding, read_ahead)
+    return Options(num_steps, metrics, tol, keep, watchers, throw, on_failure, checkpoint, sharding, read_ahead, strictness(strict))

@@ -8,7 +8,7 @@ import jax
 
 from bilevax import tree
 from bilevax.base import PyTree
-from bilevax.results import RESULTS
+from bilevax.results import RESULTS, warnings_in
 
 
 class Solution(NamedTuple):
@@ -19,7 +19,8 @@ class Solution(NamedTuple):
       outer_params: the kept iterate's outer parameters.
       model_state: its model state (BatchNorm statistics, ...), None without any.
       result: a `RESULTS` code (an integer array under a transformation).
-      history: numpy arrays by column name, one row a step of this call; with ``aux`` where the outer objective has one.
+      history: numpy arrays by column name, one row a step of this call; with ``aux`` where the outer objective has one. ``code`` has a `RESULTS`
+        code a step, ``warnings`` a mask of what was rough (`results.warnings_in`).
       state: the run's whole state after its last good step; ``solve_bilevel(..., state=solution.state)`` goes on from it.
       stats: ``steps`` done by this call, ``total_steps``, ``seconds``, ``first_chunk_seconds`` (compilation included), ``best_step``,
         ``failed_steps``,
@@ -34,15 +35,24 @@ class Solution(NamedTuple):
     state: Any
     stats: dict[str, Any]
 
+    @property
+    def warnings(self) -> dict[RESULTS, Any]:
+        """In how many steps of this call which warning stood: what is known to be rough about them.
+
+        Integers by `RESULTS` code; arrays of counts under ``vmap``, a lane each.
+        """
+        return warnings_in(self.history.get("warnings", ()))
+
     def __repr__(self) -> str:
         if isinstance(self.result, jax.Array):
             return f"Solution(result={self.result}, outer_params={_shapes(self.outer_params)})"
+        rough = ", ".join(f"{code.name} in {count}" for code, count in self.warnings.items())
+        rough = f", warnings: {rough} steps" if rough else ""
         values = self.history.get("value")
         value = f", value {values[0]:.4g} -> {values[-1]:.4g}" if values is not None and len(values) else ""
-        return (
-            f"Solution({self.result.name}, {self.stats['steps']} steps in {self.stats['seconds']:.3g} s{value}, kept step {self.stats['best_step']}, "
-            f"{tree.size(self.inner_params)} inner and {tree.size(self.outer_params)} outer parameters)"
-        )
+        steps, best = self.stats["steps"], self.stats["best_step"]
+        sizes = f"{tree.size(self.inner_params)} inner and {tree.size(self.outer_params)} outer parameters"
+        return f"Solution({self.result.name}, {steps} steps in {self.stats['seconds']:.3g} s{value}, kept step {best}{rough}, {sizes})"
 
 
 def _shapes(value) -> str:

@@ -11,7 +11,7 @@ import bilevax as bx
 from bilevax import base
 from bilevax.hypergradient import finite_difference, implicit, one_step, sama
 from bilevax.hypergradient.sama import adapt
-from bilevax.results import RESULTS
+from bilevax.results import RESULTS, warnings_in
 from tests import problems
 from tests.problems import PROBLEMS, QUADRATICS, flatten, unflatten
 
@@ -286,11 +286,10 @@ def test_rule_spares_coordinates_that_have_a_derivative():
     [optax.lion(0.01), optax.sign_sgd(0.01), optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation()],
     ids=["lion", "sign_sgd", "multi_steps"],
 )
-def test_updates_with_zero_derivative_are_a_failure(opt):
+def test_updates_with_zero_derivative_are_a_warning(opt):
     form = PROBLEMS["ridge"]
     out = estimate(form, bx.inner.optax(opt, 3), sama())
-    assert int(out.info["code"]) == RESULTS.adaptation_zero
-    assert RESULTS.adaptation_zero.failed
+    assert set(warnings_in(out.info["warnings"])) == {RESULTS.adaptation_zero}
     assert "one_step" in RESULTS.adaptation_zero.message
     assert int(estimate(form, bx.inner.optax(opt, 3), one_step(0.1)).info["code"]) == RESULTS.success
 
@@ -319,9 +318,9 @@ def test_a_difference_that_rounds_away_is_reported():
     inner, outer = (lambda y, x, batch: jnp.sum(x * y * y)), (lambda y, x, batch: jnp.sum(y))
     frozen = bx.inner.optax(optax.set_to_zero(), 1)
     lost = jax.jit(bx.value_and_hypergrad(inner, outer, solver=frozen, hypergradient=finite_difference()))(y, x)
-    assert int(lost.info["code"]) == RESULTS.difference_lost
+    assert set(warnings_in(lost.info["warnings"])) == {RESULTS.difference_lost}
     kept = jax.jit(bx.value_and_hypergrad(inner, outer, solver=frozen, hypergradient=finite_difference(radius=32.0)))(y, x)
-    assert int(kept.info["code"]) == RESULTS.success
+    assert int(kept.info["warnings"]) == 0
     np.testing.assert_allclose(np.asarray(kept.grad, np.float32), -600.0, rtol=0.1)
 
 

@@ -129,15 +129,15 @@ def test_an_adjoint_that_does_not_converge():
     stiff = lambda y, x, batch: 0.5 * jnp.sum(jnp.asarray([1.0, 1e3, 1e6]) * (y - x) ** 2)
     rough = bx.algorithms.double_loop(bx.inner.lbfgs(), bx.hypergradient.implicit(bx.linear.cg(maxiter=1)), optax.sgd(0.1))
     out = bx.solve_bilevel(stiff, lambda y, x, b: jnp.sum(y**2), jnp.ones(3), jnp.ones(3), algorithm=rough, num_steps=5, throw=False)
-    assert out.result is RESULTS.adjoint_not_converged
-    assert out.history["adjoint_residual"][-1] > 0.5 and out.stats["steps"] == 0
+    assert out.result is RESULTS.success and out.stats["steps"] == 5
+    assert out.history["adjoint_residual"][0] > 0.5 and RESULTS.adjoint_not_converged in out.warnings
 
 
 def test_a_saddle_is_reported_as_negative_curvature():
     saddle = lambda y, x, batch: 0.5 * (y[0] ** 2 - y[1] ** 2) + y[1] * x
     loop = bx.algorithms.double_loop(bx.inner.optax(SGD, 1), bx.hypergradient.implicit(), optax.sgd(0.1))
     out = bx.solve_bilevel(saddle, lambda y, x, b: y[1] ** 2 + x, jnp.zeros(2), jnp.asarray(1.0), algorithm=loop, num_steps=5, throw=False)
-    assert out.result is RESULTS.negative_curvature
+    assert out.result is RESULTS.success and out.warnings[RESULTS.negative_curvature] == 5
 
 
 @pytest.mark.parametrize("which", ["inner_data", "outer_data", "hyper_data"])
