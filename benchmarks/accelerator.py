@@ -33,9 +33,9 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 GRACE = 20.0  # seconds after its time in which a part ends what it is at
 PACKAGES = ("bilevax", "jax", "jaxlib", "jax-cuda13-plugin", "optax", "flax", "torch", "betty-ml", "jaxopt", "optimistix", "numpy")
-GRAPHS = (
-    "--xla_gpu_enable_command_buffer=FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE --xla_gpu_graph_min_graph_size=1"
-)
+RECORDED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
+GRAPHS = f"--xla_gpu_enable_command_buffer={RECORDED} --xla_gpu_graph_min_graph_size=1"
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 
 class Spec(NamedTuple):
@@ -54,10 +54,10 @@ WAVES: tuple[tuple[Spec, ...], ...] = (
         Spec("driver", "driver", 35),
         Spec("mixflow", "mixflow", 15),
         Spec("bits", "bits", 5),
-        Spec("replay", "replay", 60),
         Spec("solvers", "solvers", 40, "--xla_disable_hlo_passes=constant_folding"),
         Spec("driver, graphs", "driver", 20, GRAPHS),
     ),
+    (Spec("replay", "replay", 90, DETERMINISTIC), Spec("replay, no flags", "replay", 15)),
 )
 
 
