@@ -283,5 +283,12 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
     return result
 
 
+def broken(result: dict[str, Any]) -> list[str]:
+    """Parts in which something was raised, or which did not come to their end."""
+    return [name for name, part in result["parts"].items() if part["errors"] or "the rest" in part["skipped"]]
+
+
 if __name__ == "__main__":
-    main()
+    found = main()
+    if found and broken(found):
+        sys.exit(f"not whole: {', '.join(broken(found))}")
