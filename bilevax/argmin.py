@@ -12,6 +12,7 @@ import numpy as np
 from jax import lax
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax._core.jaxpr import evaluate
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
 from bilevax.linear.cg import cg
@@ -95,9 +96,8 @@ def argmin(
     if not (isinstance(solver, InnerSolver) or (callable(getattr(solver, "init", None)) and callable(getattr(solver, "step", None)))):
         raise TypeError(f"solver: got {solver!r}; expected an InnerSolver such as inner.optax(optax.sgd(0.1), steps=100).")
     if tol is not None:
-        _check_positive("tol", tol, 1e-6)
-    if not isinstance(throw, bool):
-        raise TypeError(f"throw: got {throw!r}; expected True or False.")
+        tol = numbers.positive(tol, "tol", example=1e-6)
+    throw = numbers.flag(throw, "throw")
     return Argmin(_Traceable(objective), solver, _linear(linear_solver, max_residual), tol, throw, strictness(strict))
 
 
@@ -301,8 +301,7 @@ class _Linear(NamedTuple):
 def _linear(solver, max_residual) -> _Linear:
     if not (solver is None or callable(solver)):
         raise TypeError(f"linear_solver: got {solver!r}; expected (matvec, b, x0) -> (x, info), such as linear.cg().")
-    _check_positive("max_residual", max_residual, 1e-2)
-    return _Linear(solver, max_residual)
+    return _Linear(solver, numbers.positive(max_residual, "max_residual", infinite=True))
 
 
 @partial(jax.jit, static_argnums=(0,))
@@ -360,17 +359,8 @@ def _is_zero(tangent) -> bool:
 
 def _linear_solve(linear: _Linear, matvec, b):
     # A default near the rounding unit: what is differentiated again should not carry a looser error than it must.
-    unit = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b))
+    unit = numbers.rounding_unit(b)
     solver = cg(maxiter=1000, tol=100 * unit) if linear.solver is None else linear.solver
     x, info = solver(matvec, b, tree.zeros_like(b))
     bad = ~(info.residual <= linear.max_residual)
     return jax.tree.map(lambda leaf: jnp.where(bad, jnp.asarray(jnp.nan, leaf.dtype), leaf), x)
-
-
-def _check_positive(name: str, value, example: float) -> None:
-    if isinstance(value, jax.core.Tracer):
-        return
-    if isinstance(value, bool) or not isinstance(value, (int, float, np.number, jax.Array)):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; expected a positive number. Try {name}={example}.")
-    if not value > 0:
-        raise ValueError(f"{name}: got {value!r}; expected a positive number. Try {name}={example}.")

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from bilevax import check
+from bilevax._core import numbers
 
 
 class Event(NamedTuple):
@@ -62,7 +63,7 @@ def every(n: int, fn: Callable[[Event], bool | None]) -> Callback:
     """
     if not callable(fn):
         raise TypeError(f"fn: got {check.describe(fn)}; expected a function of an Event.")
-    return Callback(fn, check.count(n, "n"))
+    return Callback(fn, numbers.count(n, "n"))
 
 
 def early_stopping(name: str, *, patience: int, mode: str = "min", min_delta: float = 0.0, check_every: int = 10) -> Callback:
@@ -87,9 +88,11 @@ def early_stopping(name: str, *, patience: int, mode: str = "min", min_delta: fl
       >>> callbacks.early_stopping("accuracy", patience=50, mode="max").every
       10
     """
-    patience = check.count(patience, "patience")
+    patience = numbers.count(patience, "patience")
     if mode not in ("min", "max"):
         raise ValueError(f"mode: got {mode!r}; expected 'min' or 'max'.")
+
+    min_delta, check_every = numbers.positive(min_delta, "min_delta", zero=True), numbers.count(check_every, "check_every")
 
     def stop(event: Event) -> bool:
         if name not in event.history:
@@ -101,7 +104,7 @@ def early_stopping(name: str, *, patience: int, mode: str = "min", min_delta: fl
                 best, best_row = column[row], int(row)
         return len(column) - 1 - best_row >= patience
 
-    return Callback(stop, check.count(check_every, "check_every"))
+    return Callback(stop, check_every)
 
 
 def progress_bar() -> Callback:
@@ -218,7 +221,7 @@ def jsonl(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
         file.writelines(line + "\n" for line in kept)
         return lambda row: file.write(json.dumps({k: _plain(v) for k, v in row.items()}) + "\n"), file.flush, file.close
 
-    return _logger(open_log, check.count(flush_every, "flush_every"))
+    return _logger(open_log, numbers.count(flush_every, "flush_every"))
 
 
 def _plain(value) -> Any:
@@ -272,7 +275,7 @@ def csv(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
 
         return write, file.flush, file.close
 
-    return _logger(open_log, check.count(flush_every, "flush_every"))
+    return _logger(open_log, numbers.count(flush_every, "flush_every"))
 
 
 def tensorboard(directory: str | os.PathLike, *, flush_every: int = 32) -> Callback:
@@ -311,7 +314,7 @@ def tensorboard(directory: str | os.PathLike, *, flush_every: int = 32) -> Callb
 
         return write, writer.flush, writer.close
 
-    return _logger(open_log, check.count(flush_every, "flush_every"))
+    return _logger(open_log, numbers.count(flush_every, "flush_every"))
 
 
 def as_callback(fn: Any, position: int) -> Callback:

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Ctx, Problem, PyTree
 from bilevax.linear._common import rows_dot, rows_sum
 
@@ -75,7 +76,7 @@ def smallest_eigenpair(matvec: Any, start: PyTree, products: int = RITZ) -> tupl
     """
     dtype = tree.norm(start).dtype
     basis = jax.tree.map(lambda a: jnp.zeros((products, *a.shape), a.dtype), start)
-    tiny = float(jnp.finfo(dtype).eps)
+    tiny = numbers.rounding_unit(dtype)
 
     def body(i, carry):
         basis, images, gram, v = carry
@@ -158,7 +159,7 @@ def estimate(
         out["cross_lipschitz"] = p.cross_lipschitz if known.cross_lipschitz is None else out["cross_lipschitz"]
         spent = spent + 2
     # A lower level that is not strongly convex has no bound; a tiny modulus makes it large, and divisions safe.
-    floor = float(jnp.finfo(dtype).eps) ** 0.5 * (out["cross"] + float(jnp.finfo(dtype).tiny) ** 0.5)
+    floor = numbers.rounding_unit(dtype) ** 0.5 * (out["cross"] + float(jnp.finfo(dtype).tiny) ** 0.5)
     out["strong_convexity"] = jnp.maximum(out["strong_convexity"], floor)
     return Constants(**out), p._replace(modulus=out["strong_convexity"]), spent
 

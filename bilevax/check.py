@@ -12,17 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import tree
+from bilevax._core import numbers
+from bilevax._core.numbers import describe as describe
 from bilevax.base import Algorithm, Bound, Ctx, Draw, Hypergradient, InnerSolver, Objective, Problem, PyTree, objective
-
-
-def describe(value: Any) -> str:
-    """A short description of what was given."""
-    if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
-        return f"{value.dtype}{list(value.shape)}"
-    kind, text = type(value).__name__, repr(value)
-    text = text if len(text) <= 80 else text[:77] + "..."
-    return text if text.startswith(kind) else f"{kind} {text}"
-
 
 # ---- parameters
 
@@ -126,8 +118,7 @@ def pieces(solver: Any, method: Any, argument: str = "solver") -> None:
     if not isinstance(solver, InnerSolver):
         hint = " Try inner.optax(optimizer, steps)." if hasattr(solver, "update") else " Try inner.lbfgs() or inner.optax(optimizer, steps)."
         raise TypeError(f"{argument}: got {describe(solver)}; expected an InnerSolver.{hint}")
-    if isinstance(solver.steps, bool) or not isinstance(solver.steps, int) or solver.steps < 1:
-        raise ValueError(f"{argument}.steps: got {solver.steps!r}; expected an integer of at least 1.")
+    numbers.count(solver.steps, f"{argument}.steps")
     if not isinstance(method, Hypergradient):
         hint = " Call the factory: hypergradient.implicit()." if callable(method) else " Try hypergradient.implicit()."
         raise TypeError(f"hypergradient: got {describe(method)}; expected a Hypergradient.{hint}")
@@ -168,21 +159,7 @@ def key(value: Any, problem: Problem, sampled: bool) -> None:
             cause = f"{' and '.join(keyed)} takes a key" if keyed else "the data is sampled"
             raise ValueError(f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0).")
         return
-    is_key(value)
-
-
-def is_key(value: Any) -> None:
-    """A PRNG key of either style."""
-    old_style = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape[-1:] == (2,)
-    if not old_style and not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
-        raise TypeError(f"key: got {describe(value)}; expected a PRNG key. Try jax.random.key({value if isinstance(value, int) else 0}).")
-
-
-def count(value: Any, argument: str) -> int:
-    """An integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or value < 1:
-        raise ValueError(f"{argument}: got {value!r}; expected an integer of at least 1.")
-    return int(value)
+    numbers.key(value)
 
 
 # ---- objectives, by abstract evaluation

@@ -6,6 +6,7 @@ import os
 from typing import NamedTuple
 
 from bilevax import check
+from bilevax._core import numbers
 
 
 class Checkpointing(NamedTuple):
@@ -57,7 +58,7 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointi
     if not isinstance(directory, (str, os.PathLike)):
         raise TypeError(f"directory: got {check.describe(directory)}; expected a path.")
     place = os.fspath(directory)
-    return Checkpointing(place if "://" in place else os.path.abspath(place), check.count(n, "n"), check.count(keep, "keep"))
+    return Checkpointing(place if "://" in place else os.path.abspath(place), numbers.count(n, "n"), numbers.count(keep, "keep"))
 
 
 __all__ = ["Checkpointing", "every"]

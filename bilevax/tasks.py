@@ -7,7 +7,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
-from bilevax import check
+from bilevax._core import numbers
 from bilevax.base import Bound, Objective, PyTree, objective
 
 
@@ -87,7 +87,7 @@ def task_copies(num_tasks: int) -> Callable[[PyTree], PyTree]:
       >>> bx.task_copies(2)(jnp.ones(3)).shape
       (2, 3)
     """
-    return Bound("task_copies", _copies, num_tasks=check.count(num_tasks, "num_tasks"))
+    return Bound("task_copies", _copies, num_tasks=numbers.count(num_tasks, "num_tasks"))
 
 
 def _copies(outer, *, num_tasks):

@@ -11,6 +11,7 @@ import numpy as np
 import optax
 
 from bilevax import check
+from bilevax._core import numbers
 from bilevax.base import Hypergradient, InnerSolver, PyTree
 from bilevax.estimate import value_and_hypergrad
 from bilevax.inner import optax as optax_solver
@@ -61,9 +62,9 @@ def quadratic(key: jax.Array, *, inner_size: int = 6, outer_size: int = 4, condi
       ... )(problem.inner_params, problem.outer_params).grad.shape
       (4,)
     """
-    if check.count(inner_size, "inner_size") < 2:
+    if numbers.count(inner_size, "inner_size") < 2:
         raise ValueError(f"inner_size: got {inner_size}; expected at least 2.")
-    check.count(outer_size, "outer_size")
+    numbers.count(outer_size, "outer_size")
     if not condition >= 1:
         raise ValueError(f"condition: got {condition!r}; expected at least 1.")
     keys = jax.random.split(key, 6)

@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, tree
+from bilevax import tree
+from bilevax._core import numbers
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import (
     Directions,
@@ -55,7 +56,7 @@ def s_tfbo(initial: float = 1.0) -> Algorithm:
 
     Source: Yang, Ban, Huang, Ma and Ji, "Tuning-free bilevel optimization: new algorithms and convergence analysis" (ICLR 2025), algorithm 2.
     """
-    settings = dict(initial=_steps.positive(initial, "initial"))
+    settings = dict(initial=numbers.positive(initial, "initial"))
     return Algorithm(Bound("s_tfbo", _init, name="s_tfbo", **settings), Bound("s_tfbo", _single, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
@@ -106,10 +107,10 @@ def d_tfbo(initial: float = 1.0, *, inner_tol: float = 1e-3, adjoint_tol: float 
     Source: Yang, Ban, Huang, Ma and Ji, "Tuning-free bilevel optimization: new algorithms and convergence analysis" (ICLR 2025), algorithm 1.
     """
     settings = dict(
-        initial=_steps.positive(initial, "initial"),
-        inner_tol=_steps.positive(inner_tol, "inner_tol"),
-        adjoint_tol=_steps.positive(adjoint_tol, "adjoint_tol"),
-        maxiter=check.count(maxiter, "maxiter"),
+        initial=numbers.positive(initial, "initial"),
+        inner_tol=numbers.positive(inner_tol, "inner_tol"),
+        adjoint_tol=numbers.positive(adjoint_tol, "adjoint_tol"),
+        maxiter=numbers.count(maxiter, "maxiter"),
     )
     return Algorithm(Bound("d_tfbo", _init, name="d_tfbo", **settings), Bound("d_tfbo", _double, **settings), Draws(1, 0, 1), finite=drawn_finite)
 

@@ -10,7 +10,7 @@ import optax
 from jax import lax
 
 from bilevax import check, tree
-from bilevax._core import optimizer
+from bilevax._core import numbers, optimizer
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Lower, Problem, PyTree, StepInfo
 from bilevax.results import RESULTS, first, unless
 
@@ -87,17 +87,15 @@ def persistent_es(
     if not isinstance(inner_solver, InnerSolver):
         raise TypeError(f"inner_solver: got {inner_solver!r}; expected an InnerSolver. Try inner.optax(optimizer, steps).")
     check.transformation(outer_optimizer, "outer_optimizer")
-    check.count(samples, "samples")
-    check.count(unrolls, "unrolls")
-    if chunk is not None:
-        check.count(chunk, "chunk")
-    if not isinstance(scale, jax.core.Tracer) and not scale > 0:
-        raise ValueError(f"scale: got {scale!r}; expected a positive number, such as 1e-2.")
-    if not isinstance(persistent, bool):
-        raise TypeError(f"persistent: got {persistent!r}; expected True or False.")
-    settings = dict(inner_solver=inner_solver, outer_optimizer=outer_optimizer, samples=samples)
+    settings = dict(inner_solver=inner_solver, outer_optimizer=outer_optimizer, samples=numbers.count(samples, "samples"))
+    moves = dict(
+        scale=numbers.positive(scale, "scale", example=1e-2),
+        unrolls=numbers.count(unrolls, "unrolls"),
+        persistent=numbers.flag(persistent, "persistent"),
+        chunk=None if chunk is None else numbers.count(chunk, "chunk"),
+    )
     init = Bound("persistent_es", _init, **settings)
-    step = Bound("persistent_es", _step, **settings, scale=scale * 1.0, unrolls=unrolls, persistent=persistent, chunk=chunk)
+    step = Bound("persistent_es", _step, **settings, **moves)
     return Algorithm(init, step, Draws(inner_solver.steps, 1, 1))
 
 

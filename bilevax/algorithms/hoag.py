@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import inner_grad, outer_pass
 from bilevax.algorithms._parts.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
@@ -61,7 +62,7 @@ def hoag(inner_solver: InnerSolver | None = None, *, epsilon: float = 0.1, rate:
     """
     solver = lbfgs() if inner_solver is None else inner_solver
     check_solver(solver, "inner_solver")
-    settings = dict(solver=solver, epsilon=_steps.positive(epsilon, "epsilon"), rate=_steps.positive(rate, "rate", 1))
+    settings = dict(solver=solver, epsilon=numbers.positive(epsilon, "epsilon"), rate=numbers.positive(rate, "rate", upper=1))
     return Algorithm(Bound("hoag", _init, **settings), Bound("hoag", _step, **settings), Draws(1, 0, 1))
 
 
@@ -75,7 +76,7 @@ def _init(problem: Problem, inner: InnerState, outer: PyTree, *, solver, **_) ->
 
 def _step(problem: Problem, state: HoagState, feeds: Feeds, *, solver, epsilon, rate) -> tuple[HoagState, StepInfo]:
     x, dtype = state.outer, state.scale.dtype
-    unit = float(jnp.finfo(dtype).eps)
+    unit = numbers.rounding_unit(dtype)
     inner_ctx, outer_ctx = problem.inner_draw(feeds.inner, 0), problem.outer_draw(feeds.outer, 0)
     start = tree.norm(inner_grad(problem, state.inner.params, x, inner_ctx._replace(model=state.inner.model))[0]).astype(dtype)
     scale = jnp.maximum(state.scale, start)

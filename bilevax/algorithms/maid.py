@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import certificate, check, tree
+from bilevax._core import numbers
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import inner_grad, outer_pass
 from bilevax.algorithms._parts.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
@@ -147,22 +148,21 @@ def maid(
     """
     solver = lbfgs() if inner_solver is None else inner_solver
     check_solver(solver, "inner_solver")
-    if isinstance(memory, bool) or not isinstance(memory, int) or memory < 0:
-        raise ValueError(f"memory: got {memory!r}; expected an integer of at least 0.")
+    memory = numbers.count(memory, "memory", least=0)
     if constants is not None and not isinstance(constants, Constants):
         raise TypeError(f"constants: got {check.describe(constants)}; expected algorithms.Constants(...), or None.")
     settings = dict(
         solver=solver,
         pairs=memory,
         known=Constants() if constants is None else constants,
-        epsilon=_steps.positive(epsilon, "epsilon"),
-        delta=_steps.positive(delta, "delta"),
-        max_error=_steps.positive(max_error, "max_error", 1),
-        decrease=_steps.positive(decrease, "decrease", 1),
-        shrink=_steps.positive(shrink, "shrink", 1),
-        tighten=_steps.positive(tighten, "tighten", 1),
-        loosen=_steps.positive(loosen, "loosen"),
-        step_size=_steps.positive(step_size, "step_size"),
+        epsilon=numbers.positive(epsilon, "epsilon"),
+        delta=numbers.positive(delta, "delta"),
+        max_error=numbers.positive(max_error, "max_error", upper=1),
+        decrease=numbers.positive(decrease, "decrease", upper=1),
+        shrink=numbers.positive(shrink, "shrink", upper=1),
+        tighten=numbers.positive(tighten, "tighten", upper=1),
+        loosen=numbers.positive(loosen, "loosen"),
+        step_size=numbers.positive(step_size, "step_size"),
     )
     return Algorithm(Bound("maid", _init, **settings), Bound("maid", _step, **settings), Draws(1, 0, 1))
 
@@ -191,7 +191,7 @@ def _step(
     problem: Problem, state: MaidState, feeds: Feeds, *, solver, pairs, known, epsilon, delta, max_error, decrease, shrink, tighten, loosen, step_size
 ) -> tuple[MaidState, StepInfo]:
     dtype = state.epsilon.dtype
-    unit = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(state.inner.params))
+    unit = numbers.rounding_unit(state.inner.params)
     inner_ctx, outer_ctx = problem.inner_draw(feeds.inner, 0), problem.outer_draw(feeds.outer, 0)
     x = state.outer
 

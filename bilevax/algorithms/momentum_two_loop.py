@@ -7,8 +7,8 @@ from typing import NamedTuple
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, tree
-from bilevax._core import optimizer
+from bilevax import tree
+from bilevax._core import numbers, optimizer
 from bilevax.algorithms._parts import memory
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import Directions, counts, data_finite, descend, drawn_finite, inner_grad, outer_pass, report
@@ -109,7 +109,7 @@ def _storm(name, inner_step, outer_step, momentum, neumann_step, neumann_steps, 
         name=name,
         inner=_steps.transformation(inner_step, "inner_step"),
         outer=_steps.transformation(outer_step, "outer_step"),
-        momentum=_steps.positive(momentum, "momentum", 1),
+        momentum=numbers.positive(momentum, "momentum", upper=1),
         decay=_steps.exponent(decay),
         **neumann_settings(inner_step, neumann_step, neumann_steps),
     )
@@ -192,10 +192,10 @@ def vrbo(
     Source: Yang, Ji and Liang, "Provably faster algorithms for bilevel optimization" (NeurIPS 2021), algorithm 2.
     """
     settings = dict(
-        step_size=_steps.positive(inner_step, "inner_step"),
+        step_size=numbers.positive(inner_step, "inner_step"),
         outer=_steps.transformation(outer_step, "outer_step"),
-        period=check.count(period, "period"),
-        num=check.count(steps, "steps"),
+        period=numbers.count(period, "period"),
+        num=numbers.count(steps, "steps"),
         **neumann_settings(inner_step, neumann_step, neumann_steps),
     )
     return Algorithm(

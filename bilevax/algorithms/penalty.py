@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevax import check, tree
-from bilevax._core import optimizer
+from bilevax import tree
+from bilevax._core import numbers, optimizer
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import Directions, Outer, counts, descend, drawn_finite, inner_grad, report
 from bilevax.algorithms._parts.steps import StepSize
@@ -95,12 +95,12 @@ def f2sa(
     "Faster gradient methods for highly-smooth stochastic bilevel optimization" (arXiv 2509.02937), for orders above 1.
     """
     settings = dict(
-        step_size=_steps.positive(inner_step, "inner_step"),
+        step_size=numbers.positive(inner_step, "inner_step"),
         outer=_steps.transformation(outer_step, "outer_step"),
-        penalty=_steps.positive(penalty, "penalty"),
-        order=check.count(order, "order"),
-        num=check.count(steps, "steps"),
-        growth=_steps.positive(growth, "growth", zero=True),
+        penalty=numbers.positive(penalty, "penalty"),
+        order=numbers.count(order, "order"),
+        num=numbers.count(steps, "steps"),
+        growth=numbers.positive(growth, "growth", zero=True),
         inner_decay=_steps.exponent(inner_decay, "inner_decay"),
         outer_decay=_steps.exponent(outer_decay, "outer_decay"),
     )
@@ -206,10 +206,10 @@ def bome(inner_step: float, outer_step: StepSize, *, steps: int = 10, barrier: f
     Source: Ye, Liu, Wright, Stone and Liu, "BOME! Bilevel optimization made easy" (NeurIPS 2022), algorithm 1.
     """
     settings = dict(
-        step_size=_steps.positive(inner_step, "inner_step"),
+        step_size=numbers.positive(inner_step, "inner_step"),
         outer=_steps.transformation(outer_step, "outer_step"),
-        num=check.count(steps, "steps"),
-        barrier=_steps.positive(barrier, "barrier"),
+        num=numbers.count(steps, "steps"),
+        barrier=numbers.positive(barrier, "barrier"),
     )
     return Algorithm(Bound("bome", _bome_init, **settings), Bound("bome", _bome_step, **settings), Draws(steps + 1, 0, 1), finite=drawn_finite)
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from bilevax import tree
-from bilevax._core import optimizer
+from bilevax._core import numbers, optimizer
 from bilevax.algorithms._parts import memory, steps
 from bilevax.algorithms._parts.directions import Directions, combined, counts, drawn_finite, inner_grad, inner_pass, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
@@ -146,7 +146,9 @@ def ma_soba(
     Source: Chen, Xiao and Balasubramanian, "Optimal algorithms for stochastic bilevel optimization under relaxed smoothness conditions"
     (JMLR 2024), algorithm 1.
     """
-    settings = dict(moves=moves(inner_step, outer_step, adjoint_step), momentum=steps.positive(momentum, "momentum", 1), decay=steps.exponent(decay))
+    settings = dict(
+        moves=moves(inner_step, outer_step, adjoint_step), momentum=numbers.positive(momentum, "momentum", upper=1), decay=steps.exponent(decay)
+    )
     return Algorithm(Bound("ma_soba", _ma_soba_init, **settings), Bound("ma_soba", _ma_soba_step, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
@@ -197,7 +199,7 @@ def fsla(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     """
     settings = dict(
         moves=moves(inner_step, outer_step, adjoint_step),
-        momentum=steps.positive(momentum, "momentum", 1),
+        momentum=numbers.positive(momentum, "momentum", upper=1),
         decay=steps.exponent(decay),
     )
     return Algorithm(Bound("fsla", _fsla_init, **settings), Bound("fsla", _fsla_step, **settings), Draws(1, 2, 2), finite=drawn_finite)

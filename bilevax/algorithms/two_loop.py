@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, tree
-from bilevax._core import optimizer
+from bilevax import tree
+from bilevax._core import numbers, optimizer
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import (
     Directions,
@@ -110,7 +110,7 @@ def _settings(inner_step, outer_step, num):
     return dict(
         inner=_steps.transformation(inner_step, "inner_step"),
         outer=_steps.transformation(outer_step, "outer_step"),
-        num=check.count(num, "steps"),
+        num=numbers.count(num, "steps"),
     )
 
 
@@ -163,7 +163,7 @@ def amigo(
     adjoint_steps = steps if adjoint_steps is None else adjoint_steps
     settings = _settings(inner_step, outer_step, steps)
     settings["adjoint"] = _steps.transformation(inner_step if adjoint_step is None else adjoint_step, "adjoint_step")
-    settings["adjoint_num"] = check.count(adjoint_steps, "adjoint_steps")
+    settings["adjoint_num"] = numbers.count(adjoint_steps, "adjoint_steps")
     return Algorithm(
         Bound("amigo", _amigo_init, **settings), Bound("amigo", _amigo_step, **settings), Draws(steps, adjoint_steps + 1, 1), finite=drawn_finite
     )
@@ -245,7 +245,7 @@ def neumann_settings(inner_step: StepSize, neumann_step: float | None, neumann_s
         if hasattr(inner_step, "init"):
             raise ValueError("neumann_step: got None with an optax transformation as inner_step; expected a positive number. Try neumann_step=0.1.")
         neumann_step = inner_step
-    return dict(size=_steps.positive(neumann_step, "neumann_step"), terms=check.count(neumann_steps, "neumann_steps"))
+    return dict(size=numbers.positive(neumann_step, "neumann_step"), terms=numbers.count(neumann_steps, "neumann_steps"))
 
 
 def _two_loop_init(problem, state, outer_params, *, name, inner, outer, **_) -> TwoLoopState:

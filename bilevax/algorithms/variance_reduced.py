@@ -7,7 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevax import check, tree
+from bilevax import tree
+from bilevax._core import numbers
 from bilevax.algorithms._parts import memory, steps
 from bilevax.algorithms._parts.directions import Directions, Inner, Outer, combined, counts, data_finite, drawn_finite, inner_pass, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
@@ -118,7 +119,7 @@ def srba(inner_step: StepSize, outer_step: StepSize, *, period: int, adjoint_ste
     Source: Dagréou, Moreau, Vaiter and Ablin, "A lower bound and a near-optimal algorithm for bilevel empirical risk minimization" (AISTATS
     2024), algorithm 1.
     """
-    settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step), period=check.count(period, "period"))
+    settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step), period=numbers.count(period, "period"))
     return Algorithm(
         Bound("srba", _recursive_init, name="srba", **settings), Bound("srba", _srba_step, **settings), Draws(1, 0, 1), finite=data_finite
     )
@@ -164,7 +165,7 @@ def spaba(inner_step: StepSize, outer_step: StepSize, *, probability: float, adj
     Source: Chu, Xu, Yao and Zhang, "SPABA: a single-loop and probabilistic stochastic bilevel algorithm achieving optimal sample complexity"
     (ICML 2024), algorithm 1.
     """
-    settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step), probability=steps.positive(probability, "probability", 1))
+    settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step), probability=numbers.positive(probability, "probability", upper=1))
     return Algorithm(
         Bound("spaba", _recursive_init, name="spaba", **settings), Bound("spaba", _spaba_step, **settings), Draws(1, 0, 1), finite=data_finite
     )

@@ -8,8 +8,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, tree
-from bilevax._core import optimizer
+from bilevax import tree
+from bilevax._core import numbers, optimizer
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import Directions, counts, descend, drawn_finite, inner_grad, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
@@ -53,11 +53,11 @@ def pzobo(inner_step: float, outer_step: StepSize, *, steps: int = 10, samples: 
     Source: Sow, Ji and Liang, "On the convergence theory for Hessian-free bilevel algorithms" (NeurIPS 2022), algorithm 1.
     """
     settings = dict(
-        step_size=_steps.positive(inner_step, "inner_step"),
+        step_size=numbers.positive(inner_step, "inner_step"),
         outer=_steps.transformation(outer_step, "outer_step"),
-        num=check.count(steps, "steps"),
-        samples=check.count(samples, "samples"),
-        smoothing=_steps.positive(smoothing, "smoothing"),
+        num=numbers.count(steps, "steps"),
+        samples=numbers.count(samples, "samples"),
+        smoothing=numbers.positive(smoothing, "smoothing"),
     )
     return Algorithm(Bound("pzobo", _init, **settings), Bound("pzobo", _step, **settings), Draws(steps, 0, 1), finite=drawn_finite)
 

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax._core import numbers
 from bilevax.base import Bound, Draw, PyTree
 from bilevax.data.draws import by_epoch, generated, partition, same, sampled
 from bilevax.data.loaders import Stream, refuse_uniterable
@@ -65,19 +66,15 @@ def minibatches(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
     """
     check_arrays(arrays, "arrays")
     total = jax.tree.leaves(arrays)[0].shape[0]
-    most = None if replace else total
-    if isinstance(batch_size, bool) or not isinstance(batch_size, (int, np.integer)) or batch_size < 1 or (most and batch_size > most):
-        limit = "of at least 1" if replace else f"from 1 to {total}, the arrays' leading axis"
-        raise ValueError(f"batch_size: got {batch_size!r}; expected an integer {limit}.")
-    draw = sampled if replace else by_epoch
-    name = "minibatches"
-    return Source(Bound(name, draw, batch_size=int(batch_size)), jax.tree.map(jnp.asarray, arrays), True)
+    if numbers.flag(replace, "replace"):
+        draw = Bound("minibatches", sampled, batch_size=numbers.count(batch_size, "batch_size"))
+    else:
+        draw = Bound("minibatches", by_epoch, batch_size=_batch_size(batch_size, total))
+    return Source(draw, jax.tree.map(jnp.asarray, arrays), True)
 
 
 def _batch_size(value, total: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, (int, np.integer)) or not 1 <= value <= total:
-        raise ValueError(f"batch_size: got {value!r}; expected an integer from 1 to {total}, the arrays' leading axis.")
-    return int(value)
+    return numbers.count(value, "batch_size", most=total, why=", the arrays' leading axis")
 
 
 def partitioned(arrays: PyTree, batch_size: int, *, replace: bool = False) -> Source:
@@ -105,7 +102,7 @@ def partitioned(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
     check_arrays(arrays, "arrays")
     size = _batch_size(batch_size, jax.tree.leaves(arrays)[0].shape[0])
     count = jax.tree.leaves(arrays)[0].shape[0] // size
-    draw = Bound("partitioned", partition, batch_size=size, num_batches=count, replace=bool(replace))
+    draw = Bound("partitioned", partition, batch_size=size, num_batches=count, replace=numbers.flag(replace, "replace"))
     return Source(draw, jax.tree.map(lambda a: jnp.asarray(a)[: count * size], arrays), True)
 
 

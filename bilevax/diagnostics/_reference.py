@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 
 from bilevax import inner as inner_solvers
 from bilevax import linear, tree
+from bilevax._core import numbers
 from bilevax.base import Ctx, Feed, InnerSolver, InnerState, Lower, Problem, PyTree
 from bilevax.data import same
 
@@ -141,7 +142,7 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
             hessian = jax.vmap(lambda v: products(v)[0])(jnp.eye(y.size, dtype=y.dtype))
             values, vectors = jnp.linalg.eigh((hessian + hessian.T) / 2)
             largest = jnp.max(jnp.abs(values))
-            tiny = 10 * y.size * jnp.finfo(values.dtype).eps * largest
+            tiny = 10 * y.size * numbers.rounding_unit(values.dtype) * largest
             safe = jnp.abs(values) > tiny  # no response along a flat direction: the pseudo-inverse
             q = vectors @ (jnp.where(safe, 1 / jnp.where(safe, values, 1), 0) * (vectors.T @ f_y))
             curvature = values[0] / jnp.where(largest > 0, largest, 1)
@@ -158,7 +159,7 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
         x, y_given = ravel_pytree(point.outer)[0], ravel_pytree(point.solution)[0]
         y = best_response(x, y_given, point)
         f_x, pulled, curvature = implicit(y, x, point)
-        unit = float(jnp.finfo(dtype).eps)
+        unit = numbers.rounding_unit(dtype)
         step = unit ** (1 / 3) * jnp.maximum(1.0, jnp.linalg.norm(x))
 
         def h(x):
@@ -197,7 +198,7 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
 def newton(g: Callable, y: jax.Array) -> jax.Array:
     """Minimize a small smooth function down to rounding: Newton steps with the absolute Hessian, halved until they descend."""
     gradient = jax.grad(g)
-    unit = jnp.finfo(y.dtype).eps
+    unit = numbers.rounding_unit(y.dtype)
 
     def body(carry):
         y, norm, best, best_norm, stalls, count = carry

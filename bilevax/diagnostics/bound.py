@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import check, tree
+from bilevax._core import numbers
 from bilevax.base import Ctx, PyTree, Scalar, objective
 
 
@@ -154,9 +155,9 @@ def estimate_constants(
     Source: von Mises and Pollaczek-Geiringer (1929), the power method.
     """
     g, f = objective(inner_objective), objective(outer_objective)
-    check.count(iterations, "iterations")
-    if not radius > 0:
-        raise ValueError(f"radius: got {radius!r}; expected a positive number, such as 1e-2.")
+    iterations, radius = numbers.count(iterations, "iterations"), numbers.positive(radius, "radius", example=1e-2)
+    if key is not None:
+        numbers.key(key)
     y, x, inner_batch, outer_batch = (tree.strong(value) for value in (inner_params, outer_params, inner_batch, outer_batch))
     check.params(y, "inner_params")
     check.params(x, "outer_params")

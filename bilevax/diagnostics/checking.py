@@ -12,6 +12,7 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevax import check, tree
+from bilevax._core import numbers
 from bilevax.base import Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
 from bilevax.diagnostics import _reference
 from bilevax.diagnostics._reference import Point, Reference, frozen
@@ -132,9 +133,8 @@ def check_hypergradient(
     Source: the exact adjoint is that of Pedregosa, "Hyperparameter optimization with approximate gradient" (ICML 2016), equation 3.
     """
     if directions is not None:
-        check.count(directions, "directions")
-    if not tol > 0:
-        raise ValueError(f"tol: got {tol!r}; expected a positive number, such as 1e-3.")
+        directions = numbers.count(directions, "directions")
+    tol = numbers.positive(tol, "tol", example=1e-3)
     if inner_init is not None and reference != "solver":
         raise ValueError(
             f"reference: got {reference!r} with inner_init; expected 'solver', since an exact solution does not depend on where it was started."
@@ -239,13 +239,8 @@ def flat(values: PyTree) -> np.ndarray:
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(values)])
 
 
-def unit_of(values: PyTree) -> float:
-    """The coarsest rounding unit among the leaves."""
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(values))
-
-
 def _report(method: Hypergradient, est: Estimate, ref: Reference, tol: float) -> HypergradientReport:
-    unit = unit_of(est.grad)
+    unit = numbers.rounding_unit(est.grad)
     grad = flat(est.grad)
     total = compared(grad, ref, unit)
     # Both parts on the scale of the reference, so that they can be compared with each other and with the whole.

@@ -12,9 +12,10 @@ import numpy as np
 
 from bilevax import check, linear, tree
 from bilevax import hypergradient as methods_of
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient, InnerSolver, PyTree
 from bilevax.diagnostics import _reference
-from bilevax.diagnostics.checking import compared, flat, prepare, reference_kind, unit_of
+from bilevax.diagnostics.checking import compared, flat, prepare, reference_kind
 from bilevax.results import RESULTS
 
 COLUMNS = ("method", "cosine", "norm ratio", "relative error", "gradients", "HVPs", "mixed", "ms", "MiB")
@@ -181,7 +182,7 @@ def compare_hypergradients(
 
     Source: Grazzi et al., "On the iteration complexity of hypergradient computation" (ICML 2020), for the comparison of unrolled and implicit.
     """
-    check.count(repeats, "repeats")
+    repeats = numbers.count(repeats, "repeats")
     chosen = default_methods(solver, key) if methods is None and isinstance(solver, InnerSolver) else methods
     if not isinstance(chosen, Mapping) or not chosen:
         raise TypeError(f"methods: got {chosen!r}; expected a mapping from names to Hypergradient methods, or None.")
@@ -210,14 +211,14 @@ def compare_hypergradients(
     ref = _reference.reference(prepared.problem, solver, prepared.point(solution), kind, directions, jax.random.key(0) if key is None else key)
     rows = []
     for name, (_, est) in results.items():
-        score = compared(flat(est.grad), ref, unit_of(est.grad))
+        score = compared(flat(est.grad), ref, numbers.rounding_unit(est.grad))
         gradients, hvps, mixed = (int(est.info[c]) if c in est.info else None for c in ("gradients", "hvps", "mixed_products"))
         analysis = compiled[name][0].memory_analysis()
         memory = math.nan if analysis is None else float(analysis.temp_size_in_bytes)
         milliseconds = 1e3 * float(np.median(times[name]))
         said = RESULTS(int(est.info["code"]))
         rows.append(ComparisonRow(name, score.cosine, score.norm_ratio, score.relative_error, gradients, hvps, mixed, milliseconds, memory, said))
-    solve_error = compared(np.asarray(ref.at_point), ref, unit_of(prepared.outer)).relative_error
+    solve_error = compared(np.asarray(ref.at_point), ref, numbers.rounding_unit(prepared.outer)).relative_error
     return HypergradientComparison(tuple(rows), kind, ref.precision, np.asarray(ref.grad), solve_error, _recommend(rows, solve_error))
 
 

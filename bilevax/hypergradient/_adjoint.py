@@ -4,23 +4,23 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
+from bilevax._core import numbers
 from bilevax.base import LinearInfo, LinearSolver, Scalar
 from bilevax.results import RESULTS, first, warning
 
 ROUGH = 0.1  # residual above which an adjoint is called rough where its solver has no tolerance of its own
 
 
-def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> LinearSolver:
-    """The linear solver to use."""
-    if max_residual is not None and not isinstance(max_residual, jax.core.Tracer) and not max_residual > 0:
-        raise ValueError(f"max_residual: got {max_residual!r}; expected a positive number or None; jnp.inf accepts any residual.")
+def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tuple[LinearSolver, Any]:
+    """The linear solver to use, and the residual to accept."""
+    if max_residual is not None:
+        max_residual = numbers.positive(max_residual, "max_residual", infinite=True, example=0.5)
     linear = default if linear is None else linear
     if not callable(linear):
         raise TypeError(f"linear: got {linear!r}; expected a solver (matvec, b, x0) -> (x, info), such as linear.cg(maxiter=20).")
-    return linear
+    return linear, max_residual
 
 
 def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual, **entries) -> dict[str, Scalar]:

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-import math
-import numbers
-
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from bilevax import tree
 from bilevax.base import Ctx, Objective, PyTree, Scalar
@@ -40,15 +36,3 @@ def central_difference(objective: Objective, inner: PyTree, outer: PyTree, ctx: 
     error = tree.norm(tree.axpy(-2 * eps, q, tree.sub(up, down)))
     lost = jnp.isfinite(size) & (error > 0.2 * radius)
     return product, warning(lost, RESULTS.difference_lost)
-
-
-def check_positive(name: str, value, example: float):
-    """A positive, finite number as a float; a traced one is taken as it is."""
-    if isinstance(value, jax.core.Tracer):
-        return value
-    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or (isinstance(value, (np.ndarray, jax.Array)) and jnp.ndim(value) == 0)):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); expected a positive number. Try {name}={example}.")
-    number = float(value)  # type: ignore[arg-type]
-    if not 0 < number < math.inf:
-        raise ValueError(f"{name}: got {value!r}; expected a positive, finite number. Try {name}={example}.")
-    return number

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient
 from bilevax.hypergradient._solve import forward
 from bilevax.inner.black_box import minimize
@@ -46,9 +47,8 @@ def black_box(minimizer: Callable, interpolation: float = 1.0, *, host: bool = F
     """
     if not callable(minimizer):
         raise TypeError(f"minimizer: got {type(minimizer).__name__}; expected a function costs -> inner_params.")
-    if not isinstance(interpolation, jax.core.Tracer) and not interpolation > 0:
-        raise ValueError(f"interpolation: got {interpolation!r}; expected a positive number, such as 1.0.")
-    settings = dict(minimizer=minimizer, interpolation=interpolation * 1.0, host=host)
+    interpolation = numbers.positive(interpolation, "interpolation", example=1.0)
+    settings = dict(minimizer=minimizer, interpolation=interpolation, host=numbers.flag(host, "host"))
     return Hypergradient(init=_init, vjp=Bound("black_box", _vjp, **settings), order=1)
 
 

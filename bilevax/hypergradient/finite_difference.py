@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
@@ -40,7 +41,7 @@ def finite_difference(scale: float = 1.0, *, radius: float = 0.01) -> Hypergradi
 
     Source: Liu, Simonyan and Yang, "DARTS: Differentiable architecture search" (ICLR 2019), equation 8 and its rule for ε.
     """
-    settings = dict(scale=_product.check_positive("scale", scale, 1.0), radius=_product.check_positive("radius", radius, 0.01))
+    settings = dict(scale=numbers.positive(scale, "scale", example=1.0), radius=numbers.positive(radius, "radius", example=0.01))
     return Hypergradient(init=_init, vjp=Bound("finite_difference", _vjp, **settings), order=1)
 
 

@@ -8,6 +8,7 @@ import jax
 
 from bilevax import linear as linear_solvers
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient, LinearSolver
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
@@ -55,7 +56,8 @@ def fixed_point(
     Source: Bertrand et al., "Implicit differentiation of Lasso-type models for hyperparameter optimization" (ICML 2020); Blondel et al.,
     "Efficient and modular implicit differentiation" (NeurIPS 2022), section 2.2.
     """
-    linear = _adjoint.check_settings(linear, max_residual, linear_solvers.gmres())
+    linear, max_residual = _adjoint.check_settings(linear, max_residual, linear_solvers.gmres())
+    warm_start = numbers.flag(warm_start, "warm_start")
     settings = dict(mapping=as_mapping(mapping), linear=linear, warm_start=warm_start, max_residual=max_residual)
     return Hypergradient(init=Bound("fixed_point", _init, warm_start=warm_start), vjp=Bound("fixed_point", _vjp, **settings), order=1)
 

@@ -10,6 +10,7 @@ from jax import lax
 
 from bilevax import linear as linear_solvers
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient, LinearSolver, PyTree
 from bilevax.hypergradient import _adjoint, _precision
 from bilevax.hypergradient._solve import forward
@@ -86,26 +87,22 @@ def implicit(
     with approximate gradient" (ICML 2016), algorithm 1. Preconditioner: Frangella, Tropp and Udell, "Randomized Nyström preconditioning"
     (SIAM J. Matrix Anal. Appl. 2023).
     """
-    traced = jax.core.Tracer
-    if not isinstance(damping, traced) and not damping >= 0:
-        raise ValueError(f"damping: got {damping!r}; expected a number of at least 0, such as 1e-3.")
-    if follow is not None and not isinstance(follow, traced) and not follow > 0:
-        raise ValueError(f"follow: got {follow!r}; expected a positive number, such as 1.0, or None.")
-    if isinstance(refresh, bool) or not isinstance(refresh, int) or refresh < 1:
-        raise ValueError(f"refresh: got {refresh!r}; expected an integer of at least 1.")
-    linear = _adjoint.check_settings(linear, max_residual, linear_solvers.cg())
+    damping = numbers.positive(damping, "damping", zero=True, example=1e-3)
+    follow = None if follow is None else numbers.positive(follow, "follow", example=1.0)
+    refresh = numbers.count(refresh, "refresh")
+    linear, max_residual = _adjoint.check_settings(linear, max_residual, linear_solvers.cg())
     if follow is not None and "tol" not in getattr(linear, "settings", {}):
         raise TypeError(f"follow: got {follow!r} with {linear!r}, which has no tolerance to adapt; expected a solver such as linear.cg().")
     if refresh > 1 and _preconditioner(linear) is None:
         raise ValueError(f"refresh: got {refresh} with {linear!r}, without a Preconditioner to refresh. Try linear.nystrom_preconditioner().")
     settings = dict(
         linear=linear,
-        damping=None if not isinstance(damping, traced) and damping == 0 else damping * 1.0,  # None: no product is spent on the system without it
-        warm_start=warm_start,
+        damping=None if isinstance(damping, float) and damping == 0 else damping,  # None: no product is spent on the system without it
+        warm_start=numbers.flag(warm_start, "warm_start"),
         max_residual=max_residual,
-        low_memory=low_memory,
+        low_memory=numbers.flag(low_memory, "low_memory"),
         refresh=refresh,
-        follow=None if follow is None else follow * 1.0,
+        follow=follow,
         precision=_precision.asked_by(linear),
     )
     return Hypergradient(init=Bound("implicit", _init, linear=linear, warm_start=warm_start), vjp=Bound("implicit", _vjp, **settings))

@@ -53,7 +53,7 @@ def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residua
     Source: Fiacco, Introduction to Sensitivity and Stability Analysis in Nonlinear Programming (1983), section 2.2; Blondel et al., "Efficient
     and modular implicit differentiation" (NeurIPS 2022), section 2.2.
     """
-    linear = _adjoint.check_settings(linear, max_residual, linear_solvers.minres())
+    linear, max_residual = _adjoint.check_settings(linear, max_residual, linear_solvers.minres())
     settings = dict(constraint=as_mapping(constraint, "constraint"), linear=linear, max_residual=max_residual)
     return Hypergradient(init=_init, vjp=Bound("kkt", _vjp, **settings), order=1)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
@@ -38,7 +39,7 @@ def one_step(scale: float = 1.0) -> Hypergradient:
     Source: Luketina et al., "Scalable gradient-based tuning of continuous regularization hyperparameters" (ICML 2016), T1-T2; Bolte, Pauwels
     and Vaiter, "One-step differentiation of iterative algorithms" (NeurIPS 2023).
     """
-    return Hypergradient(init=_init, vjp=Bound("one_step", _vjp, scale=_product.check_positive("scale", scale, 1.0)), order=1)
+    return Hypergradient(init=_init, vjp=Bound("one_step", _vjp, scale=numbers.positive(scale, "scale", example=1.0)), order=1)
 
 
 def _init(inner):

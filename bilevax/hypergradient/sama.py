@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient, PyTree, Scalar
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
@@ -61,9 +62,8 @@ def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -
     """
     if product not in ("exact", "difference"):
         raise ValueError(f"product: got {product!r}; expected 'exact' or 'difference'. Try 'exact', which has no step size.")
-    if not isinstance(nudge, bool):
-        raise TypeError(f"nudge: got {nudge!r} ({type(nudge).__name__}); expected True or False. How far it moves is radius.")
-    settings = dict(product=product, nudge=nudge, radius=_product.check_positive("radius", radius, 0.01))
+    nudge = numbers.flag(nudge, "nudge")
+    settings = dict(product=product, nudge=nudge, radius=numbers.positive(radius, "radius", example=0.01))
     return Hypergradient(init=Bound("sama", _init, nudge=nudge), vjp=Bound("sama", _vjp, **settings), order=1)
 
 

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 
 from bilevax import linear as linear_solvers
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient, LinearInfo
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
@@ -47,11 +48,8 @@ def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float | None = No
 
     Source: Ramzi et al., "SHINE: SHaring the INverse Estimate from the forward pass for bi-level optimization and implicit models" (ICLR 2022).
     """
-    if isinstance(refine, bool) or not isinstance(refine, int) or refine < 0:
-        raise ValueError(f"refine: got {refine!r}; expected an integer of at least 0.")
-    if not isinstance(tol, jax.core.Tracer) and not tol > 0:
-        raise ValueError(f"tol: got {tol!r}; expected a positive number, such as 1e-6.")
-    _adjoint.check_settings(None, max_residual, linear_solvers.cg())
+    refine, tol = numbers.count(refine, "refine", least=0), numbers.positive(tol, "tol", example=1e-6)
+    _, max_residual = _adjoint.check_settings(None, max_residual, linear_solvers.cg())
     return Hypergradient(init=_init, vjp=Bound("shine", _vjp, refine=refine, tol=tol, max_residual=max_residual), order=1)
 
 

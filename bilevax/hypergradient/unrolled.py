@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bilevax._core import numbers
 from bilevax.base import Bound, Feed, Hypergradient, InnerState, Lower, PyTree
 from bilevax.hypergradient._mixed_mode import mixed
 from bilevax.hypergradient._solve import summary
@@ -61,8 +62,7 @@ def unrolled(last: int | None = None, *, checkpoint: str = "mixed") -> Hypergrad
     Kemaev et al., "Scalable meta-learning via mixed-mode differentiation" (arXiv 2505.00793); Chen et al., "Training deep nets with
     sublinear memory cost" (arXiv 1604.06174).
     """
-    if last is not None and (isinstance(last, bool) or not isinstance(last, int) or last < 1):
-        raise ValueError(f"last: got {last!r}; expected None (all steps) or an integer of at least 1.")
+    last = None if last is None else numbers.count(last, "last", why=", or None for all steps")
     if checkpoint not in CHECKPOINTS:
         raise ValueError(f"checkpoint: got {checkpoint!r}; expected one of {', '.join(map(repr, CHECKPOINTS))}. Try 'sqrt' if memory is short.")
     vjp = Bound("unrolled", _vjp, last=last, checkpoint=checkpoint)

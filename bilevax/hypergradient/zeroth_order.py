@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient
 from bilevax.hypergradient._solve import forward
 
@@ -47,14 +48,12 @@ def zeroth_order(samples: int = 16, scale: float = 1e-2, *, antithetic: bool = T
     theory for Hessian-free bilevel algorithms" (NeurIPS 2022, PZOBO); Salimans et al., "Evolution strategies as a scalable alternative to
     reinforcement learning" (2017), on antithetic pairs.
     """
-    for name, value in (("samples", samples), ("chunk", chunk)):
-        if not (name == "chunk" and value is None) and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-            raise ValueError(f"{name}: got {value!r}; expected an integer of at least 1{' or None' if name == 'chunk' else ''}.")
-    if not isinstance(scale, jax.core.Tracer) and not scale > 0:
-        raise ValueError(f"scale: got {scale!r}; expected a positive number, such as 1e-2.")
-    if not isinstance(antithetic, bool):
-        raise TypeError(f"antithetic: got {antithetic!r}; expected True or False.")
-    settings = dict(samples=samples, scale=float(scale) if isinstance(scale, int) else scale, antithetic=antithetic, chunk=chunk)
+    settings = dict(
+        samples=numbers.count(samples, "samples"),
+        scale=numbers.positive(scale, "scale", example=1e-2),
+        antithetic=numbers.flag(antithetic, "antithetic"),
+        chunk=None if chunk is None else numbers.count(chunk, "chunk"),
+    )
     return Hypergradient(init=_init, vjp=Bound("zeroth_order", _vjp, **settings), order=1)
 
 

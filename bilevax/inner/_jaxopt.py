@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax.base import PyTree
 from bilevax.inner import _tolerance as tolerance
 from bilevax.results import RESULTS
@@ -62,9 +63,9 @@ def jaxopt(solver: Any, **settings) -> base.InnerSolver:
     if unknown:
         raise TypeError(f"{unknown[0]}: is no argument of jaxopt.{solver.__name__}; expected some of {', '.join(sorted(set(taken) - {'fun'}))}.")
     if "maxiter" in settings:
-        tolerance.check_count("maxiter", settings["maxiter"])
+        settings["maxiter"] = numbers.count(settings["maxiter"], "maxiter")
     if "tol" in settings:
-        settings["tol"] = tolerance.check_positive("tol", settings["tol"])
+        settings["tol"] = numbers.positive(settings["tol"], "tol", example=1e-6)
     runtime = {name: settings.pop(name) for name in list(settings) if name not in taken}
     return base.InnerSolver(
         init=base.Bound("init", _init),

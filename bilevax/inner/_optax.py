@@ -6,7 +6,7 @@ import jax
 import optax as _optax
 
 from bilevax import base, tree
-from bilevax._core import optimizer
+from bilevax._core import numbers, optimizer
 from bilevax.base import PyTree
 
 
@@ -47,10 +47,7 @@ def optax(opt: _optax.GradientTransformation, steps: int) -> base.InnerSolver:
     """
     if not (isinstance(opt, tuple) and callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
         raise TypeError(f"opt: got {type(opt).__name__} ({opt!r}); expected an optax.GradientTransformation. Try optax.adam(1e-2).")
-    if isinstance(steps, bool) or not isinstance(steps, int):
-        raise TypeError(f"steps: got {steps!r} ({type(steps).__name__}); expected an int of at least 1.")
-    if steps < 1:
-        raise ValueError(f"steps: got {steps}; expected at least 1.")
+    steps = numbers.count(steps, "steps")
     return base.InnerSolver(
         init=base.Bound("init", _init, opt=opt),
         step=base.Bound("optax", _step, opt=opt),

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax.base import PyTree
 from bilevax.inner import _tolerance as tolerance
 from bilevax.results import RESULTS
@@ -45,7 +46,7 @@ def optimistix(solver: Any, *, maxiter: int = 256) -> base.InnerSolver:
     library = _library()
     if not isinstance(solver, library.AbstractMinimiser):
         raise TypeError(f"solver: got {type(solver).__name__}; expected an optimistix minimiser. Try optimistix.BFGS(rtol=1e-6, atol=1e-6).")
-    tolerance.check_count("maxiter", maxiter)
+    maxiter = numbers.count(maxiter, "maxiter")
     name = f"optimistix.{type(solver).__name__}"
     return base.InnerSolver(base.Bound("init", _init), base.Bound(name, _solve, solver=solver, maxiter=maxiter), 1, None, False)
 

@@ -11,13 +11,13 @@ curvature that the solver met): no solver does better in this precision, whateve
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax.base import PyTree, Scalar
 from bilevax.results import RESULTS
 
@@ -65,11 +65,6 @@ def scalar_dtype(params: PyTree):
     return jax.eval_shape(tree.norm, params).dtype
 
 
-def eps(params: PyTree) -> float:
-    """The coarsest rounding unit among the leaves."""
-    return max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(params))
-
-
 def like(new, old):
     """`new` with the dtype of `old`: a loop's carry may not drift."""
     if jnp.issubdtype(old.dtype, jax.dtypes.extended):
@@ -92,32 +87,7 @@ def update_best(best: Best, point: Point, accepted: Scalar) -> Best:
 
 def verdict(point: Point, *, tol, scale, curvature, diverged=False) -> Scalar:
     """The `RESULTS` code of the returned point."""
-    floor = ROUNDING * eps(point.params) * jnp.maximum(scale, curvature * tree.norm(point.params))
+    floor = ROUNDING * numbers.rounding_unit(point.params) * jnp.maximum(scale, curvature * tree.norm(point.params))
     small = point.grad_norm <= jnp.maximum(tol * scale, floor)
     code = jnp.where(small, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
     return jnp.where(is_finite(point) & jnp.logical_not(diverged), code, jnp.int32(RESULTS.inner_nonfinite))
-
-
-def check(maxiter, tol) -> float:
-    """Refuse settings that make no sense, and return `tol` as a float."""
-    check_count("maxiter", maxiter)
-    return check_positive("tol", tol)
-
-
-def check_count(name: str, value) -> None:
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); expected an int of at least 1.")
-    if value < 1:
-        raise ValueError(f"{name}: got {value}; expected at least 1.")
-
-
-def check_positive(name: str, value):
-    """A positive float; a traced one is taken as it is."""
-    if isinstance(value, jax.core.Tracer):
-        return value
-    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or (hasattr(value, "dtype") and jnp.ndim(value) == 0)):
-        raise TypeError(f"{name}: got {value!r} ({type(value).__name__}); expected a positive float, such as 1e-6.")
-    number = float(value)
-    if not 0 < number < float("inf"):
-        raise ValueError(f"{name}: got {number}; expected a positive, finite number, such as 1e-6.")
-    return number

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax.base import PyTree
 from bilevax.inner import _tolerance as tolerance
 
@@ -60,7 +61,7 @@ def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
       Nesterov, A method of solving a convex programming problem with convergence rate O(1/k²), 1983. O'Donoghue and Candès, Adaptive restart for
       accelerated gradient schemes, 2015 (gradient scheme).
     """
-    tol = tolerance.check(maxiter, tol)
+    maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
     return base.InnerSolver(
         init=base.Bound("init", _init),
         step=base.Bound("agd", _solve, maxiter=maxiter, tol=tol),
@@ -92,7 +93,7 @@ class _Carry(NamedTuple):
 
 def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol):
     params = state.params
-    dtype, unit = tolerance.scalar_dtype(params), tolerance.eps(params)
+    dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
     tol = jnp.asarray(tol).astype(dtype)
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
 

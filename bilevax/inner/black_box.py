@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax.base import PyTree
 
 
@@ -39,7 +40,9 @@ def black_box(minimizer: Callable, *, host: bool = False) -> base.InnerSolver:
     """
     if not callable(minimizer):
         raise TypeError(f"minimizer: got {type(minimizer).__name__}; expected a function costs -> inner_params.")
-    return base.InnerSolver(init=_init, step=base.Bound("black_box", _step, minimizer=minimizer, host=host), steps=1, reversible=False)
+    return base.InnerSolver(
+        init=_init, step=base.Bound("black_box", _step, minimizer=minimizer, host=numbers.flag(host, "host")), steps=1, reversible=False
+    )
 
 
 def minimize(minimizer: Callable, host: bool, costs: PyTree) -> PyTree:

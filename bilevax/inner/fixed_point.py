@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax.base import Objective, PyTree
 from bilevax.inner import _tolerance as tolerance
 from bilevax.inner._mapping import apply, as_mapping
@@ -46,8 +47,8 @@ def fixed_point(mapping: Callable, maxiter: int = 1000, tol: float = 1e-6) -> ba
     Source: Banach 1922; for proximal gradient steps Combettes and Wajs, "Signal recovery by proximal forward-backward splitting" (2005).
     """
     mapping = as_mapping(mapping)
-    tolerance.check_count("maxiter", maxiter)
-    tol = tolerance.check_positive("tol", tol)
+    maxiter = numbers.count(maxiter, "maxiter")
+    tol = numbers.positive(tol, "tol", example=1e-6)
     step = base.Bound("fixed_point", _solve, mapping=mapping, maxiter=maxiter, tol=tol)
     return base.InnerSolver(init=base.Bound("init", _init), step=step, steps=1, reversible=False)
 
@@ -83,7 +84,7 @@ def proximal_map(smooth: Callable, prox: Callable, step: float) -> base.Bound:
     for name, fn in (("smooth", smooth), ("prox", prox)):
         if not callable(fn):
             raise TypeError(f"{name}: got {type(fn).__name__}; expected a function.")
-    return base.Bound("proximal_map", _proximal, smooth=smooth, prox=prox, step=tolerance.check_positive("step", step))
+    return base.Bound("proximal_map", _proximal, smooth=smooth, prox=prox, step=numbers.positive(step, "step"))
 
 
 def _proximal(inner, outer, batch, *, smooth, prox, step):
@@ -104,7 +105,7 @@ class _Carry(NamedTuple):
 
 
 def _solve(objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, mapping: Objective, maxiter: int, tol):
-    dtype, unit = tolerance.scalar_dtype(state.params), tolerance.eps(state.params)
+    dtype, unit = tolerance.scalar_dtype(state.params), numbers.rounding_unit(state.params)
     infinite = jnp.asarray(jnp.inf, dtype)
 
     def going(c: _Carry):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax.base import PyTree
 from bilevax.inner import _tolerance as tolerance
 
@@ -60,8 +61,8 @@ def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol
     References:
       Armijo, Minimization of functions having Lipschitz continuous first partial derivatives, 1966.
     """
-    tol = tolerance.check(maxiter, tol)
-    fixed = None if step_size is None else tolerance.check_positive("step_size", step_size)
+    maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
+    fixed = None if step_size is None else numbers.positive(step_size, "step_size")
     return base.InnerSolver(
         init=base.Bound("init", _init),
         step=base.Bound("gradient_descent", _solve, step_size=fixed, maxiter=maxiter, tol=tol),
@@ -90,7 +91,7 @@ class _Carry(NamedTuple):
 
 def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, step_size, maxiter: int, tol):
     params = state.params
-    dtype, unit = tolerance.scalar_dtype(params), tolerance.eps(params)
+    dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
     tol = jnp.asarray(tol).astype(dtype)
     zero = jnp.zeros((), dtype)
 

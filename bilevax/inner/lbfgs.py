@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import base, tree
+from bilevax._core import numbers
 from bilevax.base import PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 
@@ -81,8 +82,8 @@ def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.In
       quasi-Newton matrices and their use in limited memory methods, 1994 (compact form). Hager and Zhang, A new conjugate gradient method with
       guaranteed descent, 2005 (approximate Wolfe). Lewis and Overton, Nonsmooth optimization via quasi-Newton methods, 2013 (bracketing).
     """
-    tol = tolerance.check(maxiter, tol)
-    tolerance.check_count("memory", memory)
+    maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
+    memory = numbers.count(memory, "memory")
     return base.InnerSolver(
         init=base.Bound("init", _init, memory=memory),
         step=base.Bound("lbfgs", _solve, maxiter=maxiter, tol=tol),
@@ -213,7 +214,7 @@ class _Carry(NamedTuple):
 
 def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol):
     params, memory = state.params, state.opt
-    dtype, unit = tolerance.scalar_dtype(params), tolerance.eps(params)
+    dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
     tol = jnp.asarray(tol).astype(dtype)
     zero, infinite = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
 

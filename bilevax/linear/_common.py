@@ -1,36 +1,18 @@
-"""What the linear solvers share: checks of factory arguments, the rounding unit, and the verdict."""
+"""What the linear solvers share: how they start, and the verdict."""
 
 from __future__ import annotations
 
-import numbers
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import LinearInfo
 from bilevax.results import RESULTS
 
 PyTree = Any
-
-
-def check_count(name: str, value) -> None:
-    """Refuse a count that is no integer of at least 1."""
-    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; expected an integer >= 1. Try {name}=10.")
-    if value < 1:
-        raise ValueError(f"{name}: got {value!r}; expected an integer >= 1. Try {name}=10.")
-
-
-def check_positive(name: str, value, example: float) -> None:
-    """Refuse a concrete number that is not positive; traced ones pass."""
-    if isinstance(value, jax.core.Tracer):
-        return
-    if isinstance(value, bool) or not (isinstance(value, numbers.Real) or (hasattr(value, "dtype") and jnp.ndim(value) == 0)):
-        raise TypeError(f"{name}: got {value!r} of type {type(value).__name__}; expected a positive number. Try {name}={example}.")
-    if not value > 0:
-        raise ValueError(f"{name}: got {value!r}; expected a positive number. Try {name}={example}.")
 
 
 def prepare(b: PyTree, x0: PyTree | None) -> tuple[PyTree, PyTree]:
@@ -39,14 +21,9 @@ def prepare(b: PyTree, x0: PyTree | None) -> tuple[PyTree, PyTree]:
     return b, tree.zeros_like(b) if x0 is None else tree.strong(x0)
 
 
-def eps(b: PyTree) -> float:
-    """The largest rounding unit among the leaves."""
-    return max((float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(b)), default=0.0)
-
-
 def singular(a_norm, x_norm, b_norm):
     """Whether x is so large that rounding in A x leaves less than a digit of b: the matrix is singular to working precision."""
-    return float(jnp.finfo(b_norm.dtype).eps) * a_norm * x_norm > 0.1 * b_norm
+    return numbers.rounding_unit(b_norm.dtype) * a_norm * x_norm > 0.1 * b_norm
 
 
 def relative(residual_norm, b_norm):

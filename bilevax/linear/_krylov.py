@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import LinearInfo
 from bilevax.linear import _common
 from bilevax.results import RESULTS
@@ -57,7 +58,7 @@ def run(
     b, x0 = _common.prepare(b, x0)
     b_norm = tree.norm(b)
     dtype = b_norm.dtype
-    target = jnp.maximum(jnp.asarray(tol, dtype), _common.eps(b) / 2) * b_norm
+    target = jnp.maximum(jnp.asarray(tol, dtype), numbers.rounding_unit(b) / 2) * b_norm
     x = tree.where(b_norm == 0, tree.zeros_like(b), x0)
     warm = tree.norm(x) != 0
     state, p = start(b, b_norm)

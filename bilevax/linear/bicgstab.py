@@ -8,8 +8,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound
-from bilevax.linear import _common, _krylov
+from bilevax.linear import _krylov
 
 PyTree = Any
 
@@ -44,8 +45,8 @@ def bicgstab(maxiter: int = 100, tol: float = 1e-6) -> Bound:
     Reference:
       van der Vorst 1992, Bi-CGSTAB: A Fast and Smoothly Converging Variant of Bi-CG.
     """
-    _common.check_count("maxiter", maxiter)
-    _common.check_positive("tol", tol, 1e-6)
+    maxiter = numbers.count(maxiter, "maxiter")
+    tol = numbers.positive(tol, "tol", example=1e-6)
     return Bound("bicgstab", _bicgstab, maxiter=maxiter, tol=tol)
 
 
@@ -64,7 +65,7 @@ def _start(r, r_norm):
 
 
 def _nearly_zero(value, scale):
-    return ~(jnp.abs(value) > float(jnp.finfo(value.dtype).eps) * scale) & ~jnp.isnan(value)
+    return ~(jnp.abs(value) > numbers.rounding_unit(value.dtype) * scale) & ~jnp.isnan(value)
 
 
 def _step(x, s: _State, p, ap, a_norm):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, LinearInfo
 from bilevax.linear import _common
 from bilevax.linear.nystrom import Preconditioner, applied
@@ -53,8 +54,8 @@ def cg(maxiter: int = 100, tol: float = 1e-6, *, preconditioner: Callable[[PyTre
       Hestenes and Stiefel 1952, Methods of Conjugate Gradients for Solving Linear Systems. For residual replacement: van der Vorst and Ye
       2000, Residual Replacement Strategies for Krylov Subspace Iterative Methods.
     """
-    _common.check_count("maxiter", maxiter)
-    _common.check_positive("tol", tol, 1e-6)
+    maxiter = numbers.count(maxiter, "maxiter")
+    tol = numbers.positive(tol, "tol", example=1e-6)
     if not (preconditioner is None or callable(preconditioner) or isinstance(preconditioner, Preconditioner)):
         raise TypeError(
             f"preconditioner: got {type(preconditioner).__name__}; expected a function of a vector, a Preconditioner or None. "
@@ -97,7 +98,7 @@ def _cg(matvec, b, x0=None, *, maxiter, tol, preconditioner) -> tuple[PyTree, Li
 
     bb = tree.dot(b, b)
     dtype, b_norm = bb.dtype, jnp.sqrt(bb)
-    unit, tiny = _common.eps(b), float(jnp.finfo(dtype).eps)
+    unit, tiny = numbers.rounding_unit(b), numbers.rounding_unit(dtype)
     target = jnp.maximum(jnp.asarray(tol, dtype), unit / 2) * b_norm  # nothing is gained below the rounding of b itself
     x = tree.where(b_norm == 0, tree.zeros_like(b), x0)
     x_norm = tree.norm(x).astype(dtype)

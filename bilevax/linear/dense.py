@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound
 from bilevax.linear import _common
 from bilevax.results import RESULTS
@@ -104,7 +105,7 @@ def _finished(a, x, rhs, x0, unflat, failure):
     residual = _common.relative(jnp.linalg.norm(rhs - a @ flat), jnp.linalg.norm(rhs))
     worse = (failure != 0) & (residual > 1)  # a start worse than zero
     x, residual = tree.where(worse, tree.zeros_like(x), x), jnp.where(worse, 1, residual)
-    return x, _common.info(rhs.size, residual, failure, _common.eps(x0) ** 0.5)
+    return x, _common.info(rhs.size, residual, failure, numbers.rounding_unit(x0) ** 0.5)
 
 
 def _cholesky(matvec, b, x0=None):
@@ -112,10 +113,10 @@ def _cholesky(matvec, b, x0=None):
     a, rhs, unflat = _materialise(matvec, b, "cholesky")
     factor = jnp.linalg.cholesky((a + a.T) / 2)
     pivots = jnp.diagonal(factor) ** 2
-    singular = jnp.min(pivots) <= rhs.size * float(jnp.finfo(a.dtype).eps) * jnp.max(jnp.diagonal(a))
+    singular = jnp.min(pivots) <= rhs.size * numbers.rounding_unit(a.dtype) * jnp.max(jnp.diagonal(a))
     # The factorisation gives NaN for an indefinite matrix and, by rounding, for about half of the singular ones: the spectrum decides.
     lowest, highest = _extremes((a + a.T) / 2, jnp.all(jnp.isfinite(pivots)))
-    negative = lowest < -rhs.size * float(jnp.finfo(a.dtype).eps) * highest
+    negative = lowest < -rhs.size * numbers.rounding_unit(a.dtype) * highest
     failure = jnp.where(singular | ~jnp.isfinite(pivots).all(), RESULTS.adjoint_breakdown, RESULTS.success)
     failure = jnp.where(negative, RESULTS.negative_curvature, failure)
     failure = jnp.where(jnp.isfinite(a).all() & jnp.isfinite(rhs).all(), failure, RESULTS.adjoint_nonfinite).astype(jnp.int32)
@@ -139,7 +140,7 @@ def _lu(matvec, b, x0=None):
     a, rhs, unflat = _materialise(matvec, b, "lu")
     factors = jax.scipy.linalg.lu_factor(a)
     pivots = jnp.abs(jnp.diagonal(factors[0]))
-    singular = ~(jnp.min(pivots) > rhs.size * float(jnp.finfo(a.dtype).eps) * jnp.max(jnp.abs(a)))
+    singular = ~(jnp.min(pivots) > rhs.size * numbers.rounding_unit(a.dtype) * jnp.max(jnp.abs(a)))
     failure = jnp.where(singular, RESULTS.adjoint_breakdown, RESULTS.success)
     failure = jnp.where(jnp.isfinite(a).all() & jnp.isfinite(rhs).all(), failure, RESULTS.adjoint_nonfinite).astype(jnp.int32)
     return _finished(a, jax.scipy.linalg.lu_solve(factors, rhs), rhs, x0, unflat, failure)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound
 from bilevax.linear import _common, _krylov
 
@@ -46,9 +47,9 @@ def gmres(maxiter: int = 100, tol: float = 1e-6, *, restart: int = 20) -> Bound:
     Reference:
       Saad and Schultz 1986, GMRES: A Generalized Minimal Residual Algorithm for Solving Nonsymmetric Linear Systems.
     """
-    _common.check_count("maxiter", maxiter)
-    _common.check_positive("tol", tol, 1e-6)
-    _common.check_count("restart", restart)
+    maxiter = numbers.count(maxiter, "maxiter")
+    tol = numbers.positive(tol, "tol", example=1e-6)
+    restart = numbers.count(restart, "restart")
     return Bound("gmres", _gmres, maxiter=maxiter, tol=tol, restart=_common.Size(min(restart, maxiter)))
 
 
@@ -81,7 +82,7 @@ def _step(x, s: _State, v, w, a_norm, *, m):
     again = _common.rows_dot(s.basis, w)
     w = tree.sub(w, _common.rows_sum(again, s.basis))
     beta = tree.norm(w)
-    tiny = float(jnp.finfo(beta.dtype).eps)
+    tiny = numbers.rounding_unit(beta.dtype)
     beta = jnp.where(beta <= tiny * a_norm, 0, beta)  # the space is invariant
 
     def rotate(i, h):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, LinearInfo
 from bilevax.linear import _common
 from bilevax.results import RESULTS
@@ -38,7 +39,7 @@ def identity(scale: float = 1.0) -> Bound:
     Reference:
       Luketina, Berglund, Greff and Raiko 2016, Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters.
     """
-    _common.check_positive("scale", scale, 1.0)
+    scale = numbers.positive(scale, "scale", example=1.0)
     return Bound("identity", _identity, scale=scale)
 
 

@@ -7,8 +7,9 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound
-from bilevax.linear import _common, _krylov
+from bilevax.linear import _krylov
 
 PyTree = Any
 
@@ -42,8 +43,8 @@ def minres(maxiter: int = 100, tol: float = 1e-6) -> Bound:
     Reference:
       Paige and Saunders 1975, Solution of Sparse Indefinite Systems of Linear Equations.
     """
-    _common.check_count("maxiter", maxiter)
-    _common.check_positive("tol", tol, 1e-6)
+    maxiter = numbers.count(maxiter, "maxiter")
+    tol = numbers.positive(tol, "tol", example=1e-6)
     return Bound("minres", _minres, maxiter=maxiter, tol=tol)
 
 
@@ -74,7 +75,7 @@ def _step(x, s: _State, v, av, a_norm):
     upper = s.cos * s.delta + s.sin * alpha
     corner = s.sin * s.delta - s.cos * alpha
     gamma = jnp.hypot(corner, beta)
-    breakdown = gamma <= 10 * float(jnp.finfo(gamma.dtype).eps) * a_norm
+    breakdown = gamma <= 10 * numbers.rounding_unit(gamma.dtype) * a_norm
     safe = jnp.where(breakdown, 1, gamma)
     cos, sin = corner / safe, beta / safe
     w = tree.scale(1 / safe, tree.axpy(-upper, s.w, tree.axpy(-s.epsilon, s.w_old, v)))

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound
 from bilevax.linear import _common
 
@@ -43,9 +44,9 @@ def neumann(terms: int = 10, step: float | None = None) -> Bound:
     Reference:
       Lorraine, Vicol and Duvenaud 2020, Optimizing Millions of Hyperparameters by Implicit Differentiation, algorithm 3.
     """
-    _common.check_count("terms", terms)
+    terms = numbers.count(terms, "terms")
     if step is not None:
-        _common.check_positive("step", step, 0.1)
+        step = numbers.positive(step, "step", example=0.1)
     return Bound("neumann", _neumann, terms=_common.Size(terms), step=step)
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, LinearInfo
 from bilevax.linear import _common
 from bilevax.results import RESULTS
@@ -123,9 +124,9 @@ def nystrom(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) 
       Hataya and Yamada 2023, Nyström Method for Accurate and Scalable Implicit Differentiation, in the stable form of Frangella, Tropp and
       Udell 2023, Randomized Nyström Preconditioning, algorithm 2.1.
     """
-    _common.check_count("rank", rank)
-    _common.check_positive("rho", rho, 1e-2)
-    _check_key(key)
+    rank = numbers.count(rank, "rank")
+    rho = numbers.positive(rho, "rho", example=1e-2)
+    key = None if key is None else numbers.key(key)
     return Bound("nystrom", _nystrom, rank=_common.Size(rank), rho=rho, key=key)
 
 
@@ -161,9 +162,9 @@ def nystrom_preconditioner(rank: int = 10, rho: float = 1e-2, *, key: jax.Array 
     Reference:
       Frangella, Tropp and Udell 2023, Randomized Nyström Preconditioning.
     """
-    _common.check_count("rank", rank)
-    _common.check_positive("rho", rho, 1e-2)
-    _check_key(key)
+    rank = numbers.count(rank, "rank")
+    rho = numbers.positive(rho, "rho", example=1e-2)
+    key = None if key is None else numbers.key(key)
     size = _common.Size(rank)
     return Preconditioner(
         init=Bound("init", _init, rank=size, key=key),
@@ -171,11 +172,6 @@ def nystrom_preconditioner(rank: int = 10, rho: float = 1e-2, *, key: jax.Array 
         apply=Bound("nystrom_preconditioner", _apply, rho=rho),
         cost=Bound("cost", _cost, rank=size),
     )
-
-
-def _check_key(key) -> None:
-    if key is not None and not (isinstance(key, jax.Array) and (jnp.issubdtype(key.dtype, jax.dtypes.prng_key) or key.dtype == jnp.uint32)):
-        raise TypeError(f"key: got {key!r}; expected a PRNG key or None. Try jax.random.key(0).")
 
 
 def _cost(b, *, rank) -> int:
@@ -194,7 +190,7 @@ def _refresh(matvec, state: Sketch) -> Sketch:
     like = jax.tree.map(lambda u: u[0], state.vectors)
     r = state.values.shape[0]
     dtype = state.values.dtype
-    tiny = float(jnp.finfo(dtype).eps)
+    tiny = numbers.rounding_unit(dtype)
     omega = jax.vmap(lambda k: tree.normal_like(k, like))(jax.random.split(draw, r))
     for _ in range(2):  # Cholesky QR, twice: orthonormal to rounding with nothing but inner products
         omega = _combine(_inverse_factor(_gram(omega, omega)), omega)
@@ -204,7 +200,7 @@ def _refresh(matvec, state: Sketch) -> Sketch:
     image = tree.axpy(shift, omega, image)
     core = _gram(omega, image)
     values, rotation = jnp.linalg.eigh((core + core.T) / 2)
-    noise = 10 * r * max(tiny, _common.eps(like)) * jnp.max(jnp.abs(values))
+    noise = 10 * r * max(tiny, numbers.rounding_unit(like)) * jnp.max(jnp.abs(values))
     # Clipping an eigenvalue of the core is the jitter of its Cholesky factor, put only where it is needed.
     floor = jnp.where(shift > 0, shift, 1)
     half = _combine(rotation.T / jnp.sqrt(jnp.maximum(values, floor))[:, None], image)

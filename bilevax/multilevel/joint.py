@@ -17,10 +17,10 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
 from bilevax import linear, tree
+from bilevax._core import numbers
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Hypergradient, InnerState, PyTree
 from bilevax.hypergradient import _adjoint
@@ -104,7 +104,7 @@ def _solver(system: System, name: str, u: Unknowns):
     if given is not None and (not u.below or (isinstance(given, Bound) and given.name == "minres")):
         return given
     settings = given.settings if isinstance(given, Bound) else {}
-    unit = max(float(jnp.finfo(leaf.dtype).eps) for leaf in jax.tree.leaves(u))
+    unit = numbers.rounding_unit(u)
     return linear.minres(maxiter=1000, tol=settings.get("tol", 100 * unit))
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from bilevax import check, tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient, InnerSolver, PyTree, objective
 
 
@@ -66,10 +67,9 @@ class Level:
             if isinstance(self.reads, str) or not all(isinstance(name, str) for name in self.reads):
                 raise TypeError(f"{where}, reads: got {self.reads!r}; expected a sequence of level names. Try reads=({self.reads!r},).")
             object.__setattr__(self, "reads", tuple(self.reads))
-        check.count(self.every, f"{where}, every")
+        numbers.count(self.every, f"{where}, every")
         for argument in ("look_ahead", "freeze"):
-            if not isinstance(getattr(self, argument), bool):
-                raise TypeError(f"{where}, {argument}: got {getattr(self, argument)!r}; expected True or False.")
+            numbers.flag(getattr(self, argument), f"{where}, {argument}")
 
     def __repr__(self) -> str:
         parts = [repr(self.name), objective(self.objective).name, f"solver={_short(self.solver)}"]
@@ -149,4 +149,4 @@ def check_key(levels: Sequence[Level], key, sampled: list[str]) -> None:
         cause = f"the objective of level {keyed[0]!r} takes a key" if keyed else f"the data of level {sampled[0]!r} is sampled"
         raise ValueError(f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0).")
     if key is not None:
-        check.is_key(key)
+        numbers.key(key)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevax import base, check
+from bilevax._core import numbers
 from bilevax.base import Bound, Objective, PyTree
 from bilevax.nn.from_nnx import from_nnx, modules
 from bilevax.nn.net import Net
@@ -55,8 +56,7 @@ def objective(
     wrapped = base.objective(loss)
     if wrapped.stateful:
         raise TypeError(f"loss: got {wrapped!r}; expected one that is not stateful: the models' states are kept for it.")
-    if not isinstance(train, bool):
-        raise TypeError(f"train: got {train!r}; expected True or False.")
+    train = numbers.flag(train, "train")
     given = {"inner": inner, "outer": outer, "model": model}
     if levels is not None:
         if any(value is not None for value in given.values()) or not isinstance(levels, Mapping):

@@ -9,6 +9,7 @@ import optax
 from flax import nnx
 
 from bilevax import check
+from bilevax._core import numbers
 from bilevax.base import Bound, PyTree
 
 
@@ -85,7 +86,7 @@ def hand_back(training: Any, solution: Any, *, inner_steps: int, model: Any = No
       >>> int(optimizer.step[...])
       20
     """
-    check.count(inner_steps, "inner_steps")
+    numbers.count(inner_steps, "inner_steps")
     inner = solution.state.algorithm.inner
     steps = inner_steps * int(solution.stats["total_steps"])
     state: Any = next(iter((inner.model or {}).values()), {})

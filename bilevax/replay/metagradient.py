@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import check, tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Draw, InnerState, Objective, PyTree, objective, split
 from bilevax.data.sources import Source
 from bilevax.replay import _steps, schedules
@@ -482,7 +483,7 @@ def value_and_metagrad(
     algorithm 1; Kemaev et al., "Scalable meta-learning via mixed-mode differentiation" (arXiv
     2505.00793), proposition 3.1.
     """
-    steps = check.count(num_steps, "num_steps")
+    steps = numbers.count(num_steps, "num_steps")
     inner = inner_objective if isinstance(inner_objective, Gradients) else objective(inner_objective)
     if isinstance(optimizer, tuple) and hasattr(optimizer, "update"):
         factory: Callable = Bound("optimizer", _constant, transformation=optimizer)
@@ -498,7 +499,7 @@ def value_and_metagrad(
     points = (steps,) if at is None else tuple(at)
     if not points or any(isinstance(t, bool) or not isinstance(t, (int, np.integer)) or not 1 <= t <= steps for t in points):
         raise ValueError(f"at: got {at!r}; expected steps from 1 to num_steps, {steps}.")
-    parts = check.count(microbatches, "microbatches")
+    parts = numbers.count(microbatches, "microbatches")
     if parts > 1 and (isinstance(inner, Gradients) or inner.stateful):
         raise ValueError(f"microbatches: got {parts} with {inner.name}, which has a model state or its own gradient; expected 1 there.")
     training = Training(inner, factory, None, inner_init, parts, bool(save_gradients))  # type: ignore[arg-type]

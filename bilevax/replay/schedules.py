@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from bilevax import check
+from bilevax._core import numbers
 from bilevax.base import Bound
 
 
@@ -104,7 +104,7 @@ def segments(length: int | None = None) -> Schedule:
     section 4.3.
     """
     if length is not None:
-        check.count(length, "length")
+        numbers.count(length, "length")
     return Schedule(Bound("segments", _segments, length=length))
 
 
@@ -133,7 +133,7 @@ def tree(slots: int) -> Schedule:
 
     Source: Griewank and Walther, "Algorithm 799: revolve" (ACM TOMS 2000), proposition 1.
     """
-    return Schedule(Bound("tree", _tree, slots=check.count(slots, "slots")))
+    return Schedule(Bound("tree", _tree, slots=numbers.count(slots, "slots")))
 
 
 def _row(lo: int, hi: int, last: int) -> Iterator[Action]:

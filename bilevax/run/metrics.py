@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import check
+from bilevax._core import numbers
 from bilevax.base import PyTree
 
 
@@ -67,7 +68,7 @@ def metrics(
         raise ValueError(f"mode: got {mode!r}; expected 'min' or 'max'.")
     if select is not None and not isinstance(select, str):
         raise TypeError(f"select: got {check.describe(select)}; expected the name of a metric, or None.")
-    return Metrics(fn, jax.tree.map(jnp.asarray, data), check.count(every, "every"), select, mode, stateful)
+    return Metrics(fn, jax.tree.map(jnp.asarray, data), numbers.count(every, "every"), select, mode, numbers.flag(stateful, "stateful"))
 
 
 def check_metrics(value: Metrics, inner: PyTree, outer: PyTree, model: PyTree, taken: set[str]) -> None:

@@ -10,6 +10,7 @@ import jax
 from bilevax import callbacks as callbacks_lib
 from bilevax import check
 from bilevax import checkpoint as checkpoint_lib
+from bilevax._core import numbers
 from bilevax.results import strictness
 from bilevax.run.metrics import Metrics
 from bilevax.run.metrics import metrics as as_metrics
@@ -50,22 +51,20 @@ def check_options(
     strict=False,
 ) -> Options:
     """`Options`, or an error that names the argument."""
-    num_steps = check.count(num_steps, "num_steps")
+    num_steps = numbers.count(num_steps, "num_steps")
     if keep not in ("best", "last"):
         raise ValueError(f"keep: got {keep!r}; expected 'best' or 'last'.")
     if on_failure not in ("stop", "skip", "rollback"):
         raise ValueError(f"on_failure: got {on_failure!r}; expected 'stop', 'skip' or 'rollback'.")
-    if tol is not None and not isinstance(tol, jax.core.Tracer) and (isinstance(tol, bool) or not isinstance(tol, (int, float)) or not tol > 0):
-        raise ValueError(f"tol: got {tol!r}; expected a positive number, or None.")
-    for name, flag in (("progress", progress), ("throw", throw)):
-        if not isinstance(flag, bool):
-            raise TypeError(f"{name}: got {check.describe(flag)}; expected True or False.")
+    if tol is not None:
+        tol = numbers.positive(tol, "tol", example=1e-3)
+    progress, throw = numbers.flag(progress, "progress"), numbers.flag(throw, "throw")
     if callable(callbacks) or not isinstance(callbacks, Sequence):
         raise TypeError(f"callbacks: got {check.describe(callbacks)}; expected a sequence of functions. Try callbacks=[fn].")
     if checkpoint is not None and not isinstance(checkpoint, checkpoint_lib.Checkpointing):
         raise TypeError(f"checkpoint: got {check.describe(checkpoint)}; expected checkpoint.every(n, directory), or None.")
     placement.check_sharding(sharding)
-    read_ahead = None if read_ahead is None else check.count(read_ahead, "read_ahead")
+    read_ahead = None if read_ahead is None else numbers.count(read_ahead, "read_ahead")
     watchers = [callbacks_lib.as_callback(fn, i) for i, fn in enumerate(callbacks)]
     if progress and jax.process_index() == 0:
         watchers.append(callbacks_lib.progress_bar())

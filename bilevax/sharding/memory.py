@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevax import check, tree
+from bilevax import tree
+from bilevax._core import numbers
 from bilevax.base import Bound, Objective, objective
 
 
@@ -45,7 +46,7 @@ def accumulate(fn: Callable, microbatches: int) -> Objective:
       11.5
     """
     one = objective(fn)
-    settings = dict(fn=one.fn, count=check.count(microbatches, "microbatches"), has_aux=one.has_aux, stateful=one.stateful)
+    settings = dict(fn=one.fn, count=numbers.count(microbatches, "microbatches"), has_aux=one.has_aux, stateful=one.stateful)
     return dataclasses.replace(one, fn=Bound(f"accumulate({one.name})", _accumulated, **settings))
 
 

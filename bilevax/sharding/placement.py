@@ -11,6 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bilevax import check
+from bilevax._core import numbers
 from bilevax.base import PyTree
 
 
@@ -106,9 +107,7 @@ def data_parallel(devices: Any = None, *, axis: str = "data", mean: bool = False
       >>> bx.sharding.data_parallel().rows
       'data'
     """
-    if not isinstance(mean, bool):
-        raise TypeError(f"mean: got {mean!r}; expected True or False.")
-    return Sharding(_line(devices, axis), rows=axis, mean=mean)
+    return Sharding(_line(devices, axis), rows=axis, mean=numbers.flag(mean, "mean"))
 
 
 def fsdp(devices: Any = None, *, axis: str = "data", min_size: int = 1024) -> Sharding:
@@ -135,7 +134,7 @@ def fsdp(devices: Any = None, *, axis: str = "data", min_size: int = 1024) -> Sh
 
     Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (SC 2020), stage 3.
     """
-    return Sharding(_line(devices, axis), rows=axis, kind="largest", axis=axis, min_size=check.count(min_size, "min_size"))
+    return Sharding(_line(devices, axis), rows=axis, kind="largest", axis=axis, min_size=numbers.count(min_size, "min_size"))
 
 
 def tasks(devices: Any = None, *, axis: str = "tasks") -> Sharding:

@@ -2,34 +2,18 @@
 
 from __future__ import annotations
 
-import numbers
 from typing import Any, TypeAlias
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from bilevax import check, tree
-from bilevax._core import optimizer
+from bilevax._core import numbers, optimizer
 from bilevax.base import Feeds, Problem, PyTree
 from bilevax.inner.tunable import tunable
 
 StepSize: TypeAlias = float | optax.GradientTransformation
-
-
-def positive(value: Any, argument: str, upper: float = np.inf, zero: bool = False) -> Any:
-    """A positive number as a float; traced numbers pass. `zero` allows 0, and `upper` is the largest allowed."""
-    if isinstance(value, (jax.core.Tracer, jax.Array)) and jnp.ndim(value) == 0 and isinstance(value, jax.core.Tracer):
-        return value
-    low = "at least 0" if zero else "positive"
-    limit = "" if upper == np.inf else f" and at most {upper}"
-    real = isinstance(value, numbers.Real) or (isinstance(value, (np.ndarray, jax.Array)) and value.ndim == 0)
-    if isinstance(value, bool) or not real:
-        raise TypeError(f"{argument}: got {check.describe(value)}; expected a number, {low}{limit}. Try {argument}=0.1.")
-    if not (float(value) >= 0 if zero else float(value) > 0) or float(value) > upper or not np.isfinite(float(value)):
-        raise ValueError(f"{argument}: got {value!r}; expected a finite number, {low}{limit}. Try {argument}=0.1.")
-    return float(value)
 
 
 def _descent(step_size) -> optax.GradientTransformation:
@@ -66,12 +50,12 @@ def transformation(step: StepSize, argument: str) -> optax.GradientTransformatio
         return step
     if callable(step):
         raise TypeError(f"{argument}: got {check.describe(step)}; expected a positive number, or an optax transformation. Try 0.1.")
-    return tunable(_descent, step_size=positive(step, argument))
+    return tunable(_descent, step_size=numbers.positive(step, argument))
 
 
 def exponent(decay: float, argument: str = "decay") -> float | None:
     """An exponent of the decay of steps; None for 0, which then costs nothing."""
-    value = positive(decay, argument, zero=True)
+    value = numbers.positive(decay, argument, zero=True)
     return None if isinstance(value, float) and value == 0 else value
 
 

@@ -1,0 +1,107 @@
+"""Checks of arguments that are numbers, flags and keys, and the rounding unit: one home for all factories.
+
+A check is called before anything is compiled, with the value first and the argument's name after it, and returns what is
+to be used. What cannot be meant is a TypeError, what lies outside a ValueError; both read *argument: got value; expected
+what. Try this.* Booleans are no numbers, NumPy scalars are. Traced scalars pass: what they hold is not known yet.
+"""
+
+from __future__ import annotations
+
+import math
+import numbers
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+def describe(value: Any) -> str:
+    """A short description of what was given."""
+    if isinstance(value, (jax.Array, np.ndarray, jax.ShapeDtypeStruct)):
+        return f"{value.dtype}{list(value.shape)}"
+    kind, text = type(value).__name__, repr(value)
+    text = text if len(text) <= 80 else text[:77] + "..."
+    return text if text.startswith(kind) else f"{kind} {text}"
+
+
+def _shown(value: Any) -> str:
+    """What was given; what shows its kind by itself, without the kind."""
+    return repr(value) if isinstance(value, (bool, int, float, str)) else describe(value)
+
+
+def positive(
+    value: Any,
+    name: str,
+    *,
+    upper: float = math.inf,
+    zero: bool = False,
+    infinite: bool = False,
+    example: float | None = None,
+) -> Any:
+    """A positive, finite number as a float; a traced scalar as it is.
+
+    Args:
+      value: what was given.
+      name: the argument's name, for messages.
+      upper: the largest allowed.
+      zero: 0 is allowed, too.
+      infinite: infinity is allowed, where it means something.
+      example: what the message says to try.
+    """
+    if example is None:
+        example = min(0.1, upper)
+    kind = f"{'' if infinite else 'finite '}number of at least 0" if zero else f"positive{'' if infinite else ', finite'} number"
+    limit = "" if upper == math.inf else f", at most {upper}"
+    expected = f"expected a {kind}{limit}{'; jnp.inf accepts any' if infinite else ''}. Try {name}={example}."
+    if not _is_number(value):
+        raise TypeError(f"{name}: got {_shown(value)}; {expected}")
+    if isinstance(value, jax.core.Tracer):
+        return value
+    number = float(value)
+    above = number >= 0 if zero else number > 0  # NaN is neither
+    if not above or number > upper or (math.isinf(number) and not infinite):
+        raise ValueError(f"{name}: got {number}; {expected}")
+    return number
+
+
+def _is_number(value: Any) -> bool:
+    """A real number: of Python, of NumPy, or an array without axes, traced or not. Booleans are none."""
+    if isinstance(value, (jax.Array, np.ndarray)):
+        kinds = (jnp.floating, jnp.integer)
+        return value.ndim == 0 and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
+    return isinstance(value, numbers.Real) and not isinstance(value, (bool, np.bool_))
+
+
+def count(value: Any, name: str, *, least: int = 1, most: int | None = None, why: str = "") -> int:
+    """An integer of at least `least` and at most `most`, which `why` explains."""
+    limits = f"of at least {least}" if most is None else f"from {least} to {most}"
+    expected = f"expected an integer {limits}{why}"
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name}: got {_shown(value)}; {expected}.")
+    number = int(value)
+    if number < least or (most is not None and number > most):
+        raise ValueError(f"{name}: got {number}; {expected}.")
+    return number
+
+
+def flag(value: Any, name: str) -> bool:
+    """True or False."""
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name}: got {_shown(value)}; expected True or False.")
+    return bool(value)
+
+
+def key(value: Any, name: str = "key") -> Any:
+    """A PRNG key of either style."""
+    old_style = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape[-1:] == (2,)
+    if not old_style and not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+        seed = value if isinstance(value, int) and not isinstance(value, bool) else 0
+        raise TypeError(f"{name}: got {_shown(value)}; expected a PRNG key. Try jax.random.key({seed}).")
+    return value
+
+
+def rounding_unit(values: Any) -> float:
+    """The coarsest rounding unit among the leaves of a pytree (arrays, shapes or dtypes); 0 where there is none."""
+    dtypes = (leaf.dtype if hasattr(leaf, "dtype") else leaf for leaf in jax.tree.leaves(values))
+    return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)
