@@ -1,16 +1,17 @@
-"""An error bound of an inexact hypergradient, from constants that are known or estimated on the way."""
+"""One set of constants of a problem, the error bound of an inexact hypergradient that follows from them, and their estimates."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import tree
+from bilevax import check, tree
 from bilevax._core import numbers
-from bilevax.base import Ctx, Problem, PyTree
+from bilevax.base import Ctx, Problem, PyTree, Scalar, objective
 from bilevax.linear._common import rows_dot, rows_sum
 
 if TYPE_CHECKING:
@@ -18,18 +19,22 @@ if TYPE_CHECKING:
 
 RITZ = 6  # products with the Hessian in one refinement of its smallest eigenpair
 FIRST = 8  # refinements at the first step
+PAIRS = 8  # random pairs of directions along which Lipschitz constants are looked for
 
 
 class Constants(NamedTuple):
-    """Constants of a problem; None is estimated. All norms are Euclidean, over all leaves together.
+    """Constants of a problem. All norms are Euclidean, over all leaves together.
+
+    None is not known: `maid` estimates it on the way, and `error_bound` refuses it.
 
     Attributes:
-      strong_convexity: smallest eigenvalue of ``∇²_yy g``.
-      cross: largest singular value of ``∇²_xy g``.
-      outer_smoothness: Lipschitz constant of ``∇_y f`` in y.
-      outer_cross: Lipschitz constant of ``∇_x f`` in y; 0 where the outer objective is a sum of a function of y and one of x.
-      hessian_lipschitz: Lipschitz constant of ``∇²_yy g`` in y.
-      cross_lipschitz: Lipschitz constant of ``∇²_xy g`` in y.
+      strong_convexity: μ, the smallest eigenvalue of ``∇²_yy g``.
+      cross: ``‖B‖``, the largest singular value of ``∇²_xy g``, at the inner point reached.
+      outer_smoothness: L_f, the Lipschitz constant in y of ``∇_y f``.
+      outer_cross: L_fx, that of ``∇_x f``; 0 where the outer objective is a sum of a function of y and one of x.
+      hessian_lipschitz: L_H, that of ``∇²_yy g``; 0 where the inner objective is quadratic in y.
+      cross_lipschitz: L_B, that of ``∇²_xy g``; 0 where it does not depend on y.
+      guaranteed: True where these are bounds that someone vouches for; False where `estimate_constants` measured them.
     """
 
     strong_convexity: Any = None
@@ -38,6 +43,199 @@ class Constants(NamedTuple):
     outer_cross: Any = None
     hessian_lipschitz: Any = None
     cross_lipschitz: Any = None
+    guaranteed: bool = True
+
+
+class ErrorBound(NamedTuple):
+    """A bound on ``‖grad − ∇h‖``, its parts, and how it depends on the accuracies.
+
+    Attributes:
+      total: the sum of the parts.
+      inner: what the inexact inner solve contributes.
+      adjoint: what the inexact adjoint contributes.
+      distance: ε, the bound on ``‖y − y*‖`` that both rest on.
+      guaranteed: whether this is a bound, or an estimate of one from measured constants.
+      slope: of `inner` in ε at 0.
+      weight: of `adjoint` in the adjoint's absolute residual.
+    """
+
+    total: Any
+    inner: Any
+    adjoint: Any
+    distance: Any
+    guaranteed: bool
+    slope: Any = None
+    weight: Any = None
+
+    @property
+    def label(self) -> str:
+        """The word for it: "guaranteed" or "estimated"."""
+        return "guaranteed" if self.guaranteed else "estimated"
+
+
+def bound(k: Constants, grad_norm: Scalar, residual: Scalar, *, adjoint_norm: Any = None, cotangent_norm: Any = None) -> ErrorBound:
+    """The bound at an inner gradient norm and an absolute adjoint residual δ.
+
+    With ``ε = ‖∇_y g‖/μ ≥ ‖y − y*‖`` and a bound s of ``‖H⁻¹∇_y f‖``:
+    ``‖z − ∇h‖ ≤ ‖B‖/μ δ + (L_fx + L_B s + ‖B‖ t) ε + L_B t' ε²`` with ``t = (L_f + L_H s)/μ``.
+
+    From the adjoint itself ``s = ‖q‖ + δ/μ``, which holds at this y alone, and ``t' = t``. From the cotangent
+    ``s = ‖∇_y f‖/μ``, which holds with the Hessian at y*, too, so that ``t' = L_f/μ``.
+    """
+    mu = k.strong_convexity
+    distance = grad_norm / mu
+    s = cotangent_norm / mu if adjoint_norm is None else adjoint_norm + residual / mu
+    turn = (k.outer_smoothness + k.hessian_lipschitz * s) / mu
+    bend = k.outer_smoothness / mu if adjoint_norm is None else turn
+    slope = k.outer_cross + k.cross_lipschitz * s + k.cross * turn
+    weight = k.cross / mu
+    inner, adjoint = slope * distance + k.cross_lipschitz * bend * distance**2, weight * residual
+    return ErrorBound(inner + adjoint, inner, adjoint, distance, k.guaranteed, slope, weight)
+
+
+def error_bound(info: Mapping[str, Scalar], constants: Constants) -> ErrorBound:
+    r"""Bound the error of an implicit hypergradient by what its own info says.
+
+    .. math::
+        \|z - \nabla h\| \le c\,\varepsilon + \frac{\|B\|}{\mu}\,\delta + \frac{L_B L_f}{\mu}\,\varepsilon^2, \qquad
+        \varepsilon = \frac{\|\nabla_y g\|}{\mu}, \quad \delta = \|Hq - \nabla_y f\|,
+
+    .. math::
+        c = L_{fx} + \frac{L_f \|B\|}{\mu} + \frac{L_H}{\mu^2} \|\nabla_y f\| \|B\| + \frac{L_B \|\nabla_y f\|}{\mu}, \qquad B = \nabla^2_{xy} g.
+
+    Args:
+      info: of an estimate by ``hypergradient.implicit``: its ``inner_grad_norm``, ``adjoint_residual`` (relative) and ``cotangent_norm``
+        (``‖∇_y f‖``) are read. A mapping with these three keys will do. Full batches: on a minibatch it speaks of the minibatch's problem.
+      constants: `Constants`, known ones or those of `estimate_constants`.
+
+    Returns:
+      An `ErrorBound`: guaranteed if the constants are, otherwise an estimate, and labelled so.
+
+    Raises:
+      TypeError, ValueError: for an info without these entries, or constants of another kind or out of range.
+
+    Examples:
+      >>> import bilevax as bx
+      >>> info = {"inner_grad_norm": 1e-3, "adjoint_residual": 1e-2, "cotangent_norm": 2.0}
+      >>> constants = bx.diagnostics.Constants(
+      ...     strong_convexity=0.5, cross=1.0, outer_smoothness=1.0, outer_cross=0.0, hessian_lipschitz=0.0, cross_lipschitz=0.0
+      ... )
+      >>> bound = bx.error_bound(info, constants)
+      >>> round(float(bound.total), 6), bound.label
+      (0.044, 'guaranteed')
+
+    Source: Ehrhardt and Roberts, "Analyzing inexact hypergradients for bilevel learning" (IMA J. Appl. Math. 2024), theorem 3.1, as used by
+    Salehi et al., "An adaptively inexact first-order method for bilevel optimization" (arXiv 2308.10098). The term in ``L_fx`` is for outer
+    objectives that couple both levels.
+    """
+    missing = [name for name in ("inner_grad_norm", "adjoint_residual", "cotangent_norm") if name not in info]
+    if missing:
+        raise ValueError(f"info: got entries {sorted(info)}, without {', '.join(missing)}; expected the info of hypergradient.implicit.")
+    if not isinstance(constants, Constants):
+        raise TypeError(f"constants: got {check.describe(constants)}; expected diagnostics.Constants, or diagnostics.estimate_constants(...).")
+    for name, value in constants._asdict().items():
+        if value is None:
+            raise ValueError(
+                f"constants.{name}: got None; expected a number, since nothing is estimated here. Try 0 where it vanishes (see Constants), "
+                "or diagnostics.estimate_constants(...)."
+            )
+        if name != "guaranteed":
+            numbers.positive(value, f"constants.{name}", zero=name != "strong_convexity")
+    w = info["cotangent_norm"]
+    return bound(constants, info["inner_grad_norm"], info["adjoint_residual"] * w, cotangent_norm=w)
+
+
+# ---- estimates at a point
+
+
+def estimate_constants(
+    inner_objective: Callable,
+    outer_objective: Callable,
+    inner_params: PyTree,
+    outer_params: PyTree,
+    inner_batch: PyTree = None,
+    outer_batch: PyTree = None,
+    *,
+    iterations: int = 50,
+    radius: float = 1e-2,
+    key: jax.Array | None = None,
+) -> Constants:
+    """Measure the constants of the error bound around a point: power iteration for norms, differences of products for Lipschitz constants.
+
+    ``μ = L − λ_max(L I − H)`` and ``‖B‖² = λ_max(B B')``; a Lipschitz constant is the largest ``‖(H(y + r u) − H(y)) v‖ / r`` over a few random
+    unit pairs. Power iteration reaches norms from below and μ from above, so what follows from these is an estimate and no bound.
+
+    Args:
+      inner_objective: ``g(inner_params, outer_params, batch) -> scalar``.
+      outer_objective: ``f(inner_params, outer_params, batch) -> scalar``.
+      inner_params: floating-point pytree; take the inner solution.
+      outer_params: floating-point pytree.
+      inner_batch: data of the inner objective.
+      outer_batch: data of the outer objective.
+      iterations: of each power iteration; the cost is about seven products an iteration.
+      radius: how far around the point Lipschitz constants are looked for, relative to ``max(1, ‖y‖)``.
+      key: PRNG key of the first vectors; default ``jax.random.key(0)``.
+
+    Returns:
+      `Constants` with ``guaranteed=False``. A modulus that is not positive says that the point is no strict minimum: then no bound exists.
+
+    Raises:
+      TypeError, ValueError: for objectives that are none, and for counts below 1.
+
+    Examples:
+      >>> import jax.numpy as jnp, bilevax as bx
+      >>> inner = lambda y, x, batch: jnp.sum(jnp.array([1.0, 3.0]) * (y - x) ** 2) / 2
+      >>> outer = lambda y, x, batch: jnp.sum(y**2) / 2
+      >>> constants = bx.diagnostics.estimate_constants(inner, outer, jnp.ones(2), jnp.ones(2))
+      >>> round(float(constants.strong_convexity), 3), round(float(constants.cross), 3), constants.guaranteed
+      (1.0, 3.0, False)
+
+    Source: von Mises and Pollaczek-Geiringer (1929), the power method.
+    """
+    g, f = objective(inner_objective), objective(outer_objective)
+    iterations, radius = numbers.count(iterations, "iterations"), numbers.positive(radius, "radius", example=1e-2)
+    if key is not None:
+        numbers.key(key)
+    y, x, inner_batch, outer_batch = (tree.strong(value) for value in (inner_params, outer_params, inner_batch, outer_batch))
+    check.params(y, "inner_params")
+    check.params(x, "outer_params")
+    inner_ctx, outer_ctx = Ctx(inner_batch), Ctx(outer_batch)
+
+    def grads(of, ctx, y):
+        return jax.grad(of, (0, 1), has_aux=True)(y, x, ctx)[0]
+
+    def run(key):
+        keys = jax.random.split(key, 7)
+        inner_products = jax.linearize(lambda y: grads(g, inner_ctx, y), y)[1]
+        outer_products = jax.linearize(lambda y: grads(f, outer_ctx, y), y)[1]
+        back = jax.linear_transpose(lambda v: inner_products(v)[1], y)
+        outer_back = jax.linear_transpose(lambda v: outer_products(v)[1], y)
+
+        def largest(operator, key):
+            """Largest absolute eigenvalue of a symmetric operator on inner vectors."""
+            return power(lambda v: (tree.norm(image := operator(v)), image), tree.normal_like(key, y), iterations)[0]
+
+        smooth = largest(lambda v: inner_products(v)[0], keys[0])
+        shifted = largest(lambda v: tree.sub(tree.scale(smooth, v), inner_products(v)[0]), keys[1])
+        mixed = jnp.sqrt(largest(lambda v: back(inner_products(v)[1])[0], keys[2]))
+        outer = largest(lambda v: outer_products(v)[0], keys[3])
+        outer_mixed = jnp.sqrt(largest(lambda v: outer_back(outer_products(v)[1])[0], keys[4]))
+        reach = radius * jnp.maximum(1.0, tree.norm(y))
+
+        def changes(key):
+            u, v = (tree.normal_like(k, y) for k in jax.random.split(key))
+            u, v = _unit(u), _unit(v)
+            moved = jax.jvp(lambda y: grads(g, inner_ctx, y), (tree.axpy(reach, u, y),), (v,))[1]
+            differences = tree.sub(moved, inner_products(v))
+            return tree.norm(differences[0]) / reach, tree.norm(differences[1]) / reach
+
+        hessian, mixed_change = lax.map(changes, jax.random.split(keys[5], PAIRS))
+        return smooth - shifted, mixed, outer, outer_mixed, jnp.max(hessian), jnp.max(mixed_change)
+
+    return Constants(*jax.jit(run)(jax.random.key(0) if key is None else key))._replace(guaranteed=False)
+
+
+# ---- estimates on the way, from step to step
 
 
 class Probes(NamedTuple):
@@ -62,6 +260,18 @@ def probes(inner: PyTree) -> Probes:
 def _unit(v: PyTree) -> PyTree:
     size = tree.norm(v)
     return tree.scale(1 / jnp.where(size == 0, jnp.ones_like(size), size), v)
+
+
+def power(image: Callable, start: PyTree, rounds: Any) -> tuple[Any, PyTree]:
+    """Power iteration: ``image(v) -> (what is measured at a unit v, where to go on)``; the last measure, and the last direction."""
+
+    def body(_, carry):
+        measured, moved = image(carry[1])
+        return measured, _unit(moved)
+
+    start = _unit(start)
+    measured = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(image, start)[0])
+    return lax.fori_loop(0, rounds, body, (measured, start))
 
 
 def smallest_eigenpair(matvec: Any, start: PyTree, products: int = RITZ) -> tuple[Any, PyTree]:
@@ -114,7 +324,9 @@ def estimate(
     inner_ctx, outer_ctx = contexts
     dtype, spent = p.hessian_lipschitz.dtype, jnp.int32(0)
     rounds = jnp.where(first, FIRST, 1)
-    out: dict[str, Any] = {name: None if value is None else jnp.asarray(value).astype(dtype) for name, value in known._asdict().items()}
+    out: dict[str, Any] = {
+        name: None if value is None else jnp.asarray(value).astype(dtype) for name, value in known._asdict().items() if name != "guaranteed"
+    }
 
     if known.strong_convexity is None:
 
@@ -126,23 +338,22 @@ def estimate(
         p, spent = p._replace(lowest=lowest), spent + RITZ * rounds
     if known.cross is None:
 
-        def power(_, carry):
-            image = products.cross(carry[1])
-            return tree.norm(image).astype(dtype), _unit(products.cross_transposed(image))
+        def image_of(v):
+            image = products.cross(v)
+            return tree.norm(image).astype(dtype), products.cross_transposed(image)
 
-        value, probe = lax.fori_loop(0, 2 * rounds, power, (jnp.zeros((), dtype), p.cross))
+        value, probe = power(image_of, p.cross, 2 * rounds)
         out["cross"] = value
         p, spent = p._replace(cross=tree.where(value > 0, probe, p.cross)), spent + 4 * rounds
     if known.outer_smoothness is None or known.outer_cross is None:
         gradients = lambda y: jax.grad(problem.outer, (0, 1), has_aux=True)(y, x, outer_ctx)[0]
         _, outer_products = jax.linearize(gradients, y)
 
-        def power(_, carry):
-            image, cross = outer_products(carry[2])
-            return tree.norm(image).astype(dtype), tree.norm(cross).astype(dtype), _unit(image)
+        def images_of(v):
+            image, cross = outer_products(v)
+            return (tree.norm(image).astype(dtype), tree.norm(cross).astype(dtype)), image
 
-        zero = jnp.zeros((), dtype)
-        smooth, cross, probe = lax.fori_loop(0, 2 * rounds, power, (zero, zero, p.outer))
+        (smooth, cross), probe = power(images_of, p.outer, 2 * rounds)
         out["outer_smoothness"] = smooth if known.outer_smoothness is None else out["outer_smoothness"]
         out["outer_cross"] = cross if known.outer_cross is None else out["outer_cross"]
         p, spent = p._replace(outer=tree.where(smooth > 0, probe, p.outer)), spent + 2 * rounds
@@ -161,31 +372,7 @@ def estimate(
     # A lower level that is not strongly convex has no bound; a tiny modulus makes it large, and divisions safe.
     floor = numbers.rounding_unit(dtype) ** 0.5 * (out["cross"] + float(jnp.finfo(dtype).tiny) ** 0.5)
     out["strong_convexity"] = jnp.maximum(out["strong_convexity"], floor)
-    return Constants(**out), p._replace(modulus=out["strong_convexity"]), spent
+    return Constants(**out, guaranteed=known.guaranteed), p._replace(modulus=out["strong_convexity"]), spent
 
 
-class Bound(NamedTuple):
-    """``‖z − ∇h‖ ≤ total``, and how it depends on the accuracies: ``total = slope ε + weight δ + bend ε²``."""
-
-    total: Any
-    slope: Any
-    weight: Any
-    inner_error: Any
-
-
-def error_bound(k: Constants, grad_norm: Any, residual: Any, q_norm: Any) -> Bound:
-    """The bound at an inner gradient norm and an adjoint residual.
-
-    With ``ε = ‖∇_y g‖/μ ≥ ‖y − y*‖`` and ``s = ‖q‖ + δ/μ ≥ ‖H⁻¹∇_y f‖``:
-    ``‖z − ∇h‖ ≤ ‖B‖/μ δ + (L_fx + L_B s + ‖B‖(L_f + L_H s)/μ) ε + L_B (L_f + L_H s)/μ ε²``.
-
-    Source: Ehrhardt and Roberts, "Analyzing inexact hypergradients for bilevel learning" (IMA J. Appl. Math. 2024), theorem 2.1, with
-    ``‖H⁻¹∇_y f‖`` bounded through q.
-    """
-    mu = k.strong_convexity
-    error = grad_norm / mu
-    s = q_norm + residual / mu
-    turn = (k.outer_smoothness + k.hessian_lipschitz * s) / mu
-    slope = k.outer_cross + k.cross_lipschitz * s + k.cross * turn
-    weight = k.cross / mu
-    return Bound(weight * residual + slope * error + k.cross_lipschitz * turn * error**2, slope, weight, error)
+__all__ = ["Constants", "ErrorBound", "error_bound", "estimate_constants"]

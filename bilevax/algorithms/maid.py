@@ -214,7 +214,7 @@ def _step(
         fresh = (feeds.done == 0) & (tries == 0)
         k, probes, spent = certificate.estimate(problem, known, probes, y, x, solution.q, products, contexts, fresh)
         residual = solution.residual.astype(dtype)
-        bound = certificate.error_bound(k, solved.grad_norm.astype(dtype), residual, tree.norm(solution.q).astype(dtype))
+        bound = certificate.bound(k, solved.grad_norm.astype(dtype), residual, adjoint_norm=tree.norm(solution.q).astype(dtype))
         size = tree.norm(z).astype(dtype)
         enough = bound.total <= max_error * size
         # Where rounding forbids more, more is not asked for.
@@ -267,7 +267,7 @@ def _step(
         return f_y_norm * error + k.outer_smoothness * error**2 / 2
 
     def search(g: _Gradient, memory, p, size, limit, scale) -> _Search:
-        here = margin(g.constants, g.f_y_norm, g.bound.inner_error)
+        here = margin(g.constants, g.f_y_norm, g.bound.distance)
         target = jnp.maximum(g.epsilon * g.constants.strong_convexity, 10 * unit * scale)
 
         def body(s: _Search) -> _Search:
@@ -360,7 +360,7 @@ def _step(
         "error_bound": g.bound.total,
         "epsilon": g.epsilon,
         "delta": g.delta,
-        "inner_error": g.bound.inner_error,
+        "inner_error": g.bound.distance,
         "adjoint_residual": g.residual,
         "step_size": s.size,
         "accepted": s.accepted,
@@ -369,7 +369,7 @@ def _step(
         "adjoint_steps": g.adjoint,
     }
     # Of an inexact point's values, the upper bound falls from step to step, and so may choose the iterate that is kept.
-    upper = g.value + margin(g.constants, g.f_y_norm, g.bound.inner_error).astype(g.value.dtype)
+    upper = g.value + margin(g.constants, g.f_y_norm, g.bound.distance).astype(g.value.dtype)
     return new, StepInfo(upper, tree.norm(g.z), (g.inner, x), g.code, diagnostics, g.aux)
 
 
@@ -380,4 +380,4 @@ def inexact_shape(inexact, inner, q, probes, eps, dlt, lower, adjoint) -> _Gradi
     return blank._replace(inner=inner, q=q, probes=probes, epsilon=eps, delta=dlt, lower=lower, adjoint=adjoint)
 
 
-__all__ = ["Constants", "MaidState", "maid"]
+__all__ = ["MaidState", "maid"]

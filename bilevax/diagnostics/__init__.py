@@ -1,6 +1,6 @@
 """How wrong a hypergradient is: against a reference, against other methods, and by a bound."""
 
-from bilevax.diagnostics.bound import Constants, ErrorBound, error_bound, estimate_constants
+from bilevax.certificate import Constants, ErrorBound, error_bound, estimate_constants
 from bilevax.diagnostics.checking import HypergradientReport, check_hypergradient
 from bilevax.diagnostics.compare import ComparisonRow, HypergradientComparison, compare_hypergradients
 

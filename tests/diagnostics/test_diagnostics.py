@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import bilevax as bx
-from bilevax import linear
+from bilevax import certificate, linear
 from bilevax.diagnostics import Constants, estimate_constants
 from tests.problems import PROBLEMS, flatten
 
@@ -145,12 +145,34 @@ def test_estimated_constants_are_the_known_ones_and_say_so():
 
 def test_error_bound_refusals():
     with pytest.raises(ValueError, match="^info: got entries .* without cotangent_norm"):
-        bx.error_bound({"inner_grad_norm": 1.0, "adjoint_residual": 0.0}, Constants(1.0, 1.0, 1.0))
+        bx.error_bound({"inner_grad_norm": 1.0, "adjoint_residual": 0.0}, Constants(1.0, 1.0, 1.0, 0.0, 0.0, 0.0))
     info = {"inner_grad_norm": 1.0, "adjoint_residual": 0.0, "cotangent_norm": 1.0}
     with pytest.raises(TypeError, match="^constants: got tuple"):
         bx.error_bound(info, (1.0, 1.0, 1.0))
     with pytest.raises(ValueError, match=r"^constants.strong_convexity: got 0.0"):
-        bx.error_bound(info, Constants(0.0, 1.0, 1.0))
+        bx.error_bound(info, Constants(0.0, 1.0, 1.0, 0.0, 0.0, 0.0))
+    with pytest.raises(ValueError, match=r"^constants.hessian_lipschitz: got None; expected a number"):
+        bx.error_bound(info, Constants(1.0, 1.0, 1.0, 0.0))
+
+
+def test_there_is_one_set_of_constants():
+    """What is measured or known serves the bound and the algorithm alike, and both bounds are one formula."""
+    assert bx.algorithms.Constants is Constants
+    form = PROBLEMS["ridge"]
+    found = estimate_constants(form.inner, form.outer, form.inner_params, form.outer_params, form.inner_batch, form.outer_batch)
+    data = dict(inner_data=form.inner_batch, outer_data=form.outer_batch)
+    algorithm = bx.algorithms.maid(constants=found)
+    solution = bx.solve_bilevel(form.inner, form.outer, form.inner_params, form.outer_params, algorithm=algorithm, num_steps=2, **data)
+    np.testing.assert_allclose(solution.history["strong_convexity"], float(found.strong_convexity), rtol=1e-6)
+    known = Constants(2.0, 3.0, 1.5, 0.5, 0.7, 0.3)
+    grad_norm, residual, w = 1e-2, 1e-3, 4.0
+    public = bx.error_bound({"inner_grad_norm": grad_norm, "adjoint_residual": residual / w, "cotangent_norm": w}, known)
+    by_hand = 3.0 / 2 * residual + (0.5 + 0.3 * w / 2 + 3 * (1.5 + 0.7 * w / 2) / 2) * 5e-3 + 0.3 * 1.5 / 2 * 5e-3**2
+    np.testing.assert_allclose(float(public.total), by_hand, rtol=1e-12)
+    q = 1.8
+    s = q + residual / 2
+    by_hand = 3.0 / 2 * residual + (0.5 + 0.3 * s + 3 * (1.5 + 0.7 * s) / 2) * 5e-3 + 0.3 * (1.5 + 0.7 * s) / 2 * 5e-3**2
+    np.testing.assert_allclose(float(certificate.bound(known, grad_norm, residual, adjoint_norm=q).total), by_hand, rtol=1e-12)
 
 
 # ---- check_hypergradient
