@@ -3,6 +3,9 @@
 Reverse mode through a gradient keeps what the gradient's own forward and backward pass computed and walks it a second time. The cotangent `u` of
 ``∇_y g`` needs only ``(∇²_yy g·u, ∇²_xy g·u)``, a directional derivative of ``∇_(y,x) g``: one forward sweep beside the gradient,
 which keeps nothing.
+
+The gradient that a step takes is named, so that whoever runs the step again can keep it. It is then an operand of the optimizer's update on the way
+back and not taken a second time: the compiler does not merge it with the one inside the directional derivative.
 """
 
 from __future__ import annotations
@@ -12,10 +15,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 
 from bilevax import tree
 from bilevax._core.jaxpr import evaluate
 from bilevax.base import Bound, Ctx, Objective, PyTree
+
+GRADIENT = "bilevax_inner_gradient"  # what a rematerialisation policy may save
 
 
 def mixed(objective: Objective) -> Objective:
@@ -97,7 +103,8 @@ def _gradient(rule, inner, rest):
 
 def _gradient_fwd(rule, inner, rest):
     (inner, rest), flags = _unwrap((inner, rest))
-    return jax.value_and_grad(rule, has_aux=True)(inner, rest), (inner, rest, flags)
+    out, gradient = jax.value_and_grad(rule, has_aux=True)(inner, rest)
+    return (out, checkpoint_name(gradient, GRADIENT)), (inner, rest, flags)
 
 
 def _gradient_bwd(rule, residuals, cotangents):
@@ -105,21 +112,20 @@ def _gradient_bwd(rule, residuals, cotangents):
     (value_cotangent, extras_cotangent), u = cotangents
     count = len(jax.tree.leaves(inner))
 
-    def gradients(inner):  # with respect to all that moves, the inner parameters included
-        fn, moved = _moving(rule, (inner, rest), flags)
-        return jax.grad(fn, has_aux=True)(moved)[0]
-
     direction = jax.tree.leaves(u, is_leaf=_is_zero)
+    extras = not all(map(_is_zero, jax.tree.leaves(extras_cotangent, is_leaf=_is_zero)))
     assert len(direction) == count
     if all(map(_is_zero, direction)):
-        total, first = None, (None if _is_zero(value_cotangent) else gradients(inner))
+        fn, moved = _moving(rule, (inner, rest), flags)
+        total, first = None, (None if _is_zero(value_cotangent) else jax.grad(fn, has_aux=True)(moved)[0])
     else:
         u = jax.tree.map(_instantiate, u, is_leaf=_is_zero)
-        first, total = jax.jvp(gradients, (inner,), (u,))
+        first, total = _directional(rule, inner, rest, flags, u, extras_cotangent)
+        extras = False  # pulled along
     if not _is_zero(value_cotangent):  # the gradient itself comes free with its directional derivative
         scaled = tree.scale(value_cotangent, first)
         total = scaled if total is None else tree.add(total, scaled)
-    if not all(map(_is_zero, jax.tree.leaves(extras_cotangent, is_leaf=_is_zero))):
+    if extras:
         extra = _pull_extras(rule, inner, rest, flags, extras_cotangent)
         total = extra if total is None else tree.add(total, extra)
     if total is None:
@@ -128,6 +134,34 @@ def _gradient_bwd(rule, residuals, cotangents):
 
 
 _gradient.defvjp(_gradient_fwd, _gradient_bwd, symbolic_zeros=True)
+
+
+def _directional(rule, inner, rest, flags, u, extras_cotangent):
+    """``∇ g`` with respect to all that moves, the inner parameters included, and its derivative along `u`.
+
+    The pullback of model state and aux is added to the latter: they are weighed into the value by an amount that grows
+    from zero, so that one forward sweep gives both.
+    """
+    keep, cotangent = _moved_extras(extras_cotangent)
+
+    def gradients(inner, amount):
+        fn, moved = _moving(rule, (inner, rest), flags)
+
+        def weighed(moved):
+            value, extras = fn(moved)
+            return value + amount * tree.dot(_choose(keep, extras), cotangent).astype(value.dtype) if cotangent else value
+
+        return jax.grad(weighed)(moved)
+
+    amount = jnp.zeros((), rule.jaxpr.outvars[0].aval.dtype)
+    return jax.jvp(gradients, (inner, amount), (u, jnp.ones_like(amount)))
+
+
+def _moved_extras(cotangent):
+    """Which leaves of model state and aux have a cotangent, and those cotangents."""
+    leaves = jax.tree.leaves(cotangent, is_leaf=_is_zero)
+    keep = [not _is_zero(c) and c.dtype != jax.dtypes.float0 for c in leaves]
+    return keep, [c for c, k in zip(leaves, keep, strict=True) if k]
 
 
 def _instantiate(a):
@@ -139,9 +173,9 @@ def _instantiate(a):
 def _pull_extras(rule, inner, rest, flags, cotangent):
     """Reverse mode through model state and aux: what a stateful objective hands to its next step."""
     fn, moved = _moving(rule, (inner, rest), flags)
-    keep = [not _is_zero(c) and c.dtype != jax.dtypes.float0 for c in jax.tree.leaves(cotangent, is_leaf=_is_zero)]
+    keep, chosen = _moved_extras(cotangent)
     _, pull = jax.vjp(lambda moved: _choose(keep, fn(moved)[1]), moved)
-    return pull([c for c, k in zip(jax.tree.leaves(cotangent, is_leaf=_is_zero), keep, strict=True) if k])[0]
+    return pull(chosen)[0]
 
 
 # ---- the objective, whose own reverse rule calls `_gradient`
