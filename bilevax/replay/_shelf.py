@@ -1,14 +1,16 @@
-"""Where states wait for the way back: the host's memory."""
+"""Where states wait for the way back: the host's memory, or a folder."""
 
 from __future__ import annotations
 
 from collections import deque
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 
 from bilevax.base import PyTree
+from bilevax.replay import _files
 
 _IN_FLIGHT = 2  # copies to the host that may be under way while training goes on
 
@@ -19,6 +21,7 @@ class Place(NamedTuple):
     parts: Any
     sharding: Any
     shape: tuple[int, ...]
+    committed: bool
 
 
 class Host:
@@ -32,6 +35,10 @@ class Host:
 
     def __contains__(self, step: int) -> bool:
         return step in self._held
+
+    def steps(self) -> list[int]:
+        """What is here."""
+        return list(self._held)
 
     def put(self, step: int, value: PyTree) -> None:
         """Keep `value`, whose buffers must not be donated from now on."""
@@ -59,6 +66,10 @@ class Host:
         del self._held[step]
         self.bytes -= self._sizes.pop(step)
 
+    def close(self) -> None:
+        """Forget all."""
+        self._held.clear()
+
     def _settle(self, step: int) -> None:
         """Wait for a copy that is under way, and let go of what lies on the devices."""
         if step in self._held:
@@ -83,16 +94,75 @@ def _forth(leaf):
     if _on_host(leaf) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     if leaf.is_fully_addressable:
-        return Place(np.asarray(leaf), leaf.sharding, leaf.shape)
-    return Place(
-        {part.device: np.asarray(part.data) for part in leaf.addressable_shards},
-        leaf.sharding,
-        leaf.shape,
-    )
+        return Place(np.asarray(leaf), leaf.sharding, leaf.shape, leaf.committed)
+    parts = {part.device: np.asarray(part.data) for part in leaf.addressable_shards}
+    return Place(parts, leaf.sharding, leaf.shape, True)
 
 
 def _back(place: Place):
     if isinstance(place.parts, dict):
-        parts = [jax.device_put(part, device) for device, part in place.parts.items()]
-        return jax.make_array_from_single_device_arrays(place.shape, place.sharding, parts)
-    return jax.device_put(place.parts, place.sharding)
+        own = [jax.device_put(part, device) for device, part in place.parts.items()]
+        return jax.make_array_from_single_device_arrays(place.shape, place.sharding, own)
+    # What lay on no device in particular is not bound to one, which would compile all programs anew.
+    return jax.device_put(place.parts, place.sharding if place.committed else None)
+
+
+class Folder:
+    """States in files, by step: for trainings whose states outgrow the host's memory. Written while training goes on."""
+
+    def __init__(self, folder: str):
+        self.folder = folder
+        _files.make(folder)
+        _files.remove(list(_files.names(folder, "state").values()))  # of a process that was killed
+        self._writing: dict[int, Future] = {}
+        self._like: dict[int, PyTree] = {}
+        self._ahead: dict[int, Future] = {}
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="replay-states")
+        self._sizes: dict[int, int] = {}
+        self.bytes, self.most_bytes, self.most = 0, 0, 0
+
+    def __contains__(self, step: int) -> bool:
+        return step in self._like
+
+    def steps(self) -> list[int]:
+        """What is here."""
+        return list(self._like)
+
+    def put(self, step: int, value: PyTree) -> None:
+        """Keep `value`, whose buffers must not be donated from now on."""
+        while len(self._writing) >= _IN_FLIGHT:
+            first = next(iter(self._writing))
+            self._writing.pop(first).result()
+        for leaf in jax.tree.leaves(value):
+            leaf.copy_to_host_async()
+        where = _files.path(self.folder, "state", step)
+        self._writing[step] = self._pool.submit(_files.write, where, value)
+        self._like[step] = _files.forms(value)
+        self._sizes[step] = sum(_local_bytes(leaf) for leaf in jax.tree.leaves(value))
+        self.bytes += self._sizes[step]
+        self.most_bytes = max(self.most_bytes, self.bytes)
+        self.most = max(self.most, len(self._like))
+
+    def take(self, step: int) -> tuple[PyTree, bool]:
+        """The value of this step on its devices; the one before it is read meanwhile."""
+        found = (self._ahead.pop(step, None) or self._pool.submit(self._read, step)).result()
+        self._ahead = {}
+        if step - 1 in self._like:
+            self._ahead[step - 1] = self._pool.submit(self._read, step - 1)
+        return found, True
+
+    def _read(self, step: int) -> PyTree:
+        return _files.read(_files.path(self.folder, "state", step), self._like[step])[0]
+
+    def drop(self, step: int) -> None:
+        """Forget the value of this step."""
+        if step in self._writing:
+            self._writing.pop(step).result()
+        del self._like[step]
+        self.bytes -= self._sizes.pop(step)
+        _files.remove([_files.path(self.folder, "state", step)])
+
+    def close(self) -> None:
+        """Wait for the writer, and leave nothing behind."""
+        self._pool.shutdown(cancel_futures=True)
+        _files.remove([_files.path(self.folder, "state", step) for step in self._like])

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import functools
-import time
-from collections import deque
+import os
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,78 +13,29 @@ import numpy as np
 
 from bilevax import check, tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Draw, InnerState, Objective, PyTree, objective, split
+from bilevax.base import Bound, Draw, Objective, PyTree, objective, split
+from bilevax.checkpoint import Checkpointing
 from bilevax.data.sources import Source
 from bilevax.replay import _steps, schedules
 from bilevax.replay._batches import Batches, resolve
 from bilevax.replay._placing import Placing
-from bilevax.replay._shelf import Host
-from bilevax.replay._steps import Given, Gradients, Saved, Training
-from bilevax.results import RESULTS, SolveError
-from bilevax.run import digest, layout
+from bilevax.replay._run import Metagradient, Pieces, Run
+from bilevax.replay._steps import Given, Gradients, Training
+from bilevax.run import layout
 from bilevax.sharding.placement import Sharding
-
-_RUN_AHEAD = 2  # steps that may wait on the devices while the host goes on
-
-
-class Metagradient(NamedTuple):
-    """What a replay found.
-
-    Attributes:
-      value: the outer objective, a scalar or a value a query.
-      grad: its derivative in the outer parameters, through the whole training; None at leaves that
-        are not floating-point.
-      inner_params: the parameters at the end of the training.
-      init_grad: its derivative in the initial inner parameters; None where those are a function of
-        the outer ones, of which `grad` has the derivative then.
-      model_state: the model's state at the end.
-      aux: the outer objective's aux at the end.
-      info: what to read: ``values`` (the inner objective before each step), ``cotangent_norm`` (of
-        the derivative in the state before each step), ``executed`` and ``checked`` (training steps
-        that were done in all; those of them done to compare bits), ``held`` and ``host_bytes``
-        (the most that was kept at once), ``seconds_there``, ``seconds_back``, and ``code``, a
-        `RESULTS`.
-    """
-
-    value: Any
-    grad: PyTree
-    inner_params: PyTree
-    init_grad: PyTree
-    model_state: PyTree
-    aux: PyTree
-    info: dict[str, Any]
-
-
-class _Node(NamedTuple):
-    """A state, what the step before it left for its pullback, and whether it may be donated."""
-
-    step: int
-    state: InnerState
-    saved: Saved | None
-    own: bool
 
 
 class MetagradFn:
     """A training and its way back; made by `value_and_metagrad`."""
 
-    def __init__(
-        self,
-        training: Training,
-        outer: Objective,
-        num_steps: int,
-        schedule: schedules.Schedule,
-        at: tuple,
-        sharding,
-        verify: bool,
-        throw: bool,
-    ):
-        self.training, self.outer, self.num_steps, self.schedule = (
-            training,
-            outer,
-            num_steps,
-            schedule,
-        )
-        self.at, self.sharding, self.verify, self.throw = at, sharding, verify, throw
+    def __init__(self, training: Training, outer: Objective, num_steps: int, **settings: Any):
+        self.training, self.outer, self.num_steps = training, outer, num_steps
+        self.schedule: schedules.Schedule = settings["schedule"]
+        self.at: tuple[int, ...] = settings["at"]
+        self.sharding: Sharding | None = settings["sharding"]
+        self.checkpoint: Checkpointing | None = settings["checkpoint"]
+        self.states: str | None = settings["states"]
+        self.verify, self.throw = bool(settings["verify"]), bool(settings["throw"])
         self._compiled: dict = {}
 
     def __repr__(self) -> str:
@@ -124,7 +74,7 @@ class MetagradFn:
         batches = Batches(source, self.num_steps, placing.put_rows)
         pieces = self._pieces(batches.draw, placing)
         try:
-            return _Run(self, pieces, batches, given, params, model, outer_batch).there_and_back()
+            return Run(self, pieces, batches, given, params, model, outer_batch).there_and_back()
         finally:
             batches.close()
 
@@ -134,7 +84,7 @@ class MetagradFn:
         state = jax.eval_shape(functools.partial(_steps.begin, self.training), params, given, model)
         return Placing(self.sharding, state, given.outer)
 
-    def _pieces(self, draw: Draw, placing: Placing) -> _Pieces:
+    def _pieces(self, draw: Draw, placing: Placing) -> Pieces:
         """The compiled pieces for data that is read by `draw`."""
         static, dynamic = split(draw)  # equal draws, if built anew, are compiled once
         name = (draw if dynamic else static, placing.name())
@@ -143,206 +93,8 @@ class MetagradFn:
             if self.sharding is not None:
                 training = training._replace(objective=layout.wrap(self.sharding, training.objective))  # type: ignore[arg-type]
                 outer = layout.wrap(self.sharding, outer)
-            self._compiled[name] = _Pieces(training._replace(draw=draw, placing=placing), outer)
+            self._compiled[name] = Pieces(training._replace(draw=draw, placing=placing), outer)
         return self._compiled[name]
-
-
-class _Pieces:
-    """The compiled programs of a replay, made once."""
-
-    def __init__(self, training: Training, outer: Objective):
-        def bind(fn, *first):
-            return lambda *args: fn(*first, *args)
-
-        self.begin = jax.jit(bind(_steps.begin, training))
-        # One program for both, so that the same step gives the same bits however it was reached.
-        self.advance = jax.jit(bind(_steps.advance, training))
-        self.advance_over = jax.jit(bind(_steps.advance, training), donate_argnums=0)
-        self.retreat = jax.jit(bind(_steps.retreat, training), donate_argnums=(4, 5))
-        self.end = jax.jit(bind(_steps.end, training, outer))
-        self.finish = jax.jit(bind(_steps.finish, training))
-        self.add = jax.jit(tree.add, donate_argnums=0)
-
-
-class _Run:
-    """One replay, under way."""
-
-    def __init__(
-        self,
-        fn: MetagradFn,
-        pieces: _Pieces,
-        batches: Batches,
-        given: Given,
-        params,
-        model,
-        outer_batch,
-    ):
-        self.fn, self.batches, self.given, self.outer_batch = fn, batches, given, outer_batch
-        self.params, self.model = params, model
-        self.pieces = pieces
-        self.shelf = Host()
-        self.values: dict[int, Any] = {}
-        self.norms: dict[int, Any] = {}
-        self.digests: dict[int, list] = {}
-        self.waiting: deque = deque()
-        self.executed = self.checked = 0
-        self.again = fn.schedule.counts(fn.num_steps).executed > fn.num_steps
-        self.rebuilt = False  # whether the current state was reached by steps done again
-        self.turned = False
-
-    # ---- the loop
-
-    def there_and_back(self) -> Metagradient:
-        begin = time.perf_counter()
-        self.node = _Node(0, self.pieces.begin(self.params, self.given, self.model), None, False)
-        for kind, step in self.fn.schedule.actions(self.fn.num_steps):
-            getattr(self, f"_{kind}")(step)
-            if kind == "turn":
-                jax.block_until_ready(self.value)
-                turned = time.perf_counter()
-        outer, init = self.pieces.finish(self.params, self.given, self.model, self.cotangent, self.outer_cotangent)
-        jax.block_until_ready(outer)
-        return self._report(
-            outer,
-            init,
-            {"seconds_there": turned - begin, "seconds_back": time.perf_counter() - turned},
-        )
-
-    def _go(self, to: int) -> None:
-        while self.node.step < to:
-            self.node = self._step(self.node, self.node.own)
-
-    def _step(self, node: _Node, donate: bool) -> _Node:
-        advance = self.pieces.advance_over if donate else self.pieces.advance
-        state, saved = advance(node.state, self._given(node.step, node.step + 1), np.int32(node.step))
-        self.executed += 1
-        if not self.turned:
-            self.values[node.step] = saved.value
-        else:
-            self.rebuilt = True
-        self._throttle(saved.value)
-        return _Node(node.step + 1, state, saved, True)
-
-    def _keep(self, step: int) -> None:
-        self._remember(step)
-        self.shelf.put(step, (self.node.state, self.node.saved))
-        self.node = self.node._replace(own=False)
-
-    def _take(self, step: int) -> None:
-        (state, saved), own = self.shelf.take(step)
-        self.node, self.rebuilt = _Node(step, state, saved, own), False
-
-    def _drop(self, step: int) -> None:
-        self.shelf.drop(step)
-
-    def _turn(self, step: int) -> None:
-        last = self._step(self.node, False)
-        self.turned, self.rebuilt = True, False
-        self.last, self.arrived = last.state, last.saved
-        self.value, self.aux, self.cotangent, self.outer_cotangent = self._measure(last.state, last.step)
-
-    def _back(self, step: int) -> None:
-        if self.rebuilt and step + 1 in self.digests and not self.checked:
-            self._check(step)
-        self._remember(step)
-        given = self._given(step, step - 1)
-        self.cotangent, self.outer_cotangent, norm = self.pieces.retreat(
-            self.node.state,
-            self.arrived,
-            given,
-            np.int32(step),
-            self.cotangent,
-            self.outer_cotangent,
-        )
-        self.arrived, self.norms[step] = self.node.saved, norm
-        self._throttle(norm)
-        if step in self.fn.at:
-            value, _, cotangent, outer = self._measure(self.node.state, step)
-            self.value = self.value + value
-            self.cotangent, self.outer_cotangent = self.pieces.add((self.cotangent, self.outer_cotangent), (cotangent, outer))
-
-    # ---- its parts
-
-    def _given(self, step: int, then: int) -> Given:
-        return self.given._replace(data=self.batches.at(step, then))
-
-    def _measure(self, state: InnerState, step: int):
-        at = self.fn.at
-        weight = 1 / len(at) if step in at else 0.0
-        key = None if self.given.key is None else jax.random.fold_in(self.given.key, self.fn.num_steps + 1)
-        return tree.copy(self.pieces.end(state, self.given, self.outer_batch, key, weight))
-
-    def _throttle(self, marker) -> None:
-        """The host runs ahead of the devices by a few steps only: what waits takes memory."""
-        self.waiting.append(marker)
-        if len(self.waiting) > _RUN_AHEAD:
-            jax.block_until_ready(self.waiting.popleft())
-
-    def _remember(self, step: int) -> None:
-        """The digest of the current state, for a first comparison."""
-        if self.again and self.fn.verify and not self.checked and step not in self.digests:
-            self.digests[step] = _digest(self.node)
-
-    def _check(self, step: int) -> None:
-        """Compare the bits of a step done again with those of the first time."""
-        node = self._step(self.node, False)
-        self.checked += 1
-        before, now = jax.device_get((self.digests[step + 1], _digest(node)))
-        if before != now:
-            raise RuntimeError(
-                f"replay: training steps done again up to step {step + 1} gave other bits than the first time, so the way back would follow "
-                "another training; expected a deterministic step. The batches may differ when they are read again, or the device's programs "
-                "are not deterministic. Try XLA_FLAGS=--xla_gpu_deterministic_ops=true, schedule=replay.everything(), or verify=False."
-            )
-
-    def _report(self, outer: PyTree, init: PyTree, info: dict) -> Metagradient:
-        steps = range(self.fn.num_steps)
-        values, norms, value = jax.device_get(([self.values[t] for t in steps], [self.norms[t] for t in steps], self.value))
-        info |= {
-            "values": np.asarray(values),
-            "cotangent_norm": np.asarray(norms),
-            "executed": self.executed,
-            "checked": self.checked,
-        }
-        info |= {"held": self.shelf.most, "host_bytes": self.shelf.most_bytes}
-        code, where = _code(info, value, self.given.outer, outer)
-        info["code"] = code
-        start = self.fn.training.start
-        found = Metagradient(
-            value,
-            outer,
-            self.last.params,
-            init if start is None else None,
-            self.last.model,
-            self.aux,
-            info,
-        )
-        found = found._replace(
-            grad=tree.combine(outer, jax.tree.map(lambda a: None, self.given.outer_fixed)),
-            inner_params=tree.combine(self.last.params, self.given.inner_fixed),
-        )
-        if code.failed and self.fn.throw:
-            raise SolveError(code, found, where)
-        return found
-
-
-def _digest(node: _Node) -> list:
-    return digest._digests([leaf for leaf in jax.tree.leaves((node.state, node.saved)) if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)])
-
-
-def _code(info: dict, value, outer, grad) -> tuple[RESULTS, str]:
-    """How it went, and where it went wrong."""
-    bad = np.flatnonzero(~np.isfinite(info["values"]))
-    if bad.size:
-        return RESULTS.inner_nonfinite, f" at training step {bad[0]}"
-    if not np.isfinite(value).all():
-        return RESULTS.outer_nonfinite, ""
-    bad = np.flatnonzero(~np.isfinite(info["cotangent_norm"]).reshape(len(info["cotangent_norm"]), -1).all(-1))
-    if bad.size:
-        return RESULTS.hypergradient_nonfinite, f" on the way back over training step {bad[-1]}"
-    if not bool(tree.all_finite(grad)):
-        return RESULTS.hypergradient_nonfinite, ""
-    return RESULTS.success, ""
 
 
 # ---- the public face
@@ -409,6 +161,8 @@ def value_and_metagrad(
     save_gradients: bool = True,
     microbatches: int = 1,
     sharding: Sharding | None = None,
+    states: str | os.PathLike | None = None,
+    checkpoint: Checkpointing | None = None,
     verify: bool = True,
     throw: bool = True,
 ) -> MetagradFn:
@@ -455,6 +209,12 @@ def value_and_metagrad(
         rows.
       sharding: ``sharding.data_parallel()``, ``fsdp()`` or ``by_path(...)``; None for arrays as
         they lie.
+      states: a folder for the kept states, where they outgrow the host's memory; None for that.
+      checkpoint: ``checkpoint.every(n, directory)``: each n-th state on the way there and each
+        n-th cotangent on the way back are written to files of the directory. A replay that was
+        killed, if called again with the same arguments, goes on from there and ends with the same
+        bits; what its schedule had kept is made again as it is needed. When all is done the files
+        are removed.
       verify: compare the bits of the first step that is done again (two words of digest a leaf)
         and refuse where they differ.
       throw: raise where no number can come; otherwise say so in ``info["code"]``.
@@ -502,18 +262,24 @@ def value_and_metagrad(
     parts = numbers.count(microbatches, "microbatches")
     if parts > 1 and (isinstance(inner, Gradients) or inner.stateful):
         raise ValueError(f"microbatches: got {parts} with {inner.name}, which has a model state or its own gradient; expected 1 there.")
-    training = Training(inner, factory, None, inner_init, parts, bool(save_gradients))  # type: ignore[arg-type]
+    if checkpoint is not None and not isinstance(checkpoint, Checkpointing):
+        raise TypeError(f"checkpoint: got {check.describe(checkpoint)}; expected checkpoint.every(n, directory), or None.")
+    if states is not None and not isinstance(states, (str, os.PathLike)):
+        raise TypeError(f"states: got {check.describe(states)}; expected a folder's path, or None for the host's memory.")
     _check_sharding(sharding, inner)
+    training = Training(inner, factory, None, inner_init, parts, bool(save_gradients))  # type: ignore[arg-type]
     return MetagradFn(
         training,
         objective(outer_objective),
         steps,
-        schedule,
-        points,
-        sharding,
-        bool(verify),
-        bool(throw),
+        schedule=schedule,
+        at=points,
+        sharding=sharding,
+        checkpoint=checkpoint,
+        states=None if states is None else os.path.abspath(states),
+        verify=verify,
+        throw=throw,
     )
 
 
-__all__ = ["Metagradient", "gradients", "value_and_metagrad"]
+__all__ = ["MetagradFn", "Metagradient", "gradients", "value_and_metagrad"]
