@@ -26,7 +26,9 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointi
     the place where the run stands.
 
     Saving overlaps with the next steps. SIGTERM (what schedulers send before they take a machine away) saves at the end of the chunk in
-    progress and ends the run with ``RESULTS.preempted``; a run that is killed without a word loses what it did since its last save.
+    progress and ends the run with ``RESULTS.preempted``; SIGINT (Ctrl-C) does so, too, and raises KeyboardInterrupt with ``.solution`` (with
+    ``throw=False`` the result is ``RESULTS.interrupted``); a second one raises at once. Chunks take about a tenth of a second, or one step. A run
+    that is killed without a word loses what it did since its last save. Any error, that of the last save included, carries ``.solution``.
 
     A checkpoint that cannot be read back exactly (cut off, altered by as little as one bit, incomplete) is reported by a warning that names it, put
     aside as ``damaged_step_<n>``, and the one before it is used. A checkpoint of another problem is refused.

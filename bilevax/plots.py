@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bilevax import check, results
+from bilevax.run import logfile
 
 # Okabe and Ito's colours, distinguishable with any kind of colour vision; with line styles and markers, also without colour.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -53,7 +53,7 @@ def history(run: Any) -> dict[str, np.ndarray]:
     """The scalar columns of a run, wherever it is.
 
     Args:
-      run: a `Solution`, a history, a `callbacks.Event`, or the file that `callbacks.jsonl` writes.
+      run: a `Solution`, a history, a `callbacks.Event`, or the file that `callbacks.jsonl` or `callbacks.csv` writes.
 
     Returns:
       Columns by name, as float64 arrays; NaN where a row has no value.
@@ -68,8 +68,7 @@ def history(run: Any) -> dict[str, np.ndarray]:
       [3.0, 2.0]
     """
     if isinstance(run, (str, os.PathLike)):
-        rows = [json.loads(line) for line in Path(run).read_text().splitlines()]
-        columns: Any = {name: [row.get(name) for row in rows] for name in (rows[0] if rows else {})}
+        columns: Any = _of_log(Path(run))
     else:
         columns = getattr(run, "history", run)
     if not isinstance(columns, Mapping):
@@ -86,13 +85,26 @@ def history(run: Any) -> dict[str, np.ndarray]:
     return out
 
 
+def _of_log(path: Path) -> dict[str, list]:
+    """The columns of a log, which may be one that is being written: its last row may be cut off."""
+    if not path.is_file():
+        raise FileNotFoundError(f"run: got {str(path)!r}, which is not there; expected a file that callbacks.jsonl or callbacks.csv wrote.")
+    if path.suffix == ".csv":
+        rows = [row for _, _, row in logfile.read_csv(path).rows]
+        rows = [{name: float(cell) if cell else None for name, cell in row.items()} for row in rows]
+    else:
+        rows = [row for _, _, row in logfile.read_jsonl(path).rows]
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {name: [row.get(name) for row in rows] for name in names}
+
+
 def dashboard(run: Any, *, title: str | None = None) -> Any:
     """One run at a glance: objectives, hypergradient, how far both systems are from solved, the work a step, step sizes, metrics.
 
     Panels for which the history has no column are left out. Steps that failed are marked.
 
     Args:
-      run: a `Solution`, a history, a `callbacks.Event`, or the file that `callbacks.jsonl` writes.
+      run: a `Solution`, a history, a `callbacks.Event`, or the file that `callbacks.jsonl` or `callbacks.csv` writes.
       title: above all panels; for a `Solution`, by default, how it ended and what it took.
 
     Returns:

@@ -180,7 +180,7 @@ def test_refused_before_compiling(change, error, message, monkeypatch):
     def compiled(*args, **kwargs):
         raise AssertionError("reached the compiled part")
 
-    monkeypatch.setattr("bilevax.run.driver.run_chunk", compiled)
+    monkeypatch.setattr("bilevax.run.chunk.run_chunk", compiled)
     arguments = {**GOOD, "algorithm": algorithm(), **change}
     with pytest.raises(error, match=f"(?s){message}"):
         bx.solve_bilevel(**arguments)

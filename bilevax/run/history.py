@@ -3,37 +3,94 @@
 from __future__ import annotations
 
 import re
+from typing import Any
 
 import jax
 import numpy as np
 
-from bilevax.base import PyTree
-
 
 class History:
-    """The rows so far: those of the chunks, after those of an earlier process."""
+    """The rows so far: those of an earlier process, and those of the chunks behind them.
 
-    def __init__(self) -> None:
-        self.restored: dict[str, np.ndarray] | None = None  # columns by path
-        self.chunks: list[dict] = []
+    Columns are kept by path in buffers that grow by doubling, so that adding rows and looking at all of them cost the same at any length.
+    """
 
-    def all(self) -> dict:
-        if self.restored is not None:
-            like = self.chunks[0] if self.chunks else None
-            self.chunks.insert(0, as_history(self.restored, like))
-            if like is not None:
-                self.restored = None
-            else:
-                return self.chunks.pop(0)
-        if len(self.chunks) > 1:
-            self.chunks = [jax.tree.map(lambda *columns: np.concatenate(columns), *self.chunks)]
-        return self.chunks[0] if self.chunks else {}
+    def __init__(self, restored: dict[str, np.ndarray] | None = None) -> None:
+        self.begun: list[str] = []  # columns that the earlier process did not have
+        self.ended: list[str] = []  # and those that this one does not go on with
+        self._restored = restored or {}
+        self._buffers: dict[str, np.ndarray] = dict(self._restored)
+        self._rows = max((len(column) for column in self._restored.values()), default=0)
+        self._structure: Any = None  # of a row, and the paths of its leaves
+
+    def __len__(self) -> int:
+        return self._rows
+
+    def append(self, rows: dict, count: int) -> None:
+        """Add the first `count` of these rows."""
+        flat = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(rows)}
+        if self._structure is None:
+            self._structure = jax.tree.structure(rows), list(flat)
+            self._meet(flat)
+        total = self._rows + count
+        for path, leaf in flat.items():
+            self._room(path, total)[self._rows : total] = leaf[:count]
+        for path in self.ended:
+            self._room(path, total)[self._rows : total] = np.nan
+        self._rows = total
+
+    def _meet(self, flat: dict[str, np.ndarray]) -> None:
+        """Bring restored columns and those of the first chunk together: what one of them lacks is NaN there."""
+        before = self._restored
+        self.begun = [path for path in flat if path not in before] if before else []
+        self.ended = [path for path in before if path not in flat]
+        for path, leaf in flat.items():
+            old = before.get(path)
+            if old is None:
+                dtype = _with_nan(leaf.dtype) if self._rows else leaf.dtype
+                self._buffers[path] = np.full((self._rows, *leaf.shape[1:]), np.nan if self._rows else 0, dtype)
+            elif old.shape[1:] != leaf.shape[1:]:
+                raise ValueError(
+                    f"checkpoint: the column {path} of the history has rows of shape {list(old.shape[1:])} there and {list(leaf.shape[1:])} here; "
+                    "expected one shape. Give the new column another name, or this run a directory of its own."
+                )
+        for path in self.ended:
+            self._buffers[path] = before[path].astype(_with_nan(before[path].dtype))
+
+    def _room(self, path: str, total: int) -> np.ndarray:
+        buffer = self._buffers[path]
+        if len(buffer) < total:
+            grown = np.empty((max(total, 2 * len(buffer)), *buffer.shape[1:]), buffer.dtype)
+            grown[: self._rows] = buffer[: self._rows]
+            self._buffers[path] = buffer = grown
+        return buffer
+
+    def flat(self) -> dict[str, np.ndarray]:
+        """Columns by path: views of the rows so far."""
+        return {path: buffer[: self._rows] for path, buffer in self._buffers.items()}
+
+    def all(self) -> dict[str, Any]:
+        """The nested columns: views, only to be read."""
+        columns = self.flat()
+        for column in columns.values():
+            column.flags.writeable = False
+        if self._structure is None:
+            return _nested(columns)
+        structure, paths = self._structure
+        out = jax.tree.unflatten(structure, [columns[path] for path in paths])
+        return {**_nested({path: columns[path] for path in self.ended}), **out}
+
+    def copy(self) -> dict[str, Any]:
+        """The nested columns, the caller's own."""
+        return jax.tree.map(np.copy, self.all())
 
 
-def as_history(rows: dict[str, np.ndarray], like: PyTree = None) -> dict:
-    """Columns by path as the nested history that `like` shows; without it, as nested dicts as far as the paths tell."""
-    if like is not None:
-        return jax.tree_util.tree_map_with_path(lambda path, _: rows[jax.tree_util.keystr(path)], like)
+def _with_nan(dtype: np.dtype) -> np.dtype:
+    return dtype if jax.numpy.issubdtype(dtype, np.inexact) else np.dtype(np.float64)
+
+
+def _nested(rows: dict[str, np.ndarray]) -> dict[str, Any]:
+    """Columns by path as nested dicts, as far as the paths tell."""
     out: dict = {}
     for path, column in rows.items():
         keys = re.findall(r"\['([^']*)'\]", path)

@@ -7,11 +7,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bilevax import callbacks as callbacks_lib
 from bilevax import check
 from bilevax import checkpoint as checkpoint_lib
 from bilevax._core import numbers
 from bilevax.results import strictness
+from bilevax.run import watch
 from bilevax.run.metrics import Metrics
 from bilevax.run.metrics import metrics as as_metrics
 from bilevax.sharding import placement
@@ -65,9 +65,9 @@ def check_options(
         raise TypeError(f"checkpoint: got {check.describe(checkpoint)}; expected checkpoint.every(n, directory), or None.")
     placement.check_sharding(sharding)
     read_ahead = None if read_ahead is None else numbers.count(read_ahead, "read_ahead")
-    watchers = [callbacks_lib.as_callback(fn, i) for i, fn in enumerate(callbacks)]
+    watchers = [watch.as_callback(fn, i) for i, fn in enumerate(callbacks)]
     if progress and jax.process_index() == 0:
-        watchers.append(callbacks_lib.progress_bar())
+        watchers.append(watch.progress_bar())
     if metrics is not None and not isinstance(metrics, Metrics):
         metrics = as_metrics(metrics)
     return Options(num_steps, metrics, tol, keep, watchers, throw, on_failure, checkpoint, sharding, read_ahead, strictness(strict))

@@ -26,6 +26,7 @@ from bilevax.run import digest
 
 FORMAT = 1
 LISTING = "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete
+_RECOVERY = "recovery"  # begins the paths of what failures may go back to
 _NAME = re.compile(r"^step_(\d+)$")
 
 
@@ -45,10 +46,12 @@ class Store:
         if self.primary:
             self.folder.mkdir(parents=True, exist_ok=True)
             for left in self.folder.glob("*.orbax-checkpoint-tmp*"):  # what a killed process was writing
-                left.rmtree()
+                if not os.path.islink(left):
+                    left.rmtree()
         self._agree("opened")
         self._ocp, self._writer = ocp, ocp.StandardCheckpointer()
-        self.saved: int | None = None
+        self.saved: int | None = None  # the step of the newest checkpoint, which may still be in the writing
+        self.finished: int | None = None  # of the newest one that is whole
         self._unlisted: int | None = None
         self.seconds = 0.0  # for which saving kept the run waiting
 
@@ -59,27 +62,30 @@ class Store:
             multihost_utils.sync_global_devices(f"bilevax checkpoint {what}")
 
     def steps(self) -> list[int]:
-        """Steps of the finished checkpoints, oldest first."""
-        found = [_NAME.match(entry.name) for entry in self.folder.iterdir() if entry.is_dir()]
-        return sorted(int(match[1]) for match in found if match)
+        """Steps of the finished checkpoints, oldest first. A link is none: what it points to is somebody else's."""
+        found = [_NAME.match(entry.name) for entry in self.folder.iterdir() if entry.is_dir() and not os.path.islink(entry)]
+        return sorted({int(match[1]) for match in found if match})
 
     def path(self, step: int, prefix: str = "") -> Any:
-        return self.folder / f"{prefix}step_{step:09d}"
+        """The folder of a checkpoint; one that somebody renamed without the leading zeros is found, too."""
+        place = self.folder / f"{prefix}step_{step:09d}"
+        bare = self.folder / f"{prefix}step_{step}"
+        return bare if not place.exists() and bare.exists() else place
 
     # ---- saving
 
-    def save(self, run: PyTree, history: dict, step: int) -> None:
-        """Begin to write this state and history; waits only for the save before it."""
+    def save(self, run: PyTree, recovery: dict, rows: dict[str, np.ndarray], step: int) -> None:
+        """Begin to write this state, what a failure may go back to, and the history by path; waits only for the save before it."""
         begin = time.perf_counter()
         self._finish()
         if self.path(step).exists():
             raise FileExistsError(
                 f"checkpoint: {self.path(step)} exists already, and a save over it would be lost; expected a directory that no other run writes to."
             )
-        leaves = {path: _plain(leaf) for path, leaf in _flat(run).items()}
+        leaves = {path: _plain(leaf) for path, leaf in _flat_state(run, recovery).items()}
         if jax.default_backend() == "cpu":  # there the writer may read the very buffers that the next chunk overwrites
             leaves = {path: tree.copy(leaf) for path, leaf in leaves.items()}
-        rows = {path: np.asarray(column) for path, column in _flat(history).items()}
+        rows = {path: column.copy() for path, column in rows.items()}
         manifest = {
             "format": FORMAT,
             "start": self.start,
@@ -97,19 +103,29 @@ class Store:
     def close(self) -> None:
         """Wait for the save in flight."""
         begin = time.perf_counter()
-        self._finish()
-        self._writer.close()
-        self.seconds += time.perf_counter() - begin
+        try:
+            self._finish()
+        finally:
+            self._writer.close()
+            self.seconds += time.perf_counter() - begin
 
     def _finish(self) -> None:
         """Wait for the save in flight, list its files, and remove the oldest checkpoints beyond those to keep."""
-        self._writer.wait_until_finished()
+        step, self._unlisted = self._unlisted, None
+        try:
+            self._writer.wait_until_finished()
+            if self.primary and step is not None:
+                beside = self.path(step) / f"{LISTING}.tmp"
+                beside.write_text(json.dumps(self._files(step)))
+                beside.replace(self.path(step) / LISTING)
+        except BaseException:
+            self.saved = self.finished
+            raise
+        if step is not None:
+            self.finished = step
         if self.primary:
-            if self._unlisted is not None:
-                (self.path(self._unlisted) / LISTING).write_text(json.dumps(self._files(self._unlisted)))
-            for step in self.steps()[: -self.spec.keep]:
-                self.path(step).rmtree()
-        self._unlisted = None
+            for old in self.steps()[: -self.spec.keep]:
+                self.path(old).rmtree()
 
     def _files(self, step: int) -> dict[str, int]:
         place, out, todo = self.path(step), {}, [self.path(step)]
@@ -117,14 +133,17 @@ class Store:
             for entry in todo.pop().iterdir():
                 if entry.is_dir():
                     todo.append(entry)
-                elif entry.name != LISTING:
+                elif not entry.name.startswith(LISTING):
                     out[os.fspath(entry.relative_to(place))] = entry.stat().length
         return dict(sorted(out.items()))
 
     # ---- reading
 
-    def restore(self, run: PyTree) -> tuple[PyTree, dict] | None:
-        """The newest sound checkpoint's state, placed as `run` is, and its history; None where there is no checkpoint."""
+    def restore(self, run: PyTree, recovery: dict) -> tuple[PyTree, dict, dict] | None:
+        """The newest sound checkpoint: its state, what a failure may go back to, both placed as these are, and its history by path.
+
+        None where there is no checkpoint. One that was saved under another policy has nothing to go back to.
+        """
         steps = self.steps()
         damaged: list[int] = []
         for step in reversed(steps):
@@ -137,7 +156,7 @@ class Store:
             if manifest is not None:
                 self._same_problem(run, manifest, step)
                 try:
-                    found = self._read(run, manifest, step)
+                    found = self._read(run, recovery, manifest, step)
                 except Exception as error:  # whatever the reader trips over: the file is not what was written
                     problem = error
             if self._everywhere(found is not None):
@@ -147,7 +166,7 @@ class Store:
                     for bad in damaged:
                         self.path(bad).rename(self._aside(bad))
                 self._agree("restored")
-                self.saved = step
+                self.saved = self.finished = step
                 return found
             reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
             warnings.warn(
@@ -183,14 +202,23 @@ class Store:
         text = metadata["manifest"]
         if hashlib.blake2b(text.encode(), digest_size=16).hexdigest() != metadata.get("digest"):
             raise _Damaged("its manifest does not have the manifest's digest")
-        listing = self.path(step) / LISTING
-        if listing.exists() and (was := json.loads(listing.read_text())) != (now := self._files(step)):
+        was, now = self._listing(step), self._files(step)
+        if was is not None and was != now:
             raise _Damaged(f"files are missing or have another size: {sorted(dict(was.items() ^ now.items()))[:5]}")
         return json.loads(text)
 
+    def _listing(self, step: int) -> dict | None:
+        """The listing of a checkpoint; None where there is none that is whole, since the digests find what is damaged without it."""
+        listing = self.path(step) / LISTING
+        try:
+            found = json.loads(listing.read_text()) if listing.exists() else None
+        except ValueError:
+            return None
+        return found if isinstance(found, dict) else None
+
     def _same_problem(self, run: PyTree, manifest: dict, step: int) -> None:
         want = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
-        got = manifest["leaves"]
+        got = {path: text for path, text in manifest["leaves"].items() if not path.startswith(_RECOVERY)}
         differing = [
             f"{path} ({got.get(path, 'absent')} there, {want.get(path, 'absent')} here)"
             for path in {**want, **got}
@@ -215,14 +243,13 @@ class Store:
                 "a directory of its own."
             )
 
-    def _read(self, run: PyTree, manifest: dict, step: int) -> tuple[PyTree, dict]:
-        wanted = {path: _plain(leaf) for path, leaf in _flat(run).items()}
-        like = {path: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding) for path, leaf in wanted.items()}
+    def _read(self, run: PyTree, recovery: dict, manifest: dict, step: int) -> tuple[PyTree, dict, dict]:
+        wanted = {path: _plain(leaf) for path, leaf in _flat_state(run, recovery).items()}
+        saved = manifest["leaves"]
+        like = {path: _place(wanted[path]) if _describes(wanted.get(path), text) else _empty(text) for path, text in saved.items()}
         columns = {path: _empty(text) for path, text in manifest["history"].items()}
         restored = self._writer.restore(self.path(step), _numbered(like, columns))
-        leaves = {path: restored.get(f"s{i}", wanted[path]) for i, path in enumerate(like)}  # an array without entries is not written
-        # What was on no particular device before must not be bound to one now: the step would be compiled again.
-        leaves = {path: leaf if wanted[path].committed else jnp.asarray(np.asarray(leaf)) for path, leaf in leaves.items()}
+        leaves = {path: restored.get(f"s{i}", wanted.get(path)) for i, path in enumerate(like)}  # an array without entries is not written
         if digest.of_arrays(list(leaves.values())) != manifest["digests"]:
             pairs = zip(digest.of_arrays(list(leaves.values())), manifest["digests"], strict=True)
             wrong = sorted({list(leaves)[i // 2] for i, (a, b) in enumerate(pairs) if a != b})
@@ -230,13 +257,8 @@ class Store:
         rows = {path: np.asarray(restored.get(f"h{i}", column)) for i, (path, column) in enumerate(columns.items())}
         if digest.of_columns(rows) != manifest["history_digest"]:
             raise _Damaged("the digest of the history differs")
-        flat, structure = jax.tree.flatten(run)
-        keys = zip(flat, leaves.values(), strict=True)
-        values = [
-            jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if jnp.issubdtype(old.dtype, jax.dtypes.prng_key) else new
-            for old, new in keys
-        ]
-        return structure.unflatten(values), rows
+        same = all(_describes(wanted.get(path), text) for path, text in saved.items()) and len(saved) == len(wanted)
+        return _filled(run, leaves), _filled(recovery, leaves, _RECOVERY) if same else {}, rows
 
 
 # ---- what is in a checkpoint
@@ -250,6 +272,31 @@ def _plain(leaf):
 def _flat(value: PyTree) -> dict[str, Any]:
     """Leaves by path."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(value)}
+
+
+def _flat_state(run: PyTree, recovery: dict) -> dict[str, Any]:
+    """The leaves of a run and of what its failures may go back to."""
+    return _flat(run) | {_RECOVERY + path: leaf for path, leaf in _flat(recovery).items()}
+
+
+def _filled(like: PyTree, leaves: dict[str, Any], prefix: str = "") -> PyTree:
+    """`like` with these plain leaves, placed and typed as its own were."""
+    out = []
+    for path, old in _flat(like).items():
+        new = leaves[prefix + path]
+        # What was on no particular device before must not be bound to one now: the step would be compiled again.
+        new = new if _plain(old).committed else jnp.asarray(np.asarray(new))
+        keyed = jnp.issubdtype(old.dtype, jax.dtypes.prng_key)
+        out.append(jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if keyed else new)
+    return jax.tree.structure(like).unflatten(out)
+
+
+def _place(leaf) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
+
+
+def _describes(leaf, text: str) -> bool:
+    return leaf is not None and _describe(leaf) == text
 
 
 def _describe(leaf) -> str:

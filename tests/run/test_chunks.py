@@ -9,7 +9,7 @@ import pytest
 import bilevax as bx
 from bilevax import check
 from bilevax.base import Feed, Feeds, InnerState
-from bilevax.run import driver
+from bilevax.run import chunk, loop
 from bilevax.run.chunk import MOST_VALUES
 
 WIDE = MOST_VALUES // 300  # numbers in a row of the history: more than 256 steps of them are held, fewer than 600
@@ -42,31 +42,37 @@ def same(a, b):
 
 
 def test_long_chunks_are_short_ones(monkeypatch):
-    lengths, chunk = [], driver.run_chunk
+    lengths, plain = [], chunk.run_chunk
 
     def spy(static, capacity, state, dynamic, data, n):
         lengths.append(n)
-        return chunk(static, capacity, state, dynamic, data, n)
+        return plain(static, capacity, state, dynamic, data, n)
 
-    monkeypatch.setattr(driver, "run_chunk", spy)
+    monkeypatch.setattr(chunk, "run_chunk", spy)
     run(300)  # compiles
     lengths.clear()
-    monkeypatch.setattr(driver, "QUICK", 1e3)
+    monkeypatch.setattr(loop, "QUICK", 1e3)
     long = run(3000)
-    assert lengths == [256, 2744]
+    assert lengths == [1, 1, 16, 256, 2726]
     lengths.clear()
-    monkeypatch.setattr(driver, "QUICK", 0.0)
-    short = run(3000)
-    assert lengths == [256] * 11 + [184]
-    same(long, short)
+    monkeypatch.setattr(loop, "QUICK", 0.0)
+    short = run(40)
+    assert lengths == [1] * 40
+    same(run(40), short)
+    lengths.clear()
+    monkeypatch.setattr(loop, "QUICK", 1e3)
+    watched = run(3000, callbacks=[lambda event: None, bx.callbacks.every(100, lambda event: None)])
+    assert max(lengths) == 100 and np.cumsum(lengths)[-1] == 3000
+    assert {100, 256, 300, 512, 2900} <= set(np.cumsum(lengths).tolist())  # each is called at its steps
+    same(watched, long)
 
 
 def test_a_wide_history_takes_shorter_chunks_and_all_steps(monkeypatch):
-    monkeypatch.setattr(driver, "QUICK", 1e3)
+    monkeypatch.setattr(loop, "QUICK", 1e3)
     objective = bx.objective(wide, has_aux=True)
     out = run(600, objective)
     assert out.stats["steps"] == 600 and out.history["aux"].shape == (600, WIDE)
-    monkeypatch.setattr(driver, "QUICK", 0.0)
+    monkeypatch.setattr(loop, "QUICK", 0.0)
     same(out, run(600, objective))
     traced = jax.jit(
         lambda x: bx.solve_bilevel(inner, objective, jnp.zeros(2), x, inner_data=ROWS, algorithm=ALGORITHM, key=jax.random.key(0), num_steps=600)

@@ -66,11 +66,11 @@ def test_the_first_step_may_fail():
 def test_rollback_goes_back_a_chunk_and_on():
     out = run((100,), num_steps=150, data=loader((100,)), on_failure="rollback", keep="last")
     assert out.result is RESULTS.success and out.stats["failed_steps"] == 1 and out.stats["steps"] == 150
-    # Chunks of 16 for batches read on the host: the failure in that of 96 goes back to the state of 80, and on with batch 101.
-    batches = [b for i, b in enumerate(loader()) if i < 80 or 100 < i < 150]
-    alone = run(data=iter(batches), num_steps=129, keep="last")
+    # States are kept every 32 steps: the failure goes back to the last but one, that of 64, and on with batch 101.
+    batches = [b for i, b in enumerate(loader()) if i < 64 or 100 < i < 150]
+    alone = run(data=iter(batches), num_steps=113, keep="last")
     assert np.array_equal(out.outer_params, alone.outer_params)
-    assert np.array_equal(out.history["value"][101:], alone.history["value"][80:])
+    assert np.array_equal(out.history["value"][101:], alone.history["value"][64:])
 
 
 def test_rollback_of_a_run_that_diverges_ends():

@@ -1,0 +1,245 @@
+"""Logs in files: a row a step, as the run goes."""
+
+from __future__ import annotations
+
+import csv as csv_lib
+import io
+import json
+import os
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from bilevax import check
+from bilevax._core import numbers
+from bilevax.run import logfile
+from bilevax.run.watch import Callback, Event
+
+
+class Log(NamedTuple):
+    """An open log: ``write(steps, columns)`` takes new rows, by column."""
+
+    write: Callable[[list[int], dict[str, np.ndarray]], None]
+    flush: Callable[[], None]
+    close: Callable[[], None]
+
+
+def _new_rows(event: Event, written: int) -> tuple[list[int], dict[str, np.ndarray]]:
+    """The rows of this run from the `written`-th on, flat: the parts of the aux are columns ``aux/name``."""
+    flat = {}
+    for name, column in event.history.items():
+        for path, leaf in jax.tree_util.tree_leaves_with_path(column):
+            end = jax.tree_util.keystr(path, simple=True, separator="/")
+            flat[f"{name}/{end}" if path else name] = np.asarray(leaf)[written:]
+    rows = len(event.history["value"]) if event.history else 0
+    return list(range(event.start + written, event.start + rows)), flat
+
+
+def logger(
+    open_log: Callable[[int], Log],
+    every_n: int,
+    *,
+    begin: Callable[[], None] | None = None,
+    restored: bool = True,
+) -> Callback:
+    """A callback that hands new rows to a log: ``open_log(step)`` opens one, with what it has from `step` on dropped.
+
+    A run that goes on from a state adds to its log, one that begins anew replaces it. One that resumes from a checkpoint writes the
+    rows that came back with it anew, or, without `restored`, goes on behind them.
+    """
+    log: list[Log] = []
+    written = 0
+
+    def call(event: Event) -> None:
+        nonlocal written
+        if not log and not restored:
+            written = event.resumed
+        steps, columns = _new_rows(event, written)
+        if not steps:
+            return
+        if not log:
+            log.append(open_log(steps[0]))
+        log[0].write(steps, columns)
+        written += len(steps)
+        log[0].flush()
+
+    def close() -> None:
+        nonlocal written
+        open_now, written = log[:], 0
+        log.clear()  # first, since closing may fail, and the next run is to begin anew all the same
+        for one in open_now:
+            one.close()
+
+    return Callback(call, every_n, close, begin, exact=False)
+
+
+def as_path(path: str | os.PathLike, argument: str = "path") -> Path:
+    """A place on this machine's file system."""
+    if not isinstance(path, (str, os.PathLike)):
+        raise TypeError(f"{argument}: got {check.describe(path)}; expected a file name.")
+    place = os.fspath(path)
+    if not isinstance(place, str) or not place or "\0" in place or "://" in place:
+        raise ValueError(f"{argument}: got {place!r}; expected a name on this machine's file system. Try a local file, and copy it afterwards.")
+    return Path(place)
+
+
+def _target(path: str | os.PathLike) -> Path:
+    place = as_path(path)
+    if place.is_dir():
+        raise IsADirectoryError(f"path: got {str(path)!r}, which is a folder; expected the name of a file.")
+    return place
+
+
+def _kept(path: Path, read: Callable[[Path], logfile.Rows], step: int) -> logfile.Rows:
+    """What a log keeps for a run that writes the steps from `step` on, with a word about an end that was cut off."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.is_file():
+        return logfile.Rows([], [], None)
+    found = read(path)
+    if found.cut is not None:
+        warnings.warn(
+            f"path: {os.fspath(path)!r} ends in a row that was cut off ({found.cut[:40]!r}), as a kill or a full disk leaves it; the row is dropped.",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+    return found._replace(rows=[row for row in found.rows if row[0] is None or row[0] < step])
+
+
+def _replaceable(path: Path) -> bool:
+    """Whether this is an ordinary file, or none yet; pipes and devices are only written to."""
+    return path.is_file() or not path.exists()
+
+
+def _checked(path: Path, read: Callable[[Path], logfile.Rows]) -> Callable[[], None]:
+    """Refuse, before the first step, a file that is no log."""
+
+    def begin() -> None:
+        if path.is_file():
+            read(path)
+
+    return begin
+
+
+def jsonl(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
+    """Write the history to a file as it grows, a JSON object a step.
+
+    Args:
+      path: the file; its folder is made. What it has of the steps that are written now is replaced,
+        and a last row that was cut off (by a kill, by a full disk) is dropped with a warning. Every
+        object has ``step``, then a key for each column of the history; NaN and infinity are written
+        as null.
+      flush_every: steps after which new rows are written, at the end of the chunk in progress.
+
+    Returns:
+      A callback for ``solve_bilevel(..., callbacks=[...])``.
+
+    Raises:
+      TypeError, ValueError: for a path that is none, or ``flush_every < 1``; in the run, before its
+        first step, if the file is no log.
+
+    Examples:
+      >>> import pathlib, jax.numpy as jnp, optax, bilevax as bx
+      >>> quadratic = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
+      >>> solver, method = bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit()
+      >>> algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.5))
+      >>> outer = lambda y, x, batch: jnp.sum(y**2)
+      >>> log = bx.callbacks.jsonl("run.jsonl")
+      >>> keywords = dict(algorithm=algorithm, num_steps=3, callbacks=[log])
+      >>> solution = bx.solve_bilevel(quadratic, outer, jnp.zeros(2), jnp.ones(2), **keywords)
+      >>> len(pathlib.Path("run.jsonl").read_text().splitlines())
+      3
+    """
+    path = _target(path)
+
+    def open_log(step: int) -> Log:
+        kept = _kept(path, logfile.read_jsonl, step)
+        if _replaceable(path):
+            logfile.replace(path, (line for _, line, _ in kept.rows))
+        file = path.open("a", encoding="utf-8")
+
+        def write(steps, columns):
+            plain = {name: _plain(column) for name, column in columns.items()}
+            rows = ({"step": s} | {n: c[i] for n, c in plain.items()} for i, s in enumerate(steps))
+            file.writelines(json.dumps(row) + "\n" for row in rows)
+
+        return Log(write, file.flush, file.close)
+
+    begin = _checked(path, logfile.read_jsonl)
+    return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
+
+
+def _plain(value) -> Any:
+    """What JSON can hold, whose standard has no NaN."""
+    value = np.asarray(value)
+    if np.issubdtype(value.dtype, np.inexact) or value.dtype.name == "bfloat16":
+        wide = value.astype(np.float64)
+        if np.isfinite(wide).all():
+            return wide.tolist()
+        kept = wide.astype(object)
+        kept[~np.isfinite(wide)] = None
+        return kept.tolist()
+    return value.tolist()
+
+
+def csv(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
+    """Write the scalar columns of the history to a file as it grows, a line a step under one header.
+
+    Args:
+      path: the file; its folder is made. What it has of the steps that are written now is replaced,
+        and a last row that was cut off is dropped with a warning. Columns that begin or end in the
+        middle (metrics that were added to a run, or left out) are empty where they are not.
+      flush_every: steps after which new rows are written, at the end of the chunk in progress.
+
+    Returns:
+      A callback for ``solve_bilevel(..., callbacks=[...])``.
+
+    Raises:
+      TypeError, ValueError: for a path that is none, or ``flush_every < 1``; in the run, before its
+        first step, if the file is no log.
+
+    Examples:
+      >>> from bilevax import callbacks
+      >>> callbacks.csv("run.csv").every
+      32
+    """
+    path = _target(path)
+
+    def open_log(step: int) -> Log:
+        kept = _kept(path, logfile.read_csv, step)
+        header = kept.header if kept.rows else []
+        if _replaceable(path):
+            logfile.replace(path, [_line(header), *(line for _, line, _ in kept.rows)] if header else [])
+        file = path.open("a", encoding="utf-8", newline="")
+
+        def write(steps, columns):
+            nonlocal header, file
+            scalar = {"step": steps} | {n: list(c) for n, c in columns.items() if c.ndim == 1}
+            new = [name for name in scalar if name not in header]
+            if new and header and _replaceable(path):
+                file.close()
+                header = header + new
+                before = logfile.read_csv(path).rows
+                lines = (_line([row.get(name, "") for name in header]) for _, _, row in before)
+                logfile.replace(path, [_line(header), *lines])
+                file = path.open("a", encoding="utf-8", newline="")
+            elif new:
+                header = new
+                file.write(_line(header) + "\n")
+            empty = [""] * len(steps)
+            rows = zip(*(scalar.get(name, empty) for name in header), strict=True)
+            csv_lib.writer(file, lineterminator="\n").writerows(rows)
+
+        return Log(write, lambda: file.flush(), lambda: file.close())
+
+    begin = _checked(path, logfile.read_csv)
+    return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
+
+
+def _line(cells: list) -> str:
+    out = io.StringIO()
+    csv_lib.writer(out, lineterminator="").writerow(cells)
+    return out.getvalue()
