@@ -32,7 +32,7 @@ class Peers:
     def __init__(self) -> None:
         self.count, self.rank = jax.process_count(), jax.process_index()
         self._name, self._turn, self._end = f"bilevax/{next(_RUNS)}", 0, threading.Event()
-        self._client = _client() if self.count > 1 else None
+        self._client: Any = _client() if self.count > 1 else None
         if self._client is not None:
             threading.Thread(target=self._beats, daemon=True).start()
 
@@ -77,7 +77,7 @@ class Peers:
         found = self._client.key_value_try_get(f"{self._name}/alive/{rank}")
         return found or None
 
-    def wait(self, array: jax.Array) -> None:
+    def wait(self, array: Any) -> None:
         """Until `array` is computed, or a process that takes part in it is gone."""
         if self._client is None:
             return
