@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from bilevax import tree
 from bilevax._core import numbers
 from bilevax.algorithms._parts import steps as _steps
-from bilevax.algorithms._parts.directions import inner_grad, outer_pass
+from bilevax.algorithms._parts.directions import outer_pass
 from bilevax.algorithms._parts.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Problem, PyTree, StepInfo
 from bilevax.inner.lbfgs import lbfgs
@@ -21,20 +21,19 @@ ADJOINT = 500
 
 
 class HoagState(NamedTuple):
-    """Where HOAG stands: inner state, outer parameters, adjoint, the Lipschitz estimate, the largest inner gradient met, and the step before."""
+    """Where HOAG stands: inner state, outer parameters, adjoint, the Lipschitz estimate, and the step before."""
 
     inner: InnerState
     outer: PyTree
     adjoint: PyTree
     lipschitz: Any
-    scale: Any
     last: tuple
 
 
 def hoag(inner_solver: InnerSolver | None = None, *, epsilon: float = 0.1, rate: float = 0.9) -> Algorithm:
     """HOAG: inner and adjoint solves to accuracies on a summable schedule, and a step from an estimate of the Lipschitz constant.
 
-    At step k: ``‖∇_y g‖ ≤ ε_k G`` and ``‖Hq − ∇_y f‖ ≤ ε_k ‖∇_y f‖`` with ``ε_k = epsilon rate^k`` and G the largest inner gradient norm met;
+    At step k: ``‖y − y*(x)‖ ≤ ε_k ‖y‖``, by the solver's estimate, and ``‖Hq − ∇_y f‖ ≤ ε_k ‖∇_y f‖``, with ``ε_k = epsilon rate^k``;
     ``x −= z / L``. L shrinks by 0.95 after a step that decreased f as a gradient step should, up to the accuracies, grows by as much after one that
     did not, and stays where the accuracies allow any outcome; it doubles, and the step is undone, where f grew by a fifth.
 
@@ -71,23 +70,20 @@ def _init(problem: Problem, inner: InnerState, outer: PyTree, *, solver, **_) ->
     full_batch_only(problem, "hoag")
     zero = jnp.zeros((), tree.norm((inner.params, outer)).dtype)
     inner = inner._replace(opt=solver.init(inner.params))
-    return HoagState(inner, outer, tree.zeros_like(inner.params), zero, zero, (outer, jnp.full_like(zero, jnp.inf), zero))
+    return HoagState(inner, outer, tree.zeros_like(inner.params), zero, (outer, jnp.full_like(zero, jnp.inf), zero))
 
 
 def _step(problem: Problem, state: HoagState, feeds: Feeds, *, solver, epsilon, rate) -> tuple[HoagState, StepInfo]:
-    x, dtype = state.outer, state.scale.dtype
+    x, dtype = state.outer, state.lipschitz.dtype
     unit = numbers.rounding_unit(dtype)
     inner_ctx, outer_ctx = problem.inner_draw(feeds.inner, 0), problem.outer_draw(feeds.outer, 0)
-    start = tree.norm(inner_grad(problem, state.inner.params, x, inner_ctx._replace(model=state.inner.model))[0]).astype(dtype)
-    scale = jnp.maximum(state.scale, start)
-    scale = jnp.where(scale > 0, scale, jnp.ones_like(scale))
     eps = jnp.maximum(epsilon * jnp.power(jnp.asarray(rate).astype(dtype), jnp.asarray(feeds.done).astype(dtype)), 10 * unit)
 
-    solved = solve_to(problem, solver, state.inner, x, inner_ctx, eps * scale, scale)
+    solved = solve_to(problem, solver, state.inner, x, inner_ctx, eps)
     y, model = solved.inner.params, solved.inner.model
     f = outer_pass(problem, y, x, outer_ctx._replace(model=model))
     products = curvature(problem, y, x, inner_ctx._replace(model=model))
-    adjoint = adjoint_to(products.hessian, f.y, state.adjoint, eps * tree.norm(f.y).astype(dtype), ADJOINT)
+    adjoint = adjoint_to(products.hessian, f.y, state.adjoint, eps, ADJOINT)
     z = tree.sub(f.x, products.cross(adjoint.q))
     size = tree.norm(z).astype(dtype)
 
@@ -115,12 +111,12 @@ def _step(problem: Problem, state: HoagState, feeds: Feeds, *, solver, epsilon, 
         "inner_grad_norm": solved.grad_norm,
         "adjoint_residual": adjoint.residual,
         "step_size": 1 / lipschitz,
-        "lower_steps": solved.evaluations + 1,
+        "lower_steps": solved.evaluations,
         "adjoint_steps": adjoint.products + 1,
     }
     # Back at the last point, f is measured anew: its old value belongs to a coarser inner point, and would be undercut for ever.
     remembered = tree.where(bad, (last_x, jnp.full_like(value, jnp.inf), jnp.zeros_like(eps)), (x, value, eps))
-    new = HoagState(solved.inner, back, adjoint.q, lipschitz.astype(dtype), scale, remembered)
+    new = HoagState(solved.inner, back, adjoint.q, lipschitz.astype(dtype), remembered)
     return new, StepInfo(f.value, size, (solved.inner, x), code, diagnostics, f.aux)
 
 

@@ -1,12 +1,20 @@
 """When a solver to a tolerance stops, and what it says then. Shared by `gradient_descent`, `agd` and `lbfgs`.
 
-Converged: ``‖∇g(y)‖ <= tol · scale``, where `scale` is the largest gradient norm that any solve with this optimizer state began at (the first
-solve's start, usually). A warm start, whose own first gradient is small already, is thereby held to the accuracy of the cold one and not to
-a new, unreachable one; and a stateless use is the ordinary ``‖∇g(y)‖ <= tol · ‖∇g(y_0)‖``.
+Converged: two accepted iterates in a row from which the solution is, by the solver's own estimate, no
+further than ``tol · ‖y‖``. The estimate is ``‖H ∇g‖`` with L-BFGS's inverse Hessian, and ``‖∇g‖ / m``
+with the smallest curvature `m` along the last steps elsewhere. It moves neither with the start, nor with
+the unit of the parameters, nor with the scale of the objective, which a rule relative to the first
+gradient does: from a poor start that one stops at garbage. For solutions near zero, ``‖y‖`` is at least
+``√eps`` times the farthest that the solve has been. Nothing of this is carried to the next solve.
 
-Stalled: `PATIENCE` accepted steps in a row (for `lbfgs`: 40 evaluations) that set no new best value and no new best gradient norm. Then the code
-says success if the gradient is at its rounding level ``ROUNDING · eps · max(scale, L ‖y‖)`` (`eps` of the coarsest dtype among the leaves, `L` the
-curvature that the solver met): no solver does better in this precision, whatever tolerance was asked for. Otherwise it says inner_not_converged.
+At rounding: the step that is left is within the tolerance, and a line search finds no better point.
+
+Stalled: `PATIENCE` accepted steps in a row (for `lbfgs`: 40 evaluations) that set no new best value and no
+new best gradient norm. The code then says success if the gradient is at its rounding level
+``ROUNDING · eps · L ‖y‖`` (`eps` of the coarsest dtype among the leaves, `L` the curvature that the solver
+met) and the estimated distance is at most ``eps^REACH ‖y‖``: no solver does better in this precision,
+whatever was asked for. Otherwise, where rounding times condition leaves more than that, or no rounding
+explains the stall, it says inner_not_converged.
 """
 
 from __future__ import annotations
@@ -23,6 +31,7 @@ from bilevax.results import RESULTS
 
 PATIENCE = 20
 ROUNDING = 100.0
+REACH = 0.4  # 2e-3 in float32, 5e-7 in float64: what a solve that rounding has ended must have come to
 
 
 class Best(NamedTuple):
@@ -85,9 +94,65 @@ def update_best(best: Best, point: Point, accepted: Scalar) -> Best:
     return tree.where(accepted, new, best)
 
 
-def verdict(point: Point, *, tol, scale, curvature, diverged=False) -> Scalar:
+def least(tol, params: PyTree):
+    """`tol`, but not below what the dtype can tell apart."""
+    dtype = scalar_dtype(params)
+    return jnp.maximum(jnp.asarray(tol).astype(dtype), 4 * numbers.rounding_unit(params))
+
+
+def size(params: PyTree, reach: Scalar) -> Scalar:
+    """The norm that distances are relative to; `reach` is the largest that the solve has met."""
+    return jnp.maximum(tree.norm(params), numbers.rounding_unit(params) ** 0.5 * reach)
+
+
+class Bend(NamedTuple):
+    """Curvatures along the steps of a solve: the largest, and the smallest of the last ones (infinite before any)."""
+
+    largest: Any
+    smallest: Any
+
+
+FORGET = 1.1  # a step: growth of the smallest curvature until a step meets a smaller one
+
+
+def no_bend(params: PyTree) -> Bend:
+    zero = jnp.zeros((), scalar_dtype(params))
+    return Bend(zero, zero + jnp.inf)
+
+
+def update_bend(bend: Bend, su: Scalar, ss: Scalar, uu: Scalar, point_norm: Scalar, unit: float, counts: Scalar) -> Bend:
+    """`bend` after a step ``s`` that changed the gradient by ``u``, where `counts`; changes that may be rounding tell nothing."""
+    met = su / jnp.where(ss > 0, ss, jnp.ones_like(ss))
+    counts = counts & (ss > 0)
+    long = counts & (jnp.sqrt(ss) > unit**0.5 * point_norm)
+    largest = jnp.where(long, jnp.maximum(bend.largest, met), bend.largest)
+    clear = counts & (su > 0) & (jnp.sqrt(uu) > 10 * unit * largest * point_norm)
+    return Bend(largest, jnp.where(clear, jnp.minimum(FORGET * bend.smallest, met), bend.smallest))
+
+
+ROW = 2  # accepted iterates in a row
+
+
+def near(row: Scalar, point: Point, tol: Scalar, reach: Scalar, bend: Bend, accepted: Scalar, first: Scalar) -> Scalar:
+    """How many accepted iterates in a row are by ``‖∇g‖ / m`` within the tolerance; a zero gradient is `ROW` of them."""
+    close = (point.grad_norm <= tol * size(point.params, reach) * bend.smallest) & jnp.isfinite(bend.smallest) & ~first
+    row = jnp.where(accepted, jnp.where(close, row + 1, 0), row)
+    return jnp.where(accepted & (point.grad_norm == 0), ROW, row).astype(jnp.int32)
+
+
+def at_rounding(point: Point, bend: Bend) -> tuple[Scalar, Scalar]:
+    """Whether the gradient that is left may be rounding alone, and whether the solution is near enough all the same.
+
+    Where no curvature was met, the gradient alone decides.
+    """
+    unit, norm = numbers.rounding_unit(point.params), tree.norm(point.params)
+    clear = jnp.isfinite(bend.smallest)
+    distance = jnp.where(clear, point.grad_norm / jnp.where(clear, bend.smallest, jnp.ones_like(norm)), jnp.zeros_like(norm))
+    return point.grad_norm <= ROUNDING * unit * bend.largest * norm, distance <= unit**REACH * norm
+
+
+def verdict(point: Point, converged: Scalar, bend: Bend, diverged=False) -> Scalar:
     """The `RESULTS` code of the returned point."""
-    floor = ROUNDING * numbers.rounding_unit(point.params) * jnp.maximum(scale, curvature * tree.norm(point.params))
-    small = point.grad_norm <= jnp.maximum(tol * scale, floor)
-    code = jnp.where(small, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
+    level, near = at_rounding(point, bend)
+    code = jnp.where(jnp.where(level, near, converged), jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
     return jnp.where(is_finite(point) & jnp.logical_not(diverged), code, jnp.int32(RESULTS.inner_nonfinite))

@@ -1,4 +1,4 @@
-"""Restarted accelerated gradient descent to a relative tolerance."""
+"""Restarted accelerated gradient descent to a tolerance."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ SEARCH = 60  # rejected trials in a row before the solve is given up
 
 
 class AgdState(NamedTuple):
-    """The step size (0 before the first solve) and the largest gradient norm that a solve began at."""
+    """The step size (0 before the first solve)."""
 
     step_size: Any
-    scale: Any
 
 
 def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
-    """Nesterov's accelerated gradient descent with adaptive restart, to ``‖∇_y g‖ <= tol · scale``, with stall detection.
+    """Nesterov's accelerated gradient descent with adaptive restart, to a tolerance, with stall detection.
 
     ``y⁺ = z − t ∇_y g(z, x)``, ``z⁺ = y⁺ + (θ − 1)/θ⁺ (y⁺ − y)``, ``θ⁺ = (1 + √(1 + 4θ²))/2``; restarted (θ = 1) when ``⟨∇g(z), y⁺ − y⟩ > 0``.
 
@@ -32,13 +31,14 @@ def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
     ``z⁺`` is rejected, and the step shortened, where ``‖∇g(z⁺) − ∇g(z)‖ > ‖z⁺ − z‖ / t``. It doubles until the first rejection of a solve, and is
     kept from solve to solve.
 
-    `scale` is the largest gradient norm that a solve began at, so a warm start stops at the accuracy of the cold one. Where rounding forbids
-    `tol`, the solve stops at the stall (20 steps without a new best value or gradient norm), and the code is success if the gradient is at its
-    rounding level (``100 eps`` relative to `scale` and to curvature times ``‖y‖``), inner_not_converged otherwise.
+    It stops where two accepted iterates in a row have ``‖∇g‖ <= tol · m ‖y‖``, m the smallest curvature along the last steps: the distance that
+    is left, which moves neither with the start, nor with the unit of y, nor with the scale of g. Where rounding forbids `tol`, the solve stops
+    at the stall (20 steps without a new best value or gradient norm), and the code is success if the gradient is at its rounding level
+    (``100 eps`` of curvature times ``‖y‖``) and the distance at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise.
 
     Args:
       maxiter: most iterations (accepted steps) in one solve.
-      tol: relative tolerance on the gradient norm.
+      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4 rounding units.
 
     Returns:
       An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations``,
@@ -65,15 +65,17 @@ def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
     return base.InnerSolver(
         init=base.Bound("init", _init),
         step=base.Bound("agd", _solve, maxiter=maxiter, tol=tol),
-        steps=1,
-        update=None,
         reversible=False,
+        to_tolerance=base.Bound("to_tolerance", _to_tolerance),
     )
 
 
+def _to_tolerance(tol, maxiter: int) -> base.InnerSolver:
+    return agd(maxiter=maxiter, tol=tol)
+
+
 def _init(params: PyTree) -> AgdState:
-    zero = jnp.zeros((), tolerance.scalar_dtype(params))
-    return AgdState(zero, jnp.zeros_like(zero))
+    return AgdState(jnp.zeros((), tolerance.scalar_dtype(params)))
 
 
 class _Carry(NamedTuple):
@@ -82,19 +84,21 @@ class _Carry(NamedTuple):
     theta: Any
     opt: AgdState
     best: tolerance.Best
-    curvature: Any
+    bend: tolerance.Bend
+    reach: Any
     growing: Any
     rejected: Any
     first_value: Any
     iterations: Any
     evaluations: Any
+    near: Any  # accepted iterates in a row that the tolerance lets pass
     stop: Any
 
 
 def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol):
     params = state.params
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
-    tol = jnp.asarray(tol).astype(dtype)
+    tol = tolerance.least(tol, params)
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
 
     def body(carry: _Carry) -> _Carry:
@@ -108,9 +112,9 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, m
         trial = tolerance.evaluate(objective, tree.axpy(momentum, move, y), outer, ctx)
         finite = tolerance.is_finite(trial)
 
-        length = tree.norm(tree.sub(trial.params, point.params))
-        turn = tree.norm(tree.sub(trial.grads, point.grads))
-        noise = 10 * unit * carry.opt.scale
+        move_z, change = tree.sub(trial.params, point.params), tree.sub(trial.grads, point.grads)
+        length, turn = tree.norm(move_z), tree.norm(change)
+        noise = 10 * unit * carry.bend.largest * tree.norm(point.params)
         smooth = turn * t <= length + noise * t
         accepted = finite & (first | smooth)
         measured = 0.9 * length / jnp.where(turn > 0, turn, one)
@@ -121,26 +125,29 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, m
         next_t = jnp.where(first, begin, jnp.where(accepted, longer, shorter))
 
         new = tree.where(accepted, trial, point)
-        scale = jnp.where(first & finite, jnp.maximum(carry.opt.scale, trial.grad_norm), carry.opt.scale)
-        telling = finite & ~first & (length > unit**0.5 * tree.norm(point.params))
-        curvature = jnp.where(telling, jnp.maximum(carry.curvature, turn / jnp.where(length > 0, length, one)), carry.curvature)
+        su, counts = tree.dot(move_z, change), finite & ~first
+        bend = tolerance.update_bend(carry.bend, su, length**2, turn**2, tree.norm(point.params), unit, counts)
+        reach = jnp.maximum(carry.reach, tree.norm(new.params))
         best = tolerance.update_best(carry.best, trial, accepted)
         rejected = jnp.where(accepted, 0, carry.rejected + 1).astype(jnp.int32)
         lost = (rejected >= SEARCH) | (first & ~finite)
         moved = accepted & ~first
+        near = tolerance.near(carry.near, new, tol, reach, bend, accepted, first)
         return _Carry(
             tree.where(first, trial, new),
             tree.where(moved, y, carry.last),
             jnp.where(moved, jnp.where(restart, one, theta), carry.theta),
-            AgdState(next_t, scale),
+            AgdState(next_t),
             best,
-            curvature,
+            bend,
+            reach,
             growing,
             rejected,
             jnp.where(first, trial.value, carry.first_value),
             carry.iterations + moved.astype(jnp.int32),
             carry.evaluations + 1,
-            (new.grad_norm <= tol * scale) | (best.age >= tolerance.PATIENCE) | lost,
+            near,
+            (near >= tolerance.ROW) | (best.age >= tolerance.PATIENCE) | lost,
         )
 
     start = _Carry(
@@ -149,12 +156,14 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, m
         theta=one,
         opt=state.opt,
         best=tolerance.first_best(params),
-        curvature=zero,
+        bend=tolerance.no_bend(params),
+        reach=zero,
         growing=jnp.asarray(True),
         rejected=jnp.int32(0),
         first_value=zero,
         iterations=jnp.int32(0),
         evaluations=jnp.int32(0),
+        near=jnp.int32(0),
         stop=jnp.asarray(False),
     )
     end = lax.while_loop(lambda carry: ~carry.stop & (carry.iterations < maxiter), body, start)
@@ -163,6 +172,6 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, m
         "grad_norm": end.point.grad_norm,
         "iterations": end.iterations,
         "evaluations": end.evaluations,
-        "code": tolerance.verdict(end.point, tol=tol, scale=end.opt.scale, curvature=end.curvature),
+        "code": tolerance.verdict(end.point, end.near >= tolerance.ROW, end.bend),
     }
     return base.InnerState(end.point.params, end.opt, end.point.model), info

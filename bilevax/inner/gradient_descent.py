@@ -1,4 +1,4 @@
-"""Gradient descent to a relative tolerance."""
+"""Gradient descent to a tolerance."""
 
 from __future__ import annotations
 
@@ -16,14 +16,13 @@ SUFFICIENT, GROW, SHRINK = 0.3, 1.25, 0.5
 
 
 class DescentState(NamedTuple):
-    """The next trial step (0 before the first solve) and the largest gradient norm that a solve began at."""
+    """The next trial step (0 before the first solve)."""
 
     step_size: Any
-    scale: Any
 
 
 def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
-    """Gradient descent to ``‖∇_y g‖ <= tol · scale``, with a fixed or a backtracked step and stall detection.
+    """Gradient descent to a tolerance, with a fixed or a backtracked step and stall detection.
 
     ``y⁺ = y − t ∇_y g(y, x)``
 
@@ -31,15 +30,16 @@ def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol
     unrolled, is ``inner.optax(optax.sgd(t), steps)``. With ``step_size=None`` the step is halved until ``g(y⁺) <= g(y) − 0.3 t ‖∇g‖²`` (by slopes
     where rounding blurs the values), grows by a quarter after each accepted step, and is kept from solve to solve.
 
-    `scale` is the largest gradient norm that a solve began at, so a warm start stops at the accuracy of the cold one. Where rounding forbids
-    `tol`, the solve stops at the stall (20 steps without a new best value or gradient norm), and the code is success if the gradient is at its
-    rounding level (``100 eps`` relative to `scale` and to curvature times ``‖y‖``), inner_not_converged otherwise. A step that would leave the
-    finite numbers is not taken; with a fixed step it ends the solve as inner_nonfinite.
+    It stops where two accepted iterates in a row have ``‖∇g‖ <= tol · m ‖y‖``, m the smallest curvature along the last steps: the distance that
+    is left, which moves neither with the start, nor with the unit of y, nor with the scale of g. Where rounding forbids `tol`, the solve stops
+    at the stall (20 steps without a new best value or gradient norm), and the code is success if the gradient is at its rounding level
+    (``100 eps`` of curvature times ``‖y‖``) and the distance at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise. A step that
+    would leave the finite numbers is not taken; with a fixed step it ends the solve as inner_nonfinite.
 
     Args:
       step_size: fixed step, or None for backtracking.
       maxiter: most iterations (accepted steps) in one solve.
-      tol: relative tolerance on the gradient norm.
+      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4 rounding units.
 
     Returns:
       An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations``,
@@ -66,25 +66,29 @@ def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol
     return base.InnerSolver(
         init=base.Bound("init", _init),
         step=base.Bound("gradient_descent", _solve, step_size=fixed, maxiter=maxiter, tol=tol),
-        steps=1,
-        update=None,
         reversible=False,
+        to_tolerance=base.Bound("to_tolerance", _to_tolerance, step_size=fixed),
     )
 
 
+def _to_tolerance(tol, maxiter: int, *, step_size) -> base.InnerSolver:
+    return gradient_descent(step_size, maxiter=maxiter, tol=tol)
+
+
 def _init(params: PyTree) -> DescentState:
-    zero = jnp.zeros((), tolerance.scalar_dtype(params))
-    return DescentState(zero, jnp.zeros_like(zero))
+    return DescentState(jnp.zeros((), tolerance.scalar_dtype(params)))
 
 
 class _Carry(NamedTuple):
     point: tolerance.Point
     opt: DescentState
     best: tolerance.Best
-    curvature: Any
+    bend: tolerance.Bend
+    reach: Any
     first_value: Any
     iterations: Any
     evaluations: Any
+    near: Any  # accepted iterates in a row that the tolerance lets pass
     diverged: Any
     stop: Any
 
@@ -92,7 +96,7 @@ class _Carry(NamedTuple):
 def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, step_size, maxiter: int, tol):
     params = state.params
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
-    tol = jnp.asarray(tol).astype(dtype)
+    tol = tolerance.least(tol, params)
     zero = jnp.zeros((), dtype)
 
     def body(carry: _Carry) -> _Carry:
@@ -113,35 +117,44 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, s
             next_t = jnp.broadcast_to(jnp.asarray(step_size).astype(dtype), ())
 
         new = tree.where(accepted, trial, point)
-        scale = jnp.where(first & finite, jnp.maximum(carry.opt.scale, trial.grad_norm), carry.opt.scale)
         length = t * jnp.sqrt(drop)
-        met = (slope + drop) * t / jnp.where(length > 0, length * length, 1.0)
-        telling = finite & (length > unit**0.5 * tree.norm(point.params))
+        norm, counts = tree.norm(point.params), finite & ~first
+        turned = jnp.maximum(trial.grad_norm**2 + 2 * slope + drop, 0.0)  # the squared norm of the gradient's change
+        bend = tolerance.update_bend(carry.bend, (slope + drop) * t, length**2, turned, norm, unit, counts)
+        reach = jnp.maximum(carry.reach, tree.norm(new.params))
+        near = tolerance.near(carry.near, new, tol, reach, bend, accepted, first)
         best = tolerance.update_best(carry.best, trial, accepted)
         # A step so small that it no longer moves the point has nothing left to halve.
-        lost = ~first & ~accepted & (length <= 0.1 * unit * (tree.norm(point.params) + length))
+        lost = ~first & ~accepted & (length <= 0.1 * unit * (norm + length))
         diverged = ~finite & (first | (step_size is not None))
         return _Carry(
             tree.where(first, trial, new),
-            DescentState(next_t, scale),
+            DescentState(next_t),
             best,
-            jnp.where(telling, jnp.maximum(carry.curvature, met), carry.curvature),
+            bend,
+            reach,
             jnp.where(first, trial.value, carry.first_value),
             carry.iterations + (accepted & ~first).astype(jnp.int32),
             carry.evaluations + 1,
+            near,
             diverged,
-            (new.grad_norm <= tol * scale) | (best.age >= tolerance.PATIENCE) | lost | diverged,
+            (near >= tolerance.ROW) | (best.age >= tolerance.PATIENCE) | lost | diverged,
         )
 
-    first_step = state.opt.step_size if step_size is None else jnp.asarray(step_size).astype(dtype)
+    first_step, bend = state.opt.step_size, tolerance.no_bend(params)
+    if step_size is not None:
+        first_step = jnp.asarray(step_size).astype(dtype)
+        bend = bend._replace(largest=1 / first_step)  # a fixed step that works is at most about 1/L
     start = _Carry(
         point=tolerance.unevaluated(params, state.model),
-        opt=DescentState(first_step, state.opt.scale),
+        opt=DescentState(first_step),
         best=tolerance.first_best(params),
-        curvature=zero if step_size is None else 1 / first_step,  # a fixed step that works is at most about 1/L
+        bend=bend,
+        reach=zero,
         first_value=zero,
         iterations=jnp.int32(0),
         evaluations=jnp.int32(0),
+        near=jnp.int32(0),
         diverged=jnp.asarray(False),
         stop=jnp.asarray(False),
     )
@@ -151,6 +164,6 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, s
         "grad_norm": end.point.grad_norm,
         "iterations": end.iterations,
         "evaluations": end.evaluations,
-        "code": tolerance.verdict(end.point, tol=tol, scale=end.opt.scale, curvature=end.curvature, diverged=end.diverged),
+        "code": tolerance.verdict(end.point, end.near >= tolerance.ROW, end.bend, end.diverged),
     }
     return base.InnerState(end.point.params, end.opt, end.point.model), info

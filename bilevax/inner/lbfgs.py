@@ -1,4 +1,4 @@
-"""L-BFGS to a relative tolerance."""
+"""L-BFGS to a tolerance."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from bilevax.inner import _tolerance as tolerance
 
 SUFFICIENT, CURVATURE = 1e-4, 0.9  # weak Wolfe conditions
 SEARCH = 20  # evaluations in one line search before the memory is dropped, or the solve given up
+LOST = 3  # trials in a row that rounding hides, with a step below the tolerance, before the solve is done
 
 
 class LbfgsState(NamedTuple):
@@ -27,7 +28,7 @@ class LbfgsState(NamedTuple):
       changes: ``(memory, memory)``, ``U'U``.
       head: the slot that is written next.
       gamma: the initial inverse Hessian is ``gamma · I``; 0 before the first pair.
-      scale: the largest gradient norm that a solve began at.
+      curvature: the largest that the last solve met which moved far enough to tell; 0 before.
     """
 
     pairs: PyTree
@@ -36,11 +37,11 @@ class LbfgsState(NamedTuple):
     changes: Any
     head: Any
     gamma: Any
-    scale: Any
+    curvature: Any
 
 
 def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.InnerSolver:
-    """L-BFGS to ``‖∇_y g‖ <= tol · scale``, with a weak Wolfe line search and stall detection.
+    """L-BFGS to ``‖H ∇_y g‖ <= tol · ‖y‖``, with a weak Wolfe line search and stall detection.
 
     ``y⁺ = y − t H ∇_y g(y, x)``, with ``H`` the inverse BFGS matrix of the last `memory` pairs ``s = y⁺ − y``, ``u = ∇g(y⁺) − ∇g(y)``.
 
@@ -50,14 +51,16 @@ def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.In
     memory and no sequential recursion over it. Pairs without positive curvature are skipped, and a search that fails drops the memory, so
     non-convex lower levels are safe. Near the minimum, where values no longer tell two points apart, slopes decide (approximate Wolfe).
 
-    `scale` is the largest gradient norm that a solve began at, and the memory is kept from solve to solve: a warm start stops at the accuracy of
-    the cold one, after fewer iterations. Where rounding forbids `tol`, the solve stops at the stall (40 evaluations without a new best value or
-    gradient norm), and the code is success if the gradient
-    is at its rounding level (``100 eps`` relative to `scale` and to curvature times ``‖y‖``), inner_not_converged otherwise.
+    It stops where two accepted iterates in a row have a quasi-Newton step ``‖H ∇g‖`` of at most ``tol · ‖y‖``: the distance that is left, which
+    moves neither with the start, nor with the unit of y, nor with the scale of g. The memory is kept from solve to solve, so that a warm start
+    takes fewer iterations; it cannot loosen the rule, since a step along which the memory is out of date fails the line search's test of
+    curvature. Where rounding forbids `tol`, the solve stops when it loses the values of its trials, or at the stall (40 evaluations without a
+    new best value or gradient norm). The code is success if the gradient is at its rounding level (``100 eps`` of curvature times ``‖y‖``) and
+    ``‖H ∇g‖`` at most ``eps^0.4 ‖y‖`` (2e-3 in float32, 5e-7 in float64), inner_not_converged otherwise.
 
     Args:
       maxiter: most iterations (accepted steps) in one solve.
-      tol: relative tolerance on the gradient norm.
+      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4 rounding units.
       memory: pairs kept.
 
     Returns:
@@ -87,10 +90,13 @@ def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.In
     return base.InnerSolver(
         init=base.Bound("init", _init, memory=memory),
         step=base.Bound("lbfgs", _solve, maxiter=maxiter, tol=tol),
-        steps=1,
-        update=None,
         reversible=False,
+        to_tolerance=base.Bound("to_tolerance", _to_tolerance, memory=memory),
     )
+
+
+def _to_tolerance(tol, maxiter: int, *, memory: int) -> base.InnerSolver:
+    return lbfgs(maxiter=maxiter, tol=tol, memory=memory)
 
 
 def _init(params: PyTree, *, memory: int) -> LbfgsState:
@@ -181,7 +187,7 @@ def _remember(state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar)
         jnp.where(keep, changes, state.changes),
         jnp.where(keep, (head + 1) % size, head).astype(head.dtype),
         jnp.where(keep, su / jnp.where(keep, uu, jnp.ones_like(uu)), state.gamma),
-        state.scale,
+        state.curvature,
     )
 
 
@@ -192,6 +198,7 @@ class _Search(NamedTuple):
     """A line search under way: from the current point along `direction`, with slope `slope` there, trying the step `t` in ``(low, high)``."""
 
     direction: PyTree
+    length: Any  # of the direction
     slope: Any
     t: Any
     low: Any
@@ -205,17 +212,19 @@ class _Carry(NamedTuple):
     memory: LbfgsState
     search: _Search
     best: tolerance.Best
-    curvature: Any
+    bend: tolerance.Bend
+    reach: Any
     first_value: Any
     iterations: Any
     evaluations: Any
+    converged: Any
     stop: Any
 
 
 def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol):
     params, memory = state.params, state.opt
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
-    tol = jnp.asarray(tol).astype(dtype)
+    tol = tolerance.least(tol, params)
     zero, infinite = jnp.zeros((), dtype), jnp.asarray(jnp.inf, dtype)
 
     def body(carry: _Carry) -> _Carry:
@@ -226,21 +235,19 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, m
         finite = tolerance.is_finite(trial)
         slope = tree.dot(trial.grads, search.direction)
 
-        blurred = jnp.abs(trial.value - point.value) <= 10 * unit * jnp.abs(point.value)
+        # Values may have lost more to cancellation than their own size tells; slopes lose less.
+        blurred = jnp.abs(trial.value - point.value) <= 0.1 * unit**0.5 * jnp.abs(point.value)
         descends = trial.value <= point.value + SUFFICIENT * search.t * search.slope
         enough = finite & jnp.where(blurred, slope <= (2 * SUFFICIENT - 1) * search.slope, descends)
         accepted = jnp.where(first, finite, enough & (slope >= CURVATURE * search.slope))
 
         new = tree.where(accepted, trial, point)
-        scale = jnp.where(first & finite, jnp.maximum(carry.memory.scale, trial.grad_norm), carry.memory.scale)
         change = tree.sub(trial.grads, point.grads)
         su, ss, uu = tree.dot(step, change), tree.dot(step, step), tree.dot(change, change)
         convex = su > unit * jnp.sqrt(ss * uu)  # also false at the start, whose step is zero, and for NaN
-        kept = _remember(carry.memory, step, change, su, accepted & ~first & convex)._replace(scale=scale)
-        length = jnp.sqrt(ss)
-        met = su / jnp.where(ss > 0, ss, jnp.ones_like(ss))
-        telling = finite & ~first & (length > unit**0.5 * tree.norm(point.params))
-        curvature = jnp.where(telling, jnp.maximum(carry.curvature, met), carry.curvature)
+        reach = jnp.maximum(carry.reach, tree.norm(new.params))
+        bend = tolerance.update_bend(carry.bend, su, ss, uu, tree.norm(point.params), unit, finite & ~first)
+        kept = _remember(carry.memory, step, change, su, accepted & ~first & convex)
 
         # A search that finds nothing drops the memory once; without any memory there is nothing left to try.
         count = jnp.where(accepted, 0, search.count + 1)
@@ -258,44 +265,57 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, m
         uphill = ~(down < 0)  # by rounding, or NaN
         direction = tree.where(uphill, tree.scale(-gamma, new.grads), direction)
         down = jnp.where(uphill, -gamma * new.grad_norm**2, down)
-        fresh = _Search(direction, down, jnp.ones_like(zero), zero, down, infinite, jnp.int32(0))
+        length = tree.norm(direction)
+        fresh = _Search(direction, length, down, jnp.ones_like(zero), zero, down, infinite, jnp.int32(0))
         narrowed = _narrow(search._replace(count=count.astype(jnp.int32)), slope, enough, finite)
 
         best = tolerance.update_best(carry.best, trial, accepted)
         best = best._replace(age=jnp.where(accepted, best.age, best.age + 1))  # at the rounding level it is searches that cost
-        done = (new.grad_norm <= tol * scale) | (best.age >= 2 * SEARCH) | (failed & bare) | (first & ~finite)
+        target = tol * tolerance.size(new.params, reach)
+        was = search.length * jnp.maximum(1.0, search.t)  # a longer step than the direction says that the memory is out of date
+        arrived = accepted & ~first & (length <= target) & (was <= target)
+        converged = arrived | (finite & accepted & (new.grad_norm == 0))
+        known = bend._replace(largest=jnp.where(bend.largest > 0, bend.largest, memory.curvature))
+        lost = ~accepted & ~first & blurred & (count >= LOST) & (search.length <= target)
+        lost = lost & jnp.all(jnp.stack(tolerance.at_rounding(point, known)))
+        done = converged | lost | (best.age >= 2 * SEARCH) | (failed & bare) | (first & ~finite)
         return _Carry(
             tree.where(first, trial, new),
             kept,
             tree.where(restart, fresh, narrowed),
             best,
-            curvature,
+            bend,
+            reach,
             jnp.where(first, trial.value, carry.first_value),
             carry.iterations + (accepted & ~first).astype(jnp.int32),
             carry.evaluations + 1,
+            converged,
             done,
         )
 
     start = _Carry(
         point=tolerance.unevaluated(params, state.model),
         memory=memory,
-        search=_Search(tree.zeros_like(params), zero, zero, zero, zero, infinite, jnp.int32(0)),
+        search=_Search(tree.zeros_like(params), zero, zero, zero, zero, zero, infinite, jnp.int32(0)),
         best=tolerance.first_best(params),
-        curvature=zero,
+        bend=tolerance.no_bend(params),
+        reach=zero,
         first_value=infinite,
         iterations=jnp.int32(0),
         evaluations=jnp.int32(0),
+        converged=jnp.asarray(False),
         stop=jnp.asarray(False),
     )
     end = lax.while_loop(lambda carry: ~carry.stop & (carry.iterations < maxiter), body, start)
+    met = jnp.where(end.bend.largest > 0, end.bend.largest, memory.curvature)
     info = {
         "value": end.first_value,
         "grad_norm": end.point.grad_norm,
         "iterations": end.iterations,
         "evaluations": end.evaluations,
-        "code": tolerance.verdict(end.point, tol=tol, scale=end.memory.scale, curvature=end.curvature),
+        "code": tolerance.verdict(end.point, end.converged, end.bend._replace(largest=met)),
     }
-    return base.InnerState(end.point.params, end.memory, end.point.model), info
+    return base.InnerState(end.point.params, end.memory._replace(curvature=met), end.point.model), info
 
 
 def _narrow(search: _Search, slope: Scalar, enough: Scalar, finite: Scalar) -> _Search:
@@ -309,5 +329,7 @@ def _narrow(search: _Search, slope: Scalar, enough: Scalar, finite: Scalar) -> _
     bounded = jnp.isfinite(high)
     width = jnp.where(bounded, high - low_new, 0.0)
     inside = jnp.clip(secant, low_new + 0.1 * width, high - 0.1 * width)
+    # While the start itself is the lower end, the unit of the parameters may be orders of magnitude off.
+    inside = jnp.where((low_new == 0) & (search.count >= 3), jnp.minimum(inside, 0.1 * t), inside)
     outside = jnp.clip(secant, 2.0 * t, 10.0 * t)
     return search._replace(t=jnp.where(bounded, inside, outside), low=low_new, low_slope=slope_new, high=high)

@@ -1,21 +1,22 @@
-"""Solves to an accuracy that is a value: the lower level to a gradient norm, the adjoint to a residual."""
+"""Solves to an accuracy that is a value: the lower level to a relative distance, the adjoint to a residual."""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
-from bilevax import check, linear, tree
-from bilevax.base import Bound, Ctx, Draw, InnerSolver, InnerState, Problem, PyTree
+from bilevax import check, linear
+from bilevax.base import Ctx, Draw, InnerSolver, InnerState, Problem, PyTree
 from bilevax.data import same
+from bilevax.results import RESULTS
+
+INNER = 1000  # most iterations of one inner solve
 
 
 def check_solver(solver: Any, argument: str) -> None:
-    """An inner solver that stops at a tolerance which can be set for each solve."""
-    ok = isinstance(solver, InnerSolver) and isinstance(solver.step, Bound) and {"tol", "maxiter"} <= set(solver.step.settings)
-    if not ok:
+    """An inner solver whose tolerance can be set for each solve."""
+    if not isinstance(solver, InnerSolver) or solver.to_tolerance is None:
         raise TypeError(
             f"{argument}: got {check.describe(solver)}; expected a solver to a tolerance. Try inner.lbfgs(), inner.agd() or inner.gradient_descent()."
         )
@@ -32,48 +33,20 @@ def full_batch_only(problem: Problem, name: str) -> None:
             )
 
 
-NEWTON_STEPS, NEWTON_PRODUCTS = 10, 500
-
-
 class Solved(NamedTuple):
-    """An inner point, the norm of its gradient, the evaluations spent, the solver's code."""
+    """An inner point, the norm of its gradient, the evaluations spent, whether the solver says that it is solved."""
 
     inner: InnerState
     grad_norm: Any
     evaluations: Any
-    code: Any
+    ok: Any
 
 
-def solve_to(problem: Problem, solver: InnerSolver, inner: InnerState, outer: PyTree, ctx: Ctx, target: Any, scale: Any) -> Solved:
-    """Run `solver` from `inner` until ``‖∇_y g‖ ≤ target``; `scale` is a gradient norm that none of its starts exceeds.
-
-    A first-order solver that gives up before is followed by Newton steps, their systems solved by conjugate gradients, for as long as each at least
-    halves the gradient: what ill-conditioned lower levels need for the last digits. Their products count as evaluations.
-    """
-    assert isinstance(solver.step, Bound)  # what `check_solver` let in
-    step = Bound(solver.step.name, solver.step.fn, **{**solver.step.settings, "tol": target / scale})
-    opt = inner.opt._replace(scale=scale.astype(inner.opt.scale.dtype))
-    state, info = step(problem.inner, inner._replace(opt=opt), outer, ctx._replace(model=inner.model))
-    dtype = info["grad_norm"].dtype
-    target = target.astype(dtype)
-    ctx = ctx._replace(model=state.model)
-
-    def newton(carry):
-        y, norm, spent, _, count = carry
-        there = curvature(problem, y, outer, ctx)
-        correction = adjoint_to(there.hessian, there.grad, tree.zeros_like(y), 0.1 * target, NEWTON_PRODUCTS)
-        moved = tree.sub(y, correction.q)
-        new = tree.norm(jax.grad(problem.inner, has_aux=True)(moved, outer, ctx)[0]).astype(dtype)
-        better = new <= 0.5 * norm
-        return tree.where(better, moved, y), jnp.where(better, new, norm), spent + correction.products + 2, better, count + 1
-
-    def unfinished(carry):
-        _, norm, _, better, count = carry
-        return (norm > target) & better & (count < NEWTON_STEPS) & jnp.isfinite(norm)
-
-    start = (state.params, info["grad_norm"], info["evaluations"], jnp.asarray(True), jnp.int32(0))
-    y, norm, spent, _, _ = jax.lax.while_loop(unfinished, newton, start)
-    return Solved(state._replace(params=y), norm, spent, info["code"])
+def solve_to(problem: Problem, solver: InnerSolver, inner: InnerState, outer: PyTree, ctx: Ctx, tol: Any) -> Solved:
+    """Run `solver` from `inner` until the distance to the solution is, by its own estimate, at most ``tol ‖y‖``."""
+    assert solver.to_tolerance is not None  # what `check_solver` let in
+    state, info = solver.to_tolerance(tol, INNER).step(problem.inner, inner, outer, ctx._replace(model=inner.model))
+    return Solved(state, info["grad_norm"], info["evaluations"], info["code"] == RESULTS.success)
 
 
 class Curvature(NamedTuple):
@@ -97,7 +70,7 @@ def curvature(problem: Problem, y: PyTree, x: PyTree, ctx: Ctx) -> Curvature:
 
 
 class Adjoint(NamedTuple):
-    """The solution q of ``∇²_yy g q = ∇_y f``, its absolute residual, the products spent, the solver's code."""
+    """The solution q of ``∇²_yy g q = ∇_y f``, its relative residual, the products spent, the solver's code."""
 
     q: PyTree
     residual: Any
@@ -105,9 +78,7 @@ class Adjoint(NamedTuple):
     code: Any
 
 
-def adjoint_to(hessian: Any, f_y: PyTree, start: PyTree, residual: Any, maxiter: int) -> Adjoint:
-    """Conjugate gradients from `start` until ``‖Hq − ∇_y f‖ ≤ residual``."""
-    size = tree.norm(f_y)
-    tol = residual / jnp.where(size == 0, jnp.ones_like(size), size)
+def adjoint_to(hessian: Any, f_y: PyTree, start: PyTree, tol: Any, maxiter: int) -> Adjoint:
+    """Conjugate gradients from `start` until ``‖Hq − ∇_y f‖ ≤ tol ‖∇_y f‖``; cut at negative curvature, with the iterate that there is."""
     q, info = linear.cg(maxiter=maxiter, tol=jax.lax.stop_gradient(tol))(hessian, f_y, start)
-    return Adjoint(q, info.residual * size, info.iterations, info.code)
+    return Adjoint(q, info.residual, info.iterations, info.code)
