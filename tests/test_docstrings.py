@@ -9,7 +9,21 @@ import pytest
 import bilevax as bx
 from bilevax.base import Algorithm, Bound, Hypergradient
 
-NAMESPACES = ("algorithms", "callbacks", "checkpoint", "data", "hypergradient", "inner", "linear", "nn", "plots", "replay", "sharding", "testing")
+NAMESPACES = (
+    "algorithms",
+    "attribution",
+    "callbacks",
+    "checkpoint",
+    "data",
+    "hypergradient",
+    "inner",
+    "linear",
+    "nn",
+    "plots",
+    "replay",
+    "sharding",
+    "testing",
+)
 
 
 def public() -> dict[str, object]:

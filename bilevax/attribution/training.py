@@ -1,0 +1,138 @@
+"""A training whose examples have weights: what influence is a derivative of, and what is done again to check it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import lax
+
+from bilevax import check, tree
+from bilevax._core import optimizer as updates_of
+from bilevax.base import PyTree
+from bilevax.data.sources import check_arrays
+
+
+class Training:
+    """A training of weighted examples; made by `training`."""
+
+    def __init__(self, losses, optimizer, params, data, order, regularizer):
+        self.losses, self.optimizer, self.params, self.data = losses, optimizer, params, data
+        self.order, self.regularizer = order, regularizer
+        self.examples = int(jax.tree.leaves(data)[0].shape[0])
+        self.num_steps, self.batch_size = order.shape
+        self._retrain = jax.jit(self._trained)
+        self._retrain_many = jax.jit(lambda weights, data, order: lax.map(lambda w: self._trained(w, data, order), weights))
+
+    def __repr__(self) -> str:
+        return f"training({self.examples} examples, {self.num_steps} steps of {self.batch_size})"
+
+    def objective(self, params: PyTree, weights: jax.Array, batch: dict[str, Any]) -> jax.Array:
+        """The weighted loss of a batch: ``mean(weights[index] * losses) + regularizer``, weights not renormalised."""
+        losses = self.losses(params, batch["rows"])
+        total = weighted_mean(weights[batch["index"]], losses)
+        return total if self.regularizer is None else total + self.regularizer(params)
+
+    def batch(self, step: int) -> dict[str, Any]:
+        """The batch of a step, read on the host."""
+        index = np.asarray(self.order[step])
+        return {"rows": jax.tree.map(lambda a: np.asarray(a)[index], self.data), "index": index}
+
+    def retrain(self, weights: Any) -> PyTree:
+        """The parameters at the end of a training with these weights.
+
+        Args:
+          weights: a weight an example, ``[examples]``; or many such rows, for as many trainings.
+
+        Returns:
+          Parameters, with one more axis in front for many trainings.
+
+        Examples:
+          >>> import jax.numpy as jnp, optax, bilevax as bx
+          >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
+          >>> train = bx.attribution.training(losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20)
+          >>> train.retrain(jnp.array([[1.0, 1.0], [0.0, 1.0]])).round(2).tolist()  # its step is half as long with one example
+          [2.0, 2.99]
+        """
+        weights = jnp.asarray(weights)
+        run = self._retrain if weights.ndim == 1 else self._retrain_many
+        return run(weights, self.data, self.order)
+
+    def _trained(self, weights, data, order) -> PyTree:
+        def body(carry, index):
+            params, state = carry
+            batch = {"rows": jax.tree.map(lambda a: a[index], data), "index": index}
+            grads = jax.grad(self.objective)(params, weights, batch)
+            updates, state = updates_of.update(self.optimizer, grads, state, params)
+            return (updates_of.apply(params, updates), state), None
+
+        (params, _), _ = lax.scan(body, (self.params, updates_of.init(self.optimizer, self.params)), order)
+        return params
+
+
+def weighted_mean(weights: jax.Array, losses: jax.Array) -> jax.Array:
+    """The mean of losses ``[rows]`` or ``[rows, tokens]`` under weights of their shape, or one a row."""
+    extra = losses.ndim - weights.ndim
+    return jnp.mean(weights.reshape(weights.shape + (1,) * extra).astype(losses.dtype) * losses)
+
+
+def training(
+    losses: Callable[[PyTree, PyTree], jax.Array],
+    optimizer: optax.GradientTransformation,
+    params: PyTree,
+    data: PyTree,
+    order: Any,
+    *,
+    regularizer: Callable[[PyTree], jax.Array] | None = None,
+) -> Training:
+    r"""A training of weighted examples, in an order of its own.
+
+    .. math::
+        y_{t+1} = U\Bigl(y_t, \nabla_y \Bigl[\tfrac{1}{B} \sum_{i \in \text{order}_t} w_i \ell_i(y_t) + r(y_t)\Bigr]\Bigr)
+
+    Weights are not renormalised in a batch: leaving an example out takes its term away, and does not make the others weigh more.
+
+    Args:
+      losses: ``(params, rows) -> [rows]``, the loss of each row of a batch; or ``[rows, tokens]``.
+      optimizer: an optax transformation.
+      params: initial parameters.
+      data: arrays with a common leading axis, an entry an example.
+      order: integers ``[steps, batch_size]``: the rows of each step.
+      regularizer: a term ``params -> scalar`` that no example's weight touches.
+
+    Returns:
+      A `Training`, with ``retrain(weights)`` and what `metagradient` differentiates.
+
+    Raises:
+      TypeError, ValueError: for arguments of another kind.
+
+    Examples:
+      >>> import jax.numpy as jnp, optax, bilevax as bx
+      >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
+      >>> bx.attribution.training(losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20)
+      training(2 examples, 20 steps of 2)
+    """
+    if not callable(losses):
+        raise TypeError(f"losses: got {check.describe(losses)}; expected a function (params, rows) -> losses, one a row.")
+    check.transformation(optimizer, "optimizer")
+    params = check.arrays(params, "params")
+    check.params(params, "params")
+    check_arrays(data, "data")
+    data = jax.tree.map(jnp.asarray, data)
+    rows = jnp.asarray(order)
+    examples = int(jax.tree.leaves(data)[0].shape[0])
+    if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.integer):
+        raise ValueError(f"order: got {check.describe(rows)}; expected integers [steps, batch_size], the rows of each step.")
+    if int(rows.min()) < 0 or int(rows.max()) >= examples:
+        raise ValueError(f"order: got rows {int(rows.min())} to {int(rows.max())}; expected 0 to {examples - 1}, the examples.")
+    one = jax.eval_shape(losses, params, jax.tree.map(lambda a: a[rows[0]], data))
+    if not hasattr(one, "shape") or one.shape[:1] != (rows.shape[1],):
+        raise ValueError(f"losses: returned {one}; expected an array with an entry a row, [{rows.shape[1]}] or [{rows.shape[1]}, tokens].")
+    return Training(losses, optimizer, tree.strong(params), data, rows, regularizer)
+
+
+__all__ = ["Training", "training"]
