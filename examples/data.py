@@ -167,6 +167,11 @@ def sst2() -> dict[str, tuple[list[str], np.ndarray]]:
     return {split: ([text for _, text in rows], np.array([int(label) for label, _ in rows], np.int32)) for split, rows in content.items()}
 
 
+def text_domains() -> dict[str, str]:
+    """Six kinds of English and code by name, plain ASCII, a few MB each: plays, manual, man_pages, fortunes, dictionary, code."""
+    return _packed("text_domains.json.gz", '{"plays": text, "manual": text, ...}')
+
+
 def _packed(name: str, form: str):
     path = local(name)
     if path is None:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -26,7 +27,7 @@ class Training:
         self.examples = int(jax.tree.leaves(data)[0].shape[0])
         self.num_steps, self.batch_size = order.shape
         self._retrain = jax.jit(self._trained)
-        self._retrain_many = jax.jit(lambda weights, data, order: lax.map(lambda w: self._trained(w, data, order), weights))
+        self._retrain_many = jax.jit(lambda weights, *rest: lax.map(lambda w: self._trained(w, *rest), weights))
 
     def __repr__(self) -> str:
         return f"training({self.examples} examples, {self.num_steps} steps of {self.batch_size})"
@@ -39,17 +40,22 @@ class Training:
 
     def batch(self, step: int) -> dict[str, Any]:
         """The batch of a step, read on the host."""
-        index = np.asarray(self.order[step])
-        return {"rows": jax.tree.map(lambda a: np.asarray(a)[index], self.data), "index": index}
+        data, order = self._on_host
+        return {"rows": jax.tree.map(lambda a: a[order[step]], data), "index": order[step]}
 
-    def retrain(self, weights: Any) -> PyTree:
+    @functools.cached_property
+    def _on_host(self) -> tuple[PyTree, np.ndarray]:
+        return jax.tree.map(np.asarray, self.data), np.asarray(self.order)
+
+    def retrain(self, weights: Any, checkpoints: Sequence[int] | None = None) -> PyTree:
         """The parameters at the end of a training with these weights.
 
         Args:
           weights: a weight an example, ``[examples]``; or many such rows, for as many trainings.
+          checkpoints: steps, from 1, after which the parameters are taken, for `tracin`; None for the end alone.
 
         Returns:
-          Parameters, with one more axis in front for many trainings.
+          Parameters, with one more axis in front for many trainings. With checkpoints a list of them.
 
         Examples:
           >>> import jax.numpy as jnp, optax, bilevax as bx
@@ -60,18 +66,30 @@ class Training:
         """
         weights = jnp.asarray(weights)
         run = self._retrain if weights.ndim == 1 else self._retrain_many
-        return run(weights, self.data, self.order)
+        at = jnp.asarray([self.num_steps] if checkpoints is None else list(checkpoints), jnp.int32)
+        kept = run(weights, self.data, self.order, at)
+        axis = weights.ndim - 1  # behind that of the trainings
+        pick = lambda i: jax.tree.map(lambda a: lax.index_in_dim(a, i, axis, keepdims=False), kept)
+        return pick(0) if checkpoints is None else [pick(i) for i in range(at.shape[0])]
 
-    def _trained(self, weights, data, order) -> PyTree:
-        def body(carry, index):
-            params, state = carry
+    def _trained(self, weights, data, order, at) -> PyTree:
+        """The parameters after each of the steps `at`."""
+
+        def body(carry, now):
+            params, state, kept = carry
+            step, index = now
             batch = {"rows": jax.tree.map(lambda a: a[index], data), "index": index}
             grads = jax.grad(self.objective)(params, weights, batch)
             updates, state = updates_of.update(self.optimizer, grads, state, params)
-            return (updates_of.apply(params, updates), state), None
+            params = updates_of.apply(params, updates)
+            here = at == step
+            kept = jax.tree.map(lambda k, p: jnp.where(here.reshape(-1, *[1] * p.ndim), p[None], k), kept, params)
+            return (params, state, kept), None
 
-        (params, _), _ = lax.scan(body, (self.params, updates_of.init(self.optimizer, self.params)), order)
-        return params
+        kept = jax.tree.map(lambda p: jnp.zeros((at.shape[0], *p.shape), p.dtype), self.params)
+        start = self.params, updates_of.init(self.optimizer, self.params), kept
+        steps = jnp.arange(1, order.shape[0] + 1, dtype=jnp.int32)
+        return lax.scan(body, start, (steps, order))[0][2]
 
 
 def weighted_mean(weights: jax.Array, losses: jax.Array) -> jax.Array:

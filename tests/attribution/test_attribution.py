@@ -107,6 +107,16 @@ def test_implicit_is_where_a_long_training_goes(problem):
     close(bx.attribution.metagradient(train, measure, held).scores, implicit.scores, 1e-6)
 
 
+def test_checkpoints_of_a_training(problem):
+    train, data, _ = problem
+    short = bx.attribution.training(losses, train.optimizer, jnp.zeros(4), data, train.order[:25], regularizer=penalty)
+    weights = jnp.stack([jnp.ones(ROWS), jnp.linspace(0.5, 1.5, ROWS)])
+    for given in (weights[0], weights):
+        middle, end = train.retrain(given, checkpoints=(25, STEPS))
+        close(middle, short.retrain(given), 1e-14)
+        close(end, train.retrain(given), 1e-14)
+
+
 def test_tracin_and_similarity(problem):
     train, data, held = problem
     points = [jnp.zeros(4), train.retrain(jnp.ones(ROWS))]
