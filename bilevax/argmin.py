@@ -338,7 +338,7 @@ def _solution_jvp(static: Static, primals, tangents):
     # Linear already: linearized again, what the Hessian does not need of it is dead code instead of arithmetic on zeros.
     _, hvp = jax.linearize(lambda v: products(v, held), still)
     solve = partial(_linear_solve, linear)
-    return inner, lax.custom_linear_solve(lambda v: _together(hvp(v)), _together(tree.neg(mixed)), solve, symmetric=True)
+    return inner, _together(lax.custom_linear_solve(lambda v: _together(hvp(v)), _together(tree.neg(mixed)), solve, symmetric=True))
 
 
 _solution.defjvp(_solution_jvp, symbolic_zeros=True)

@@ -65,12 +65,17 @@ class Feeds(NamedTuple):
     done: Any = 0
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["fn", "has_aux", "stateful", "keyed", "indexed", "trajectory"], meta_fields=[])
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["fn", "has_aux", "stateful", "keyed", "indexed", "trajectory", "adapt"],
+    meta_fields=[],
+)
 @dataclasses.dataclass(frozen=True, repr=False)
 class Objective:
     """A user's function in the one form that the library calls: ``(inner, outer, ctx) -> (value, (model, aux))``.
 
-    Made by `bilevax.objective`; equal functions with equal flags are equal objectives.
+    Made by `bilevax.objective`; equal functions with equal flags are equal objectives. `adapt` gives a mapping or a constraint that a
+    method was given the arguments that this objective gets: ``(Objective) -> Objective``. None: they are the same.
     """
 
     fn: Callable
@@ -79,6 +84,7 @@ class Objective:
     keyed: bool = False
     indexed: bool = False
     trajectory: bool = False
+    adapt: Callable | None = None
 
     def __call__(self, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[Scalar, tuple[PyTree, PyTree]]:
         args = (inner, outer, ctx.batch) + ((ctx.model,) if self.stateful else ())
@@ -263,7 +269,9 @@ class Hypergradient(NamedTuple):
       init: method state (a warm adjoint, say) from inner parameters.
       vjp: as above. `ctx` is the context of second-order products, drawn apart from the solve's own.
       sees_init: the pullback returns a cotangent on the initial inner point; otherwise None stands there.
-      order: how often the solution may be differentiated: 1 where only this pullback is right, 2 where the derivative is exact again.
+      order: how often the solution may be differentiated: 1 where only this pullback is right; 2 where the
+        derivative is exact any number of times: through `linear`, by the implicit function theorem, and where
+        that is None through the operations of `vjp` itself.
       sees_model: the pullback takes an `InnerState` of cotangents, on the parameters and on the model's
         state (its `opt` is ``()``), and differentiates both. Otherwise it takes the cotangent on the
         parameters, and the statistics count as constants.
@@ -274,7 +282,10 @@ class Hypergradient(NamedTuple):
         many, independent of each other and of the training.
       cost: ``(inner solver) -> {"gradients": n, "hvps": n, "mixed_products": n}``, what one pullback takes
         beyond the solve, as far as it is known beforehand. None: not known.
-      linear: the linear solver inside, for those who solve a larger system in its place. None: there is none.
+      linear: the solver of the adjoint system, with its damping, for those who differentiate the solution by
+        the implicit function theorem, or solve a larger system in its place. None: there is none.
+      extends: the pullback gives cotangents of whatever else the objective reads (its batches, what it
+        captures) when that is appended to the outer parameters. Otherwise such derivatives are refused.
       first_order_form: the method to take where the inner objective may be differentiated only once (it
         holds a solution of a first-order method). None: this method itself.
     """
@@ -282,7 +293,7 @@ class Hypergradient(NamedTuple):
     init: HypergradientInit
     vjp: HypergradientVjp
     sees_init: bool = False
-    order: int = 2
+    order: int = 1
     sees_model: bool = False
     sees_settings: bool = False
     sees_steps: bool = False
@@ -290,6 +301,7 @@ class Hypergradient(NamedTuple):
     cost: Callable[[InnerSolver], dict[str, Any]] | None = None
     linear: LinearSolver | None = None
     first_order_form: Hypergradient | None = None
+    extends: bool = True
 
     def __repr__(self) -> str:
         return repr(self.vjp)

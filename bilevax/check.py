@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import tree
+from bilevax._captured import hoisted
 from bilevax._core import numbers
 from bilevax._core.numbers import describe as describe
 from bilevax.base import Algorithm, Bound, Ctx, Draw, Hypergradient, InnerSolver, Objective, Problem, PyTree, objective
@@ -66,7 +67,8 @@ def bind_fixed(problem: Problem, inner_fixed: PyTree, outer_fixed: PyTree) -> Pr
         return problem
 
     def bind(obj: Objective) -> Objective:
-        return dataclasses.replace(obj, fn=Bound(obj.name, _with_fixed, fn=obj.fn, inner_fixed=inner_fixed, outer_fixed=outer_fixed))
+        fixed = dict(inner_fixed=inner_fixed, outer_fixed=outer_fixed)
+        return dataclasses.replace(obj, fn=Bound(obj.name, _with_fixed, fn=obj.fn, **fixed), adapt=Bound("with_fixed", _adapted, **fixed))
 
     problem = problem._replace(inner=bind(problem.inner), outer=bind(problem.outer))
     if problem.inner_init is not None:
@@ -80,8 +82,20 @@ def _with_fixed(inner, outer, *args, fn, inner_fixed, outer_fixed, **kwargs):
     return fn(tree.combine(inner, inner_fixed), tree.combine(outer, outer_fixed), *args, **kwargs)
 
 
+def _adapted(mapping: Objective, **fixed) -> Objective:
+    return dataclasses.replace(mapping, fn=Bound(mapping.name, _with_fixed, fn=mapping.fn, **fixed))
+
+
 def _init_with_fixed(outer, *, fn, outer_fixed):
     return tree.partition(fn(tree.combine(outer, outer_fixed)))[0]
+
+
+def captured(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, inner_ctx: Ctx, outer_ctx: Ctx) -> Problem:
+    """`problem` with the traced arrays that its objectives capture bound to them, as values."""
+    return problem._replace(
+        inner=hoisted(problem.inner, inner, outer, inner_ctx._replace(model=model)),
+        outer=hoisted(problem.outer, inner, outer, outer_ctx._replace(model=model)),
+    )
 
 
 # ---- pieces

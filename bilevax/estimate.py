@@ -1,4 +1,4 @@
-"""One hypergradient: solve, take the outer gradient, pull it back."""
+"""value_and_hypergrad: one hypergradient, inside a training loop of one's own."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 
-from bilevax import check, tree
-from bilevax._core.jaxpr import reads
-from bilevax.base import Ctx, Draw, Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, objective
+from bilevax import _derivative, check, tree
+from bilevax._estimate import estimate, guarded
+from bilevax.base import Ctx, Draw, Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, objective
 from bilevax.data import same
 from bilevax.data.draws import check_stacked, count_steps
-from bilevax.results import RESULTS, as_warning, failed, first, strictly, strictness, unless, warning
+from bilevax.results import RESULTS, strictness
 
 
 class EstimateState(NamedTuple):
@@ -24,79 +23,6 @@ class EstimateState(NamedTuple):
     model: PyTree
     method: PyTree
     step: Any
-
-
-def estimate(
-    problem: Problem, solver: InnerSolver, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds, state: PyTree
-) -> tuple[InnerState, Estimate]:
-    """Solve the lower level from `inner` and differentiate the outer objective at its solution, on floating-point leaves only.
-
-    Returns the solved inner state, and an `Estimate` whose `state` is the method's and whose info has ``code``, ``warnings`` and
-    ``grad_norm``.
-    """
-    init_pullback: Callable | None = None
-    if problem.inner_init is not None:
-        params, init_pullback = jax.vjp(problem.inner_init, outer)
-        inner = inner._replace(params=params, opt=solver.init(params))
-    lower = Lower(problem.inner, solver, problem.inner_draw)
-    hyper_ctx = problem.hyper_draw(feeds.hyper, 0)
-    solution, pullback = method.vjp(lower, inner, outer, feeds.inner, hyper_ctx, state)
-
-    outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=solution.model)
-    value_and_grads = jax.value_and_grad(problem.outer, (0, 1), has_aux=True)
-    (value, (_, aux)), (inner_cotangent, direct) = value_and_grads(solution.params, outer, outer_ctx)
-    cotangent, init_cotangent, state, info = pullback(inner_cotangent)
-    grad = tree.add(direct, cotangent)
-    if init_pullback is not None:
-        grad = tree.add(grad, init_pullback(init_cotangent)[0])
-
-    grad_norm = tree.norm(grad)
-    said, warned = as_warning(info["code"])
-    warnings = warned | info.get("warnings", 0) | _constant_statistics(problem, method, solution, outer, outer_ctx)
-    code = first(
-        jnp.where(said == RESULTS.inner_nonfinite, said, jnp.int32(0)),
-        unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
-        said,
-        unless(jnp.isfinite(info["inner_grad_norm"]), RESULTS.adjoint_nonfinite) if "inner_grad_norm" in info else 0,
-        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
-    )
-    code = _blame_batch(problem, solver, feeds, code)
-    info = {**info, "grad_norm": grad_norm, "code": code, "warnings": warnings}
-    return solution, Estimate(value, grad, solution.params, state, info, aux)
-
-
-def _constant_statistics(problem: Problem, method: Hypergradient, solution: InnerState, outer: PyTree, ctx: Ctx):
-    """The warning that a method leaves out the path through the model's state, where the outer objective takes it."""
-    floats, rest = tree.partition(solution.model)
-    if method.sees_model or not problem.inner.stateful or not jax.tree.leaves(floats):
-        return jnp.int32(0)
-
-    def value(floats):
-        return problem.outer(solution.params, outer, ctx._replace(model=tree.combine(floats, rest)))[0]
-
-    return warning(any(reads(value, floats)), RESULTS.statistics_constant)
-
-
-_NONFINITE = (RESULTS.inner_nonfinite, RESULTS.outer_nonfinite, RESULTS.adjoint_nonfinite, RESULTS.hypergradient_nonfinite)
-
-
-def _blame_batch(problem: Problem, solver: InnerSolver, feeds: Feeds, code):
-    """After something became non-finite, and only then, look whether a batch already was: its draws are pure, so they can be drawn again."""
-
-    def finite(ctx):
-        return tree.agreed(tree.all_finite(ctx.batch), code)
-
-    def batches_finite():
-        def inner(i, ok):
-            return ok & finite(problem.inner_draw(feeds.inner, i))
-
-        ok = lax.fori_loop(0, solver.steps, inner, jnp.asarray(True))
-        ok &= finite(problem.hyper_draw(feeds.hyper, 0))
-        return ok & finite(problem.outer_draw(feeds.outer, 0))
-
-    nonfinite = jnp.any(jnp.asarray([code == c for c in _NONFINITE]))
-    clean = lax.cond(nonfinite, batches_finite, lambda: jnp.asarray(True))
-    return jnp.where(clean, code, jnp.int32(RESULTS.nonfinite_batch))
 
 
 class HypergradFn:
@@ -153,24 +79,17 @@ class HypergradFn:
         check_stacked(problem.inner_draw, inner_batch, self.solver.steps)
         problem = count_steps(problem, self.solver.steps)
         feeds = Feeds(inner_feed, hyper_ctx_feed, Feed(outer_batch, keys[2], 0), None if key is None else jax.random.fold_in(key, 3), state.step)
-        check.objectives(problem, inner, outer, state.model, _context(problem.inner_draw, inner_feed), _context(same, feeds.outer))
-        solution, out = estimate(problem, self.solver, self.method, InnerState(inner, state.opt, state.model), outer, feeds, state.method)
+        contexts = _context(problem.inner_draw, inner_feed), _context(same, feeds.outer)
+        check.objectives(problem, inner, outer, state.model, *contexts)
+        problem = check.captured(problem, inner, outer, state.model, *contexts)
+        start = InnerState(inner, state.opt, state.model)
+        solution, out = _derivative.differentiable(problem, self.solver, self.method, start, outer, feeds, state.method)
         new_state = EstimateState(solution.opt, solution.model, out.state, state.step + 1)
         out = guarded(out._replace(state=new_state), state, self.strict)
         return out._replace(
             grad=tree.combine(out.grad, jax.tree.map(lambda a: None, outer_fixed)),
             inner_params=tree.combine(solution.params, inner_fixed),
         )
-
-
-def guarded(out: Estimate, before: PyTree, strict: int) -> Estimate:
-    """An estimate as a loop may be given it that reads no codes: after a failure its `grad` is NaN, and its `state` the one `before`.
-
-    `strict` is the mask of the warnings that count as failures.
-    """
-    code = strictly(out.info["code"], out.info["warnings"], strict)
-    bad = failed(code)
-    return out._replace(grad=tree.nan_where(bad, out.grad), state=tree.where(bad, before, out.state), info={**out.info, "code": code})
 
 
 def _context(draw: Draw, feed: Feed) -> Ctx:

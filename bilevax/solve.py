@@ -147,6 +147,7 @@ def solve_bilevel(
     contexts[0] = with_number(problem.inner, contexts[0])
     model = model_state if state is None else state.algorithm.inner.model
     value_dtype = check.objectives(problem, inner, outer, model, *contexts)
+    problem = check.captured(problem, inner, outer, model, *contexts)
     if options.metrics is not None:
         check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "warnings", "aux"})
     start = InnerState(inner, (), model_state)

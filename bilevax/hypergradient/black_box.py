@@ -49,7 +49,7 @@ def black_box(minimizer: Callable, interpolation: float = 1.0, *, host: bool = F
         raise TypeError(f"minimizer: got {type(minimizer).__name__}; expected a function costs -> inner_params.")
     interpolation = numbers.positive(interpolation, "interpolation", example=1.0)
     settings = dict(minimizer=minimizer, interpolation=interpolation, host=numbers.flag(host, "host"))
-    return Hypergradient(init=_init, vjp=Bound("black_box", _vjp, **settings), order=1)
+    return Hypergradient(init=_init, vjp=Bound("black_box", _vjp, **settings), order=1, extends=False)
 
 
 def _init(inner):

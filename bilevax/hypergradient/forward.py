@@ -42,7 +42,7 @@ def forward() -> Hypergradient:
 
     Source: Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization" (ICML 2017), algorithm 2.
     """
-    return Hypergradient(init=_init, vjp=Bound("forward", _vjp))
+    return Hypergradient(init=_init, vjp=Bound("forward", _vjp), order=2)
 
 
 def _init(inner):

@@ -15,6 +15,7 @@ from bilevax.base import Bound, Hypergradient, LinearSolver, PyTree
 from bilevax.hypergradient import _adjoint, _precision
 from bilevax.hypergradient._solve import forward
 from bilevax.linear import Preconditioner
+from bilevax.linear._common import is_approximate
 
 CEILING = 0.1  # loosest tolerance that `follow` may ask for: above it an adjoint is more noise than direction
 
@@ -83,6 +84,10 @@ def implicit(
       >>> fn(jnp.zeros(2), jnp.ones(2)).grad.tolist()
       [2.0, 2.0]
 
+    The derivative may be differentiated again (``order=2``), exactly at a solved point, with `linear` and its
+    damping; not with a truncated or approximate solver (``linear.neumann``, ``nystrom``, ``identity``), whose answer is
+    no inverse (``order=1``).
+
     Source: Bengio, "Gradient-based optimization of hyperparameters" (Neural Computation 2000); Pedregosa, "Hyperparameter optimization
     with approximate gradient" (ICML 2016), algorithm 1. Preconditioner: Frangella, Tropp and Udell, "Randomized Nyström preconditioning"
     (SIAM J. Matrix Anal. Appl. 2023).
@@ -105,7 +110,17 @@ def implicit(
         follow=follow,
         precision=_precision.asked_by(linear),
     )
-    return Hypergradient(init=Bound("implicit", _init, linear=linear, warm_start=warm_start), vjp=Bound("implicit", _vjp, **settings))
+    solved = linear if settings["damping"] is None else Bound("damped", _damped, linear=linear, damping=settings["damping"])
+    return Hypergradient(
+        init=Bound("implicit", _init, linear=linear, warm_start=warm_start),
+        vjp=Bound("implicit", _vjp, **settings),
+        order=1 if is_approximate(linear) else 2,
+        linear=solved,
+    )
+
+
+def _damped(matvec, b, x0, *, linear, damping):
+    return linear(lambda v: tree.axpy(damping, v, matvec(v)), b, x0)
 
 
 def _preconditioner(linear) -> Preconditioner | None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 from typing import Any
 
 from bilevax import tree
-from bilevax.base import Bound, Ctx, Objective, PyTree, objective
+from bilevax.base import Ctx, Objective, PyTree, objective
 
 
 def as_mapping(mapping: Any, name: str = "mapping") -> Objective:
@@ -17,16 +16,8 @@ def as_mapping(mapping: Any, name: str = "mapping") -> Objective:
 
 
 def bound_like(mapping: Objective, like: Objective) -> Objective:
-    """The mapping on floating-point leaves only, as the level's objective is: where others are bound to that, they are bound to this, too."""
-    settings = like.fn.settings if isinstance(like.fn, Bound) else {}
-    if "inner_fixed" not in settings or "outer_fixed" not in settings:
-        return mapping
-    fixed = {name: settings[name] for name in ("inner_fixed", "outer_fixed")}
-    return dataclasses.replace(mapping, fn=Bound(mapping.name, _with_fixed, fn=mapping.fn, **fixed))
-
-
-def _with_fixed(inner, outer, *args, fn, inner_fixed, outer_fixed, **kwargs):
-    return fn(tree.combine(inner, inner_fixed), tree.combine(outer, outer_fixed), *args, **kwargs)
+    """The mapping with the arguments that the level's objective gets: on floating-point leaves only, say, where others are bound to that."""
+    return mapping if like.adapt is None else like.adapt(mapping)
 
 
 def apply(mapping: Objective, like: Objective, inner: PyTree, outer: PyTree, ctx: Ctx) -> PyTree:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import LinearInfo
+from bilevax.base import Bound, LinearInfo
 from bilevax.results import RESULTS
 
 PyTree = Any
@@ -40,6 +40,17 @@ def info(iterations, residual, failure, tol=None) -> LinearInfo:
     code = jnp.where(solved, RESULTS.success, RESULTS.adjoint_not_converged)
     code = jnp.where(jnp.isfinite(residual), code, RESULTS.adjoint_nonfinite)
     return LinearInfo(jnp.asarray(iterations, jnp.int32), residual, jnp.where(failure == 0, code, failure).astype(jnp.int32))
+
+
+def approximate(fn):
+    """Mark a linear solver's function as one whose answer is no inverse, whatever its settings: a truncation or a sketch."""
+    fn.approximate = True
+    return fn
+
+
+def is_approximate(linear) -> bool:
+    """Whether a linear solver says of itself that it gives no inverse."""
+    return getattr(linear.fn if isinstance(linear, Bound) else linear, "approximate", False)
 
 
 @jax.tree_util.register_static

@@ -43,6 +43,7 @@ def identity(scale: float = 1.0) -> Bound:
     return Bound("identity", _identity, scale=scale)
 
 
+@_common.approximate
 def _identity(matvec, b, x0=None, *, scale):
     b, _ = _common.prepare(b, b)
     x = tree.scale(scale, b)

@@ -62,6 +62,7 @@ def largest_eigenvalue(matvec, like, steps: int = _POWER_STEPS):
     return lax.fori_loop(0, steps, body, (v, tree.norm(v)))[1]
 
 
+@_common.approximate
 def _neumann(matvec, b, x0=None, *, terms, step):
     b, _ = _common.prepare(b, b)
     b_norm = tree.norm(b)

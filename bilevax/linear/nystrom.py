@@ -239,6 +239,7 @@ def _apply(state: Sketch, v: PyTree, *, rho) -> PyTree:
     return tree.add(_common.rows_sum(inside * (lowest / (state.values + rho)), state.vectors), outside)
 
 
+@_common.approximate
 def _nystrom(matvec, b, x0=None, *, rank, rho, key) -> tuple[PyTree, LinearInfo]:
     b, x0 = _common.prepare(b, x0)
     state = _refresh(matvec, _init(b, rank=rank, key=key))

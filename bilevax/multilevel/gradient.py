@@ -9,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._estimate import guarded
 from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree, objective
 from bilevax.data import same
 from bilevax.data.draws import with_number
-from bilevax.estimate import guarded
 from bilevax.multilevel import joint
+from bilevax.multilevel.derivative import differentiable
 from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
-from bilevax.multilevel.sweep import sweep
 from bilevax.multilevel.system import System, as_solver, as_system, method_of
 from bilevax.results import RESULTS, strictness
 
@@ -75,7 +75,7 @@ class MultilevelGradFn:
             methods, step = state.method, state.step
         zero = jnp.zeros((), jnp.int32)
         feeds = {n: Feed(batches.get(n), None if key is None else jax.random.fold_in(key, i), zero) for i, n in enumerate(names)}
-        out = sweep(system, states, methods, floats[names[-1]], feeds)
+        out = differentiable(system, states, methods, floats[names[-1]], feeds)
         new_state = MultilevelEstimateState(
             {n: s.opt for n, s in out.states.items()}, {n: s.model for n, s in out.states.items()}, out.methods, step + 1
         )

@@ -6,8 +6,8 @@ BatchNorm's statistics do: they move on real inner steps and stand still on hype
 
 How a nested best response is differentiated is its own method's affair:
 
-- ``order=2`` and unrolled: through the solve's steps, by ordinary differentiation.
-- ``order=2`` otherwise: exactly, any number of times, by `argmin.attach` at the solved point.
+- ``order=2`` without a linear solver (unrolled, forward): through the solve's steps, by ordinary differentiation.
+- ``order=2`` with one: exactly, any number of times, by `argmin.attach` at the solved point.
 - ``order=1``: once, by the method's own pullback. The result is guarded: differentiating it again raises, since it would be wrong without a sign.
 """
 
@@ -120,7 +120,7 @@ def _respond(system: System, reader: str, name: str, env: dict, batch: LevelBatc
     if method.order < 2:
         solution = _guarded_solve(side, method, message(system, reader, name), start, given, feed, ctx)
         y = solution.params
-    elif method.sees_init:
+    elif method.linear is None:
         solution, _ = method.vjp(side, start, given, feed, ctx, method.init(start.params))
         y = solution.params
     else:
@@ -145,7 +145,7 @@ def attached(system: System, name: str, side: Lower, solution: InnerState, given
 def applies_jointly(system: System, name: str) -> bool:
     """Whether this level, with others inside it, is differentiated as one system: all of them exactly, none by its steps."""
     inside = system.graph[name].held
-    return bool(inside) and all(system.methods[n].order > 1 and not system.methods[n].sees_init for n in (name, *inside))
+    return bool(inside) and all(system.methods[n].order > 1 and system.methods[n].linear is not None for n in (name, *inside))
 
 
 def linear_settings(method: Hypergradient) -> tuple[Any, Any]:

@@ -136,7 +136,7 @@ def solve_multilevel(
     levels = checked(levels)
     options = check_options(
         num_steps, metrics, tol, keep, callbacks, progress, throw,
-        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict,
+        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict, name="solve_multilevel",
     )  # fmt: skip
     if state is not None and not isinstance(state, RunState):
         raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")

@@ -12,6 +12,7 @@ from jax import lax
 
 from bilevax import check, tree
 from bilevax import inner as inner_solvers
+from bilevax._captured import hoisted
 from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, objective
 from bilevax.hypergradient.finite_difference import finite_difference
 from bilevax.hypergradient.one_step import one_step
@@ -43,6 +44,7 @@ def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[st
             raise ValueError(f"model_states: got none for level {level.name!r}, whose objective is stateful; expected its initial model state.")
         check._evaluate(objectives[level.name], f"Level {level.name!r}, objective", params, None, contexts[level.name]._replace(model=model))
     given = {name: contexts[name]._replace(model=models.get(name)) for name in objectives}
+    objectives = {name: hoisted(value, params, None, given[name]) for name, value in objectives.items()}
     graph = find(objectives, params, given, {level.name: level.reads for level in levels}, [level.name for level in levels if level.freeze])
     *lower, top = levels
     methods = {level.name: method_of(level) for level in lower}

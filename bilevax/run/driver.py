@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import check, tree
+from bilevax._core.refusal import undifferentiable
 from bilevax.base import InnerState, PyTree, join, split
 from bilevax.run import dry, layout
 from bilevax.run.chunk import Best, Plan, RunState, run_traced
@@ -90,5 +91,10 @@ def _traced(static, dynamic, run, sources, solution, options: Options) -> Soluti
             "Shard the arrays that are passed in, and save solution.state from outside."
         )
     steps = options.num_steps
-    run, rows, count = run_traced(static, steps, run, dynamic, tuple(s.data for s in sources), steps)
+    why = (
+        f"{options.name}: got a derivative through a whole run, which is a loop until it is told to stop and has none; expected one of its "
+        "solution or of one step. Try argmin for the solution map, or value_and_hypergrad in a loop of your own."
+    )
+    run, dynamic, data = undifferentiable(why, (run, dynamic, tuple(s.data for s in sources)))
+    run, rows, count = run_traced(static, steps, run, dynamic, data, steps)
     return solution(run, run.code, rows, {"steps": count, "best_step": run.best.step if run.best is not None else run.step})

@@ -33,6 +33,7 @@ class Options(NamedTuple):
     sharding: placement.Sharding | None
     read_ahead: int | None = None
     strict: int = 0  # the mask of the warnings that are failures
+    name: str = "solve_bilevel"  # the driver's, for messages
 
 
 def check_options(
@@ -49,6 +50,7 @@ def check_options(
     sharding=None,
     read_ahead=None,
     strict=False,
+    name="solve_bilevel",
 ) -> Options:
     """`Options`, or an error that names the argument."""
     num_steps = numbers.count(num_steps, "num_steps")
@@ -70,4 +72,4 @@ def check_options(
         watchers.append(watch.progress_bar())
     if metrics is not None and not isinstance(metrics, Metrics):
         metrics = as_metrics(metrics)
-    return Options(num_steps, metrics, tol, keep, watchers, throw, on_failure, checkpoint, sharding, read_ahead, strictness(strict))
+    return Options(num_steps, metrics, tol, keep, watchers, throw, on_failure, checkpoint, sharding, read_ahead, strictness(strict), name)

@@ -1,0 +1,21 @@
+"""Values that must not be differentiated: doing so raises, in words of one's own."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import jax
+
+PyTree = Any
+
+
+@partial(jax.custom_jvp, nondiff_argnums=(0,))
+def undifferentiable(why: str, value: PyTree) -> PyTree:
+    """`value`; a derivative that reaches it raises a ValueError that says `why`."""
+    return value
+
+
+@undifferentiable.defjvp
+def _refuse(why, primals, tangents):
+    raise ValueError(why)
