@@ -15,9 +15,10 @@ class Checkpointing(NamedTuple):
     directory: str
     every: int
     keep: int
+    resume: str = "refuse"
 
 
-def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointing:
+def every(n: int, directory: str | os.PathLike, *, keep: int = 3, resume: str = "refuse") -> Checkpointing:
     """Save the run every `n` steps, and resume from what is there.
 
     A run that is started again with the same arguments and directory goes on from its newest checkpoint, the order of its data included, and ends
@@ -31,12 +32,23 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointi
     that is killed without a word loses what it did since its last save. Any error, that of the last save included, carries ``.solution``.
 
     A checkpoint that cannot be read back exactly (cut off, altered by as little as one bit, incomplete) is reported by a warning that names it, put
-    aside as ``damaged_step_<n>``, and the one before it is used. A checkpoint of another problem is refused.
+    aside as ``damaged_step_<n>``, and the one before it is used.
+
+    A checkpoint carries the fingerprint of its problem: a digest each of the objectives, the projection and the
+    algorithm's step as they are traced, with all their numbers and what they close over, of data that is held in
+    arrays, the start and the key. What differs is named, and the checkpoint refused. ``num_steps`` (but no fewer
+    than are saved), callbacks, metrics, `keep`, `tol` and the sharding may change; metrics that were added or left
+    out are NaN where they are not. Functions and loaders that give data are compared by what is traced of them
+    alone. One writer at a time: a directory in which another run writes is refused, here as long as that process
+    lives, elsewhere for a minute after its last sign of life.
 
     Args:
       n: steps between two saves, at least 1. The end of the run is saved as well.
       directory: a folder of this run alone, made if need be; with several processes, one that all of them see.
       keep: how many checkpoints stay, at least 1. With 1 a damaged newest one has none before it.
+      resume: what becomes of a checkpoint of another problem. ``"refuse"``: an error. ``"continue"``: the run goes on from its parameters, and from
+        whatever state has the same structure; the rest (the kept iterate always) begins anew. ``stats["continued"]`` names what differs, what was
+        taken and what was not.
 
     Returns:
       A value for ``solve_bilevel(..., checkpoint=...)`` or ``solve_multilevel(..., checkpoint=...)``. Needs the extra ``checkpoint``.
@@ -60,7 +72,12 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3) -> Checkpointi
     if not isinstance(directory, (str, os.PathLike)):
         raise TypeError(f"directory: got {check.describe(directory)}; expected a path.")
     place = os.fspath(directory)
-    return Checkpointing(place if "://" in place else os.path.abspath(place), numbers.count(n, "n"), numbers.count(keep, "keep"))
+    if not isinstance(place, str) or not place or "\0" in place:
+        raise ValueError(f"directory: got {place!r}; expected a path. Try 'runs/first'.")
+    if resume not in ("refuse", "continue"):
+        raise ValueError(f"resume: got {resume!r}; expected 'refuse' or 'continue'.")
+    place = place if "://" in place else os.path.abspath(place)
+    return Checkpointing(place, numbers.count(n, "n"), numbers.count(keep, "keep"), resume)
 
 
 __all__ = ["Checkpointing", "every"]

@@ -151,4 +151,10 @@ def solve_bilevel(
     if options.metrics is not None:
         check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "warnings", "aux"})
     start = InnerState(inner, (), model_state)
-    return launch(problem, algorithm, sources, start, outer, (inner_fixed, outer_fixed), key, state, value_dtype, options)
+    functions = {
+        "inner_objective": (problem.inner, (inner, outer, contexts[0]._replace(model=model))),
+        "outer_objective": (problem.outer, (inner, outer, contexts[1]._replace(model=model))),
+        "project": (project or (lambda x: x), (outer_params,)),
+    }
+    named = dict(zip(("inner_data", "hyper_data", "outer_data"), sources, strict=True))
+    return launch(problem, algorithm, named, start, outer, (inner_fixed, outer_fixed), key, state, value_dtype, options, functions)

@@ -175,7 +175,11 @@ def solve_multilevel(
     # The driver hands an algorithm whatever problem it was given, and as many streams as `draws` has entries.
     algorithm = Algorithm(_init, Bound("multilevel", _step, project=bound), counts)  # type: ignore[arg-type]
     leaves = ({n: fixed[n] for n in names[:-1]}, fixed[upper])
-    return launch(system, algorithm, tuple(sources.values()), start, floats[upper], leaves, key, state, value.dtype, options)
+    functions = {
+        f"objective of level {name!r}": (system.objectives[name], (floats, None, contexts[name]._replace(model=now.get(name)))) for name in names
+    }
+    named = {f"data[{name!r}]": source for name, source in sources.items()}
+    return launch(system, algorithm, named, start, floats[upper], leaves, key, state, value.dtype, options, functions)
 
 
 def _draw_of(level: Level, source: Any) -> Any:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,23 +12,37 @@ import numpy as np
 from bilevax import check, tree
 from bilevax._core.refusal import undifferentiable
 from bilevax.base import InnerState, PyTree, join, split
-from bilevax.run import dry, layout
-from bilevax.run.chunk import Best, Plan, RunState, run_traced
+from bilevax.run import dry, fingerprint, layout
+from bilevax.run.chunk import Best, Plan, RunState, one_step, run_traced
 from bilevax.run.loop import Loop, drive
 from bilevax.run.options import Options
 from bilevax.run.solution import Solution
-from bilevax.run.window import stream_of
+from bilevax.run.window import first_data, stream_of
 
 
 def launch(
-    problem, algorithm, sources, start: InnerState, outer, fixed: tuple, key, state: RunState | None, value_dtype, options: Options
+    problem,
+    algorithm,
+    named: dict[str, Any],
+    start: InnerState,
+    outer,
+    fixed: tuple,
+    key,
+    state: RunState | None,
+    value_dtype,
+    options: Options,
+    functions: dict[str, tuple],
 ) -> Solution:
     """Run `algorithm` on `problem` from `start`, or on from `state`.
 
-    All parameters are floating-point leaves; `fixed` holds the others, of the inner and of the outer ones.
+    All parameters are floating-point leaves; `fixed` holds the others, of the inner and of the outer ones. `named` are
+    the sources by argument. `functions` are those that the problem is made of, each with arguments to trace it on: what
+    a checkpoint tells other problems by.
     """
+    given = (problem, algorithm, named, start, outer, fixed, key, state, score_dtype_of(value_dtype), functions)
+    sources = tuple(named.values())
     inner_fixed, outer_fixed = fixed
-    score_dtype = np.promote_types(value_dtype, np.float32)
+    score_dtype = score_dtype_of(value_dtype)
     plan = Plan(problem, algorithm, options.metrics, options.tol, strict=options.strict)
     if options.sharding is not None:
         key = key if state is None else state.key
@@ -64,7 +79,35 @@ def launch(
         return _traced(static, dynamic, run, sources, solution, options)
     if options.sharding is not None and options.sharding.dry:
         return dry.of_step(static, dynamic, run, sources)  # type: ignore[return-value]
-    return drive(Loop(plan, static, dynamic, run, sources, solution, options))
+    return drive(Loop(plan, static, dynamic, run, sources, solution, options), lambda: _fingerprint(*given))
+
+
+def score_dtype_of(value_dtype) -> Any:
+    """What values of the outer objective are compared in."""
+    return np.promote_types(value_dtype, np.float32)
+
+
+def _fingerprint(problem, algorithm, sources: dict, start, outer, fixed, key, state, score_dtype, functions) -> dict[str, Any]:
+    """The parts that make this problem, before anything of it is placed on devices: how a run lies there is no part of it."""
+    traced = {name: fingerprint.of_function(fn, *args) for name, (fn, args) in functions.items()}
+    plan = Plan(problem, algorithm, None, None)
+    static, dynamic = split(plan)
+    key = key if state is None else state.key
+    shapes = jax.eval_shape(lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, "last"), start, outer, key)
+    data = tuple(first_data(source) for source in sources.values())
+    traced["algorithm"] = fingerprint.of_function(lambda d, s, b: one_step(join(static, d), s, b), dynamic, shapes, data)
+    held = {name: s.data for name, s in sources.items() if stream_of(s) is None and jax.tree.leaves(s.data)}
+    if held.get("hyper_data") is held.get("inner_data"):
+        held.pop("hyper_data", None)
+    parts = {
+        **traced,
+        "numbers of the algorithm": fingerprint.of_settings(algorithm),
+        **{name: fingerprint.of_values(data) for name, data in held.items()},
+        "start": fingerprint.of_values((start, outer, fixed) if state is None else (state.algorithm, state.step, fixed)),
+        "key": fingerprint.of_values(key),
+    }
+    shown = {"algorithm": fingerprint.shown(algorithm), "key": fingerprint.shown(parts["key"][:8])}
+    return {"versions": fingerprint.versions(), "parts": parts, "traced": list(traced), "shown": shown}
 
 
 def _first_state(plan: Plan, start: InnerState, outer: PyTree, key, score_dtype, keep: str) -> RunState:

@@ -43,14 +43,14 @@ class Loop:
 
     # ---- the parts of a round
 
-    def open(self) -> None:
+    def open(self, fingerprint: Callable[[], dict[str, Any]]) -> None:
         """Go on from a checkpoint where there is one."""
         options = self.options
         for watcher in options.watchers:
             if watcher.begin is not None:
                 watcher.begin()
         if options.checkpoint is not None:
-            self.store = store_lib.Store(options.checkpoint, self.start)
+            self.store = store_lib.Store(options.checkpoint, self.start, fingerprint())
             if (found := self.store.restore(self.run, self.recovery.state(self.run))) is not None:
                 self.run, recovery, rows = found
                 self.history = History(rows)
@@ -123,15 +123,17 @@ class Loop:
     def save(self) -> None:
         """Save the run where that is due."""
         step = self.start + self.done
-        if self.store is None or self.store.saved == step or self.result.failed:
+        if self.store is None:
             return
-        if self.over or step % self.store.spec.every == 0:
+        self.store.renew()
+        due = self.over or step % self.store.spec.every == 0
+        if due and self.store.saved != step and not self.result.failed:
             self.store.save(self.run, self.recovery.state(self.run), self.history.flat(), step)
 
     def finish(self, result: RESULTS) -> Solution:
         """What the run has come to."""
         rows = self.history.copy()
-        stats = {
+        stats: dict[str, Any] = {
             "steps": int(self.run.step) - self.start,
             "total_steps": int(self.run.step),
             "seconds": time.perf_counter() - self.begin,
@@ -142,16 +144,18 @@ class Loop:
         }
         if self.store is not None:
             stats["checkpoint_seconds"] = self.store.seconds
+            if self.store.continued is not None:
+                stats["continued"] = self.store.continued
         return self._solution(self.run, result, rows, stats)
 
 
-def drive(loop: Loop) -> Solution:
+def drive(loop: Loop, fingerprint: Callable[[], dict[str, Any]]) -> Solution:
     """Chunk after chunk until the steps are done, a failure, the tolerance, or a word from outside."""
     options, error = loop.options, None
     numbers = (signal.SIGINT,) if options.checkpoint is None else (signal.SIGINT, signal.SIGTERM)
     with Signals(numbers) as heard:
         try:
-            loop.open()
+            loop.open(fingerprint)
             while not loop.over:
                 loop.steps()
                 loop.look(heard)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import re
 import time
@@ -22,9 +23,11 @@ import numpy as np
 from bilevax import tree
 from bilevax.base import PyTree
 from bilevax.checkpoint import Checkpointing
-from bilevax.run import digest
+from bilevax.run import digest, fingerprint
+from bilevax.run.chunk import Best
+from bilevax.run.lock import Lock
 
-FORMAT = 1
+FORMAT = 2  # 1 had no fingerprint
 LISTING = "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete
 _RECOVERY = "recovery"  # begins the paths of what failures may go back to
 _NAME = re.compile(r"^step_(\d+)$")
@@ -33,23 +36,32 @@ _NAME = re.compile(r"^step_(\d+)$")
 class Store:
     """The checkpoints of one run, in one directory. Every process of a run makes one and calls the same methods."""
 
-    def __init__(self, spec: Checkpointing, start: int):
+    def __init__(self, spec: Checkpointing, start: int, fingerprint: dict[str, Any]):
         try:
             import orbax.checkpoint as ocp
             from etils import epath
         except ImportError as error:
             raise ImportError("checkpoint= needs orbax; try pip install 'bilevax[checkpoint]'.") from error
-        self.spec, self.start, self.primary = spec, start, jax.process_index() == 0
+        self.spec, self.start, self.fingerprint, self.primary = spec, start, fingerprint, jax.process_index() == 0
         self.folder = epath.Path(spec.directory)
+        self._lock: Lock | None = None
         if self.folder.exists() and not self.folder.is_dir():
             raise NotADirectoryError(f"checkpoint: got the directory {spec.directory!r}, which is a file; expected a folder.")
         if self.primary:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            try:
+                self.folder.mkdir(parents=True, exist_ok=True)
+            except OSError as error:
+                raise type(error)(
+                    f"checkpoint: got the directory {spec.directory!r}, which cannot be made ({error}); expected one that can."
+                ) from error
+            self._lock = Lock(spec.directory) if "://" not in spec.directory else None
             for left in self.folder.glob("*.orbax-checkpoint-tmp*"):  # what a killed process was writing
                 if not os.path.islink(left):
                     left.rmtree()
         self._agree("opened")
         self._ocp, self._writer = ocp, ocp.StandardCheckpointer()
+        self.differing: list[str] = []  # parts of the problem that are not those of the checkpoint
+        self.continued: dict[str, list[str]] | None = None  # what became of each part of its state
         self.saved: int | None = None  # the step of the newest checkpoint, which may still be in the writing
         self.finished: int | None = None  # of the newest one that is whole
         self._unlisted: int | None = None
@@ -77,6 +89,8 @@ class Store:
     def save(self, run: PyTree, recovery: dict, rows: dict[str, np.ndarray], step: int) -> None:
         """Begin to write this state, what a failure may go back to, and the history by path; waits only for the save before it."""
         begin = time.perf_counter()
+        if self._lock is not None:
+            self._lock.check()
         self._finish()
         if self.path(step).exists():
             raise FileExistsError(
@@ -89,6 +103,7 @@ class Store:
         manifest = {
             "format": FORMAT,
             "start": self.start,
+            "fingerprint": self.fingerprint,
             "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
             "digests": digest.of_arrays(list(leaves.values())),
             "history": {path: _describe(column) for path, column in rows.items()},
@@ -107,7 +122,14 @@ class Store:
             self._finish()
         finally:
             self._writer.close()
+            if self._lock is not None:
+                self._lock.release()
             self.seconds += time.perf_counter() - begin
+
+    def renew(self) -> None:
+        """Say that this run still writes here."""
+        if self._lock is not None:
+            self._lock.renew()
 
     def _finish(self) -> None:
         """Wait for the save in flight, list its files, and remove the oldest checkpoints beyond those to keep."""
@@ -161,7 +183,6 @@ class Store:
                     problem = error
             if self._everywhere(found is not None):
                 assert found is not None
-                self._same_key(run.key, found[0].key, step)
                 if self.primary:
                     for bad in damaged:
                         self.path(bad).rename(self._aside(bad))
@@ -217,31 +238,49 @@ class Store:
         return found if isinstance(found, dict) else None
 
     def _same_problem(self, run: PyTree, manifest: dict, step: int) -> None:
-        want = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
-        got = {path: text for path, text in manifest["leaves"].items() if not path.startswith(_RECOVERY)}
-        differing = [
-            f"{path} ({got.get(path, 'absent')} there, {want.get(path, 'absent')} here)"
-            for path in {**want, **got}
-            if want.get(path) != got.get(path)
-        ]
-        if differing or manifest["format"] != FORMAT:
-            more = f" and {len(differing) - 8} more" if len(differing) > 8 else ""
+        """Refuse a checkpoint of another problem, by what differs; or note what differs, where the run is to go on all the same."""
+        if manifest["format"] > FORMAT:
             raise ValueError(
-                f"checkpoint: {self.path(step)} belongs to another problem; expected the state of this one. Differing paths: "
-                f"{', '.join(differing[:8])}{more}. Give this run a directory of its own."
+                f"checkpoint: {self.path(step)} was written by a later version of bilevax, in format {manifest['format']}; "
+                f"expected {FORMAT} or older. Update bilevax."
             )
         if manifest["start"] != self.start:
             raise ValueError(
                 f"checkpoint: {self.path(step)} belongs to a run that started at step {manifest['start']}, and this one starts at {self.start}; "
                 "expected a directory for each call of its own."
             )
-
-    def _same_key(self, key: Any, saved: Any, step: int) -> None:
-        if key is not None and (np.asarray(_plain(key)) != np.asarray(_plain(saved))).any():
-            raise ValueError(
-                f"checkpoint: {self.path(step)} was made with another key; expected the same one, which decides the order of the data. Give this run "
-                "a directory of its own."
+        want = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
+        got = {path: text for path, text in manifest["leaves"].items() if not path.startswith(_RECOVERY)}
+        paths = [
+            f"{path} ({got.get(path, 'absent')} there, {want.get(path, 'absent')} here)"
+            for path in {**want, **got}
+            if want.get(path) != got.get(path) and _part(path) != ".best"  # whether one is kept is this call's to say
+        ]
+        saved = manifest.get("fingerprint")
+        if saved is None or saved["versions"] != self.fingerprint["versions"]:
+            theirs = "a version of bilevax that kept no fingerprint" if saved is None else f"other versions ({saved['versions']})"
+            warnings.warn(
+                f"checkpoint: {self.path(step)} was written by {theirs}; whether its functions are those of this problem cannot be told.",
+                RuntimeWarning,
+                stacklevel=6,
             )
+        parts = {} if saved is None else fingerprint.differing(saved, self.fingerprint)
+        self.differing = [*parts, *(["the state's structure"] if paths else [])]
+        lost = sorted({_part(path) for path in {**want, **got} if want.get(path) != got.get(path)} & set(_PARAMETERS))
+        if not self.differing or (self.spec.resume == "continue" and not lost):
+            return
+        if self.spec.resume == "continue":
+            raise ValueError(
+                f"checkpoint: the parameters {lost} of {self.path(step)} have another structure or other shapes than those of this problem, so there "
+                "is nothing to go on from; expected the same. Give this run a directory of its own."
+            )
+        more = f" and {len(paths) - 8} more" if len(paths) > 8 else ""
+        what = "".join(f" {name}{words}," for name, words in parts.items())[:-1]
+        raise ValueError(
+            f"checkpoint: {self.path(step)} belongs to another problem; expected this one's.{f' What differs:{what}.' if what else ''}"
+            f"{f' Differing paths: {chr(44).join(paths[:8])}{more}.' if paths else ''} Give this run a directory of its own, or go on from those "
+            "parameters by checkpoint.every(..., resume='continue')."
+        )
 
     def _read(self, run: PyTree, recovery: dict, manifest: dict, step: int) -> tuple[PyTree, dict, dict]:
         wanted = {path: _plain(leaf) for path, leaf in _flat_state(run, recovery).items()}
@@ -258,10 +297,38 @@ class Store:
         if digest.of_columns(rows) != manifest["history_digest"]:
             raise _Damaged("the digest of the history differs")
         same = all(_describes(wanted.get(path), text) for path, text in saved.items()) and len(saved) == len(wanted)
-        return _filled(run, leaves), _filled(recovery, leaves, _RECOVERY) if same else {}, rows
+        if self.differing:
+            return self._continued(run, leaves, saved), {}, rows
+        own = {path: leaf for path, leaf in wanted.items() if _part(path) == ".best"}
+        kept = all(_describes(leaf, saved.get(path, "")) for path, leaf in own.items())
+        out = _filled(run, leaves if kept else {**leaves, **own})
+        return out if kept else _kept_anew(out), _filled(recovery, leaves, _RECOVERY) if same else {}, rows
+
+    def _continued(self, run: PyTree, leaves: dict[str, Any], saved: dict[str, str]) -> PyTree:
+        """The state of another problem, as far as its parts have the structure of this one's; the rest as in `run`."""
+        wanted = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
+        parts: dict[str, list[str]] = {}
+        for path in {**wanted, **saved}:
+            if not path.startswith(_RECOVERY):
+                parts.setdefault(_part(path), []).append(path)
+        same = [part for part, paths in parts.items() if all(wanted.get(path) == saved.get(path) for path in paths)]
+        taken = [part for part in same if part not in _ANEW]
+        self.continued = {"differs": self.differing, "taken": taken, "begun anew": [part for part in parts if part not in taken]}
+        logging.getLogger("bilevax").warning("checkpoint: goes on from another problem: %s", self.continued)
+        mixed = {path: leaves[path] if _part(path) in taken else _plain(leaf) for path, leaf in _flat(run).items()}
+        return _kept_anew(_filled(run, mixed))
 
 
 # ---- what is in a checkpoint
+
+_PARAMETERS = (".algorithm.inner.params", ".algorithm.outer")
+_ANEW = (".key", ".code", ".first_norm", ".best")  # of another problem, or decided by this call
+
+
+def _part(path: str) -> str:
+    """The part of a state that a leaf belongs to, which is taken whole or not at all."""
+    depth = 3 if path.startswith(".algorithm.inner.") else 2 if path.startswith(".algorithm") else 1
+    return "".join(re.findall(r"\.\w+", path)[:depth]) or path
 
 
 def _plain(leaf):
@@ -289,6 +356,14 @@ def _filled(like: PyTree, leaves: dict[str, Any], prefix: str = "") -> PyTree:
         keyed = jnp.issubdtype(old.dtype, jax.dtypes.prng_key)
         out.append(jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if keyed else new)
     return jax.tree.structure(like).unflatten(out)
+
+
+def _kept_anew(run: PyTree) -> PyTree:
+    """`run` with the point where it stands as its kept iterate, to be replaced by the first that is scored."""
+    if run.best is None:
+        return run
+    point, worst = run.algorithm, jnp.full_like(run.best.score, jnp.inf)
+    return run._replace(best=Best(worst, *tree.copy((run.step, point.inner.params, point.inner.model, point.outer))))
 
 
 def _place(leaf) -> jax.ShapeDtypeStruct:

@@ -277,15 +277,19 @@ def refuse_one_pass(sources: tuple) -> None:
             )
 
 
-def first_context(source: Any, key) -> Ctx:
-    """Shapes of what an objective will be given."""
+def first_data(source: Any) -> Any:
+    """What compiled code is given of a source; of an iterable, its first batch alone."""
     stream = stream_of(source)
     if stream is None:
-        data, draw = source.data, source_draw(source)
-    else:
-        data = (jnp.int32(0), jax.tree.map(lambda a: jnp.asarray(a)[None], stream.peek()))
-        data, draw = (source.window(data) if isinstance(source, Episodes) else data), source_draw(source)
-    static, dynamic = split(draw)
+        return source.data
+    data = (jnp.int32(0), jax.tree.map(lambda a: jnp.asarray(a)[None], stream.peek()))
+    return source.window(data) if isinstance(source, Episodes) else data
+
+
+def first_context(source: Any, key) -> Ctx:
+    """Shapes of what an objective will be given."""
+    data = first_data(source)
+    static, dynamic = split(source_draw(source))
     return _first_draw.eval_shape(static, dynamic, data, key)
 
 

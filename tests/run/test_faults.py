@@ -316,7 +316,7 @@ def test_metrics_may_begin_and_end(tmp_path):
     assert np.isnan(out.history["m"][20:]).all() and np.isfinite(out.history["m"][10:20]).all()
     assert np.isnan(out.history["k"][:20]).all() and np.isfinite(out.history["k"][20:]).all()
     assert [len(column) for column in out.history.values()] == [30] * len(out.history)
-    keywords = dict(algorithm=ALGORITHM, checkpoint=bx.checkpoint.every(10, tmp_path / "b"))
+    keywords = dict(algorithm=ALGORITHM, checkpoint=bx.checkpoint.every(10, tmp_path / "b", resume="continue"))
     for objective, n in ((outer, 10), (aux, 20)):
         out = bx.solve_bilevel(inner, objective, jnp.ones(2), jnp.ones(2), num_steps=n, **keywords)
     assert out.history["aux"]["a"].shape == (20, 2) and np.isnan(out.history["aux"]["n"][:10]).all()
