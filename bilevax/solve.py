@@ -133,11 +133,6 @@ def solve_bilevel(
     for value, name in ((inner_params, "inner_params"), (outer_params, "outer_params")):
         check.params(value, name)
         check.finite(value, name)
-    if algorithm is None:
-        from bilevax.algorithms.default import default_algorithm  # here, so that importing the package loads no algorithm
-
-        algorithm = default_algorithm(sources)
-    problem = reading(problem, algorithm.draws, sources)
     if state is not None:
         refuse_one_pass(sources)
 
@@ -151,6 +146,13 @@ def solve_bilevel(
     if options.metrics is not None:
         check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "warnings", "aux"})
     start = InnerState(inner, (), model_state)
+    if problem.project is not None and state is None:
+        outer = problem.project(outer)  # where the run starts, and what it may return, is inside
+    if algorithm is None:
+        from bilevax.algorithms.default import default_algorithm  # here, so that importing the package loads no algorithm
+
+        algorithm = default_algorithm(problem, sources, start, outer, key, None if state is None else state.algorithm)
+    problem = reading(problem, algorithm.draws, sources)
     functions = {
         "inner_objective": (problem.inner, (inner, outer, contexts[0]._replace(model=model))),
         "outer_objective": (problem.outer, (inner, outer, contexts[1]._replace(model=model))),

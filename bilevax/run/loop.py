@@ -141,6 +141,7 @@ class Loop:
             "best_step": int(self.run.step) if self.run.best is None else int(self.run.best.step),
             "failed_steps": int(failed(rows["code"]).sum()) if rows else 0,
             "resumed_from": self.resumed,
+            "algorithm": getattr(self.plan.algorithm.step, "name", getattr(self.plan.algorithm.step, "__name__", "")),
         }
         if self.store is not None:
             stats["checkpoint_seconds"] = self.store.seconds

@@ -24,7 +24,8 @@ class Solution(NamedTuple):
       state: the run's whole state after its last good step; ``solve_bilevel(..., state=solution.state)`` goes on from it.
       stats: ``steps`` done by this call, ``total_steps``, ``seconds``, ``first_chunk_seconds`` (compilation included), ``best_step``,
         ``failed_steps``,
-        ``resumed_from`` (the step that this process began at); ``checkpoint_seconds`` for which saving kept the run waiting.
+        ``resumed_from`` (the step that this process began at), ``algorithm`` (its name, for where none was
+        given); ``checkpoint_seconds`` for which saving kept the run waiting.
     """
 
     inner_params: PyTree
@@ -52,7 +53,9 @@ class Solution(NamedTuple):
         value = f", value {values[0]:.4g} -> {values[-1]:.4g}" if values is not None and len(values) else ""
         steps, best = self.stats["steps"], self.stats["best_step"]
         sizes = f"{tree.size(self.inner_params)} inner and {tree.size(self.outer_params)} outer parameters"
-        return f"Solution({self.result.name}, {steps} steps in {self.stats['seconds']:.3g} s{value}, kept step {best}{rough}, {sizes})"
+        name = self.stats.get("algorithm")
+        by = f" of {name}" if name else ""
+        return f"Solution({self.result.name}, {steps} steps{by} in {self.stats['seconds']:.3g} s{value}, kept step {best}{rough}, {sizes})"
 
 
 def _shapes(value) -> str:
