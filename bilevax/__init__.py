@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from bilevax import callbacks, checkpoint, data, hypergradient, inner, linear, sharding
+from bilevax._core.version import __version__ as __version__
 from bilevax.argmin import argmin
 from bilevax.base import Estimate, objective
 from bilevax.estimate import value_and_hypergrad
@@ -19,8 +20,6 @@ if TYPE_CHECKING:
     from bilevax.diagnostics import check_hypergradient, compare_hypergradients, error_bound
     from bilevax.multilevel import Level, solve_multilevel, value_and_multilevel_grad
     from bilevax.multilevel.explain import explain
-
-__version__ = "0.1.0"
 
 # Imported when first used, so that importing the package stays quick: where a name is found, None for a module of that name.
 _LATER = {

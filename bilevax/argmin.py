@@ -173,7 +173,7 @@ class Argmin:
 class _Outer(NamedTuple):
     fixed: PyTree  # non-float leaves of the inner parameters
     args: PyTree
-    settings: tuple  # dynamic leaves of the objective's own configuration
+    dynamic: tuple  # dynamic leaves of the objective's own configuration
     captured: list  # arrays that the objective closes over
 
 
@@ -221,7 +221,7 @@ class _Traceable:
 
 
 def _evaluate(inner, outer: _Outer, batch, *, jaxpr):
-    operands = jax.tree.leaves((tree.combine(inner, outer.fixed), outer.args, outer.settings))
+    operands = jax.tree.leaves((tree.combine(inner, outer.fixed), outer.args, outer.dynamic))
     return evaluate(jaxpr, outer.captured, operands)[0]
 
 

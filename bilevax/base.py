@@ -17,6 +17,7 @@ from jax import lax
 
 from bilevax._core.settings import Bound as Bound
 from bilevax._core.settings import Static as Static
+from bilevax._core.settings import innermost, shown
 from bilevax._core.settings import join as join
 from bilevax._core.settings import split as split
 
@@ -68,14 +69,15 @@ class Feeds(NamedTuple):
 @functools.partial(
     jax.tree_util.register_dataclass,
     data_fields=["fn", "has_aux", "stateful", "keyed", "indexed", "trajectory", "adapt"],
-    meta_fields=[],
+    meta_fields=["tasks"],
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class Objective:
     """A user's function in the one form that the library calls: ``(inner, outer, ctx) -> (value, (model, aux))``.
 
     Made by `bilevax.objective`; equal functions with equal flags are equal objectives. `adapt` gives a mapping or a constraint that a
-    method was given the arguments that this objective gets: ``(Objective) -> Objective``. None: they are the same.
+    method was given the arguments that this objective gets: ``(Objective) -> Objective``. None: they are the same. `tasks` says how the
+    value combines those of independent tasks along a leading axis ("sum" or "mean"), where it does.
     """
 
     fn: Callable
@@ -85,6 +87,7 @@ class Objective:
     indexed: bool = False
     trajectory: bool = False
     adapt: Callable | None = None
+    tasks: str = ""
 
     def __call__(self, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[Scalar, tuple[PyTree, PyTree]]:
         args = (inner, outer, ctx.batch) + ((ctx.model,) if self.stateful else ())
@@ -102,9 +105,7 @@ class Objective:
     @property
     def name(self) -> str:
         """The user's function's name, for messages."""
-        fn = self.fn
-        while isinstance(fn, Bound) and "fn" in fn.settings:
-            fn = fn.settings["fn"]
+        fn = innermost(self.fn)
         return getattr(fn, "__name__", None) or repr(fn)
 
     def __repr__(self) -> str:
@@ -212,6 +213,9 @@ class InnerSolver(NamedTuple):
         steps is all it can do.
       optimality: what its solutions satisfy. None: the inner gradient is zero. Else the mapping whose fixed
         points they are (a projected or proximal step), which implicit differentiation then goes through.
+      gradients: the most inner gradients that one step takes. None: not known.
+      inverse_hessian: ``(opt, v) -> inner vector``: the product of v with an estimate of the inverse Hessian that
+        the optimizer state holds. None: it holds none.
     """
 
     init: InnerInit
@@ -222,6 +226,8 @@ class InnerSolver(NamedTuple):
     sees_outer: bool = False
     to_tolerance: Callable[[Any, int], InnerSolver] | None = None
     optimality: Fixed | None = None
+    gradients: int | None = None
+    inverse_hessian: Callable[[PyTree, PyTree], PyTree] | None = None
 
     def __repr__(self) -> str:
         return repr(self.step)
@@ -284,6 +290,7 @@ class Hypergradient(NamedTuple):
         beyond the solve, as far as it is known beforehand. None: not known.
       linear: the solver of the adjoint system, with its damping, for those who differentiate the solution by
         the implicit function theorem, or solve a larger system in its place. None: there is none.
+      max_residual: the residual of that solve which is accepted. None: the solver's own tolerance.
       extends: the pullback gives cotangents of whatever else the objective reads (its batches, what it
         captures) when that is appended to the outer parameters. Otherwise such derivatives are refused.
       first_order_form: the method to take where the inner objective may be differentiated only once (it
@@ -299,7 +306,8 @@ class Hypergradient(NamedTuple):
     sees_steps: bool = False
     batches: int = 1
     cost: Callable[[InnerSolver], dict[str, Any]] | None = None
-    linear: LinearSolver | None = None
+    linear: Linear | None = None
+    max_residual: Any = None
     first_order_form: Hypergradient | None = None
     extends: bool = True
 
@@ -320,6 +328,43 @@ class LinearSolver(Protocol):
     """``(matvec, b, x0) -> (x, LinearInfo)`` on pytrees."""
 
     def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree) -> tuple[PyTree, LinearInfo]: ...
+
+
+class Linear(NamedTuple):
+    """A linear solver with what else is known of it. A plain function ``(matvec, b, x0) -> (x, LinearInfo)`` is one that says nothing.
+
+    Attributes:
+      solve: the function; it also takes what stands in `tol` and `preconditioner`, as keywords, where that is not None.
+      tol: the relative residual at which it stops; ``linear._replace(tol=...)`` stops at another. None: it has no tolerance.
+      products: the most products with the matrix in one solve. None: not known.
+      exact: its answer is exact up to rounding.
+      indefinite: it solves symmetric systems that are not definite.
+      approximate: its answer is no inverse applied, whatever its settings: a truncation or a sketch.
+      preconditioner: a function of a vector, or a `linear.Preconditioner`.
+    """
+
+    solve: Callable[..., tuple[PyTree, LinearInfo]]
+    tol: Any = None
+    products: int | None = None
+    exact: bool = False
+    indefinite: bool = False
+    approximate: bool = False
+    preconditioner: Any = None
+
+    def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> tuple[PyTree, LinearInfo]:
+        return self.solve(matvec, b, x0, **self._given())
+
+    def _given(self) -> dict[str, Any]:
+        given = {"tol": self.tol, "preconditioner": self.preconditioner}
+        return {name: value for name, value in given.items() if value is not None}
+
+    def __repr__(self) -> str:
+        return shown(self.solve, **self._given())
+
+
+def as_linear(solver: Callable) -> Linear:
+    """A linear solver as a `Linear`."""
+    return solver if isinstance(solver, Linear) else Linear(solver)
 
 
 class Problem(NamedTuple):
@@ -384,6 +429,7 @@ class Algorithm(NamedTuple):
 
     A state has the fields `inner` (an `InnerState`) and `outer`. `draws` says how many batches a step draws from each stream. `undoes`: where a step
     reports a failure, it returns the state that it was given. Otherwise the driver restores that, at the price of a copy of the whole state a step.
+    `around`: ``(wrap) -> Algorithm``, the same algorithm with its hypergradient method wrapped; None where it has none.
     `finite`: ``(problem, feeds, draws) -> bool``, whether what a failed step has read is finite; None for a step that finds that out itself.
     """
 
@@ -392,6 +438,7 @@ class Algorithm(NamedTuple):
     draws: Draws = Draws()
     undoes: bool = False
     finite: Callable[..., Any] | None = None
+    around: Callable[[Callable[[Hypergradient], Hypergradient]], Algorithm] | None = None
 
     def __repr__(self) -> str:
         return repr(self.step)

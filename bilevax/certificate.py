@@ -12,7 +12,6 @@ from jax import lax
 from bilevax import check, tree
 from bilevax._core import numbers
 from bilevax.base import Ctx, Problem, PyTree, Scalar, objective
-from bilevax.linear._common import rows_dot, rows_sum
 
 if TYPE_CHECKING:
     from bilevax.algorithms._parts.solving import Curvature
@@ -293,10 +292,10 @@ def smallest_eigenpair(matvec: Any, start: PyTree, products: int = RITZ) -> tupl
         hv = matvec(v)
         basis = jax.tree.map(lambda rows, a: rows.at[i].set(a), basis, v)
         images = jax.tree.map(lambda rows, a: rows.at[i].set(a), images, hv)
-        column = rows_dot(basis, hv).astype(dtype)
+        column = tree.rows_dot(basis, hv).astype(dtype)
         gram = gram.at[:, i].set(column)
-        rest = tree.sub(hv, rows_sum(column, basis))
-        rest = tree.sub(rest, rows_sum(rows_dot(basis, rest), basis))  # twice is enough (Kahan)
+        rest = tree.sub(hv, tree.rows_sum(column, basis))
+        rest = tree.sub(rest, tree.rows_sum(tree.rows_dot(basis, rest), basis))  # twice is enough (Kahan)
         size = tree.norm(rest)
         alive = size > 100 * tiny * tree.norm(hv)
         return basis, images, gram, tree.scale(jnp.where(alive, 1 / jnp.where(alive, size, jnp.ones_like(size)), jnp.zeros_like(size)), rest)
@@ -309,8 +308,8 @@ def smallest_eigenpair(matvec: Any, start: PyTree, products: int = RITZ) -> tupl
     largest = jnp.max(jnp.abs(jnp.diagonal(gram))) + 1
     gram = jnp.where(used[:, None] & used[None, :], gram, jnp.zeros_like(gram)) + jnp.diag(jnp.where(used, jnp.zeros_like(largest), 1e3 * largest))
     values, vectors = jnp.linalg.eigh(jnp.where(jnp.isfinite(gram), gram, jnp.zeros_like(gram)))
-    theta, vector = values[0], rows_sum(vectors[:, 0], basis)
-    residual = tree.norm(tree.axpy(-theta, vector, rows_sum(vectors[:, 0], images)))
+    theta, vector = values[0], tree.rows_sum(vectors[:, 0], basis)
+    residual = tree.norm(tree.axpy(-theta, vector, tree.rows_sum(vectors[:, 0], images)))
     return jnp.maximum(theta - residual, theta / 2), vector
 
 

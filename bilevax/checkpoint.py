@@ -80,4 +80,8 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3, resume: str = 
     return Checkpointing(place, numbers.count(n, "n"), numbers.count(keep, "keep"), resume)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = ["Checkpointing", "every"]

@@ -238,4 +238,8 @@ def comparison(found: Any, ax: Any = None) -> Any:
     return ax
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = ["comparison", "dashboard", "history", "runs"]

@@ -51,7 +51,7 @@ def tasks(fn: Callable, reduce: str = "mean") -> Objective:
     if reduce not in ("mean", "sum"):
         raise ValueError(f"reduce: got {reduce!r}; expected 'mean' or 'sum'.")
     settings = dict(fn=one.fn, has_aux=one.has_aux, keyed=one.keyed, reduce=reduce)
-    return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), has_aux=one.has_aux, keyed=one.keyed, indexed=one.indexed)
+    return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), has_aux=one.has_aux, keyed=one.keyed, indexed=one.indexed, tasks=reduce)
 
 
 def _over_tasks(inner, outer, batch, *, fn, has_aux, keyed, reduce, key=None, **number):

@@ -170,4 +170,8 @@ def _require(condition: bool, message: str) -> None:
         raise AssertionError(message)
 
 
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = ["Quadratic", "check_method", "quadratic"]

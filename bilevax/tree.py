@@ -80,6 +80,22 @@ def axpy(s, a: PyTree, b: PyTree) -> PyTree:
     return jax.tree.map(leaf, a, b)
 
 
+def rows_dot(rows: PyTree, v: PyTree) -> jax.Array:
+    """Inner products of `v` with each row of a stack of vectors (a leading axis on each leaf)."""
+    return jax.vmap(dot, in_axes=(0, None))(rows, v)
+
+
+def rows_sum(coefficients: jax.Array, rows: PyTree) -> PyTree:
+    """``sum_i coefficients[i] rows[i]``, summed in float32 or wider."""
+
+    def leaf(u):
+        dtype = _accumulator(u)
+        c = coefficients.astype(dtype).reshape((-1,) + (1,) * (u.ndim - 1))
+        return jnp.sum(c * u.astype(dtype), axis=0).astype(u.dtype)
+
+    return jax.tree.map(leaf, rows)
+
+
 def zeros_like(a: PyTree) -> PyTree:
     """Leafwise zeros."""
     return jax.tree.map(jnp.zeros_like, a)

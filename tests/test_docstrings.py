@@ -90,3 +90,10 @@ def test_namespaces_list_what_is_public():
         module = importlib.import_module(f"bilevax.{space}")
         assert set(module.__all__) <= set(dir(module))
         assert len(module.__all__) == len(set(module.__all__))
+
+
+def test_completion_shows_what_is_public():
+    for space in (*NAMESPACES, "attribution", "diagnostics", "multilevel", "replay"):
+        module = importlib.import_module(f"bilevax.{space}")
+        assert sorted(module.__all__) == dir(module)
+        assert all(hasattr(module, name) for name in module.__all__)

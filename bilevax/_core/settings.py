@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -26,8 +27,12 @@ class Bound:
     def __call__(self, *args, **kwargs):
         return self.fn(*args, **self.settings, **kwargs)
 
+    def rebound(self, **settings) -> Bound:
+        """The same function with some of its settings replaced."""
+        return Bound(self.name, self.fn, **{**self.settings, **settings})
+
     def __repr__(self) -> str:
-        return f"{self.name}({', '.join(f'{k}={_short(v)}' for k, v in self.settings.items())})"
+        return shown(self)
 
     def tree_flatten(self):
         return tuple(self.settings.values()), (self.name, self.fn, tuple(self.settings))
@@ -44,6 +49,34 @@ def _short(value) -> str:
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
     return repr(value)
+
+
+# ---- what is shown of a piece
+
+
+def name_of(piece: Any) -> str:
+    """A piece's name, for people: that of the function behind it."""
+    if isinstance(piece, Bound):
+        return piece.name
+    return getattr(piece, "__name__", None) or type(piece).__name__
+
+
+def shown(piece: Any, **more) -> str:
+    """A function's name with its settings, and `more`."""
+    settings = piece.settings if isinstance(piece, Bound) else {}
+    return f"{name_of(piece)}({', '.join(f'{k}={_short(v)}' for k, v in {**settings, **more}.items())})"
+
+
+def innermost(fn: Any) -> Any:
+    """The user's function inside those that were bound around it as ``fn=``."""
+    while isinstance(fn, Bound) and "fn" in fn.settings:
+        fn = fn.settings["fn"]
+    return fn
+
+
+def parameters(fn: Any) -> Any:
+    """The parameters of a function, those that are bound included."""
+    return inspect.signature(fn.fn if isinstance(fn, Bound) else fn).parameters
 
 
 class Static:

@@ -13,6 +13,11 @@ from bilevax.algorithms.variance_reduced import saba, spaba, srba
 from bilevax.algorithms.zeroth import pzobo
 from bilevax.certificate import Constants
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "Constants", "amigo", "bome", "bsa", "d_tfbo", "double_loop", "f2sa", "fsla", "hoag", "ma_soba", "maid", "mrbo", "persistent_es", "pzobo",
     "s_tfbo", "saba", "soba", "spaba", "srba", "stocbio", "sustain", "ttsa", "vrbo",

@@ -17,7 +17,6 @@ from bilevax.algorithms.double_loop import double_loop
 from bilevax.algorithms.maid import MaidState, maid
 from bilevax.base import Algorithm, Ctx, Feed, InnerState, Problem, PyTree
 from bilevax.data import same
-from bilevax.linear._common import rows_dot, rows_sum
 
 PRODUCTS = 10  # of the inner Hessian, at each of two points
 NEGATIVE = 1e-3  # a Ritz value below minus so much of the largest is negative curvature, and not rounding
@@ -121,9 +120,9 @@ def _gram(matvec, start: PyTree) -> jax.Array:
         basis, gram, v = carry
         image = matvec(v)
         basis = jax.tree.map(lambda rows, a: rows.at[i].set(a), basis, v)
-        column = rows_dot(basis, image).astype(dtype)
-        rest = tree.sub(image, rows_sum(column, basis))
-        rest = tree.sub(rest, rows_sum(rows_dot(basis, rest), basis))  # twice is enough (Kahan)
+        column = tree.rows_dot(basis, image).astype(dtype)
+        rest = tree.sub(image, tree.rows_sum(column, basis))
+        rest = tree.sub(rest, tree.rows_sum(tree.rows_dot(basis, rest), basis))  # twice is enough (Kahan)
         size = tree.norm(rest)
         alive = size > 100 * tiny * tree.norm(image)
         return basis, gram.at[:, i].set(column), tree.scale(jnp.where(alive, 1 / jnp.where(alive, size, 1.0), 0.0), rest)

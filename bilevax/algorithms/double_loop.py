@@ -49,7 +49,12 @@ def double_loop(inner_solver: InnerSolver, hypergradient: Hypergradient, outer_o
     check.pieces(inner_solver, hypergradient, "inner_solver")
     check.transformation(outer_optimizer, "outer_optimizer")
     settings = dict(inner_solver=inner_solver, hypergradient=hypergradient, outer_optimizer=outer_optimizer)
-    return Algorithm(Bound("double_loop", _init, **settings), Bound("double_loop", _step, **settings), Draws(inner_solver.steps, 1, 1))
+    draws, around = Draws(inner_solver.steps, 1, 1), Bound("double_loop", _around, **settings)
+    return Algorithm(Bound("double_loop", _init, **settings), Bound("double_loop", _step, **settings), draws, around=around)
+
+
+def _around(wrap, *, inner_solver, hypergradient, outer_optimizer):
+    return double_loop(inner_solver, wrap(hypergradient), outer_optimizer)
 
 
 def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, hypergradient, outer_optimizer) -> DoubleLoopState:

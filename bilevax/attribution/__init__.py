@@ -5,6 +5,11 @@ from bilevax.attribution.score import Score, linear_datamodeling_score
 from bilevax.attribution.smoothness import Smoothness, metasmoothness
 from bilevax.attribution.training import Training, training
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "Influence",
     "Score",

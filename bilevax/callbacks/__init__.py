@@ -5,6 +5,11 @@ from bilevax.callbacks.stopping import early_stopping, every
 from bilevax.callbacks.writers import ScalarWriter, mlflow, scalars, tensorboard, wandb
 from bilevax.run.watch import Callback, Event, progress_bar
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "Callback",
     "Event",

@@ -13,4 +13,9 @@ from bilevax.data.draws import same, stacked
 from bilevax.data.episodes import episodes
 from bilevax.data.sources import full, minibatches, partitioned
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = ["episodes", "full", "minibatches", "partitioned", "same", "stacked"]

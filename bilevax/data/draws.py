@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -142,11 +142,36 @@ def _chosen(feed: Feed, i, num_batches: int, replace: bool) -> jax.Array:
 
 def ordered(draw: Draw, feed: Feed, count: int) -> jax.Array | None:
     """What the next `count` draws of `feed` find out, where `draw` makes use of it: one vectorised pass in place of a cipher in each step."""
-    if not (isinstance(draw, Bound) and draw.fn is partition) or draw.settings["num_batches"] == 1:
-        return None
-    total, first = draw.settings["num_batches"], draw_number(feed, 0)
+    order = getattr(draw, "order", None)
+    return None if order is None else order(feed, count)
+
+
+class Batches(NamedTuple):
+    """A draw of a fixed number of batches that come again and again; its contexts carry the batch's number (``Ctx.index``).
+
+    Attributes:
+      draw: the draw itself.
+      batches: how many there are.
+      order: ``(feed, count) -> int32[count]``: the numbers of the next `count` draws, found out at once; it then finds them in
+        ``feed.order``. None: each draw finds out its own.
+    """
+
+    draw: Draw
+    batches: int
+    order: Callable[[Feed, int], jax.Array] | None = None
+
+    def __call__(self, feed: Feed, i) -> Ctx:
+        return self.draw(feed, i)
+
+    def __repr__(self) -> str:
+        return repr(self.draw)
+
+
+def partition_order(feed: Feed, count: int, *, num_batches: int, replace: bool) -> jax.Array:
+    """The numbers of the batches of the next draws of a `partition`."""
+    total, first = num_batches, draw_number(feed, 0)
     places = jnp.arange(count, dtype=jnp.int32)
-    if draw.settings["replace"]:
+    if replace:
         return jax.vmap(lambda i: _chosen(feed, i, total, True))(places)
     epochs = first // total + jnp.arange(count // total + 2, dtype=jnp.int32)
     keys = jax.vmap(lambda epoch: round_keys(jax.random.fold_in(feed.key, epoch)))(epochs)
@@ -170,8 +195,9 @@ def num_batches(draw: Draw, algorithm: str) -> int:
     """
     if draw is same:
         return 1
-    if isinstance(draw, Bound) and draw.fn is partition:
-        return draw.settings["num_batches"]
+    found = getattr(draw, "batches", None)
+    if found is not None:
+        return found
     raise ValueError(
         f"algorithm: got {algorithm}, which returns to the same batches again and again, with data drawn by {draw!r}; "
         "expected a fixed number of batches. Try data.partitioned(arrays, batch_size), or full-batch data."

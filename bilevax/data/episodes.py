@@ -26,6 +26,11 @@ class Episodes(NamedTuple):
     maps: tuple[Callable, ...] = ()
     number: int = 0
 
+    @property
+    def is_source(self) -> bool:
+        """It is taken as it is wherever data is asked for."""
+        return True
+
     def map(self, fn: Callable[[PyTree], PyTree]) -> Episodes:
         """The same episodes as ``fn(batch)``: each level's part of them.
 

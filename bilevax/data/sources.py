@@ -11,7 +11,7 @@ import numpy as np
 
 from bilevax._core import numbers
 from bilevax.base import Bound, Draw, PyTree
-from bilevax.data.draws import by_epoch, generated, partition, same, sampled
+from bilevax.data.draws import Batches, by_epoch, generated, partition, partition_order, same, sampled
 from bilevax.data.loaders import Stream, refuse_uniterable
 
 
@@ -102,7 +102,9 @@ def partitioned(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
     check_arrays(arrays, "arrays")
     size = _batch_size(batch_size, jax.tree.leaves(arrays)[0].shape[0])
     count = jax.tree.leaves(arrays)[0].shape[0] // size
-    draw = Bound("partitioned", partition, batch_size=size, num_batches=count, replace=numbers.flag(replace, "replace"))
+    chosen = dict(num_batches=count, replace=numbers.flag(replace, "replace"))
+    order = None if count == 1 else Bound("order", partition_order, **chosen)
+    draw = Batches(Bound("partitioned", partition, batch_size=size, **chosen), count, order)
     return Source(draw, jax.tree.map(lambda a: jnp.asarray(a)[: count * size], arrays), True)
 
 
@@ -135,9 +137,7 @@ def check_arrays(arrays: PyTree, argument: str) -> None:
 
 def as_source(data: Any, argument: str) -> Any:
     """The `Source`, `Stream` or `Episodes` behind whichever form `data` has."""
-    from bilevax.data.episodes import Episodes  # which are made of sources
-
-    if isinstance(data, (Source, Stream, Episodes)):
+    if isinstance(data, (Source, Stream)) or getattr(data, "is_source", False):
         return data
     if data is None:
         return Source(same)

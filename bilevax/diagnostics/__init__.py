@@ -4,6 +4,11 @@ from bilevax.certificate import Constants, ErrorBound, error_bound, estimate_con
 from bilevax.diagnostics.checking import HypergradientReport, check_hypergradient
 from bilevax.diagnostics.compare import ComparisonRow, HypergradientComparison, compare_hypergradients
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "ComparisonRow",
     "Constants",

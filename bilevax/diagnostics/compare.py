@@ -13,7 +13,7 @@ import numpy as np
 from bilevax import check, linear, tree
 from bilevax import hypergradient as methods_of
 from bilevax._core import numbers
-from bilevax.base import Bound, Hypergradient, InnerSolver, PyTree
+from bilevax.base import Hypergradient, InnerSolver, PyTree
 from bilevax.diagnostics import _reference
 from bilevax.diagnostics.checking import compared, flat, prepare, reference_kind
 from bilevax.results import RESULTS
@@ -120,7 +120,7 @@ def default_methods(solver: InnerSolver, key: jax.Array | None = None) -> dict[s
         out["unrolled"] = methods_of.unrolled()
         if solver.steps > 1:
             out["unrolled, last half"] = methods_of.unrolled(last=max(1, solver.steps // 2))
-    if isinstance(solver.step, Bound) and solver.step.name == "lbfgs":
+    if solver.inverse_hessian is not None:
         out["SHINE"] = methods_of.shine(max_residual=math.inf)
     if key is not None:
         out["zeroth order, 16"] = methods_of.zeroth_order(samples=16)

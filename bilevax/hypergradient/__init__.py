@@ -12,4 +12,9 @@ from bilevax.hypergradient.shine import shine
 from bilevax.hypergradient.unrolled import unrolled
 from bilevax.hypergradient.zeroth_order import zeroth_order
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = ["black_box", "finite_difference", "fixed_point", "forward", "implicit", "kkt", "one_step", "sama", "shine", "unrolled", "zeroth_order"]

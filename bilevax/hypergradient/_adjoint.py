@@ -7,20 +7,20 @@ from typing import Any
 import jax.numpy as jnp
 
 from bilevax._core import numbers
-from bilevax.base import LinearInfo, LinearSolver, Scalar
+from bilevax.base import Linear, LinearInfo, LinearSolver, Scalar, as_linear
 from bilevax.results import RESULTS, first, warning
 
 ROUGH = 0.1  # residual above which an adjoint is called rough where its solver has no tolerance of its own
 
 
-def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tuple[LinearSolver, Any]:
+def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tuple[Linear, Any]:
     """The linear solver to use, and the residual to accept."""
     if max_residual is not None:
         max_residual = numbers.positive(max_residual, "max_residual", infinite=True, example=0.5)
     linear = default if linear is None else linear
     if not callable(linear):
         raise TypeError(f"linear: got {linear!r}; expected a solver (matvec, b, x0) -> (x, info), such as linear.cg(maxiter=20).")
-    return linear, max_residual
+    return as_linear(linear), max_residual
 
 
 def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual, **entries) -> dict[str, Scalar]:

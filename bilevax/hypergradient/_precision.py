@@ -8,25 +8,24 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
+
+from bilevax.base import Linear
 
 LOOSE = 1e-3  # tolerances from here on are met by products in a shorter format
 
 
-def asked_by(linear: Any) -> str | None:
+def asked_by(linear: Linear) -> str | None:
     """The `jax.default_matmul_precision` of the products that a linear solver is given, or None for the user's own.
 
-    A solver with a tolerance, or a direct one (it has no settings), asks for all of float32. A truncation promises nothing.
+    A solver with a tolerance, or an exact one, asks for all of float32. A truncation promises nothing.
     """
-    settings = getattr(linear, "settings", None)
-    if settings is None:
+    if linear.exact:
+        return "highest"
+    if linear.tol is None:
         return None
-    tol = settings.get("tol", None if settings else 0.0)
-    if tol is None:
-        return None
-    return "highest" if isinstance(tol, jax.core.Tracer) or tol < LOOSE else None
+    return "highest" if isinstance(linear.tol, jax.core.Tracer) or linear.tol < LOOSE else None
 
 
 def under(precision: str | None, fn: Callable) -> Callable:

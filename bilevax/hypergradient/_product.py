@@ -9,6 +9,8 @@ from bilevax import tree
 from bilevax.base import Ctx, Objective, PyTree, Scalar
 from bilevax.results import RESULTS, warning
 
+RADIUS = 0.01  # of a central difference, unless another is given
+
 
 def exact(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTree) -> PyTree:
     """One forward sweep over ``∇_x g``; nothing is kept."""

@@ -12,7 +12,7 @@ from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient, LinearSolver
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
-from bilevax.inner._mapping import apply, as_mapping
+from bilevax.inner.parts import apply, as_mapping
 
 
 def fixed_point(

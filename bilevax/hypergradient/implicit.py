@@ -11,11 +11,10 @@ from jax import lax
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Hypergradient, LinearSolver, PyTree
+from bilevax.base import Bound, Hypergradient, Linear, LinearSolver, PyTree
 from bilevax.hypergradient import _adjoint, _precision
 from bilevax.hypergradient._solve import forward
 from bilevax.linear import Preconditioner
-from bilevax.linear._common import is_approximate
 
 CEILING = 0.1  # loosest tolerance that `follow` may ask for: above it an adjoint is more noise than direction
 
@@ -96,7 +95,7 @@ def implicit(
     follow = None if follow is None else numbers.positive(follow, "follow", example=1.0)
     refresh = numbers.count(refresh, "refresh")
     linear, max_residual = _adjoint.check_settings(linear, max_residual, linear_solvers.cg())
-    if follow is not None and "tol" not in getattr(linear, "settings", {}):
+    if follow is not None and linear.tol is None:
         raise TypeError(f"follow: got {follow!r} with {linear!r}, which has no tolerance to adapt; expected a solver such as linear.cg().")
     if refresh > 1 and _preconditioner(linear) is None:
         raise ValueError(f"refresh: got {refresh} with {linear!r}, without a Preconditioner to refresh. Try linear.nystrom_preconditioner().")
@@ -110,21 +109,26 @@ def implicit(
         follow=follow,
         precision=_precision.asked_by(linear),
     )
-    solved = linear if settings["damping"] is None else Bound("damped", _damped, linear=linear, damping=settings["damping"])
     return Hypergradient(
         init=Bound("implicit", _init, linear=linear, warm_start=warm_start),
         vjp=Bound("implicit", _vjp, **settings),
-        order=1 if is_approximate(linear) else 2,
-        linear=solved,
+        order=1 if linear.approximate else 2,
+        cost=Bound("cost", _cost, products=None if _preconditioner(linear) is not None else linear.products),
+        linear=linear if settings["damping"] is None else linear._replace(solve=Bound("damped", _damped, solve=linear.solve, damping=damping)),
+        max_residual=max_residual,
     )
 
 
-def _damped(matvec, b, x0, *, linear, damping):
-    return linear(lambda v: tree.axpy(damping, v, matvec(v)), b, x0)
+def _cost(solver, *, products) -> dict:
+    return {"gradients": 1, "hvps": products, "mixed_products": 1}
 
 
-def _preconditioner(linear) -> Preconditioner | None:
-    held = linear.settings.get("preconditioner") if isinstance(linear, Bound) else None
+def _damped(matvec, b, x0, *, solve, damping, **settings):
+    return solve(lambda v: tree.axpy(damping, v, matvec(v)), b, x0, **settings)
+
+
+def _preconditioner(linear: Linear) -> Preconditioner | None:
+    held = linear.preconditioner
     return held if isinstance(held, Preconditioner) else None
 
 
@@ -165,8 +169,8 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, linear, damping, warm_s
             solver, sketching = linear_solvers.precondition(linear, sketch), jnp.where(due, held.cost(w), 0)
         if follow is not None:
             asked = follow * inner_grad_norm.astype(w_norm.dtype) / jnp.where(w_norm > 0, w_norm, 1)
-            tol = jnp.maximum(jnp.minimum(asked, CEILING), jnp.asarray(solver.settings["tol"], w_norm.dtype))
-            solver = Bound(solver.name, solver.fn, **{**solver.settings, "tol": tol})
+            tol = jnp.maximum(jnp.minimum(asked, CEILING), jnp.asarray(solver.tol, w_norm.dtype))
+            solver = solver._replace(tol=tol)
 
         q, linear_info = solver(hvp, w, state.adjoint if warm_start else tree.zeros_like(w))
         hq, mixed = products(q)

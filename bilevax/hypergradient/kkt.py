@@ -12,7 +12,7 @@ from bilevax import tree
 from bilevax.base import Bound, Hypergradient, LinearSolver
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
-from bilevax.inner._mapping import as_mapping, bound_like
+from bilevax.inner.parts import as_mapping, bound_like
 
 
 def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residual: float | None = None) -> Hypergradient:

@@ -39,20 +39,35 @@ def one_step(scale: float = 1.0) -> Hypergradient:
     Source: Luketina et al., "Scalable gradient-based tuning of continuous regularization hyperparameters" (ICML 2016), T1-T2; Bolte, Pauwels
     and Vaiter, "One-step differentiation of iterative algorithms" (NeurIPS 2023).
     """
-    return Hypergradient(init=_init, vjp=Bound("one_step", _vjp, scale=numbers.positive(scale, "scale", example=1.0)), order=1)
+    scale = numbers.positive(scale, "scale", example=1.0)
+    by_difference = Hypergradient(
+        _init, Bound("one_step", _vjp, scale=scale, product="difference"), order=1, cost=Bound("cost", _cost, product="difference")
+    )
+    exact = Bound("one_step", _vjp, scale=scale, product="exact")
+    return Hypergradient(_init, exact, order=1, cost=Bound("cost", _cost, product="exact"), first_order_form=by_difference)
+
+
+def _cost(solver, *, product) -> dict:
+    exact = product == "exact"
+    return {"gradients": 0 if exact else 2, "hvps": 0, "mixed_products": 1 if exact else 0}
 
 
 def _init(inner):
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, scale):
+def _vjp(lower, inner_state, outer, feed, ctx, state, *, scale, product):
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 
     def pullback(w):
-        product = _product.exact(lower.objective, solution.params, outer, ctx, tree.scale(scale, w))
-        counts = {"gradients": jnp.int32(0), "hvps": jnp.int32(0), "mixed_products": jnp.int32(1)}
-        return tree.neg(product), None, state, {**info, **counts}
+        warnings = info["warnings"]
+        if product == "exact":
+            cross = _product.exact(lower.objective, solution.params, outer, ctx, w)
+        else:
+            cross, lost = _product.central_difference(lower.objective, solution.params, outer, ctx, w, _product.RADIUS)
+            warnings = warnings | lost
+        counts = {name: jnp.int32(count) for name, count in _cost(lower.solver, product=product).items()}
+        return tree.scale(-scale, cross), None, state, {**info, **counts, "warnings": warnings}
 
     return solution, pullback

@@ -11,6 +11,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.settings import parameters
 from bilevax.base import Bound, Hypergradient, PyTree, Scalar
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
@@ -64,7 +65,16 @@ def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -
         raise ValueError(f"product: got {product!r}; expected 'exact' or 'difference'. Try 'exact', which has no step size.")
     nudge = numbers.flag(nudge, "nudge")
     settings = dict(product=product, nudge=nudge, radius=numbers.positive(radius, "radius", example=0.01))
-    return Hypergradient(init=Bound("sama", _init, nudge=nudge), vjp=Bound("sama", _vjp, **settings), order=1)
+    init, differences = Bound("sama", _init, nudge=nudge), Bound("sama", _vjp, **{**settings, "product": "difference"})
+    form = None
+    if product == "exact":
+        form = Hypergradient(init, differences, order=1, cost=Bound("cost", _cost, product="difference"))
+    return Hypergradient(init, Bound("sama", _vjp, **settings), order=1, cost=Bound("cost", _cost, product=product), first_order_form=form)
+
+
+def _cost(solver, *, product) -> dict:
+    exact = product == "exact"
+    return {"gradients": 1 if exact else 3, "hvps": 0, "mixed_products": 1 if exact else 0}
 
 
 def _init(inner, *, nudge):
@@ -122,9 +132,9 @@ def _after(before: PyTree, params: PyTree) -> PyTree:
 
 def _updates(update: Callable, solution, extra: dict) -> Callable[[PyTree], PyTree]:
     """The optimizer's next update as a function of the gradient alone."""
-    parameters = inspect.signature(update.fn if isinstance(update, Bound) else update).parameters
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in parameters.values())
-    extra = {key: value for key, value in extra.items() if takes_all or key in parameters}
+    taken = parameters(update)
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+    extra = {key: value for key, value in extra.items() if takes_all or key in taken}
 
     def updates(grads):
         out, _ = update(grads, solution.opt, solution.params, **extra)

@@ -11,7 +11,6 @@ from bilevax._core import numbers
 from bilevax.base import Bound, Hypergradient, LinearInfo
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
-from bilevax.inner.lbfgs import LbfgsState, inverse_hessian_product
 from bilevax.results import RESULTS
 
 
@@ -58,7 +57,8 @@ def _init(inner):
 
 
 def _vjp(lower, inner_state, outer, feed, ctx, state, *, refine, tol, max_residual):
-    if not isinstance(inner_state.opt, LbfgsState):
+    product = lower.solver.inverse_hessian
+    if product is None:
         raise TypeError(f"solver: got {lower.solver!r}, which keeps no inverse Hessian; expected inner.lbfgs(). Try hypergradient.implicit().")
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
@@ -68,10 +68,10 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, refine, tol, max_residu
             return jax.grad(lower.objective, (0, 1), has_aux=True)(inner, outer, ctx)[0]
 
         (inner_grad, _), products = jax.linearize(gradients, solution.params)
-        q = inverse_hessian_product(solution.opt, w)
+        q = product(solution.opt, w)
         iterations = jnp.int32(0)
         if refine:
-            preconditioner = Bound("inverse_hessian", _apply, memory=solution.opt)
+            preconditioner = Bound("inverse_hessian", _apply, product=product, memory=solution.opt)
             q, refined = linear_solvers.cg(maxiter=refine, tol=tol, preconditioner=preconditioner)(lambda v: products(v)[0], w, q)
             iterations = refined.iterations
         hq, mixed = products(q)
@@ -85,5 +85,5 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, refine, tol, max_residu
     return solution, pullback
 
 
-def _apply(v, *, memory):
-    return inverse_hessian_product(memory, v)
+def _apply(v, *, product, memory):
+    return product(memory, v)

@@ -69,7 +69,18 @@ def unrolled(last: int | None = None, *, checkpoint: str = "mixed") -> Hypergrad
     if checkpoint not in CHECKPOINTS:
         raise ValueError(f"checkpoint: got {checkpoint!r}; expected one of {', '.join(map(repr, CHECKPOINTS))}. Try 'sqrt' if memory is short.")
     vjp = Bound("unrolled", _vjp, last=last, checkpoint=checkpoint)
-    return Hypergradient(init=_init, vjp=vjp, sees_init=last is None, order=2 if last is None else 1)
+    return Hypergradient(
+        init=_init,
+        vjp=vjp,
+        sees_init=last is None,
+        order=2 if last is None else 1,
+        cost=Bound("cost", _cost, last=last, checkpoint=checkpoint),
+    )
+
+
+def _cost(solver, *, last, checkpoint) -> dict:
+    taken = solver.steps if last is None else last
+    return {"gradients": taken if checkpoint in ("step", "sqrt") else 0, "hvps": taken, "mixed_products": taken}
 
 
 def _init(inner):

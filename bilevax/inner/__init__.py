@@ -10,4 +10,9 @@ from bilevax.inner.gradient_descent import gradient_descent
 from bilevax.inner.lbfgs import lbfgs
 from bilevax.inner.tunable import tunable
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = ["agd", "black_box", "fixed_point", "gradient_descent", "jaxopt", "lbfgs", "optax", "optimistix", "proximal_map", "tunable"]

@@ -53,6 +53,7 @@ def optax(opt: _optax.GradientTransformation, steps: int) -> base.InnerSolver:
         step=base.Bound("optax", _step, opt=opt),
         steps=steps,
         update=base.Bound("update", _update, opt=opt),
+        gradients=1,
     )
 
 

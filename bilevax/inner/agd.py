@@ -67,6 +67,7 @@ def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
         step=base.Bound("agd", _solve, maxiter=maxiter, tol=tol),
         reversible=False,
         to_tolerance=base.Bound("to_tolerance", _to_tolerance),
+        gradients=maxiter,
     )
 
 

@@ -68,6 +68,7 @@ def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol
         step=base.Bound("gradient_descent", _solve, step_size=fixed, maxiter=maxiter, tol=tol),
         reversible=False,
         to_tolerance=base.Bound("to_tolerance", _to_tolerance, step_size=fixed),
+        gradients=maxiter,
     )
 
 

@@ -92,6 +92,8 @@ def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.In
         step=base.Bound("lbfgs", _solve, maxiter=maxiter, tol=tol),
         reversible=False,
         to_tolerance=base.Bound("to_tolerance", _to_tolerance, memory=memory),
+        gradients=maxiter,
+        inverse_hessian=inverse_hessian_product,
     )
 
 
@@ -159,7 +161,7 @@ def _products(pairs: PyTree, v: PyTree) -> jax.Array:
     return sum(parts[1:], parts[0])
 
 
-def _remember(state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar) -> LbfgsState:
+def remember(state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar) -> LbfgsState:
     """Write a pair over the oldest one where `keep` holds.
 
     Dropping the oldest pair strikes the first row and column off ``R``, hence off ``R⁻¹``; a new last column ``(r, su)`` of ``R`` gives
@@ -247,7 +249,7 @@ def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, m
         convex = su > unit * jnp.sqrt(ss * uu)  # also false at the start, whose step is zero, and for NaN
         reach = jnp.maximum(carry.reach, tree.norm(new.params))
         bend = tolerance.update_bend(carry.bend, su, ss, uu, tree.norm(point.params), unit, finite & ~first)
-        kept = _remember(carry.memory, step, change, su, accepted & ~first & convex)
+        kept = remember(carry.memory, step, change, su, accepted & ~first & convex)
 
         # A search that finds nothing drops the memory once; without any memory there is nothing left to try.
         count = jnp.where(accepted, 0, search.count + 1)

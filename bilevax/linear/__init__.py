@@ -21,6 +21,11 @@ from bilevax.linear.minres import minres
 from bilevax.linear.neumann import neumann
 from bilevax.linear.nystrom import Preconditioner, nystrom, nystrom_preconditioner, precondition
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "Preconditioner",
     "bicgstab",

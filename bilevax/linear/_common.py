@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, LinearInfo
+from bilevax.base import LinearInfo
 from bilevax.results import RESULTS
 
 PyTree = Any
@@ -42,33 +42,6 @@ def info(iterations, residual, failure, tol=None) -> LinearInfo:
     return LinearInfo(jnp.asarray(iterations, jnp.int32), residual, jnp.where(failure == 0, code, failure).astype(jnp.int32))
 
 
-def approximate(fn):
-    """Mark a linear solver's function as one whose answer is no inverse, whatever its settings: a truncation or a sketch."""
-    fn.approximate = True
-    return fn
-
-
-def is_approximate(linear) -> bool:
-    """Whether a linear solver says of itself that it gives no inverse."""
-    return getattr(linear.fn if isinstance(linear, Bound) else linear, "approximate", False)
-
-
 @jax.tree_util.register_static
 class Size(int):
     """An integer that shapes depend on: static even where the solver itself is an argument of a jitted function."""
-
-
-def rows_dot(rows: PyTree, v: PyTree) -> jax.Array:
-    """Inner products of `v` with each row of a stack of vectors (a leading axis on each leaf)."""
-    return jax.vmap(tree.dot, in_axes=(0, None))(rows, v)
-
-
-def rows_sum(coefficients: jax.Array, rows: PyTree) -> PyTree:
-    """``sum_i coefficients[i] rows[i]``, summed in float32 or wider."""
-
-    def leaf(u):
-        dtype = tree._accumulator(u)
-        c = coefficients.astype(dtype).reshape((-1,) + (1,) * (u.ndim - 1))
-        return jnp.sum(c * u.astype(dtype), axis=0).astype(u.dtype)
-
-    return jax.tree.map(leaf, rows)

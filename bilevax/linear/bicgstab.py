@@ -9,13 +9,13 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound
+from bilevax.base import Bound, Linear
 from bilevax.linear import _krylov
 
 PyTree = Any
 
 
-def bicgstab(maxiter: int = 100, tol: float = 1e-6) -> Bound:
+def bicgstab(maxiter: int = 100, tol: float = 1e-6) -> Linear:
     r"""BiCGSTAB for systems without symmetry, such as ``(I − ∂T)' q = w`` of a fixed point, in short recurrences.
 
     .. math::
@@ -47,7 +47,7 @@ def bicgstab(maxiter: int = 100, tol: float = 1e-6) -> Bound:
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)
-    return Bound("bicgstab", _bicgstab, maxiter=maxiter, tol=tol)
+    return Linear(Bound("bicgstab", _bicgstab, maxiter=maxiter), tol, 2 * maxiter)
 
 
 class _State(NamedTuple):

@@ -10,7 +10,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, LinearInfo
+from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
 from bilevax.linear.nystrom import Preconditioner, applied
 from bilevax.results import RESULTS
@@ -18,7 +18,7 @@ from bilevax.results import RESULTS
 PyTree = Any
 
 
-def cg(maxiter: int = 100, tol: float = 1e-6, *, preconditioner: Callable[[PyTree], PyTree] | Preconditioner | None = None) -> Bound:
+def cg(maxiter: int = 100, tol: float = 1e-6, *, preconditioner: Callable[[PyTree], PyTree] | Preconditioner | None = None) -> Linear:
     r"""Conjugate gradients for symmetric positive definite systems.
 
     .. math::
@@ -61,7 +61,7 @@ def cg(maxiter: int = 100, tol: float = 1e-6, *, preconditioner: Callable[[PyTre
             f"preconditioner: got {type(preconditioner).__name__}; expected a function of a vector, a Preconditioner or None. "
             "Try linear.nystrom_preconditioner(rank=10)."
         )
-    return Bound("cg", _cg, maxiter=maxiter, tol=tol, preconditioner=preconditioner)
+    return Linear(Bound("cg", _cg, maxiter=maxiter), tol, maxiter, preconditioner=preconditioner)
 
 
 class _Carry(NamedTuple):
@@ -88,7 +88,7 @@ class _Counts(NamedTuple):
     done: Any
 
 
-def _cg(matvec, b, x0=None, *, maxiter, tol, preconditioner) -> tuple[PyTree, LinearInfo]:
+def _cg(matvec, b, x0=None, *, maxiter, tol, preconditioner=None) -> tuple[PyTree, LinearInfo]:
     b, x0 = _common.prepare(b, x0)
     setup = 0
     precondition = preconditioner

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound
+from bilevax.base import Bound, Linear
 from bilevax.linear import _common
 from bilevax.results import RESULTS
 
@@ -18,7 +18,7 @@ PyTree = Any
 LIMIT = 4096  # entries of a vector; the matrix is then 128 MiB in float64, and its matvecs run at once
 
 
-def cholesky() -> Bound:
+def cholesky() -> Linear:
     r"""Solve a symmetric positive definite system by a Cholesky factorisation of the materialised matrix.
 
     .. math::
@@ -45,10 +45,10 @@ def cholesky() -> Bound:
     Reference:
       Golub and Van Loan 2013, Matrix Computations, section 4.2.
     """
-    return Bound("cholesky", _cholesky)
+    return Linear(Bound("cholesky", _cholesky), exact=True)
 
 
-def lu() -> Bound:
+def lu() -> Linear:
     r"""Solve any invertible system by an LU factorisation of the materialised matrix.
 
     .. math::
@@ -74,7 +74,7 @@ def lu() -> Bound:
     Reference:
       Golub and Van Loan 2013, Matrix Computations, section 3.4.
     """
-    return Bound("lu", _lu)
+    return Linear(Bound("lu", _lu), exact=True, indefinite=True)
 
 
 def _materialise(matvec, b: PyTree, name: str):

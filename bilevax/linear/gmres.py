@@ -11,13 +11,13 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound
+from bilevax.base import Bound, Linear
 from bilevax.linear import _common, _krylov
 
 PyTree = Any
 
 
-def gmres(maxiter: int = 100, tol: float = 1e-6, *, restart: int = 20) -> Bound:
+def gmres(maxiter: int = 100, tol: float = 1e-6, *, restart: int = 20) -> Linear:
     r"""Restarted GMRES for any invertible system: the safest choice without symmetry, at the price of memory.
 
     .. math::
@@ -50,7 +50,7 @@ def gmres(maxiter: int = 100, tol: float = 1e-6, *, restart: int = 20) -> Bound:
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)
     restart = numbers.count(restart, "restart")
-    return Bound("gmres", _gmres, maxiter=maxiter, tol=tol, restart=_common.Size(min(restart, maxiter)))
+    return Linear(Bound("gmres", _gmres, maxiter=maxiter, restart=_common.Size(min(restart, maxiter))), tol, maxiter, indefinite=True)
 
 
 class _State(NamedTuple):
@@ -77,10 +77,10 @@ def _start(r, r_norm, *, m):
 
 def _step(x, s: _State, v, w, a_norm, *, m):
     # Classical Gram-Schmidt done twice is as orthogonal as the modified form, and reads the basis in one pass. Unused rows are zero.
-    h = _common.rows_dot(s.basis, w)
-    w = tree.sub(w, _common.rows_sum(h, s.basis))
-    again = _common.rows_dot(s.basis, w)
-    w = tree.sub(w, _common.rows_sum(again, s.basis))
+    h = tree.rows_dot(s.basis, w)
+    w = tree.sub(w, tree.rows_sum(h, s.basis))
+    again = tree.rows_dot(s.basis, w)
+    w = tree.sub(w, tree.rows_sum(again, s.basis))
     beta = tree.norm(w)
     tiny = numbers.rounding_unit(beta.dtype)
     beta = jnp.where(beta <= tiny * a_norm, 0, beta)  # the space is invariant
@@ -114,7 +114,7 @@ def _step(x, s: _State, v, w, a_norm, *, m):
 
 def _finish(x, s: _State):
     weights = jax.scipy.linalg.solve_triangular(s.triangle, s.rhs)
-    return tree.add(x, _common.rows_sum(weights, s.basis))
+    return tree.add(x, tree.rows_sum(weights, s.basis))
 
 
 def _gmres(matvec, b, x0=None, *, maxiter, tol, restart):

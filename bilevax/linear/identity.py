@@ -6,12 +6,12 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, LinearInfo
+from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
 from bilevax.results import RESULTS
 
 
-def identity(scale: float = 1.0) -> Bound:
+def identity(scale: float = 1.0) -> Linear:
     r"""The right-hand side itself, scaled: the adjoint of one-step and T1-T2 hypergradients.
 
     .. math::
@@ -40,10 +40,9 @@ def identity(scale: float = 1.0) -> Bound:
       Luketina, Berglund, Greff and Raiko 2016, Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters.
     """
     scale = numbers.positive(scale, "scale", example=1.0)
-    return Bound("identity", _identity, scale=scale)
+    return Linear(Bound("identity", _identity, scale=scale), products=1, approximate=True)
 
 
-@_common.approximate
 def _identity(matvec, b, x0=None, *, scale):
     b, _ = _common.prepare(b, b)
     x = tree.scale(scale, b)

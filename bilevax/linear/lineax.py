@@ -9,12 +9,12 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound
+from bilevax.base import Bound, Linear
 from bilevax.linear import _common
 from bilevax.results import RESULTS
 
 
-def lineax(solver: Any, *, symmetric: bool = True) -> Bound:
+def lineax(solver: Any, *, symmetric: bool = True) -> Linear:
     r"""A lineax solver with this library's interface and verdicts.
 
     .. math::
@@ -48,7 +48,7 @@ def lineax(solver: Any, *, symmetric: bool = True) -> Bound:
     lx = _import()
     if not isinstance(solver, lx.AbstractLinearSolver):
         raise TypeError(f"solver: got {type(solver).__name__}; expected a lineax solver. Try lineax.CG(rtol=1e-6, atol=0.0).")
-    return Bound("lineax", _lineax, solver=solver, symmetric=_common.Size(numbers.flag(symmetric, "symmetric")))
+    return Linear(Bound("lineax", _lineax, solver=solver, symmetric=_common.Size(numbers.flag(symmetric, "symmetric"))))
 
 
 def _import():

@@ -8,13 +8,13 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound
+from bilevax.base import Bound, Linear
 from bilevax.linear import _krylov
 
 PyTree = Any
 
 
-def minres(maxiter: int = 100, tol: float = 1e-6) -> Bound:
+def minres(maxiter: int = 100, tol: float = 1e-6) -> Linear:
     r"""MINRES for symmetric systems, definite or not: a saddle of the lower level, or the Lagrangian system of several levels.
 
     .. math::
@@ -45,7 +45,7 @@ def minres(maxiter: int = 100, tol: float = 1e-6) -> Bound:
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)
-    return Bound("minres", _minres, maxiter=maxiter, tol=tol)
+    return Linear(Bound("minres", _minres, maxiter=maxiter), tol, maxiter, indefinite=True)
 
 
 class _State(NamedTuple):

@@ -8,13 +8,13 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound
+from bilevax.base import Bound, Linear
 from bilevax.linear import _common
 
 _POWER_STEPS = 10  # enough to be within a factor 2 of the largest of a million eigenvalues, which is what convergence asks for
 
 
-def neumann(terms: int = 10, step: float | None = None) -> Bound:
+def neumann(terms: int = 10, step: float | None = None) -> Linear:
     r"""The first terms of the Neumann series: the inverse that stochastic bilevel methods estimate.
 
     .. math::
@@ -47,7 +47,9 @@ def neumann(terms: int = 10, step: float | None = None) -> Bound:
     terms = numbers.count(terms, "terms")
     if step is not None:
         step = numbers.positive(step, "step", example=0.1)
-    return Bound("neumann", _neumann, terms=_common.Size(terms), step=step)
+    return Linear(
+        Bound("neumann", _neumann, terms=_common.Size(terms), step=step), products=terms + (_POWER_STEPS if step is None else 0), approximate=True
+    )
 
 
 def largest_eigenvalue(matvec, like, steps: int = _POWER_STEPS):
@@ -62,7 +64,6 @@ def largest_eigenvalue(matvec, like, steps: int = _POWER_STEPS):
     return lax.fori_loop(0, steps, body, (v, tree.norm(v)))[1]
 
 
-@_common.approximate
 def _neumann(matvec, b, x0=None, *, terms, step):
     b, _ = _common.prepare(b, b)
     b_norm = tree.norm(b)

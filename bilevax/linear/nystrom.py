@@ -11,7 +11,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, LinearInfo
+from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
 from bilevax.results import RESULTS
 
@@ -62,7 +62,7 @@ def _applied(v, *, preconditioner, state):
     return preconditioner.apply(state, v)
 
 
-def precondition(solver: Bound, state: PyTree) -> Bound:
+def precondition(solver: Linear, state: PyTree) -> Linear:
     """`solver` with its `Preconditioner` fixed in a given state, so that the solve does not refresh it.
 
     Args:
@@ -85,13 +85,13 @@ def precondition(solver: Bound, state: PyTree) -> Bound:
       >>> bool(info.residual < 1e-4)
       True
     """
-    held = solver.settings.get("preconditioner") if isinstance(solver, Bound) else None
+    held = solver.preconditioner if isinstance(solver, Linear) else None
     if not isinstance(held, Preconditioner):
         raise TypeError(f"solver: got {solver!r}; expected one with a Preconditioner. Try linear.cg(preconditioner=linear.nystrom_preconditioner()).")
-    return Bound(solver.name, solver.fn, **{**solver.settings, "preconditioner": applied(held, state)})
+    return solver._replace(preconditioner=applied(held, state))
 
 
-def nystrom(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) -> Bound:
+def nystrom(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) -> Linear:
     r"""Solve with a randomized low-rank approximation in place of the matrix, for positive semidefinite A of fast decaying spectrum.
 
     .. math::
@@ -127,7 +127,7 @@ def nystrom(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) 
     rank = numbers.count(rank, "rank")
     rho = numbers.positive(rho, "rho", example=1e-2)
     key = None if key is None else numbers.key(key)
-    return Bound("nystrom", _nystrom, rank=_common.Size(rank), rho=rho, key=key)
+    return Linear(Bound("nystrom", _nystrom, rank=_common.Size(rank), rho=rho, key=key), products=rank + 1, approximate=True)
 
 
 def nystrom_preconditioner(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) -> Preconditioner:
@@ -153,7 +153,7 @@ def nystrom_preconditioner(rank: int = 10, rho: float = 1e-2, *, key: jax.Array 
       >>> solver = linear.cg(preconditioner=linear.nystrom_preconditioner(rank=2, rho=1e-6))
       >>> matvec, b = lambda v: jnp.array([1.0, 100.0, 1.0, 1000.0]) * v, jnp.ones(4)
       >>> _, info = solver(matvec, b, jnp.zeros(4))     # a sketch of its own: two matvecs
-      >>> preconditioner = solver.settings["preconditioner"]
+      >>> preconditioner = solver.preconditioner
       >>> sketch = preconditioner.refresh(matvec, preconditioner.init(b))
       >>> _, info = linear.precondition(solver, sketch)(matvec, b, jnp.zeros(4))     # a sketch that is there already
       >>> int(info.code)
@@ -213,12 +213,12 @@ def _refresh(matvec, state: Sketch) -> Sketch:
 
 def _gram(rows: PyTree, others: PyTree) -> jax.Array:
     """All inner products between two stacks of vectors, leafwise, so that they keep any sharding."""
-    return jax.vmap(_common.rows_dot, in_axes=(None, 0), out_axes=1)(rows, others)
+    return jax.vmap(tree.rows_dot, in_axes=(None, 0), out_axes=1)(rows, others)
 
 
 def _combine(matrix: jax.Array, rows: PyTree) -> PyTree:
     """``matrix @ rows`` on a stack of vectors."""
-    return jax.vmap(_common.rows_sum, in_axes=(0, None))(matrix, rows)
+    return jax.vmap(tree.rows_sum, in_axes=(0, None))(matrix, rows)
 
 
 def _inverse_factor(gram: jax.Array) -> jax.Array:
@@ -228,24 +228,23 @@ def _inverse_factor(gram: jax.Array) -> jax.Array:
 
 def _split(state: Sketch, v: PyTree):
     """Coordinates of `v` in the sketch, and the rest of it."""
-    inside = _common.rows_dot(state.vectors, v).astype(state.values.dtype)
-    return inside, tree.sub(v, _common.rows_sum(inside, state.vectors))
+    inside = tree.rows_dot(state.vectors, v).astype(state.values.dtype)
+    return inside, tree.sub(v, tree.rows_sum(inside, state.vectors))
 
 
 def _apply(state: Sketch, v: PyTree, *, rho) -> PyTree:
     rho = jnp.asarray(rho, state.values.dtype)
     inside, outside = _split(state, v)
     lowest = state.values[0] + rho
-    return tree.add(_common.rows_sum(inside * (lowest / (state.values + rho)), state.vectors), outside)
+    return tree.add(tree.rows_sum(inside * (lowest / (state.values + rho)), state.vectors), outside)
 
 
-@_common.approximate
 def _nystrom(matvec, b, x0=None, *, rank, rho, key) -> tuple[PyTree, LinearInfo]:
     b, x0 = _common.prepare(b, x0)
     state = _refresh(matvec, _init(b, rank=rank, key=key))
     rho = jnp.asarray(rho, state.values.dtype)
     inside, outside = _split(state, b)
-    x = _common.rows_sum(inside / (state.values + rho), state.vectors)
+    x = tree.rows_sum(inside / (state.values + rho), state.vectors)
     complete = state.values.shape[0] == tree.size(b)
     x = x if complete else tree.axpy(1 / rho, outside, x)
     x = tree.where(state.code == 0, x, x0)

@@ -5,4 +5,9 @@ from bilevax.multilevel.gradient import value_and_multilevel_grad
 from bilevax.multilevel.level import Level
 from bilevax.multilevel.solve import solve_multilevel
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = ["Edge", "Explanation", "Level", "explain", "solve_multilevel", "value_and_multilevel_grad"]

@@ -16,7 +16,8 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core.pullback import known_backwards
-from bilevax.base import Bound, Feed, InnerState, PyTree, join, split
+from bilevax._core.settings import name_of
+from bilevax.base import Feed, InnerState, PyTree, join, split
 from bilevax.data.draws import draw_number
 from bilevax.multilevel import nested
 from bilevax.multilevel.sweep import Sweep, sweep
@@ -80,7 +81,7 @@ def _swept_jvp(static: Any, primals: tuple, tangents: tuple):
 
     once = [name for name, method in inside.items() if method.order < 2]
     if once:
-        grad = known_backwards(partial(_refuse, once[0], _kind(inside[once[0]])), out.grad, (), direction)
+        grad = known_backwards(partial(_refuse, once[0], name_of(inside[once[0]].vjp)), out.grad, (), direction)
     else:
         grad = jax.jvp(gradient, ([leaf for leaf, flag in zip(leaves, flags, strict=True) if flag],), (direction,))[1]
     solved = known_backwards(_solutions, (_floats(out.solved), _floats(out.states), _floats(out.aux)), (), direction)
@@ -107,10 +108,6 @@ def _total(system: System, out: Sweep, feeds: dict[str, Feed]):
 
 def _floats(value: PyTree) -> PyTree:
     return tree.partition(value)[0]
-
-
-def _kind(method) -> str:
-    return method.vjp.name if isinstance(method.vjp, Bound) else repr(method)
 
 
 def _refuse(level: str, method: str, residuals, cotangent):

@@ -6,7 +6,8 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from bilevax.base import Bound, Hypergradient, InnerSolver, PyTree
+from bilevax._core.settings import name_of
+from bilevax.base import PyTree
 from bilevax.multilevel import joint
 from bilevax.multilevel.gradient import MultilevelGradFn
 from bilevax.multilevel.level import Level, check_names, split_params
@@ -170,9 +171,8 @@ def explain(
         holders = [n for n in names if name in graph[n].nested]
         for holder in holders:
             sweep = holder == top
-            method = joint.adapted(system, name) if sweep else system.methods[name]
             moving = graph[name].live if sweep else [n for n in graph[name].total if n == holder or n in graph[holder].nested]
-            edges += [Edge(name, n, describe(method, system.methods[name]), None if sweep else holder) for n in moving]
+            edges += [Edge(name, n, describe(system, name, sweep), None if sweep else holder) for n in moving]
         still = [n for n in graph[name].reads if not any(edge.level == name and edge.reads == n for edge in edges)]
         edges += [Edge(name, n, "") for n in still]
     cost: Counter | None = Counter({(top, GRADIENTS): 1})
@@ -182,17 +182,13 @@ def explain(
     return Explanation(tuple(names), tuple(edges), {n: graph[n].nested for n in names}, graph[top].nested, frozen, by_level[0], by_level[1])
 
 
-def describe(method: Hypergradient, given: Hypergradient) -> str:
-    """A method's name and its linear solver's; for the joint system, what it stands for."""
-    settings = given.vjp.settings if isinstance(given.vjp, Bound) else {}
-    linear = settings.get("linear")
-    inner = f"({linear.name})" if isinstance(linear, Bound) else ""
-    name = _name(given)
-    return f"{name}, as one symmetric system (minres)" if _name(method) == "lagrangian" else f"{name}{inner}"
-
-
-def _name(method: Hypergradient) -> str:
-    return method.vjp.name if isinstance(method.vjp, Bound) else getattr(method.vjp, "__name__", "custom")
+def describe(system: System, name: str, sweep: bool) -> str:
+    """The name of a level's method and of its linear solver; for the joint system, what it stands for."""
+    method = system.methods[name]
+    called = name_of(method.vjp)
+    if sweep and joint.is_adapted(system, name):
+        return f"{called}, as one symmetric system (minres)"
+    return called if method.linear is None else f"{called}({name_of(method.linear.solve)})"
 
 
 # ---- counting: (level, what) -> number, None where it is not known
@@ -207,18 +203,13 @@ def _sum(*costs: Counter | None) -> Counter | None:
     return total
 
 
-def _times(n: int, cost: Counter | None) -> Counter | None:
-    return None if cost is None else Counter({key: n * value for key, value in cost.items()})
-
-
-def _iterations(solver: InnerSolver) -> int:
-    """Gradients in one solve."""
-    step = solver.step.settings["step"] if isinstance(solver.step, Bound) and solver.step.name == "every" else solver.step
-    return solver.steps * (step.settings.get("maxiter", 1) if isinstance(step, Bound) else 1)
+def _times(n: int | None, cost: Counter | None) -> Counter | None:
+    return None if cost is None or n is None else Counter({key: n * value for key, value in cost.items()})
 
 
 def _solve(system: System, name: str) -> Counter | None:
-    return _times(_iterations(system.solvers[name]), _gradient(system, name))
+    solver = system.solvers[name]
+    return None if solver.gradients is None else _times(solver.steps * solver.gradients, _gradient(system, name))
 
 
 def _gradient(system: System, name: str) -> Counter | None:
@@ -242,43 +233,21 @@ def _joint_hvp(system: System, name: str) -> Counter:
 
 
 def _derivative(system: System, name: str) -> Counter | None:
-    """A solution's derivative applied once, at a point that is solved."""
-    return _applied(system, name, system.methods[name])
+    """A solution's derivative applied once, at a point that is solved: what its method says that it takes."""
+    method = system.methods[name]
+    cost = {} if method.cost is None else method.cost(system.solvers[name])
+    gradients, hvps, mixed = (cost.get(entry) for entry in ("gradients", "hvps", "mixed_products"))
+    products = None if hvps is None or mixed is None else hvps + mixed
+    return _sum(_times(gradients, _gradient(system, name)), _times(products, _hvp(system, name)))
 
 
 def _pullback(system: System, name: str) -> Counter | None:
-    method = joint.adapted(system, name)
-    if _name(method) != "lagrangian":
-        return _applied(system, name, method)
+    if not joint.is_adapted(system, name):
+        return _derivative(system, name)
     # The levels inside are solved at the solution, the multipliers found, then one system is solved for all.
-    again = [_sum(_solve(system, i), _times(_linear_iterations(system.methods[i]), _joint_hvp(system, i))) for i in system.graph[name].nested]
-    return _sum(*again, _times(_linear_iterations(system.methods[name]) + 1, _joint_hvp(system, name)))
-
-
-def _applied(system: System, name: str, method: Hypergradient) -> Counter | None:
-    settings = method.vjp.settings if isinstance(method.vjp, Bound) else {}
-    solves = _iterations(system.solvers[name])
-    gradient, hvp = _gradient(system, name), _hvp(system, name)
-    match _name(method):
-        case "implicit":
-            return _sum(gradient, _times(_linear_iterations(method) + 1, hvp))
-        case "unrolled":
-            steps = settings.get("last") or solves
-            return _sum(_times(steps, gradient), _times(2 * steps, hvp))
-        case "one_step":
-            return hvp
-        case "finite_difference":
-            return _times(2, gradient)
-        case "sama":
-            return _sum(gradient, hvp if settings["product"] == "exact" else _times(2, gradient))
-    return None
-
-
-def _linear_iterations(method: Hypergradient) -> int:
-    """The most Hessian-vector products of one linear solve; those that give no bound are counted with their default's."""
-    linear = method.vjp.settings.get("linear") if isinstance(method.vjp, Bound) else None
-    settings = linear.settings if isinstance(linear, Bound) else {}
-    return int(settings.get("maxiter", settings.get("terms", 1000)))
+    again = [_sum(_solve(system, i), _times(joint.products(system, i), _joint_hvp(system, i))) for i in system.graph[name].nested]
+    own = joint.products(system, name)
+    return _sum(*again, _times(None if own is None else own + 1, _joint_hvp(system, name)))
 
 
 __all__ = ["Edge", "Explanation", "explain"]

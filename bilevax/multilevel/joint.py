@@ -23,10 +23,11 @@ from bilevax import linear, tree
 from bilevax._core import numbers
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Hypergradient, InnerState, PyTree
-from bilevax.hypergradient import _adjoint
-from bilevax.hypergradient._solve import forward
+from bilevax.hypergradient.parts import forward, report
 from bilevax.multilevel import nested
 from bilevax.multilevel.system import System
+
+PRODUCTS = 1000  # most products in one solve, where a level's own solver is not for indefinite systems
 
 
 class Unknowns(NamedTuple):
@@ -39,10 +40,14 @@ class Unknowns(NamedTuple):
 def adapted(system: System, name: str) -> Hypergradient:
     """The method of a level that the top level solves: from three nested levels on, implicit differentiation takes the one system."""
     method = system.methods[name]
-    implicit = isinstance(method.vjp, Bound) and method.vjp.name == "implicit"
-    if system.graph[name].depth < 3 or not implicit or not nested.applies_jointly(system, name):
+    if not is_adapted(system, name):
         return method
-    return Hypergradient(method.init, Bound("lagrangian", _vjp, system=system, name=name))
+    return method._replace(vjp=Bound("lagrangian", _vjp, system=system, name=name))
+
+
+def is_adapted(system: System, name: str) -> bool:
+    """Whether the one system takes the place of this level's own."""
+    return system.graph[name].depth > 2 and nested.applies_jointly(system, name)
 
 
 def attached(system: System, name: str, solution: InnerState, given: dict, ctx: Ctx) -> PyTree:
@@ -52,9 +57,7 @@ def attached(system: System, name: str, solution: InnerState, given: dict, ctx: 
     def value(u, given, ctx):
         return lagrangian(system, name, u, given, ctx)
 
-    _, max_residual = nested.linear_settings(system.methods[name])
-    max_residual = nested.MAX_RESIDUAL if max_residual is None else max_residual
-    return attach(value, _solver(system, name, u), max_residual=max_residual)(u, given, ctx).y
+    return attach(value, _solver(system, name, u), max_residual=nested.accepted(system.methods[name]))(u, given, ctx).y
 
 
 def lagrangian(system: System, name: str, u: Unknowns, given: dict, ctx: Ctx):
@@ -100,12 +103,18 @@ def point(system: System, name: str, y: PyTree, given: dict, ctx: Ctx) -> Unknow
 
 def _solver(system: System, name: str, u: Unknowns):
     """MINRES to the tolerance of the level's own method; a level with none inside keeps that method's solver."""
-    given, _ = nested.linear_settings(system.methods[name])
-    if given is not None and (not u.below or (isinstance(given, Bound) and given.name == "minres")):
+    given = system.methods[name].linear
+    assert given is not None  # what `applies_jointly` asked for
+    if not u.below or given.indefinite:
         return given
-    settings = given.settings if isinstance(given, Bound) else {}
-    unit = numbers.rounding_unit(u)
-    return linear.minres(maxiter=1000, tol=settings.get("tol", 100 * unit))
+    return linear.minres(PRODUCTS, 100 * numbers.rounding_unit(u) if given.tol is None else given.tol)
+
+
+def products(system: System, name: str) -> int | None:
+    """The most products with the joint matrix of a level in one solve."""
+    given = system.methods[name].linear
+    assert given is not None  # what `applies_jointly` asked for
+    return given.products if not system.graph[name].nested or given.indefinite else PRODUCTS
 
 
 def _vjp(lower, inner_state, outer, feed, ctx, state, *, system: System, name: str):
@@ -122,8 +131,7 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, system: System, name: s
         right = tree.zeros_like(u)._replace(y=w)
         q, linear_info = _solver(system, name, u)(lambda v: products(v)[0], right, tree.zeros_like(u))
         mixed = products(q)[1]
-        _, max_residual = nested.linear_settings(system.methods[name])
-        report = _adjoint.report(info, linear_info, max_residual, inner_grad_norm=tree.norm(stationarity), cotangent_norm=tree.norm(w))
-        return tree.neg(mixed), None, state, report
+        found = report(info, linear_info, system.methods[name].max_residual, inner_grad_norm=tree.norm(stationarity), cotangent_norm=tree.norm(w))
+        return tree.neg(mixed), None, state, found
 
     return solution, pullback

@@ -8,7 +8,8 @@ from typing import Any
 
 from bilevax import check, tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Hypergradient, InnerSolver, PyTree, objective
+from bilevax._core.settings import name_of
+from bilevax.base import Hypergradient, InnerSolver, PyTree, objective
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -82,7 +83,7 @@ class Level:
 
 def _short(value) -> str:
     piece = value.step if isinstance(value, InnerSolver) else value.vjp if isinstance(value, Hypergradient) else value
-    return f"{piece.name}(...)" if isinstance(piece, Bound) else type(value).__name__
+    return f"{name_of(piece)}(...)" if callable(piece) else type(value).__name__
 
 
 def checked(levels: Sequence[Level]) -> tuple[Level, ...]:

@@ -20,7 +20,6 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import tree
 from bilevax._core.jaxpr import evaluate
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, join, split
@@ -133,32 +132,23 @@ def attached(system: System, name: str, side: Lower, solution: InnerState, given
     """The solved variable of a level with its exact derivative in `given`."""
     if applies_jointly(system, name):
         return system.joint(system, name, solution, given, ctx)
-    solver, max_residual = linear_settings(system.methods[name])
-    max_residual = MAX_RESIDUAL if max_residual is None else max_residual
+    method = system.methods[name]
 
     def value(y, given, ctx):
         return side.objective(y, given, ctx)[0]
 
-    return attach(value, solver, max_residual=max_residual)(solution.params, given, ctx)
+    return attach(value, method.linear, max_residual=accepted(method))(solution.params, given, ctx)
+
+
+def accepted(method: Hypergradient) -> Any:
+    """The residual above which a derivative by this method is NaN."""
+    return MAX_RESIDUAL if method.max_residual is None else method.max_residual
 
 
 def applies_jointly(system: System, name: str) -> bool:
     """Whether this level, with others inside it, is differentiated as one system: all of them exactly, none by its steps."""
     inside = system.graph[name].held
     return bool(inside) and all(system.methods[n].order > 1 and system.methods[n].linear is not None for n in (name, *inside))
-
-
-def linear_settings(method: Hypergradient) -> tuple[Any, Any]:
-    """The linear solver that an implicit method was given, with its damping, and the residual that it accepts; else the exact default."""
-    settings = method.vjp.settings if isinstance(method.vjp, Bound) and method.vjp.name == "implicit" else {}
-    solver, damping = settings.get("linear"), settings.get("damping")
-    if solver is not None and damping is not None:
-        solver = Bound("damped", _damped, linear=solver, damping=damping)
-    return solver, settings.get("max_residual")
-
-
-def _damped(matvec, b, x0, *, linear, damping):
-    return linear(lambda v: tree.axpy(damping, v, matvec(v)), b, x0)
 
 
 # ---- first-order methods: once and no more
@@ -170,18 +160,18 @@ def message(system: System, reader: str, name: str) -> str:
     upper = f"level {reader!r}" + (f" is differentiated by {system.methods[reader]!r}, which needs" if reader in system.methods else " asks for")
     return (
         f"hypergradient of level {name!r}: got {method!r}, whose derivative is right once only, but {upper} a second derivative through it; expected "
-        "a method of order 2 below, such as hypergradient.implicit(), or one above that takes first derivatives only, such as "
-        "hypergradient.finite_difference(), zeroth_order() or sama(product='difference')."
+        "a method of order 2 below, such as hypergradient.implicit(), or one above that takes "
+        "first derivatives only, such as hypergradient.finite_difference(), zeroth_order() or sama(product='difference')."
     )
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def once(why: str, value: PyTree, given: PyTree) -> PyTree:
+def refused(why: str, value: PyTree, given: PyTree) -> PyTree:
     """`value`, which depends on `given` in a way that must not be differentiated: doing so raises."""
     return value
 
 
-@once.defjvp
+@refused.defjvp
 def _refuse(why, primals, tangents):
     raise ValueError(why)
 
@@ -210,14 +200,14 @@ def _guarded_fwd(static, given, rest):
     solution, pullback = method.vjp(side, start, given, feed, ctx, method.init(start.params))
     closed, shape = jax.make_jaxpr(lambda w: pullback(w)[0], return_shape=True)(solution.params)
     residuals = (closed.consts, _Code(closed.jaxpr, jax.tree.structure(shape)), given, rest)
-    return once(why, solution, given), residuals
+    return refused(why, solution, given), residuals
 
 
 def _guarded_bwd(static, residuals, cotangent):
     captured, code, given, rest = residuals
     _, _, why = join(static, rest[0])
     out = evaluate(code.jaxpr, captured, jax.tree.leaves(cotangent.params))
-    return once(why, jax.tree.unflatten(code.structure, out), (given, cotangent.params)), None
+    return refused(why, jax.tree.unflatten(code.structure, out), (given, cotangent.params)), None
 
 
 _guarded.defvjp(_guarded_fwd, _guarded_bwd)

@@ -11,7 +11,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax.base import Feed, InnerState, PyTree
-from bilevax.hypergradient._solve import forward
+from bilevax.hypergradient.parts import forward
 from bilevax.multilevel import joint, nested
 from bilevax.multilevel.system import System
 from bilevax.results import RESULTS, as_warning, first, unless

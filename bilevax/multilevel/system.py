@@ -14,7 +14,6 @@ from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax._captured import hoisted
 from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, objective
-from bilevax.hypergradient.finite_difference import finite_difference
 from bilevax.hypergradient.one_step import one_step
 from bilevax.multilevel.graph import Graph, find
 from bilevax.multilevel.level import Level
@@ -52,7 +51,7 @@ def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[st
         graph,
         objectives,
         {level.name: as_solver(level) for level in lower},
-        {name: _once_only(method) if any(methods[n].order < 2 for n in graph[name].held) else method for name, method in methods.items()},
+        {name: _first_order(method) if any(methods[n].order < 2 for n in graph[name].held) else method for name, method in methods.items()},
         draws,
         top.solver,
         {level.name: level.look_ahead for level in lower},
@@ -68,16 +67,9 @@ def method_of(level: Level) -> Hypergradient:
 _NONE = one_step()  # never called: nothing waits for a frozen level
 
 
-def _once_only(method: Hypergradient) -> Hypergradient:
-    """A method over a level that can be differentiated once only: SAMA and one-step take their mixed products from differences there."""
-    if not isinstance(method.vjp, Bound):
-        return method
-    settings = method.vjp.settings
-    if method.vjp.name == "one_step":
-        return finite_difference(settings["scale"])
-    if settings.get("product") == "exact":
-        return method._replace(vjp=Bound(method.vjp.name, method.vjp.fn, **{**settings, "product": "difference"}))
-    return method
+def _first_order(method: Hypergradient) -> Hypergradient:
+    """A method over a level that can be differentiated once only."""
+    return method if method.first_order_form is None else method.first_order_form
 
 
 def _two_arguments(params, _, batch, *model, fn, fixed, **keyed):

@@ -14,6 +14,11 @@ from bilevax.nn.objectives import Bilevel, bilevel, objective
 from bilevax.nn.optimizers import going_on, hand_back
 from bilevax.nn.weighting import LabelNet, WeightNet
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "ArchParam",
     "Bilevel",

@@ -4,6 +4,11 @@ from bilevax.replay._batches import Reader, reader
 from bilevax.replay.metagradient import Metagradient, gradients, value_and_metagrad
 from bilevax.replay.schedules import Action, Counts, Schedule, everything, segments, tree
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "Action",
     "Counts",

@@ -46,10 +46,10 @@ def launch(
     plan = Plan(problem, algorithm, options.metrics, options.tol, strict=options.strict)
     if options.sharding is not None:
         key = key if state is None else state.key
-        plan, sources, start, outer, key = layout.place(options.sharding, plan, sources, start, outer, key)
+        plan, sources, start, outer, key, spec = layout.place(options.sharding, plan, sources, start, outer, key)
     shapes = jax.eval_shape(lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, options.keep), start, outer, key)
     if options.sharding is not None:
-        plan = plan._replace(layout=layout.of_run(options.sharding, plan, shapes, start, outer))
+        plan = plan._replace(layout=layout.of_run(options.sharding, shapes, start, outer, spec))
     static, dynamic = split(plan)
     if plan.layout is not None:
         dynamic = plan.layout.put_everywhere(dynamic)

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.extend import core
 
+from bilevax._core.version import __version__
 from bilevax.base import PyTree
 from bilevax.run import digest
 
@@ -21,8 +22,6 @@ _LAYOUT = ("mesh", "sharding", "shardings", "layout", "layouts", "donated", "kee
 
 def versions() -> dict[str, str]:
     """What the text of a traced function depends on beside the function."""
-    from bilevax import __version__
-
     return {"bilevax": __version__, "jax": jax.__version__}
 
 

@@ -97,10 +97,10 @@ def param_specs(sharding: Sharding, params: PyTree, level: str) -> PyTree:
     return jax.tree_util.tree_map_with_path(spec, params)
 
 
-def of_run(sharding: Sharding, plan: Any, shapes: PyTree, start: InnerState, outer: PyTree) -> Layout:
-    """The layout of a run state of these shapes."""
-    if sharding.kind == "tasks":
-        return Layout(sharding, over_tasks.run_specs(plan, shapes))
+def of_run(sharding: Sharding, shapes: PyTree, start: InnerState, outer: PyTree, spec: PyTree = None) -> Layout:
+    """The layout of a run state of these shapes; `spec` is what `place` has found of the algorithm's."""
+    if spec is not None:
+        return Layout(sharding, over_tasks.run_specs(spec, shapes))
     if sharding.kind == "replicated":
         return Layout(sharding, (PartitionSpec(),) * len(jax.tree.leaves(shapes)))
     params = []
@@ -108,7 +108,7 @@ def of_run(sharding: Sharding, plan: Any, shapes: PyTree, start: InnerState, out
         leaves = jax.tree_util.tree_leaves_with_path(value)
         params += [(level, jax.tree_util.keystr(path), leaf.shape, _ruled(sharding, level + jax.tree_util.keystr(path))) for path, leaf in leaves]
 
-    def spec(path, leaf) -> PartitionSpec:
+    def found_for(path, leaf) -> PartitionSpec:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return PartitionSpec()
         if sharding.kind == "largest":
@@ -125,7 +125,7 @@ def of_run(sharding: Sharding, plan: Any, shapes: PyTree, start: InnerState, out
         _, _, extra, found = max(same, key=lambda item: item[:2])
         return PartitionSpec(*[None] * extra, *found)
 
-    return Layout(sharding, tuple(spec(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)))
+    return Layout(sharding, tuple(found_for(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)))
 
 
 # ---- batches
@@ -185,10 +185,10 @@ def wrap(sharding: Sharding, objective: Objective) -> Objective:
 
 
 def place(sharding: Sharding, plan: Any, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> tuple:
-    """The plan, the data and the starting point as they lie on the mesh."""
-    problem = plan.problem
+    """The plan, the data and the starting point as they lie on the mesh, and the specs of the algorithm's state where they are known."""
+    problem, spec = plan.problem, None
     if sharding.kind == "tasks":
-        plan = over_tasks.distribute(sharding, plan, sources, start, outer)
+        plan, spec = over_tasks.distribute(sharding, plan, sources, start, outer)
     elif sharding.rows is not None:
         if sharding.mean:
             _check_mean(sharding, problem, sources, start, outer, key)
@@ -204,7 +204,7 @@ def place(sharding: Sharding, plan: Any, sources: tuple, start: InnerState, oute
 
     start = start._replace(params=put(start.params, "inner"), model=jax.tree.map(lambda a: put_leaf(a, everywhere), start.model))
     key = None if key is None else put_leaf(key, everywhere)
-    return plan, tuple(_place_source(sharding, source) for source in sources), start, put(outer, "outer"), key
+    return plan, tuple(_place_source(sharding, source) for source in sources), start, put(outer, "outer"), key, spec
 
 
 @functools.partial(jax.jit, static_argnums=0)

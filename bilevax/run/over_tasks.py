@@ -10,18 +10,20 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from bilevax.base import Algorithm, Bound, Hypergradient, Objective, Problem, PyTree, StepInfo, join, split
+from bilevax.base import Algorithm, Bound, Objective, Problem, PyTree, StepInfo, join, split
 from bilevax.data.loaders import Stream
 from bilevax.results import WARNINGS
 from bilevax.sharding.axis import enter, leave
-from bilevax.tasks import _over_tasks
 
 SUMMED = ("inner_value",)  # diagnostics that add up over tasks
 NORMS = ("inner_grad_norm", "cotangent_norm")  # and those whose squares do
 
 
-def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTree) -> Any:
-    """`plan` with the algorithm's step inside ``shard_map`` over the task axis, and both objectives on a device's own tasks."""
+def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTree) -> tuple[Any, PyTree]:
+    """`plan` with the algorithm's step inside ``shard_map`` over the task axis, and both objectives on a device's own tasks.
+
+    Besides, the specs of the algorithm's state.
+    """
     problem, algorithm = plan.problem, plan.algorithm
     devices = sharding.mesh.shape[sharding.axis]
     if not isinstance(problem, Problem):
@@ -34,31 +36,22 @@ def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTr
             f"of {devices}."
         )
     for name, objective, expected in (("inner_objective", problem.inner, ("sum",)), ("outer_objective", problem.outer, ("mean", "sum"))):
-        if _reduce_of(objective) not in expected:
+        if objective.tasks not in expected:
             raise ValueError(
                 f"{name}: got {objective!r} with sharding.tasks(); expected bilevax.tasks(fn, {expected[0]!r}), "
                 "whose tasks depend on none but themselves."
             )
     local = problem._replace(
         inner=_localised(problem.inner, sharding.axis, count, "own"),
-        outer=_localised(problem.outer, sharding.axis, count, _reduce_of(problem.outer)),
+        outer=_localised(problem.outer, sharding.axis, count, problem.outer.tasks),
     )
     if problem.inner_init is not None:
         local = local._replace(inner_init=Bound("inner_init", _own_start, fn=problem.inner_init, axis=sharding.axis))
     algorithm = _summing_once(algorithm, sharding.axis)
     streams = tuple(isinstance(source, Stream) for source in sources)
-    settings = dict(step=algorithm.step, sharding=sharding, count=count, streams=streams, state_spec=_state_spec(plan, sharding.axis, start, outer))
-    return plan._replace(problem=local, algorithm=algorithm._replace(step=Bound(repr(algorithm.step), _step, **settings)))
-
-
-def _reduce_of(objective: Objective) -> str:
-    """How the tasks' values are combined: the setting of `bilevax.tasks`, or nothing where the objective is none of its."""
-    fn: Any = objective.fn
-    while isinstance(fn, Bound):
-        if fn.fn is _over_tasks:
-            return fn.settings["reduce"]
-        fn = fn.settings.get("fn")
-    return ""
+    spec = _state_spec(plan, sharding.axis, start, outer)
+    settings = dict(step=algorithm.step, sharding=sharding, count=count, streams=streams, state_spec=spec)
+    return plan._replace(problem=local, algorithm=algorithm._replace(step=Bound(repr(algorithm.step), _step, **settings))), spec
 
 
 def _localised(objective: Objective, axis: str, count: int, reduce: str) -> Objective:
@@ -87,17 +80,13 @@ def _own_tasks(inner, outer, batch, *, fn, has_aux, axis, count, reduce, summed,
 
 def _summing_once(algorithm: Algorithm, axis: str) -> Algorithm:
     """`algorithm` with its hypergradient's outer cotangent summed over the devices once, at the end, where it is made of many in a loop."""
-    step = algorithm.step
-    if not (isinstance(step, Bound) and isinstance(step.settings.get("hypergradient"), Hypergradient)):
+    if algorithm.around is None:
         return algorithm
-    method = step.settings["hypergradient"]
-    once = method._replace(vjp=Bound(repr(method.vjp), _vjp, vjp=method.vjp, axis=axis))
-    return algorithm._replace(step=Bound(step.name, step.fn, **{**step.settings, "hypergradient": once}))
+    return algorithm.around(lambda method: method._replace(vjp=Bound(repr(method.vjp), _vjp, vjp=method.vjp, axis=axis)))
 
 
 def _vjp(lower, inner_state, outer, feed, ctx, state, *, vjp, axis):
-    bound = lower.objective.fn
-    fn = Bound(bound.name, bound.fn, **{**bound.settings, "summed": False})
+    fn = lower.objective.fn.rebound(summed=False)
     solution, pullback = vjp(lower._replace(objective=dataclasses.replace(lower.objective, fn=fn)), inner_state, outer, feed, ctx, state)
 
     def summed(cotangent):
@@ -181,9 +170,8 @@ def _state_spec(plan: Any, axis: str, start: Any, outer: PyTree) -> PyTree:
     return jax.tree.map(spec, shapes(1), shapes(2))
 
 
-def run_specs(plan: Any, shapes: Any) -> tuple[PartitionSpec, ...]:
-    """The specs of a whole run state's leaves."""
-    spec = plan.algorithm.step.settings["state_spec"]
+def run_specs(spec: PyTree, shapes: Any) -> tuple[PartitionSpec, ...]:
+    """The specs of a whole run state's leaves, from those of its algorithm's."""
     full = jax.tree.map(lambda _: PartitionSpec(), shapes)._replace(algorithm=spec)
     if full.best is not None:
         full = full._replace(best=full.best._replace(inner=spec.inner.params))

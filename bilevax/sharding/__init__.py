@@ -5,6 +5,11 @@ from bilevax.sharding.memory import accumulate, low_precision
 from bilevax.sharding.placement import Sharding, by_path, data_parallel, from_process, fsdp, tasks
 from bilevax.sharding.report import Collective, Piece, Report, collectives, dry_run
 
+
+def __dir__() -> list[str]:
+    return __all__
+
+
 __all__ = [
     "Collective",
     "Piece",

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax.base import PyTree
-from bilevax.inner.lbfgs import LbfgsState, _remember, inverse_hessian_product, lbfgs
+from bilevax.inner.lbfgs import LbfgsState, inverse_hessian_product, lbfgs, remember
 
 FIRST_MOVE = 0.1  # length of the first move, relative to the outer parameters or to √n
 STEEP = 1e-5  # least cosine between a quasi-Newton direction and the gradient
@@ -43,7 +43,7 @@ def learned(model: Model, move: PyTree, change: PyTree, failed: Any) -> Model:
     step = jnp.where(keep, ss / jnp.where(keep, su, jnp.ones_like(su)), jnp.where(failed, jnp.zeros_like(su), model.step))
     memory = model.memory
     if isinstance(memory, LbfgsState):
-        memory = _remember(memory, move, change, su.astype(memory.gamma.dtype), keep)
+        memory = remember(memory, move, change, su.astype(memory.gamma.dtype), keep)
         memory = tree.where(failed, tree.zeros_like(memory), memory)
     return model._replace(memory=memory, step=step)
 
