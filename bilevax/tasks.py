@@ -59,7 +59,7 @@ def _over_tasks(inner, outer, batch, *, fn, has_aux, keyed, reduce, key=None, **
     if len(lengths) != 1 or () in lengths:
         shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves((inner, batch))]
         raise ValueError(f"inner_params and batch: got shapes {shapes}; expected one common task axis in front. Try bx.task_copies(num_tasks).")
-    keys = jax.random.split(key, lengths.pop()[0]) if keyed else None
+    keys = _keys_of(key, lengths.pop()[0]) if keyed else None
 
     def one(inner, batch, key):
         out = fn(inner, outer, batch, **({"key": key} if keyed else {}), **number)
@@ -68,6 +68,12 @@ def _over_tasks(inner, outer, batch, *, fn, has_aux, keyed, reduce, key=None, **
     values, aux = jax.vmap(one)(inner, batch, keys)
     value = jnp.mean(values) if reduce == "mean" else jnp.sum(values)
     return (value, aux) if has_aux else value
+
+
+def _keys_of(key, count: int):
+    """A key for each task; those of some tasks among more come made."""
+    one = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
+    return key if jnp.ndim(key) > one else jax.random.split(key, count)
 
 
 def task_copies(num_tasks: int) -> Callable[[PyTree], PyTree]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
@@ -209,18 +210,17 @@ def features(folder: str | Path, texts: Sequence[str], *, cache: str | Path | No
     Args:
       folder: of the encoder; see `load_bert` and `tokenize`.
       texts: strings.
-      cache: folder of the files, named by the texts and the encoder. None: nothing is kept.
+      cache: folder of the files, named by the texts and the encoder's own files, whose content decides. None: nothing
+        is kept. A file that was cut off is made anew.
       batch: texts encoded at a time, the shortest together.
       length: where longer texts are cut.
 
     Returns:
       float32 unit vectors ``(n, d)``.
     """
-    weights = Path(folder) / "model.safetensors"
-    about = json.dumps([list(texts), length, weights.stat().st_size])
-    path = None if cache is None else Path(cache) / f"features-{hashlib.sha256(about.encode()).hexdigest()[:20]}.npy"
-    if path is not None and path.is_file():
-        return np.load(path)
+    path = None if cache is None else Path(cache) / f"features-{_about(Path(folder), texts, length)}.npy"
+    if path is not None and (kept := _read(path, len(texts))) is not None:
+        return kept
     graphdef, state = nnx.split(load_bert(folder))
     order = np.argsort([len(text) for text in texts], kind="stable")
     out: Any = None
@@ -233,8 +233,30 @@ def features(folder: str | Path, texts: Sequence[str], *, cache: str | Path | No
         out[rows] = found
     if path is not None:
         path.parent.mkdir(parents=True, exist_ok=True)
-        np.save(path, out)
+        beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        with beside.open("wb") as file:
+            np.save(file, out)
+        os.replace(beside, path)  # whole, or not there
     return out
+
+
+def _about(folder: Path, texts: Sequence[str], length: int) -> str:
+    """What the features depend on: the texts, where they are cut, and the bytes of the encoder's files."""
+    total = hashlib.sha256(json.dumps([list(texts), length]).encode())
+    for name in ("config.json", "tokenizer.json", "model.safetensors"):
+        if (folder / name).is_file():
+            with (folder / name).open("rb") as file:
+                total.update(hashlib.file_digest(file, "sha256").digest())
+    return total.hexdigest()[:20]
+
+
+def _read(path: Path, rows: int) -> np.ndarray | None:
+    """The features in a file; None where there is none that is whole."""
+    try:
+        found = np.load(path, allow_pickle=False)
+    except (OSError, ValueError, EOFError):
+        return None
+    return found if found.dtype == np.float32 and found.ndim == 2 and len(found) == rows else None
 
 
 __all__ = ["Bert", "BertConfig", "features", "load_bert", "tokenize"]

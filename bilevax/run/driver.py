@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import check, tree
+from bilevax._core import peers
 from bilevax._core.refusal import undifferentiable
 from bilevax.base import InnerState, PyTree, join, split
 from bilevax.run import dry, fingerprint, layout
@@ -41,6 +42,9 @@ def launch(
     """
     given = (problem, algorithm, named, start, outer, fixed, key, state, score_dtype_of(value_dtype), functions)
     sources = tuple(named.values())
+    print_of = functools.cache(lambda: _fingerprint(*given))
+    if jax.process_count() > 1 and options.sharding is not None:
+        _agree(options, print_of()["parts"])
     inner_fixed, outer_fixed = fixed
     score_dtype = score_dtype_of(value_dtype)
     plan = Plan(problem, algorithm, options.metrics, options.tol, strict=options.strict)
@@ -79,7 +83,19 @@ def launch(
         return _traced(static, dynamic, run, sources, solution, options)
     if options.sharding is not None and options.sharding.dry:
         return dry.of_step(static, dynamic, run, sources)  # type: ignore[return-value]
-    return drive(Loop(plan, static, dynamic, run, sources, solution, options), lambda: _fingerprint(*given))
+    return drive(Loop(plan, static, dynamic, run, sources, solution, options), print_of)
+
+
+def _agree(options: Options, parts: dict[str, str]) -> None:
+    """Refuse settings and problems that differ between the processes of a run: one would wait for ever, or compute something else."""
+    saved = options.checkpoint
+    told = {
+        **{name: str(getattr(options, name)) for name in ("num_steps", "tol", "keep", "on_failure", "strict")},
+        "callbacks": str([watcher.every for watcher in options.watchers if watcher.exact]),
+        "checkpoint": str(saved and (saved.every, saved.directory, saved.keep, saved.resume)),
+        **{name: value[:12] for name, value in parts.items()},
+    }
+    peers.agree(told, "processes", "Expected every process to make the same call. Try the same seed, files and arguments on all of them.")
 
 
 def score_dtype_of(value_dtype) -> Any:

@@ -214,8 +214,18 @@ def _compared(static, dynamic, inner, outer, batch):
     return one[0], two[0], tree.norm(tree.sub(one, two)), tree.norm(one)
 
 
+def _beside(inner: PyTree, outer: PyTree) -> tuple[PyTree, PyTree]:
+    """A point in no special direction from this one."""
+
+    def moved(params, seed):
+        noise = tree.normal_like(jax.random.key(seed), params)
+        return jax.tree.map(lambda a, n: a + jnp.asarray(0.1, a.dtype) * (1 + jnp.abs(a)) * n, params, noise)
+
+    return moved(inner, 0), moved(outer, 1)
+
+
 def _check_mean(sharding: Sharding, problem: Any, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> None:
-    """Means over rows, by value and gradient on the first batch."""
+    """Means over rows, by value and gradient on the first batch, at the start and beside it: at zero many a sum is zero, too."""
     if not isinstance(problem, Problem):
         raise ValueError("sharding: got mean=True for more than two levels; expected data_parallel() there.")
     for name, objective, source in (("inner_objective", problem.inner, sources[0]), ("outer_objective", problem.outer, sources[2])):
@@ -234,8 +244,10 @@ def _check_mean(sharding: Sharding, problem: Any, sources: tuple, start: InnerSt
         batch = jax.tree.map(lambda a: put_leaf(a, sharding.named(*rows_spec(sharding, a))), batch)
         both = (objective.fn, Bound(objective.name, _own_rows, fn=objective.fn, sharding=sharding))
         static, dynamic = split(both)
-        whole, parts, gap, size = _compared(static, dynamic, start.params, outer, batch)
-        if gap > 1e-3 * size:
+        for point in ((start.params, outer), _beside(start.params, outer)):
+            whole, parts, gap, size = _compared(static, dynamic, *point, batch)
+            if not gap > 1e-3 * size:  # as where beside the start there are no numbers
+                continue
             raise ValueError(
                 f"{name}: got {objective.name} with mean=True, which is no mean over the rows of its batch: on the whole of the first batch it gives "
                 f"{float(whole):.6g}, as the mean of the devices' parts {float(parts):.6g} (values and gradients differ by {gap / size:.1e}); "

@@ -9,13 +9,13 @@ from typing import Any
 
 import jax
 
+from bilevax._core.peers import Peers
 from bilevax.results import RESULTS, SolveError, failed
 from bilevax.run import chunk, watch
 from bilevax.run import store as store_lib
 from bilevax.run.chunk import CHUNK, Plan, RunState
 from bilevax.run.history import History
 from bilevax.run.options import Options
-from bilevax.run.peers import Peers
 from bilevax.run.recovery import Recovery
 from bilevax.run.signals import Signals
 from bilevax.run.solution import Solution

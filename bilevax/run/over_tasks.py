@@ -70,7 +70,7 @@ def _own_tasks(inner, outer, batch, *, fn, has_aux, axis, count, reduce, summed,
     if any(leaf.shape[0] != here for leaf in jax.tree.leaves(batch)):  # drawn in the step, for all tasks
         batch = _own(batch, axis, count)
     if "key" in keyed:
-        keyed = {"key": jax.random.fold_in(keyed["key"], lax.axis_index(axis))}
+        keyed = {"key": _own(jax.random.split(keyed["key"], count), axis, count)}  # those that one device would give them
     out = fn(inner, enter(outer, axis) if summed else outer, batch, **keyed)
     value, aux = out if has_aux else (out, None)
     if reduce != "own":

@@ -11,7 +11,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from bilevax import check
-from bilevax._core import numbers
+from bilevax._core import numbers, peers
 from bilevax.base import PyTree
 
 
@@ -217,7 +217,8 @@ def from_process(sharding: Sharding, arrays: PyTree) -> PyTree:
       A pytree of ``jax.Array`` whose leading axes are as long as those of all processes together.
 
     Raises:
-      ValueError: for a sharding that does not split rows.
+      TypeError: for what is no array.
+      ValueError: for a sharding that does not split rows, or shapes that differ between processes.
 
     Examples:
       >>> import numpy as np, bilevax as bx
@@ -227,6 +228,12 @@ def from_process(sharding: Sharding, arrays: PyTree) -> PyTree:
     check_sharding(sharding)
     if sharding.rows is None:
         raise ValueError("sharding: got one that does not split rows; expected data_parallel(), fsdp() or by_path(..., rows=...).")
+    given = {f"arrays{jax.tree_util.keystr(path)}": a for path, a in jax.tree_util.tree_leaves_with_path(arrays)}
+    for name, a in given.items():
+        if not isinstance(a, (np.ndarray, jax.Array)) or not np.ndim(a):
+            raise TypeError(f"{name}: got {check.describe(a)}; expected an array whose leading axis counts rows.")
+    shapes = {name: f"{a.dtype}{list(a.shape)}" for name, a in given.items()}
+    peers.agree(shapes, "from_process", "Expected the same number of rows on each. Leave out the last few rows, or fill up with rows of weight zero.")
     return jax.tree.map(lambda a: jax.make_array_from_process_local_data(sharding.named(sharding.rows), np.asarray(a)), arrays)
 
 

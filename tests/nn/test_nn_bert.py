@@ -103,6 +103,29 @@ def test_minilm_s_published_cosines(minilm, tmp_path):
     np.testing.assert_allclose(features(minilm, texts[::-1], batch=3)[::-1], found, atol=1e-6)  # in any order and batch
 
 
+def test_kept_features_belong_to_the_encoder_s_content(tmp_path, monkeypatch):
+    """Another encoder of the same size is another one; a file that was cut off is made anew, and never left half."""
+    from bilevax.nn import bert
+
+    monkeypatch.setattr(bert, "load_bert", lambda folder: float((Path(folder) / "model.safetensors").read_bytes()[0]))
+    monkeypatch.setattr(bert.nnx, "split", lambda model: (None, model))
+    monkeypatch.setattr(bert, "tokenize", lambda folder, texts, length: (np.zeros((len(texts), 2), int), np.ones((len(texts), 2), bool)))
+    monkeypatch.setattr(bert, "_sentences", lambda graphdef, state, tokens, mask: np.full((len(tokens), 3), state, np.float32))
+    encoder, cache = tmp_path / "encoder", tmp_path / "cache"
+    encoder.mkdir()
+    for byte in (1, 2):
+        (encoder / "model.safetensors").write_bytes(bytes([byte]) * 100)
+        assert (features(encoder, ["a", "b"], cache=cache) == byte).all()
+    assert len(list(cache.iterdir())) == 2
+    for path in cache.iterdir():
+        for content in (path.read_bytes()[:140], b"", path.read_bytes()[:-4]):
+            path.write_bytes(content)
+            assert (features(encoder, ["a", "b"], cache=cache) == 2).all()
+    (encoder / "tokenizer.json").write_text("{}")
+    features(encoder, ["a", "b"], cache=cache)
+    assert len(list(cache.iterdir())) == 3
+
+
 def test_tokens_are_padded_to_few_widths(minilm):
     tokens, mask = tokenize(minilm, ["one two three", "word " * 300], length=64)
     assert tokens.shape == mask.shape == (2, 64) and mask[1].all() and mask[0].sum() == 5

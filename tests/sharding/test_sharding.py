@@ -81,6 +81,26 @@ def test_data_parallel_equals_one_device(name):
     assert equal(solve(sharding=S.data_parallel()), solve())
 
 
+@pytest.mark.parametrize("term", ["square of a mean", "variance"])
+def test_what_is_a_mean_at_zero_alone_is_not_taken_for_one(term):
+    """From the usual start at zero, terms of second order in the parameters and their gradients are zero."""
+    x, t = np.random.default_rng(0).standard_normal((2, 64, 5))
+
+    def fit(w, lam, b):
+        pred = b[0] @ w
+        more = jnp.mean(pred) ** 2 if term == "square of a mean" else jnp.var(pred)
+        return jnp.mean((pred - b[1]) ** 2) + 5.0 * more + jnp.exp(lam) * jnp.sum(w**2)
+
+    judge = lambda w, lam, b: jnp.mean((b[0] @ w - b[1]) ** 2)
+    solve = lambda **k: bx.solve_bilevel(
+        fit, judge, jnp.zeros(5), jnp.asarray(-3.0), inner_data=(x, t[:, 0]), outer_data=(x[::-1], t[::-1, 0]),
+        algorithm=bx.algorithms.soba(0.01, 0.01), num_steps=3, keep="last", **k,
+    )  # fmt: skip
+    with pytest.raises(ValueError, match=r"inner_objective: got fit with mean=True, which is no mean"):
+        solve(sharding=S.data_parallel(mean=True))
+    assert equal(solve(sharding=S.data_parallel()), solve())
+
+
 @pytest.mark.parametrize("name", [n if n == "sama" else pytest.param(n, marks=pytest.mark.slow) for n in MAIN])
 def test_means_of_own_rows_equal_one_device(name):
     assert equal(run(name, sharding=S.data_parallel(mean=True)), alone(name))
@@ -317,6 +337,15 @@ def test_tasks_with_aux():
     noisy = bx.tasks(bx.objective(lambda y, x, b: (task_outer(y, x, b), jnp.sum(y)), has_aux=True))
     out, one = (run_tasks("soba", objectives=(EACH, noisy), **k) for k in ({"sharding": S.tasks()}, {}))
     assert out.history["aux"].shape == (4, TASKS) and np.allclose(out.history["aux"], one.history["aux"], rtol=1e-10)
+
+
+@pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(4)], ids=["typed", "plain"])
+def test_keyed_tasks_draw_the_keys_of_one_device(key):
+    jitter = lambda fn: bx.objective(lambda y, x, b, *, key: fn(y + 0.1 * jax.random.normal(key, y.shape), x, b), keyed=True)
+    objectives = bx.tasks(jitter(task_inner), "sum"), bx.tasks(jitter(task_outer))
+    out, one = (run_tasks("soba", objectives=objectives, key=key, **k) for k in ({"sharding": S.tasks()}, {}))
+    assert equal(out, one)
+    assert not equal(one, run_tasks("soba", objectives=objectives, key=jax.random.key(99)))
 
 
 # ---- steps inside shard_map and pmap

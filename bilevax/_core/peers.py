@@ -122,3 +122,29 @@ class _Watch:
                 f"processes: waited {LIMIT:.0f} s for {sorted(self.seen)} of {self.peers.count}, which live; expected every process to make the same "
                 "calls. Try py-spy on them, to see where they stand."
             )
+
+
+def agree(values: dict[str, Any], what: str, expected: str) -> None:
+    """Raise, on every process alike, where processes give different values of the same name.
+
+    Args:
+      values: what JSON holds, by the name that a message is to have.
+      what: begins the message: whose values they are.
+      expected: ends it.
+    """
+    if jax.process_count() == 1:
+        return
+    peers = Peers()
+    try:
+        all_of_them = peers.gather(values)
+    finally:
+        peers.close()
+    names = dict.fromkeys(name for one in all_of_them for name in one)
+    shown = []
+    for name in names:
+        given = [one.get(name) for one in all_of_them]
+        if any(one != given[0] for one in given):
+            by_process = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(given[:8]))
+            shown.append(f"{name} ({by_process})")
+    if shown:
+        raise ValueError(f"{what}: got values that differ between processes: {'; '.join(shown)}. {expected}")
