@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core.apart import apart
 from bilevax.base import Ctx, Objective, PyTree, Scalar
 from bilevax.results import RESULTS, warning
 
@@ -18,7 +19,7 @@ def exact(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTre
     def outer_gradient(inner):
         return jax.grad(objective, 1, has_aux=True)(inner, outer, ctx)[0]
 
-    return jax.jvp(outer_gradient, (inner,), (q,))[1]
+    return apart(lambda inner, q: jax.jvp(outer_gradient, (inner,), (q,))[1], inner, q)
 
 
 def central_difference(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTree, radius: Scalar) -> tuple[PyTree, Scalar]:
@@ -33,7 +34,7 @@ def central_difference(objective: Objective, inner: PyTree, outer: PyTree, ctx: 
         return jax.grad(objective, 1, has_aux=True)(inner, outer, ctx)[0]
 
     up, down = tree.axpy(eps, q, inner), tree.axpy(-eps, q, inner)
-    product = tree.scale(size / (2 * radius), tree.sub(outer_gradient(up), outer_gradient(down)))
+    product = tree.scale(size / (2 * radius), tree.sub(apart(outer_gradient, up), apart(outer_gradient, down)))
     # In half precision a displacement may round away, and the difference with it.
     error = tree.norm(tree.axpy(-2 * eps, q, tree.sub(up, down)))
     lost = jnp.isfinite(size) & (error > 0.2 * radius)

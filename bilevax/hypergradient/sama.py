@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core.apart import apart, large
 from bilevax._core import numbers
 from bilevax._core.settings import parameters
 from bilevax.base import Bound, Hypergradient, PyTree, Scalar
@@ -93,8 +94,12 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, product, nudge, radius)
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 
+    def inner_gradient(params):
+        (value, _), grads = jax.value_and_grad(lower.objective, has_aux=True)(params, outer, ctx)
+        return value, grads
+
     def pullback(w):
-        (value, _), grads = jax.value_and_grad(lower.objective, has_aux=True)(_after(w, solution.params), outer, ctx)
+        value, grads = apart(inner_gradient, _after(w, solution.params))
         extra = {"value": value, "grad": grads, "value_fn": lambda params: lower.objective(params, outer, ctx)[0]}
         q, nonsmooth = adapt(_updates(solver.update, solution, extra), grads, w)
         lost = (tree.dot(q, q) == 0) & (tree.dot(w, w) > 0)
@@ -125,9 +130,10 @@ def _after(before: PyTree, params: PyTree) -> PyTree:
     """`params`, not to be used until `before` is there.
 
     Otherwise XLA merges the forward passes of the two sweeps over the inner objective and holds all activations from the one to the other, and
-    runs the outer gradient beside the inner one. (An optimization barrier is dropped before XLA merges, on CPU.)
+    runs the outer gradient beside the inner one. (An optimization barrier is dropped before XLA merges, on CPU.) Sweeps
+    over large parameters stand apart and need no copy of them.
     """
-    return tree.axpy(0.0, before, params)
+    return params if large(params) else tree.axpy(0.0, before, params)
 
 
 def _updates(update: Callable, solution, extra: dict) -> Callable[[PyTree], PyTree]:
