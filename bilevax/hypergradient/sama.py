@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
-from bilevax._core.apart import apart, large
 from bilevax._core import numbers
+from bilevax._core.apart import apart, large
 from bilevax._core.settings import parameters
 from bilevax.base import Bound, Hypergradient, PyTree, Scalar
 from bilevax.hypergradient import _product
