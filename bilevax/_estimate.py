@@ -9,7 +9,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core.apart import apart
 from bilevax._core.jaxpr import reads
+from bilevax._core.precision import under
 from bilevax.base import Ctx, Estimate, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree
 from bilevax.results import RESULTS, as_warning, failed, first, strictly, unless, warning
 
@@ -31,8 +33,8 @@ def estimate(
     solution, pullback = method.vjp(lower, inner, outer, feeds.inner, hyper_ctx, state)
 
     outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=solution.model)
-    value_and_grads = jax.value_and_grad(problem.outer, (0, 1), has_aux=True)
-    (value, (_, aux)), (inner_cotangent, direct) = value_and_grads(solution.params, outer, outer_ctx)
+    value_and_grads = under(method.precision, jax.value_and_grad(problem.outer, (0, 1), has_aux=True))
+    (value, (_, aux)), (inner_cotangent, direct) = apart(value_and_grads, solution.params, outer, outer_ctx)
     cotangent, init_cotangent, state, info = pullback(inner_cotangent)
     grad = tree.add(direct, cotangent)
     if init_pullback is not None:

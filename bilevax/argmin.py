@@ -13,6 +13,7 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax._core import numbers
+from bilevax._core.precision import asked_by, under
 from bilevax._core.jaxpr import evaluate
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
 from bilevax.linear.cg import cg
@@ -98,7 +99,7 @@ def argmin(
     if tol is not None:
         tol = numbers.positive(tol, "tol", example=1e-6)
     throw = numbers.flag(throw, "throw")
-    return Argmin(_Traceable(objective), solver, _linear(linear_solver, max_residual), tol, throw, strictness(strict))
+    return Argmin(_Traceable(objective, linear_solver), solver, _linear(linear_solver, max_residual), tol, throw, strictness(strict))
 
 
 def attach(objective: Callable, linear_solver: LinearSolver | None = None, *, max_residual: float = 1e-2) -> Callable:
@@ -127,7 +128,7 @@ def attach(objective: Callable, linear_solver: LinearSolver | None = None, *, ma
 
     Source: as `argmin`.
     """
-    traceable, linear = _Traceable(objective), _linear(linear_solver, max_residual)
+    traceable, linear = _Traceable(objective, linear_solver), _linear(linear_solver, max_residual)
 
     def attached(y: PyTree, *args: PyTree) -> PyTree:
         traced = traceable.trace(y, args)
@@ -190,7 +191,9 @@ class _Traceable:
     ``jax.closure_convert`` hoists floating-point tracers only; the constants of a jaxpr are all that is captured, keys and integers too.
     """
 
-    def __init__(self, objective: Callable):
+    def __init__(self, objective: Callable, linear_solver: LinearSolver | None):
+        # What is solved and what is differentiated are one program, so one precision serves both.
+        self._precision = "highest" if linear_solver is None else asked_by(base.as_linear(linear_solver))
         if isinstance(objective, Objective) and (objective.has_aux or objective.stateful or objective.keyed):
             raise TypeError(f"objective: got {objective!r}; expected a plain function (inner, *args) -> scalar. Pass state and keys as arguments.")
         if not callable(objective):
@@ -209,10 +212,10 @@ class _Traceable:
         params, fixed = tree.partition(inner)
         if not jax.tree.leaves(params):
             raise ValueError(f"inner_init: got {inner!r}, which has no floating-point leaf; expected something to minimize over.")
-        closed = jax.make_jaxpr(self._flat)(inner, args, self._dynamic)
+        closed = under(self._precision, jax.make_jaxpr(self._flat))(inner, args, self._dynamic)
         if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
             # JAX remembers the trace of a function; one that captured a tracer may be of a trace that has ended.
-            closed = jax.make_jaxpr(self._function())(inner, args, self._dynamic)
+            closed = under(self._precision, jax.make_jaxpr(self._function()))(inner, args, self._dynamic)
         if len(closed.out_avals) != 1 or closed.out_avals[0].shape != () or not jnp.issubdtype(closed.out_avals[0].dtype, jnp.floating):
             shapes = ", ".join(str(aval) for aval in closed.out_avals)
             raise ValueError(f"objective: {self.name} returned ({shapes}); expected one real scalar. Try jnp.sum or jnp.mean, and no aux.")

@@ -295,6 +295,8 @@ class Hypergradient(NamedTuple):
         captures) when that is appended to the outer parameters. Otherwise such derivatives are refused.
       first_order_form: the method to take where the inner objective may be differentiated only once (it
         holds a solution of a first-order method). None: this method itself.
+      precision: the `jax.default_matmul_precision` that the cotangent needs which it is given: an adjoint is no
+        better than its right side. None: the user's own.
     """
 
     init: HypergradientInit
@@ -310,6 +312,7 @@ class Hypergradient(NamedTuple):
     max_residual: Any = None
     first_order_form: Hypergradient | None = None
     extends: bool = True
+    precision: str | None = None
 
     def __repr__(self) -> str:
         return repr(self.vjp)

@@ -9,6 +9,7 @@ import jax
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.precision import asked_by, under
 from bilevax.base import Bound, Hypergradient, LinearSolver
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
@@ -58,15 +59,17 @@ def fixed_point(
     """
     linear, max_residual = _adjoint.check_settings(linear, max_residual, linear_solvers.gmres())
     warm_start = numbers.flag(warm_start, "warm_start")
-    settings = dict(mapping=as_mapping(mapping), linear=linear, warm_start=warm_start, max_residual=max_residual)
-    return Hypergradient(init=Bound("fixed_point", _init, warm_start=warm_start), vjp=Bound("fixed_point", _vjp, **settings), order=1)
+    settings = dict(mapping=as_mapping(mapping), linear=linear, warm_start=warm_start, max_residual=max_residual, precision=asked_by(linear))
+    return Hypergradient(
+        init=Bound("fixed_point", _init, warm_start=warm_start), vjp=Bound("fixed_point", _vjp, **settings), order=1, precision=asked_by(linear)
+    )
 
 
 def _init(inner, *, warm_start):
     return tree.zeros_like(inner) if warm_start else ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, mapping, linear, warm_start, max_residual):
+def _vjp(lower, inner_state, outer, feed, ctx, state, *, mapping, linear, warm_start, max_residual, precision):
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 
@@ -81,4 +84,4 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, mapping, linear, warm_s
         report = _adjoint.report(info, linear_info, max_residual, inner_grad_norm=moved)
         return products(q)[1], None, q if warm_start else (), report
 
-    return solution, pullback
+    return solution, under(precision, pullback)

@@ -11,8 +11,9 @@ from jax import lax
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.precision import asked_by, under
 from bilevax.base import Bound, Hypergradient, Linear, LinearSolver, PyTree
-from bilevax.hypergradient import _adjoint, _precision
+from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.linear import Preconditioner
 
@@ -107,7 +108,7 @@ def implicit(
         low_memory=numbers.flag(low_memory, "low_memory"),
         refresh=refresh,
         follow=follow,
-        precision=_precision.asked_by(linear),
+        precision=asked_by(linear),
     )
     return Hypergradient(
         init=Bound("implicit", _init, linear=linear, warm_start=warm_start),
@@ -116,6 +117,7 @@ def implicit(
         cost=Bound("cost", _cost, products=None if _preconditioner(linear) is not None else linear.products),
         linear=linear if settings["damping"] is None else linear._replace(solve=Bound("damped", _damped, solve=linear.solve, damping=damping)),
         max_residual=max_residual,
+        precision=asked_by(linear),
     )
 
 
@@ -188,4 +190,4 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, linear, damping, warm_s
         new_state = ImplicitState(q if warm_start else None, sketch, state.calls + 1)
         return tree.neg(mixed), None, new_state, _adjoint.report(info, linear_info, max_residual, **entries)
 
-    return solution, _precision.under(precision, pullback)
+    return solution, under(precision, pullback)

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 
 from bilevax import linear as linear_solvers
 from bilevax import tree
+from bilevax._core.precision import asked_by, under
 from bilevax.base import Bound, Hypergradient, LinearSolver
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
@@ -54,15 +55,15 @@ def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residua
     and modular implicit differentiation" (NeurIPS 2022), section 2.2.
     """
     linear, max_residual = _adjoint.check_settings(linear, max_residual, linear_solvers.minres())
-    settings = dict(constraint=as_mapping(constraint, "constraint"), linear=linear, max_residual=max_residual)
-    return Hypergradient(init=_init, vjp=Bound("kkt", _vjp, **settings), order=1)
+    settings = dict(constraint=as_mapping(constraint, "constraint"), linear=linear, max_residual=max_residual, precision=asked_by(linear))
+    return Hypergradient(init=_init, vjp=Bound("kkt", _vjp, **settings), order=1, precision=asked_by(linear))
 
 
 def _init(inner):
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, constraint, linear, max_residual):
+def _vjp(lower, inner_state, outer, feed, ctx, state, *, constraint, linear, max_residual, precision):
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
     inner, limited = solution.params, bound_like(constraint, lower.objective)
@@ -98,4 +99,4 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, constraint, linear, max
         report = _adjoint.report(info, worse, max_residual, inner_grad_norm=tree.norm(remainder), constraint_norm=tree.norm(value))
         return cotangent, None, state, report
 
-    return solution, pullback
+    return solution, under(precision, pullback)

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.precision import needed, under
 from bilevax.base import Bound, Hypergradient, LinearInfo
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
@@ -49,14 +50,15 @@ def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float | None = No
     """
     refine, tol = numbers.count(refine, "refine", least=0), numbers.positive(tol, "tol", example=1e-6)
     _, max_residual = _adjoint.check_settings(None, max_residual, linear_solvers.cg())
-    return Hypergradient(init=_init, vjp=Bound("shine", _vjp, refine=refine, tol=tol, max_residual=max_residual), order=1)
+    settings = dict(refine=refine, tol=tol, max_residual=max_residual, precision=needed(tol) if refine else None)
+    return Hypergradient(init=_init, vjp=Bound("shine", _vjp, **settings), order=1, precision=settings["precision"])
 
 
 def _init(inner):
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, refine, tol, max_residual):
+def _vjp(lower, inner_state, outer, feed, ctx, state, *, refine, tol, max_residual, precision):
     product = lower.solver.inverse_hessian
     if product is None:
         raise TypeError(f"solver: got {lower.solver!r}, which keeps no inverse Hessian; expected inner.lbfgs(). Try hypergradient.implicit().")
@@ -82,7 +84,7 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, refine, tol, max_residu
         report = _adjoint.report(info, linear_info, max_residual, inner_grad_norm=tree.norm(inner_grad), hvps=iterations + 1)
         return tree.neg(mixed), None, state, report
 
-    return solution, pullback
+    return solution, under(precision, pullback)
 
 
 def _apply(v, *, product, memory):

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import base, tree
-from bilevax._core import numbers
+from bilevax._core import numbers, precision
 from bilevax.base import PyTree
 from bilevax.inner import _tolerance as tolerance
 
@@ -64,7 +64,7 @@ def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
     maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
     return base.InnerSolver(
         init=base.Bound("init", _init),
-        step=base.Bound("agd", _solve, maxiter=maxiter, tol=tol),
+        step=base.Bound("agd", _solve, maxiter=maxiter, tol=tol, products=precision.needed(tol)),
         reversible=False,
         to_tolerance=base.Bound("to_tolerance", _to_tolerance),
         gradients=maxiter,
@@ -96,7 +96,8 @@ class _Carry(NamedTuple):
     stop: Any
 
 
-def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol):
+def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol, products: str | None):
+    objective = precision.under(products, objective)
     params = state.params
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
     tol = tolerance.least(tol, params)

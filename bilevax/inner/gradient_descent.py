@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import base, tree
-from bilevax._core import numbers
+from bilevax._core import numbers, precision
 from bilevax.base import PyTree
 from bilevax.inner import _tolerance as tolerance
 
@@ -65,7 +65,7 @@ def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol
     fixed = None if step_size is None else numbers.positive(step_size, "step_size")
     return base.InnerSolver(
         init=base.Bound("init", _init),
-        step=base.Bound("gradient_descent", _solve, step_size=fixed, maxiter=maxiter, tol=tol),
+        step=base.Bound("gradient_descent", _solve, step_size=fixed, maxiter=maxiter, tol=tol, products=precision.needed(tol)),
         reversible=False,
         to_tolerance=base.Bound("to_tolerance", _to_tolerance, step_size=fixed),
         gradients=maxiter,
@@ -94,7 +94,8 @@ class _Carry(NamedTuple):
     stop: Any
 
 
-def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, step_size, maxiter: int, tol):
+def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, step_size, maxiter: int, tol, products: str | None):
+    objective = precision.under(products, objective)
     params = state.params
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
     tol = tolerance.least(tol, params)

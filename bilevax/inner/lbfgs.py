@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import base, tree
-from bilevax._core import numbers
+from bilevax._core import numbers, precision
 from bilevax.base import PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 
@@ -89,7 +89,7 @@ def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.In
     memory = numbers.count(memory, "memory")
     return base.InnerSolver(
         init=base.Bound("init", _init, memory=memory),
-        step=base.Bound("lbfgs", _solve, maxiter=maxiter, tol=tol),
+        step=base.Bound("lbfgs", _solve, maxiter=maxiter, tol=tol, products=precision.needed(tol)),
         reversible=False,
         to_tolerance=base.Bound("to_tolerance", _to_tolerance, memory=memory),
         gradients=maxiter,
@@ -223,7 +223,8 @@ class _Carry(NamedTuple):
     stop: Any
 
 
-def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol):
+def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol, products: str | None):
+    objective = precision.under(products, objective)
     params, memory = state.params, state.opt
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)
     tol = tolerance.least(tol, params)

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
+from bilevax._core.precision import under
 from bilevax.base import Feed, InnerState, PyTree
 from bilevax.hypergradient.parts import forward
 from bilevax.multilevel import joint, nested
@@ -74,7 +75,9 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
     def value_of(moved):
         return system.objectives[top.name]({**env, **moved}, None, ctx)
 
-    (value, (_, aux)), cotangents = jax.value_and_grad(value_of, has_aux=True)(moved)
+    needed = [system.methods[n].precision for n in pullbacks if system.methods[n].precision is not None]
+    value_and_cotangents = under(needed[0] if needed else None, jax.value_and_grad(value_of, has_aux=True))
+    (value, (_, aux)), cotangents = value_and_cotangents(moved)
     for name in reversed(top.nested):
         if name not in pullbacks or name not in cotangents:
             continue

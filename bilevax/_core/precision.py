@@ -1,31 +1,33 @@
 """The precision of matrix products that a tolerance asks for.
 
 An accelerator multiplies float32 matrices in a shorter format where nobody says otherwise: about 3e-4 of relative error on
-recent GPUs, 4e-3 on TPUs. That is right for training steps, and a linear solve that is asked for 1e-6 never gets there.
+recent GPUs, 4e-3 on TPUs. That is right for training steps, and a solve that is asked for 1e-6 never gets there.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
-
-from bilevax.base import Linear
 
 LOOSE = 1e-3  # tolerances from here on are met by products in a shorter format
 
 
-def asked_by(linear: Linear) -> str | None:
-    """The `jax.default_matmul_precision` of the products that a linear solver is given, or None for the user's own.
+def needed(tol: Any) -> str | None:
+    """The `jax.default_matmul_precision` that a solve to `tol` needs, or None for the user's own. A traced tolerance counts as tight."""
+    return "highest" if isinstance(tol, jax.core.Tracer) or tol < LOOSE else None
+
+
+def asked_by(linear: Any) -> str | None:
+    """What the products need that a linear solver is given, and its right side.
 
     A solver with a tolerance, or an exact one, asks for all of float32. A truncation promises nothing.
     """
     if linear.exact:
         return "highest"
-    if linear.tol is None:
-        return None
-    return "highest" if isinstance(linear.tol, jax.core.Tracer) or linear.tol < LOOSE else None
+    return None if linear.tol is None else needed(linear.tol)
 
 
 def under(precision: str | None, fn: Callable) -> Callable:
@@ -34,10 +36,10 @@ def under(precision: str | None, fn: Callable) -> Callable:
         return fn
 
     @functools.wraps(fn)
-    def traced(*args):
+    def traced(*args, **kwargs):
         if jax.config.jax_default_matmul_precision is not None:
-            return fn(*args)
+            return fn(*args, **kwargs)
         with jax.default_matmul_precision(precision):
-            return fn(*args)
+            return fn(*args, **kwargs)
 
     return traced
