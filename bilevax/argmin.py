@@ -13,8 +13,8 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax._core import numbers
-from bilevax._core.precision import asked_by, under
 from bilevax._core.jaxpr import evaluate
+from bilevax._core.precision import asked_by, under
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
 from bilevax.linear.cg import cg
 from bilevax.results import RESULTS, SolveError, as_warning, failed, strictly, strictness, worst
