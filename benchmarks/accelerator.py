@@ -48,16 +48,21 @@ class Spec(NamedTuple):
 
 
 WAVES: tuple[tuple[Spec, ...], ...] = (
-    (Spec("bert", "bert", 45), Spec("precision", "precision", 15), Spec("right", "right", 5)),
     (
-        Spec("betty", "betty_bert", 40),
+        Spec("bert", "bert", 70),
+        Spec("replay", "replay", 130, DETERMINISTIC),
         Spec("driver", "driver", 35),
+        Spec("betty", "betty_bert", 50),
+        Spec("precision", "precision", 15),
+        Spec("right", "right", 5),
+    ),
+    (
         Spec("mixflow", "mixflow", 15),
         Spec("bits", "bits", 5),
         Spec("solvers", "solvers", 40, "--xla_disable_hlo_passes=constant_folding"),
         Spec("driver, graphs", "driver", 20, GRAPHS),
+        Spec("replay, no flags", "replay", 15),
     ),
-    (Spec("replay", "replay", 90, DETERMINISTIC), Spec("replay, no flags", "replay", 15)),
 )
 
 

@@ -97,7 +97,7 @@ def argmin(
     if not (isinstance(solver, InnerSolver) or (callable(getattr(solver, "init", None)) and callable(getattr(solver, "step", None)))):
         raise TypeError(f"solver: got {solver!r}; expected an InnerSolver such as inner.optax(optax.sgd(0.1), steps=100).")
     if tol is not None:
-        tol = numbers.positive(tol, "tol", example=1e-6)
+        tol = numbers.positive(tol, "tol", infinite=True, example=1e-6)
     throw = numbers.flag(throw, "throw")
     return Argmin(_Traceable(objective, linear_solver), solver, _linear(linear_solver, max_residual), tol, throw, strictness(strict))
 

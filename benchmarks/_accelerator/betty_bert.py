@@ -11,7 +11,7 @@ from statistics import median
 from benchmarks._accelerator import bert
 from benchmarks._accelerator.common import Part
 
-METHODS = ("plain", "sama", "darts", "cg", "neumann")
+METHODS = ("plain", "sama", "neumann", "darts", "cg")
 
 
 def run(part: Part) -> None:
@@ -26,9 +26,8 @@ def run(part: Part) -> None:
         "rows": rows,
         "examples": examples,
         "warm": part.pick(1, 3),
-        "rounds": part.pick(2, 5),
-        "steps": part.pick(1, 8),
     }
+    lengths = {"neumann": part.pick((2, 1), (3, 3)), "cg": part.pick((2, 1), (3, 3))}  # rounds, and steps a round
     process = subprocess.Popen([sys.executable, str(worker)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert process.stdin is not None and process.stdout is not None
     try:
@@ -38,7 +37,8 @@ def run(part: Part) -> None:
                 if part.left() < 0:
                     part.skip(method, "no time left")
                     continue
-                process.stdin.write(json.dumps(order | {"method": method}) + "\n")
+                several = lengths.get(method, part.pick((2, 1), (5, 8)))
+                process.stdin.write(json.dumps(order | {"method": method, "rounds": several[0], "steps": several[1]}) + "\n")
                 process.stdin.flush()
                 answer = json.loads(process.stdout.readline() or '{"error": "the process has ended"}')
                 if "error" in answer:

@@ -64,9 +64,11 @@ def by_hand(size: Size, fixed: bool):
     def step(carry, _, train, valid):
         w, q, logits, opt = carry
         w = jax.lax.fori_loop(0, size.inner_steps, lambda i, w: w - RATE * jax.grad(inner)(w, logits, train), w)
-        value, b = jax.value_and_grad(outer)(w, logits, valid)
+        # The adjoint and its right side at the precision that the library chooses for this tolerance.
+        with jax.default_matmul_precision("highest" if size.cg else None):
+            value, b = jax.value_and_grad(outer)(w, logits, valid)
         if size.cg:
-            with jax.default_matmul_precision("highest"):  # as the library chooses for this tolerance
+            with jax.default_matmul_precision("highest"):
                 _, products = jax.linearize(lambda w: jax.grad(inner, (0, 1))(w, logits, train), w)
             q = cg(lambda v: products(v)[0], b, q, size.cg, fixed)
             mixed = products(q)[1]
