@@ -50,7 +50,7 @@ def products(linear, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"low_memory": True}])
-@pytest.mark.parametrize("linear", [L.cg(), L.minres(tol=1e-4), L.gmres(), L.bicgstab(), L.cholesky(), L.lu()], ids=lambda a: a.name)
+@pytest.mark.parametrize("linear", [L.cg(), L.minres(tol=1e-4), L.gmres(), L.bicgstab(), L.cholesky(), L.lu()], ids=lambda a: a.solve.name)
 def test_a_tight_tolerance_has_the_adjoint_in_full_precision_and_the_training_as_it_was(linear, settings):
     found = products(linear, **settings)
     training = found.index(True)
@@ -58,7 +58,7 @@ def test_a_tight_tolerance_has_the_adjoint_in_full_precision_and_the_training_as
     assert all(found[training:])  # the adjoint, the mixed product, and the outer gradient that is their right side
 
 
-@pytest.mark.parametrize("linear", [L.cg(tol=1e-2), L.neumann(5, 0.1), L.identity(0.1)], ids=lambda a: a.name)
+@pytest.mark.parametrize("linear", [L.cg(tol=1e-2), L.neumann(5, 0.1), L.identity(0.1)], ids=lambda a: a.solve.name)
 def test_what_promises_less_keeps_the_devices_own(linear):
     assert not any(products(linear))
 
