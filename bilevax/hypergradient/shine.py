@@ -50,8 +50,9 @@ def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float | None = No
     """
     refine, tol = numbers.count(refine, "refine", least=0), numbers.positive(tol, "tol", example=1e-6)
     _, max_residual = _adjoint.check_settings(None, max_residual, linear_solvers.cg())
-    settings = dict(refine=refine, tol=tol, max_residual=max_residual, precision=needed(tol) if refine else None)
-    return Hypergradient(init=_init, vjp=Bound("shine", _vjp, **settings), order=1, precision=settings["precision"])
+    precision = needed(tol) if refine else None
+    vjp = Bound("shine", _vjp, refine=refine, tol=tol, max_residual=max_residual, precision=precision)
+    return Hypergradient(init=_init, vjp=vjp, order=1, precision=precision)
 
 
 def _init(inner):
