@@ -54,6 +54,9 @@ _TITLES = {
     "autolora": "AutoLoRA",
     "mlo_mae": "MLO-MAE",
     "learning_by_grouping": "Learning by grouping",
+    "attribution": "Attribution to training data",
+    "data_selection": "Selection of training data",
+    "learned_schedule": "A learned schedule",
 }
 
 

@@ -1,17 +1,26 @@
-"""Which training examples is a model's mistake due to? Influence by four methods, judged by training again without random examples.
+"""Which training examples is a model's mistake due to? Influence by four methods, judged by
+training again without random examples.
 
     python examples/attribution.py
 
-Two trainings: a perceptron on 1,000 MNIST digits, of which a tenth has a wrong label, and a small character transformer on 512 pieces of Shakespeare.
-Measured are the losses of ten test digits, each a query, and the mean loss of held-out text. The influence of each training example on them is
-found by the metagradient through the whole training (MAGIC: one way back for all examples and all queries), by influence functions with CG on the
-damped Hessian at its end, by TracIn over five checkpoints, and by the cosine of gradients. A random order is what each must beat.
+Two trainings: a perceptron on 1,000 MNIST digits, of which a tenth has a wrong label, and a small
+character transformer on 512 pieces of Shakespeare. Measured are the losses of ten test digits,
+each a query, and the mean loss of held-out text. The influence of each training example on them is
+found by the metagradient through the whole training (MAGIC: one way back for all examples and all
+queries), by influence functions with CG on the damped Hessian at its end, by TracIn over five
+checkpoints, and by the cosine of gradients. A random order is what each must beat.
 
-The judge is the linear datamodeling score: the training is done again without random examples (2 % of them), 50 times,
-and the rank correlation of what
+The judge is the linear datamodeling score: the training is done again without random examples (2 %
+of them), 50 times, and the rank correlation of what
 comes out with what the scores predict is reported with its standard error over the subsets.
 
-After Ilyas and Engstrom, "MAGIC: near-optimal data attribution for deep learning" (arXiv 2504.16430).
+What came out: the metagradient predicts (.980 ± .009 on text, .982 ± .003 on digits), the others hardly (CG .37 and .50,
+TracIn .35 and .35, cosines .25 and .30, random .03 and -.04). A full removal is larger than its first order where it is
+large; weights of .9 in place of 1 are predicted to 10 % and 3 %. What finds wrong labels is not what predicts: cosines do
+best there (.76, the metagradient .67).
+
+After Ilyas and Engstrom, "MAGIC: near-optimal data attribution for deep learning" (arXiv
+2504.16430).
 """
 
 from __future__ import annotations
@@ -19,20 +28,31 @@ from __future__ import annotations
 import time
 from typing import Any, NamedTuple
 
+import characters
 import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import report
-from jax import lax
 
 import bilevax as bx
 
-META, IMPLICIT, TRACIN, SIMILARITY, RANDOM = "metagradient", "implicit, CG", "TracIn", "gradient similarity", "random"
-COLORS = {META: report.BLUE, IMPLICIT: report.ORANGE, TRACIN: report.GREEN, SIMILARITY: report.PURPLE, RANDOM: "0.35"}
+META, IMPLICIT, TRACIN, SIMILARITY, RANDOM = (
+    "metagradient",
+    "implicit, CG",
+    "TracIn",
+    "gradient similarity",
+    "random",
+)
+COLORS = {
+    META: report.BLUE,
+    IMPLICIT: report.ORANGE,
+    TRACIN: report.GREEN,
+    SIMILARITY: report.PURPLE,
+    RANDOM: "0.35",
+}
 FRACTION, DAMPING, WRONG = 0.02, 0.03, 0.1
-LENGTH, WIDTH, HEADS, LAYERS = 32, 48, 4, 1  # of the character model
 
 
 class Problem(NamedTuple):
@@ -62,7 +82,10 @@ def digit_losses(params, rows):
 def digits(seed, small):
     count = 100 if small else 1000
     split, rng = data.mnist(), np.random.default_rng(seed)
-    rows, test = rng.permutation(len(split.y_train))[:count], rng.permutation(len(split.y_test))[:10]
+    rows, test = (
+        rng.permutation(len(split.y_train))[:count],
+        rng.permutation(len(split.y_test))[:10],
+    )
     labels, wrong = data.confuse_labels(rng, split.y_train[rows], WRONG, 10)
     first, second = jax.random.split(jax.random.key(seed))
     params = [
@@ -76,47 +99,19 @@ def digits(seed, small):
 # ---- text
 
 
-def norm(x):
-    return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
-
-
-def text_losses(params, tokens):
-    x = params["embed"][tokens[:, :-1]] + params["place"]
-    mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
-    for layer in params["layers"]:
-        parts = (norm(x) @ layer["qkv"]).reshape(*x.shape[:2], 3, HEADS, WIDTH // HEADS)
-        query, key, value = (parts[:, :, i] for i in range(3))
-        weights = jnp.einsum("bihd,bjhd->bhij", query, key) * (WIDTH // HEADS) ** -0.5
-        mixed = jnp.einsum("bhij,bjhd->bihd", jax.nn.softmax(jnp.where(mask, weights, -1e9), -1), value)
-        x = x + mixed.reshape(x.shape) @ layer["out"]
-        x = x + jax.nn.gelu(norm(x) @ layer["up"]) @ layer["down"]
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(norm(x) @ params["head"], tokens[:, 1:]), -1)
-
-
-def transformer(key, symbols):
-    keys = iter(jax.random.split(key, 3 + 4 * LAYERS))
-    normal = lambda *shape: jax.random.normal(next(keys), shape) * shape[0] ** -0.5
-    layer = lambda: {"qkv": normal(WIDTH, 3 * WIDTH), "out": normal(WIDTH, WIDTH), "up": normal(WIDTH, 4 * WIDTH), "down": normal(4 * WIDTH, WIDTH)}
-    layers = [layer() for _ in range(LAYERS)]
-    return {"embed": normal(symbols, WIDTH), "place": normal(LENGTH, WIDTH), "head": normal(WIDTH, symbols), "layers": layers}
-
-
 def text(seed, small):
     count, held = (64, 16) if small else (512, 64)
-    characters = data.text_domains()["plays"]
-    symbols = sorted(set(characters))
-    codes = np.array([symbols.index(c) for c in characters[: 4 * (count + held) * (LENGTH + 1)]], np.int32)
-    rows = np.random.default_rng(seed).permutation(len(codes) // (LENGTH + 1))[: count + held]
-    tokens = codes[: len(codes) // (LENGTH + 1) * (LENGTH + 1)].reshape(-1, LENGTH + 1)[rows]
-    measure = lambda params, tokens: jnp.mean(text_losses(params, tokens))
-    return Problem(text_losses, measure, transformer(jax.random.key(seed), len(symbols)), tokens[:count], tokens[count:], 16)
+    symbols, pieces = characters.pieces("plays", count + held, seed)
+    measure = lambda params, tokens: jnp.mean(characters.losses(params, tokens))
+    params = characters.transformer(jax.random.key(seed), len(symbols))
+    return Problem(characters.losses, measure, params, pieces[:count], pieces[count:], 16)
 
 
 # ---- both
 
 
 def judge(problem, steps, retrainings, seed):
-    """The scores of each method, the datamodeling score of each, and how well weights of .9 are predicted."""
+    """Each method's influence, its datamodeling score, and how well weights of .9 are predicted."""
     count = len(jax.tree.leaves(problem.train)[0])
     rng = np.random.default_rng(100 + seed)
     epochs = np.concatenate([rng.permutation(count)[: count // problem.batch * problem.batch] for _ in range(steps * problem.batch // count + 2)])
@@ -127,7 +122,14 @@ def judge(problem, steps, retrainings, seed):
     arguments = problem.losses, problem.measure
     found = {
         META: bx.attribution.metagradient(train, problem.measure, problem.test),
-        IMPLICIT: bx.attribution.implicit(*arguments, points[-1], problem.train, problem.test, damping=DAMPING, linear=bx.linear.cg(maxiter=50)),
+        IMPLICIT: bx.attribution.implicit(
+            *arguments,
+            points[-1],
+            problem.train,
+            problem.test,
+            damping=DAMPING,
+            linear=bx.linear.cg(maxiter=50),
+        ),
         TRACIN: bx.attribution.tracin(*arguments, points, problem.train, problem.test),
         SIMILARITY: bx.attribution.similarity(*arguments, points[-1], problem.train, problem.test),
     }
@@ -143,7 +145,7 @@ def judge(problem, steps, retrainings, seed):
 
 
 def mislabelled(found, wrong):
-    """How well influence on the mean of the queries tells wrong labels from right ones, as an area under the curve."""
+    """Area under the curve of wrong labels against right ones by influence on the mean query."""
     from sklearn.metrics import roc_auc_score
 
     return {name: float(roc_auc_score(wrong, np.mean(np.asarray(getattr(f, "scores", f)), 0))) for name, f in found.items()}
@@ -154,13 +156,25 @@ def draw(path, problem, found, rows, name, judged):
         report.bars(left, rows["text"], "datamodeling score", COLORS, "datamodeling score, character model")
         report.bars(middle, rows["digits"], "datamodeling score", COLORS, "datamodeling score, digits")
         one = judged[META]
-        right.plot(one.predicted.ravel(), (one.retrained - np.asarray(found[META].value)).ravel(), ".", color=report.BLUE)
+        right.plot(
+            one.predicted.ravel(),
+            (one.retrained - np.asarray(found[META].value)).ravel(),
+            ".",
+            color=report.BLUE,
+        )
         right.axline((0, 0), slope=1, color="0.7")
-        right.set(xlabel="predicted change of the loss", ylabel="change after retraining", title=f"Without {FRACTION:.0%}, {name}")
+        right.set(
+            xlabel="predicted change of the loss",
+            ylabel="change after retraining",
+            title=f"Without {FRACTION:.0%}, {name}",
+        )
     query = int(np.argmax(np.asarray(found[META].value)))
     influence = np.asarray(found[META].scores)[query]
     shown = np.argsort(influence)
-    with report.figure(path.with_name(path.stem + "_digits.png"), 9, height=1.9, width=1.4) as (_, axes):
+    with report.figure(path.with_name(path.stem + "_digits.png"), 9, height=1.9, width=1.4) as (
+        _,
+        axes,
+    ):
         pictures = [(problem.test["x"][query], f"query: {problem.test['y'][query]}")]
         pictures += [(problem.train["x"][i], f"helps: {problem.train['y'][i]}") for i in shown[:4]]
         pictures += [(problem.train["x"][i], f"harms: {problem.train['y'][i]}") for i in shown[::-1][:4]]
@@ -173,7 +187,11 @@ def draw(path, problem, found, rows, name, judged):
 def main(argv=None):
     full, small = dict(seeds=1, steps=192, retrainings=50), dict(seeds=1, steps=12, retrainings=6)
     parser = report.parser(__doc__, full=full, small=small)
-    parser.add_argument("--retrainings", type=int, help="trainings without random examples (default 50, with --small 6)")
+    parser.add_argument(
+        "--retrainings",
+        type=int,
+        help="trainings without random examples (default 50, with --small 6)",
+    )
     args = report.parse(parser, argv)
     begin = time.perf_counter()
     names = (META, IMPLICIT, TRACIN, SIMILARITY, RANDOM)
@@ -189,7 +207,10 @@ def main(argv=None):
                 rows[task][name]["standard error"].append(judged[name].standard_error)
         areas.append(mislabelled(found, problem.wrong))
     seconds = time.perf_counter() - begin
-    columns = {"datamodeling score": "datamodeling score", "standard error": "standard error, over subsets"}
+    columns = {
+        "datamodeling score": "datamodeling score",
+        "standard error": "standard error, over subsets",
+    }
     for task in rows:
         print(f"{task}\n\n{report.table(rows[task], columns)}\n")
         print(f"Weights of .9 in place of 1: the metagradient's prediction is off by {np.mean(errors[task]):.1%}.\n")

@@ -26,17 +26,13 @@ class Training:
         self.order, self.regularizer = order, regularizer
         self.examples = int(jax.tree.leaves(data)[0].shape[0])
         self.num_steps, self.batch_size = order.shape
-        self._retrain = jax.jit(self._trained)
-        self._retrain_many = jax.jit(lambda weights, *rest: lax.map(lambda w: self._trained(w, *rest), weights))
 
     def __repr__(self) -> str:
         return f"training({self.examples} examples, {self.num_steps} steps of {self.batch_size})"
 
     def objective(self, params: PyTree, weights: jax.Array, batch: dict[str, Any]) -> jax.Array:
         """The weighted loss of a batch: ``mean(weights[index] * losses) + regularizer``, weights not renormalised."""
-        losses = self.losses(params, batch["rows"])
-        total = weighted_mean(weights[batch["index"]], losses)
-        return total if self.regularizer is None else total + self.regularizer(params)
+        return _weighted(self.losses, self.regularizer, params, weights, batch)
 
     def batch(self, step: int) -> dict[str, Any]:
         """The batch of a step, read on the host."""
@@ -65,31 +61,40 @@ class Training:
           [2.0, 2.99]
         """
         weights = jnp.asarray(weights)
-        run = self._retrain if weights.ndim == 1 else self._retrain_many
         at = jnp.asarray([self.num_steps] if checkpoints is None else list(checkpoints), jnp.int32)
-        kept = run(weights, self.data, self.order, at)
+        kept = _retrained((self.losses, self.optimizer, self.regularizer), self.params, weights, self.data, self.order, at)
         axis = weights.ndim - 1  # behind that of the trainings
         pick = lambda i: jax.tree.map(lambda a: lax.index_in_dim(a, i, axis, keepdims=False), kept)
         return pick(0) if checkpoints is None else [pick(i) for i in range(at.shape[0])]
 
-    def _trained(self, weights, data, order, at) -> PyTree:
-        """The parameters after each of the steps `at`."""
 
-        def body(carry, now):
-            params, state, kept = carry
-            step, index = now
-            batch = {"rows": jax.tree.map(lambda a: a[index], data), "index": index}
-            grads = jax.grad(self.objective)(params, weights, batch)
-            updates, state = updates_of.update(self.optimizer, grads, state, params)
-            params = updates_of.apply(params, updates)
-            here = at == step
-            kept = jax.tree.map(lambda k, p: jnp.where(here.reshape(-1, *[1] * p.ndim), p[None], k), kept, params)
-            return (params, state, kept), None
+def _weighted(losses, regularizer, params, weights, batch):
+    total = weighted_mean(weights[batch["index"]], losses(params, batch["rows"]))
+    return total if regularizer is None else total + regularizer(params)
 
-        kept = jax.tree.map(lambda p: jnp.zeros((at.shape[0], *p.shape), p.dtype), self.params)
-        start = self.params, updates_of.init(self.optimizer, self.params), kept
-        steps = jnp.arange(1, order.shape[0] + 1, dtype=jnp.int32)
-        return lax.scan(body, start, (steps, order))[0][2]
+
+@functools.partial(jax.jit, static_argnums=0)  # here, so that trainings that differ in numbers only are compiled once
+def _retrained(functions, params, weights, data, order, at) -> PyTree:
+    """The parameters after each of the steps `at`, for one row of weights or for many."""
+    if weights.ndim == 2:
+        return lax.map(lambda one: _retrained(functions, params, one, data, order, at), weights)
+    losses, optimizer, regularizer = functions
+
+    def body(carry, now):
+        params, state, kept = carry
+        step, index = now
+        batch = {"rows": jax.tree.map(lambda a: a[index], data), "index": index}
+        grads = jax.grad(lambda p: _weighted(losses, regularizer, p, weights, batch))(params)
+        updates, state = updates_of.update(optimizer, grads, state, params)
+        params = updates_of.apply(params, updates)
+        here = at == step
+        kept = jax.tree.map(lambda k, p: jnp.where(here.reshape(-1, *[1] * p.ndim), p[None], k), kept, params)
+        return (params, state, kept), None
+
+    kept = jax.tree.map(lambda p: jnp.zeros((at.shape[0], *p.shape), p.dtype), params)
+    start = params, updates_of.init(optimizer, params), kept
+    steps = jnp.arange(1, order.shape[0] + 1, dtype=jnp.int32)
+    return lax.scan(body, start, (steps, order))[0][2]
 
 
 def weighted_mean(weights: jax.Array, losses: jax.Array) -> jax.Array:

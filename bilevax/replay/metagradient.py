@@ -52,6 +52,7 @@ class MetagradFn:
         key: jax.Array | None = None,
     ) -> Metagradient:
         """Train, and go back; see `value_and_metagrad`."""
+        _check_concrete(inner_params=inner_params, outer_params=outer_params, outer_batch=outer_batch, key=key)
         source = resolve(inner_data)
         inner_params, outer_params = (
             check.arrays(inner_params, "inner_params"),
@@ -131,6 +132,15 @@ def gradients(fn: Callable, *, stateful: bool = False, keyed: bool = False) -> G
     if not callable(fn):
         raise TypeError(f"fn: got {check.describe(fn)}; expected a function (inner_params, outer_params, batch) -> grads.")
     return Gradients(fn, stateful, keyed)
+
+
+def _check_concrete(**arguments: PyTree) -> None:
+    for name, value in arguments.items():
+        if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
+            raise TypeError(
+                f"{name}: got a traced value, under jit, grad, vmap or scan; expected arrays, since a replay is a loop of the host. Call it outside, "
+                "or take hypergradient.unrolled(checkpoint='sqrt') inside."
+            )
 
 
 def _constant(outer, *, transformation):

@@ -355,6 +355,16 @@ def test_refusals(change, match):
         bx.replay.value_and_metagrad(**arguments | change)
 
 
+@pytest.mark.parametrize("transform", [jax.jit, jax.grad, jax.vmap])
+def test_transformations_are_refused(transform):
+    problem = trainings.make(5)
+    fn = whole(problem)
+    call = lambda decay: fn(problem.params, problem.outer | {"decay": decay}, trainings.reader(problem), problem.batch).value
+    point = problem.outer["decay"][None] if transform is jax.vmap else problem.outer["decay"]
+    with pytest.raises(TypeError, match="outer_params: got a traced value"):
+        transform(call)(point)
+
+
 def test_an_iterable_is_refused():
     problem = trainings.make(5)
     with pytest.raises(TypeError, match="replay.reader"):
