@@ -20,10 +20,8 @@ from bilevax._core.settings import Static as Static
 from bilevax._core.settings import innermost, shown
 from bilevax._core.settings import join as join
 from bilevax._core.settings import split as split
-
-PyTree = Any
-Scalar = Any
-
+from bilevax._core.types import PyTree as PyTree
+from bilevax._core.types import Scalar as Scalar
 
 # ---- what an objective sees
 

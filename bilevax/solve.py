@@ -19,6 +19,7 @@ from bilevax.run.driver import launch
 from bilevax.run.metrics import Metrics, check_metrics
 from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
+from bilevax.run.watch import Callback
 from bilevax.run.window import first_context, needs_key, reading, refuse_one_pass, source_draw
 from bilevax.sharding import placement
 
@@ -42,7 +43,7 @@ def solve_bilevel(
     tol: float | None = None,
     keep: str = "best",
     state: RunState | None = None,
-    callbacks: Sequence[Callable] = (),
+    callbacks: Sequence[Callable | Callback] = (),
     progress: bool = False,
     checkpoint: checkpoint_lib.Checkpointing | None = None,
     sharding: placement.Sharding | None = None,

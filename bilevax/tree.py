@@ -6,14 +6,15 @@ Inner products are leafwise ``sum(a * b)``: unlike ``jnp.vdot`` they never resha
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any
+from typing import TYPE_CHECKING
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-PyTree = Any
+if TYPE_CHECKING:
+    from bilevax._core.types import PyTree
 
 
 def _accumulator(*leaves) -> jnp.dtype:

@@ -28,6 +28,12 @@ known: LinearSolver = linear
 method: Hypergradient = bx.hypergradient.implicit(known)
 solution: bx.Solution = bx.solve_bilevel(lambda y, x, b: y, lambda y, x, b: y, 0.0, 0.0, num_steps=3)
 reached: bool = solution.result.failed
+watched = bx.solve_bilevel(
+    lambda y, x, b: y, lambda y, x, b: y, 0.0, 0.0, tol=1e-3,
+    callbacks=[bx.callbacks.early_stopping("value", patience=5), bx.callbacks.every(10, lambda event: None), print],
+)
+own: LinearSolver = bx.base.Linear(linear, products=3)
+given = bx.hypergradient.implicit(bx.base.Linear(linear, products=3))
 """
 
 BAD = """

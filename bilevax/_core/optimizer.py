@@ -8,7 +8,7 @@ import optax
 from jax import lax
 
 from bilevax import tree
-from bilevax.tree import PyTree
+from bilevax._core.types import PyTree
 
 
 def _lenient():

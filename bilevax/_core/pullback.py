@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-PyTree = Any
+from bilevax._core.types import PyTree
 
 
 def known_backwards(pull: Callable, like: PyTree, residuals: PyTree, directions: PyTree) -> PyTree:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import jax
 
-PyTree = Any
+from bilevax._core.types import PyTree
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-PyTree = Any
+from bilevax._core.types import PyTree
 
 
 @jax.tree_util.register_pytree_node_class

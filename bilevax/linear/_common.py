@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import PyTree
 from bilevax.base import LinearInfo
 from bilevax.results import RESULTS
-
-PyTree = Any
 
 
 def prepare(b: PyTree, x0: PyTree | None) -> tuple[PyTree, PyTree]:

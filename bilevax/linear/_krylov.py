@@ -19,11 +19,10 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import PyTree
 from bilevax.base import LinearInfo
 from bilevax.linear import _common
 from bilevax.results import RESULTS
-
-PyTree = Any
 
 
 class Step(NamedTuple):

@@ -9,10 +9,9 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import PyTree
 from bilevax.base import Bound, Linear
 from bilevax.linear import _krylov
-
-PyTree = Any
 
 
 def bicgstab(maxiter: int = 100, tol: float = 1e-6) -> Linear:

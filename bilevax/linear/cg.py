@@ -10,12 +10,11 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import PyTree
 from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
 from bilevax.linear.nystrom import Preconditioner, applied
 from bilevax.results import RESULTS
-
-PyTree = Any
 
 
 def cg(maxiter: int = 100, tol: float = 1e-6, *, preconditioner: Callable[[PyTree], PyTree] | Preconditioner | None = None) -> Linear:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import PyTree
 from bilevax.base import Bound, Linear
 from bilevax.linear import _common
 from bilevax.results import RESULTS
-
-PyTree = Any
 
 LIMIT = 4096  # entries of a vector; the matrix is then 128 MiB in float64, and its matvecs run at once
 

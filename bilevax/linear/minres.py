@@ -8,10 +8,9 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import PyTree
 from bilevax.base import Bound, Linear
 from bilevax.linear import _krylov
-
-PyTree = Any
 
 
 def minres(maxiter: int = 100, tol: float = 1e-6) -> Linear:

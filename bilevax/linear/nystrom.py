@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -11,11 +11,10 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import PyTree
 from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
 from bilevax.results import RESULTS
-
-PyTree = Any
 
 
 class Sketch(NamedTuple):
