@@ -40,6 +40,7 @@ from bilevax.base import (
     join,
     split,
 )
+from bilevax.hypergradient._solve import over
 from bilevax.results import failed
 
 MAX_RESIDUAL = 1e-2  # of a linear solve inside a derivative of a gradient: above it that is NaN
@@ -84,7 +85,7 @@ def differentiable(
 
 @partial(jax.jit, static_argnums=0)
 def _run(static: tuple, given: Given, theta: Theta) -> tuple[InnerState, Estimate]:
-    _, method = join(static[1], given.pieces)
+    method = over(*reversed(join(static[1], given.pieces)))
     if method.order > 1 and method.linear is None:
         problem, solver, method, feeds = _parts(static, given, theta)
         return estimate(problem, solver, method, given.inner, theta.outer, feeds, given.method)
@@ -100,6 +101,7 @@ def _parts(static: tuple, given: Given, theta: Theta) -> tuple:
     bound, pieces, shared = static
     problem = join(bound, theta.problem)
     solver, method = join(pieces, given.pieces)
+    method = over(method, solver)
     inner, hyper, outer = theta.data
     data = {"inner": inner, "hyper": inner if shared else hyper, "outer": outer}
     feeds = given.feeds._replace(**{name: getattr(given.feeds, name)._replace(data=d) for name, d in data.items()})
@@ -222,7 +224,7 @@ def _pulled_jvp(static: tuple, which: tuple, primals: tuple, tangents: tuple):
         )
     directions = [t for t in moves if not _is_zero(t)]
     pulled = [g for g, flag in zip(full.grads, [m for m, kept in zip(moving, both, strict=True) if kept], strict=True) if flag]
-    value = tree.dot(pulled, directions).astype(out.value.dtype)
+    value = _along(pulled, directions).astype(out.value.dtype)
     at = _At(static, moving, which)
     if method.order > 1:
         params, grads = _exact(at, given, theta, out, directions)
@@ -250,6 +252,14 @@ def _still(leaf):
     """A tangent of zero."""
     leaf = jnp.asarray(leaf)
     return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else np.zeros(leaf.shape, jax.dtypes.float0)
+
+
+def _along(grads: list, directions: list):
+    """What a real value changes by; gradients in complex arrays are as ``jax.grad`` has them."""
+    pairs = list(zip(grads, directions, strict=True))
+    real = [pair for pair in pairs if not jnp.iscomplexobj(pair[0])]
+    both = [jnp.sum(jnp.real(g * d)) for g, d in pairs if jnp.iscomplexobj(g)]
+    return sum(both, tree.dot([g for g, _ in real], [d for _, d in real]))
 
 
 class _Number:

@@ -15,6 +15,7 @@ from bilevax import base, tree
 from bilevax._core import numbers
 from bilevax._core.jaxpr import evaluate
 from bilevax._core.precision import asked_by, under
+from bilevax._core.transfers import by_intent
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
 from bilevax.linear.cg import cg
 from bilevax.results import RESULTS, SolveError, as_warning, failed, strictly, strictness, worst
@@ -96,6 +97,11 @@ def argmin(
     """
     if not (isinstance(solver, InnerSolver) or (callable(getattr(solver, "init", None)) and callable(getattr(solver, "step", None)))):
         raise TypeError(f"solver: got {solver!r}; expected an InnerSolver such as inner.optax(optax.sgd(0.1), steps=100).")
+    if getattr(solver, "optimality", None) is not None:
+        raise TypeError(
+            f"solver: got {solver!r}, whose solutions are fixed points of a mapping and need not be stationary points of the objective; expected "
+            "an unconstrained solver. Try value_and_hypergrad with hypergradient.fixed_point."
+        )
     if tol is not None:
         tol = numbers.positive(tol, "tol", infinite=True, example=1e-6)
     throw = numbers.flag(throw, "throw")
@@ -148,6 +154,7 @@ class Argmin:
     def __repr__(self) -> str:
         return f"argmin({self._traceable.name}, {self._solver!r})"
 
+    @by_intent
     def __call__(self, inner_init: PyTree, *args: PyTree) -> PyTree:
         traced = self._traceable.trace(inner_init, args)
         y, info = self._solve("guarded", traced)
@@ -157,6 +164,7 @@ class Argmin:
             _raise(info.code, info.grad_norm, name=self._traceable.name)
         return tree.combine(y, traced.outer.fixed)
 
+    @by_intent
     def with_info(self, inner_init: PyTree, *args: PyTree) -> tuple[PyTree, ArgminInfo]:
         """The point as reached, and what is known of it; nothing is raised or replaced by NaN."""
         traced = self._traceable.trace(inner_init, args)
@@ -235,7 +243,7 @@ def _checked(name: str, values: PyTree) -> PyTree:
             dtype = jnp.result_type(leaf)
         except TypeError as error:
             raise TypeError(f"{where}: got {leaf!r} of type {type(leaf).__name__}; expected an array or a number. Try capturing it.") from error
-        if jnp.issubdtype(dtype, jnp.complexfloating):
+        if jnp.issubdtype(dtype, jnp.complexfloating) and name != "args":
             raise TypeError(f"{where}: got dtype {dtype}; expected real numbers. Try its real and imaginary parts as two leaves.")
     return values
 
@@ -251,7 +259,7 @@ def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple, i
     y, report = lax.stop_gradient((state.params, report))
 
     own_word = report["code"][-1] if "code" in report else jnp.int32(RESULTS.success)
-    reached, grad_norm = report["value"][-1], jnp.full((), jnp.nan)
+    reached, grad_norm = report["value"][-1], jnp.full((), -1.0)
     if mode == "informed" or tol is not None:
         (reached, _), gradient = jax.value_and_grad(value, has_aux=True)(y, given, Ctx())
         grad_norm = tree.norm(gradient)
@@ -289,7 +297,7 @@ def _raise(codes, grad_norms, *, name: str):
     if np.any(failed(codes)):
         worst_code = RESULTS(int(np.max(codes)))
         norm = float(np.max(grad_norms))
-        raise SolveError(worst_code, None, f" in argmin({name})" + ("" if np.isnan(norm) else f", gradient norm {norm:.2e}"))
+        raise SolveError(worst_code, None, f" in argmin({name})" + ("" if norm < 0 else f", gradient norm {norm:.2e}"))
     return np.zeros(codes.shape, np.bool_)
 
 
@@ -363,7 +371,10 @@ def _is_zero(tangent) -> bool:
 def _linear_solve(linear: _Linear, matvec, b):
     # A default near the rounding unit: what is differentiated again should not carry a looser error than it must.
     unit = numbers.rounding_unit(b)
-    solver = cg(maxiter=1000, tol=100 * unit) if linear.solver is None else linear.solver
+    # In half precision that is no accuracy at all: there the solve goes on to where rounding stops it.
+    half = unit > 1e-4
+    solver = cg(maxiter=1000, tol=unit / 2 if half else 100 * unit) if linear.solver is None else linear.solver
     x, info = solver(matvec, b, tree.zeros_like(b))
-    bad = ~(info.residual <= linear.max_residual)
+    bound = jnp.maximum(linear.max_residual, min(20 * unit, 0.2)) if half else linear.max_residual
+    bad = ~(info.residual <= bound)
     return jax.tree.map(lambda leaf: jnp.where(bad, jnp.asarray(jnp.nan, leaf.dtype), leaf), x)

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import _derivative, check, tree
+from bilevax._core.transfers import by_intent
 from bilevax._estimate import estimate, guarded
 from bilevax.base import Ctx, Draw, Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, objective
 from bilevax.data import same
@@ -34,6 +35,7 @@ class HypergradFn:
     def __repr__(self) -> str:
         return f"value_and_hypergrad({self.problem.inner.name}, {self.problem.outer.name}, solver={self.solver!r}, hypergradient={self.method!r})"
 
+    @by_intent
     def init(self, inner_params: PyTree, *, model_state: PyTree = None) -> EstimateState:
         """A first `state` for these inner parameters. Passing it from the start keeps one trace, where ``state=None`` and then a state make two.
 
@@ -48,6 +50,7 @@ class HypergradFn:
         opt, method = tree.strong((self.solver.init(params), self.method.init(params)))
         return EstimateState(opt, None if model_state is None else tree.strong(model_state), method, jnp.zeros((), jnp.int32))
 
+    @by_intent
     def __call__(
         self,
         inner_params: PyTree,

@@ -9,6 +9,7 @@ import jax
 
 from bilevax import check, tree
 from bilevax import checkpoint as checkpoint_lib
+from bilevax._core.transfers import by_intent
 from bilevax.base import Algorithm, InnerState, PyTree
 from bilevax.data.draws import with_number
 from bilevax.data.episodes import numbered
@@ -24,6 +25,7 @@ from bilevax.run.window import first_context, needs_key, reading, refuse_one_pas
 from bilevax.sharding import placement
 
 
+@by_intent
 def solve_bilevel(
     inner_objective: Callable,
     outer_objective: Callable,

@@ -42,8 +42,17 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
 
 
 def norm(a: PyTree) -> jax.Array:
-    """Euclidean norm over all leaves."""
-    return jnp.sqrt(dot(a, a))
+    """Euclidean norm over all leaves, also where squares would leave the numbers of the dtype."""
+    leaves = [jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf for leaf in jax.tree.leaves(a) if jnp.size(leaf)]
+    if not leaves:
+        return jnp.sqrt(dot(a, a))
+    dtype = _accumulator(*leaves)
+    largest = reduce(jnp.maximum, (jnp.max(jnp.abs(lax.stop_gradient(leaf))).astype(dtype) for leaf in leaves))
+    # A power of two, so that nothing is rounded; one wherever squares do no harm, and where there is nothing to save.
+    reach = 2.0 ** (3 * int(jnp.finfo(dtype).maxexp) // 8)
+    unit = jnp.where(largest > reach, reach**-1, jnp.where((largest < 1 / reach) & (largest > 0), reach, 1.0)).astype(dtype)
+    scaled = jax.tree.map(lambda leaf: leaf.astype(dtype) * unit, leaves)
+    return jnp.sqrt(dot(scaled, scaled)) / unit
 
 
 def add(a: PyTree, b: PyTree) -> PyTree:

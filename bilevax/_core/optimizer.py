@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
 from bilevax import tree
+from bilevax._core.settings import parameters
 from bilevax._core.types import PyTree
 
 
@@ -27,6 +31,13 @@ def update(opt: optax.GradientTransformation, grads: PyTree, state: PyTree, para
     with _lenient():
         updates, new = optax.with_extra_args_support(opt).update(grads, state, params, **extra)
     return updates, jax.tree.map(_like, new, state)
+
+
+def accepted(update: Callable, extra: dict) -> dict:
+    """What of `extra` an inner solver's update takes."""
+    taken = parameters(update)
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
+    return {key: value for key, value in extra.items() if takes_all or key in taken}
 
 
 def apply(params: PyTree, updates: PyTree) -> PyTree:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
+from bilevax import tree
 from bilevax._core import numbers
 from bilevax.base import Linear, LinearInfo, LinearSolver, Scalar, as_linear
 from bilevax.results import RESULTS, first, warning
@@ -36,6 +38,18 @@ def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual, **ent
     }
     said = {"code": first(info["code"], code), "warnings": info.get("warnings", 0) | warnings}
     return {**info, **given, **entries, **said}
+
+
+def through_fixed_point(mapping, linear: LinearSolver, solution, outer, info, w, start, max_residual) -> tuple:
+    """The pullback of a fixed point of ``mapping(inner, outer)``: the outer cotangent, the adjoint, the info."""
+
+    def image(inner, outer):
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), mapping(inner, outer), inner)
+
+    new, products = jax.vjp(image, solution, outer)
+    q, linear_info = linear(lambda v: tree.sub(v, products(v)[0]), w, start)
+    moved = tree.norm(tree.sub(new, solution))
+    return products(q)[1], q, report(info, linear_info, max_residual, inner_grad_norm=moved)
 
 
 def verdict(linear_info: LinearInfo, max_residual) -> tuple[Scalar, Scalar]:

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
-from bilevax.base import Feed, InnerState, Lower, PyTree, Scalar
+from bilevax.base import Feed, Hypergradient, InnerSolver, InnerState, Lower, PyTree, Scalar
 from bilevax.results import RESULTS, as_warning, worst
 
 
@@ -37,3 +37,8 @@ def forward(lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed) ->
     inner_state, outer, feed = lax.stop_gradient((inner_state, outer, feed))
     solution, info = lower.run(inner_state, outer, feed)
     return lax.stop_gradient(solution), summary(jax.tree.map(lax.stop_gradient, info), solution)
+
+
+def over(method: Hypergradient, solver: InnerSolver) -> Hypergradient:
+    """`method` over `solver`: what assumes a stationary point has no second derivative at a mapping's fixed point."""
+    return method if solver.optimality is None or method.linear is None else method._replace(order=1, linear=None)

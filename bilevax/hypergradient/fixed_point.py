@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-import jax
-
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
@@ -73,15 +71,12 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, mapping, linear, warm_s
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 
-    def pullback(w):
-        def image(inner, outer):
-            return jax.tree.map(lambda new, old: new.astype(old.dtype), apply(mapping, lower.objective, inner, outer, ctx), inner)
+    def image(inner, outer):
+        return apply(mapping, lower.objective, inner, outer, ctx)
 
-        new, products = jax.vjp(image, solution.params, outer)
+    def pullback(w):
         start = state if warm_start else tree.zeros_like(w)
-        q, linear_info = linear(lambda v: tree.sub(v, products(v)[0]), w, start)
-        moved = tree.norm(tree.sub(new, solution.params))
-        report = _adjoint.report(info, linear_info, max_residual, inner_grad_norm=moved)
-        return products(q)[1], None, q if warm_start else (), report
+        found, q, report = _adjoint.through_fixed_point(image, linear, solution.params, outer, info, w, start, max_residual)
+        return found, None, q if warm_start else (), report
 
     return solution, under(precision, pullback)

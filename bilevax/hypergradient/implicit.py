@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -11,11 +12,13 @@ from jax import lax
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.optimizer import accepted
 from bilevax._core.precision import asked_by, under
 from bilevax.base import Bound, Hypergradient, Linear, LinearSolver, PyTree
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.linear import Preconditioner
+from bilevax.results import RESULTS, warning
 
 CEILING = 0.1  # loosest tolerance that `follow` may ask for: above it an adjoint is more noise than direction
 
@@ -51,7 +54,10 @@ def implicit(
 
     The gradient is linearised once, outside the solver's loop, together with its mixed part, so k iterations cost k Hessian-vector products
     and one gradient. The solution is taken to be a stationary point: the initial inner point gets no cotangent. Where the solve is not
-    converged, ``inner_grad_norm`` says by how much, and the hypergradient is off by as many orders.
+    converged, ``inner_grad_norm`` says by how much, and the hypergradient is off by as many orders. Over a solver whose solutions are
+    fixed points of a mapping (`inner.fixed_point`, a projected or proximal jaxopt solver) that mapping's own rule is used, as in
+    `fixed_point`; an optimizer that holds parameters at a bound (``optax.keep_params_nonnegative``) gives the warning
+    ``not_stationary``.
 
     Args:
       linear: solver of the adjoint system, ``(matvec, b, x0) -> (x, info)``; default ``linear.cg()``. One with a `Preconditioner` (such as
@@ -142,6 +148,8 @@ def _init(inner, *, linear, warm_start):
 def _vjp(lower, inner_state, outer, feed, ctx, state, *, linear, damping, warm_start, max_residual, low_memory, refresh, follow, precision):
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
+    if lower.solver.optimality is not None:
+        return solution, partial(_through_mapping, lower, solution, outer, ctx, info, state, warm_start, max_residual)
 
     def pullback(w):
         def gradients(inner):
@@ -187,7 +195,42 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, linear, damping, warm_s
             "adjoint_residual": residual,
             "hvps": iterations + sketching.astype(jnp.int32),
         }
+        held_back = _held_back(lower.solver, solution, inner_value, inner_grad, outer)
+        said = {**info, "warnings": info["warnings"] | held_back}
         new_state = ImplicitState(q if warm_start else None, sketch, state.calls + 1)
-        return tree.neg(mixed), None, new_state, _adjoint.report(info, linear_info, max_residual, **entries)
+        return tree.neg(mixed), None, new_state, _adjoint.report(said, linear_info, max_residual, **entries)
 
     return solution, under(precision, pullback)
+
+
+def _through_mapping(lower, solution, outer, ctx, info, state, warm_start, max_residual, w):
+    """The pullback where the solver's solutions are fixed points of a mapping and no stationary points: that mapping's own rule."""
+
+    def image(inner, outer):
+        return lower.solver.optimality(lower.objective, inner, outer, ctx)
+
+    start = state.adjoint if warm_start else tree.zeros_like(w)
+    found, q, report = _adjoint.through_fixed_point(image, linear_solvers.gmres(), solution.params, outer, info, w, start, max_residual)
+    return found, None, state._replace(adjoint=q if warm_start else None, calls=state.calls + 1), report
+
+
+def _held_back(solver, solution, value, grads, outer):
+    """The warning that an optimizer keeps parameters where they are against their gradient, as projections do.
+
+    Such a coordinate does not move, and would if its gradient had the other sign (and were larger than what momentum remembers).
+    """
+    if solver.update is None:
+        return jnp.int32(0)
+    settings = {"outer": outer} if solver.sees_outer else {}
+    taken = accepted(solver.update, {"value": value, "grad": grads, "value_fn": lambda params: value}) | settings
+
+    def moves(grads):
+        return solver.update(grads, solution.opt, solution.params, **taken)[0]
+
+    def stuck(g, ahead, back):
+        return jnp.where((ahead == 0) & (back != 0), g, 0)
+
+    if "while[" in str(jax.make_jaxpr(moves)(grads)):  # it searches: too dear, and no projection
+        return jnp.int32(0)
+    held = tree.norm(jax.tree.map(stuck, grads, moves(grads), moves(tree.scale(-100.0, grads))))
+    return warning(held > 1e-3 * tree.norm(grads), RESULTS.not_stationary)

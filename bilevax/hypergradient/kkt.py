@@ -14,6 +14,9 @@ from bilevax.base import Bound, Hypergradient, LinearSolver
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.inner.parts import as_mapping, bound_like
+from bilevax.results import RESULTS, warning
+
+OFF = 1e-3  # distance from the constraint, relative to the solution, above which the conditions do not hold
 
 
 def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residual: float | None = None) -> Hypergradient:
@@ -25,7 +28,8 @@ def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residua
 
     with the Lagrangian ``L = g + λ'c`` and ``J = ∂_y c``. The multiplier is the least-squares one at the solver's point, from a second system
     of the same shape with the identity in place of the Hessian. The constraints must be independent there (J of full row rank), and the
-    solver must leave the point on them: ``constraint_norm`` in the info says how far off it is.
+    solver must leave the point on them: ``constraint_norm`` in the info says how far off it is, and the warning ``off_constraint`` stands where that
+    is more than a thousandth of the solution.
 
     Args:
       constraint: ``c(inner_params, outer_params, batch)``, a pytree of floating-point arrays that the solution makes zero; or `objective` of
@@ -96,7 +100,11 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, constraint, linear, max
         cotangent = tree.neg(tree.add(products(q)[1], by_outer(p)[0]))
         residual, code = jnp.maximum(linear_info.residual, first_info.residual), jnp.maximum(linear_info.code, first_info.code)
         worse = linear_info._replace(residual=residual, code=code)
-        report = _adjoint.report(info, worse, max_residual, inner_grad_norm=tree.norm(remainder), constraint_norm=tree.norm(value))
+        # The distance to the constraint, by one gradient step of ‖c‖².
+        size = tree.norm(value)
+        away = size**2 > OFF * tree.norm(transposed(value)[0]) * tree.norm(inner)
+        off = info["warnings"] | warning(away & (size > 0), RESULTS.off_constraint)
+        report = _adjoint.report({**info, "warnings": off}, worse, max_residual, inner_grad_norm=tree.norm(remainder), constraint_norm=size)
         return cotangent, None, state, report
 
     return solution, under(precision, pullback)

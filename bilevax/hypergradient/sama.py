@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 
 import jax
@@ -12,7 +11,7 @@ from jax import lax
 from bilevax import tree
 from bilevax._core import numbers
 from bilevax._core.apart import apart, large
-from bilevax._core.settings import parameters
+from bilevax._core.optimizer import accepted
 from bilevax.base import Bound, Hypergradient, PyTree, Scalar
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
@@ -138,9 +137,7 @@ def _after(before: PyTree, params: PyTree) -> PyTree:
 
 def _updates(update: Callable, solution, extra: dict) -> Callable[[PyTree], PyTree]:
     """The optimizer's next update as a function of the gradient alone."""
-    taken = parameters(update)
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
-    extra = {key: value for key, value in extra.items() if takes_all or key in taken}
+    extra = accepted(update, extra)
 
     def updates(grads):
         out, _ = update(grads, solution.opt, solution.params, **extra)

@@ -30,7 +30,8 @@ def jaxopt(solver: Any, **settings) -> base.InnerSolver:
         all. What its ``run`` takes beside the parameters goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. Floats are leaves.
 
     Returns:
-      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end; jaxopt's own optimality
+      An `InnerSolver` of one step, not reversible. Solutions of a projected, proximal or bounded solver are fixed points of that step, which
+      ``hypergradient.implicit`` then differentiates. Its info has ``value`` (at the start), ``grad_norm`` (at the end; jaxopt's own optimality
       error where there is a ``prox`` or ``projection``), ``iterations`` and ``code``: inner_not_converged where the error is above its ``tol``.
 
     Raises:
@@ -73,7 +74,37 @@ def jaxopt(solver: Any, **settings) -> base.InnerSolver:
         steps=1,
         update=None,
         reversible=False,
+        optimality=_optimality(settings, runtime),
     )
+
+
+def _optimality(settings: dict, runtime: dict) -> base.Bound | None:
+    """The mapping whose fixed points the solutions of a projected, proximal or bounded solver are."""
+    if settings.get("prox") is not None:
+        return base.Bound("prox", _prox_step, prox=settings["prox"], hyperparams=runtime.get("hyperparams_prox"))
+    if settings.get("projection") is not None:
+        return base.Bound("projection", _projected_step, projection=settings["projection"], hyperparams=runtime.get("hyperparams_proj"))
+    if runtime.get("bounds") is not None:
+        return base.Bound("bounds", _projected_step, projection=_clip, hyperparams=runtime["bounds"])
+    return None
+
+
+def _clip(params: PyTree, bounds: tuple) -> PyTree:
+    return jax.tree.map(jnp.clip, params, *bounds)
+
+
+def _descent(objective, params: PyTree, outer: PyTree, ctx: base.Ctx) -> PyTree:
+    return tree.sub(params, jax.grad(objective, has_aux=True)(params, outer, ctx)[0])
+
+
+def _prox_step(objective, params, outer, ctx, *, prox, hyperparams):
+    with _lenient():
+        return prox(_descent(objective, params, outer, ctx), hyperparams, 1.0)
+
+
+def _projected_step(objective, params, outer, ctx, *, projection, hyperparams):
+    with _lenient():
+        return projection(_descent(objective, params, outer, ctx), hyperparams)
 
 
 def _init(params: PyTree) -> tuple:

@@ -29,8 +29,9 @@ def fixed_point(mapping: Callable, maxiter: int = 1000, tol: float = 1e-6) -> ba
       tol: relative tolerance, as above.
 
     Returns:
-      An `InnerSolver` of one step, not reversible; differentiate it by ``hypergradient.fixed_point`` with the same mapping. Its info has
-      ``value`` (the inner objective at the start), ``grad_norm`` (``‖T(y) − y‖`` at the end), ``iterations`` and ``code``.
+      An `InnerSolver` of one step, not reversible; differentiate it by ``hypergradient.fixed_point`` with the
+      same mapping, or by ``hypergradient.implicit``, which then does the same. Its info has ``value`` (the inner
+      objective at the start), ``grad_norm`` (``‖T(y) − y‖`` at the end), ``iterations`` and ``code``.
 
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
@@ -50,7 +51,12 @@ def fixed_point(mapping: Callable, maxiter: int = 1000, tol: float = 1e-6) -> ba
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)
     step = base.Bound("fixed_point", _solve, mapping=mapping, maxiter=maxiter, tol=tol)
-    return base.InnerSolver(init=base.Bound("init", _init), step=step, steps=1, reversible=False)
+    optimality = base.Bound("fixed_point", _image, mapping=mapping)
+    return base.InnerSolver(init=base.Bound("init", _init), step=step, steps=1, reversible=False, optimality=optimality)
+
+
+def _image(objective: Objective, params: PyTree, outer: PyTree, ctx: base.Ctx, *, mapping: Objective) -> PyTree:
+    return apply(mapping, objective, params, outer, ctx)
 
 
 def proximal_map(smooth: Callable, prox: Callable, step: float) -> base.Bound:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core.transfers import by_intent
 from bilevax._estimate import guarded
 from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree, objective
 from bilevax.data import same
@@ -38,6 +39,7 @@ class MultilevelGradFn:
     def __repr__(self) -> str:
         return f"value_and_multilevel_grad({list(self.levels)!r})"
 
+    @by_intent
     def init(self, params: dict[str, PyTree], *, model_state: dict[str, PyTree] | None = None) -> MultilevelEstimateState:
         """A first `state` for these parameters. Passing it from the start keeps one trace, where ``state=None`` and then a state make two.
 
@@ -53,6 +55,7 @@ class MultilevelGradFn:
         opt = {name: state.opt for name, state in states.items()}
         return MultilevelEstimateState(opt, {name: state.model for name, state in states.items()}, methods, jnp.zeros((), jnp.int32))
 
+    @by_intent
     def __call__(
         self,
         params: dict[str, PyTree],

@@ -9,6 +9,7 @@ import jax
 
 from bilevax import check, tree
 from bilevax._core import optimizer
+from bilevax._core.transfers import by_intent
 from bilevax.base import Algorithm, Bound, Feed, InnerState, PyTree, StepInfo, objective
 from bilevax.checkpoint import Checkpointing
 from bilevax.data.draws import level_windowed, with_number
@@ -63,6 +64,7 @@ def _step(problem: System, state: MultilevelState, feeds: tuple[Feed, ...], *, p
     return MultilevelState(_packed(out.states), outer, opt, out.methods), info
 
 
+@by_intent
 def solve_multilevel(
     levels: Sequence[Level],
     params: dict[str, PyTree],

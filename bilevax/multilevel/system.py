@@ -14,6 +14,7 @@ from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax._captured import hoisted
 from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, objective
+from bilevax.hypergradient._solve import over
 from bilevax.hypergradient.one_step import one_step
 from bilevax.multilevel.graph import Graph, find
 from bilevax.multilevel.level import Level
@@ -46,11 +47,12 @@ def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[st
     objectives = {name: hoisted(value, params, None, given[name]) for name, value in objectives.items()}
     graph = find(objectives, params, given, {level.name: level.reads for level in levels}, [level.name for level in levels if level.freeze])
     *lower, top = levels
-    methods = {level.name: method_of(level) for level in lower}
+    solvers = {level.name: as_solver(level) for level in lower}
+    methods = {level.name: over(method_of(level), solvers[level.name]) for level in lower}
     return System(
         graph,
         objectives,
-        {level.name: as_solver(level) for level in lower},
+        solvers,
         {name: _first_order(method) if any(methods[n].order < 2 for n in graph[name].held) else method for name, method in methods.items()},
         draws,
         top.solver,
