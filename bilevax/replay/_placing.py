@@ -23,16 +23,19 @@ class Placing:
         if sharding is None:
             return
         start = InnerState(state.params, model=state.model)
-        found = layout.of_run(sharding, None, state, start, outer)
+        found = layout.of_run(sharding, state, start, outer)
         self.state = jax.tree.structure(state).unflatten([sharding.named(*spec) for spec in found.specs])
         self.outer = jax.tree.map(lambda spec: sharding.named(*spec), layout.param_specs(sharding, outer, "outer"))
         self.moving = jax.tree.map(lambda leaf, where: where if tree.is_float(leaf) else None, state, self.state)
 
-    def name(self) -> Any:
-        """What programs that are compiled for this placing are known by."""
-        if self.sharding is None:
-            return None
-        return self.sharding, tuple(jax.tree.leaves((self.state, self.outer)))
+    def _name(self) -> Any:
+        return self.sharding, () if self.sharding is None else tuple(jax.tree.leaves((self.state, self.outer)))
+
+    def __hash__(self) -> int:
+        return hash(self._name())
+
+    def __eq__(self, other) -> bool:
+        return isinstance(other, Placing) and self._name() == other._name()
 
     # ---- traced values
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import time
 from collections import deque
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import tree
-from bilevax.base import InnerState, Objective, PyTree
+from bilevax.base import InnerState, Objective, PyTree, join, split
 from bilevax.replay import _files, _resuming, _steps
 from bilevax.replay._batches import Batches
 from bilevax.replay._shelf import Folder, Host
@@ -51,20 +53,37 @@ class Metagradient(NamedTuple):
 
 
 class Pieces:
-    """The compiled programs of a replay, made once."""
+    """The programs of a replay. Trainings that differ in numbers, length or schedule only are compiled once for all."""
 
     def __init__(self, training: Training, outer: Objective):
-        def bind(fn, *first):
-            return lambda *args: fn(*first, *args)
-
-        self.begin = jax.jit(bind(_steps.begin, training))
+        self.static, self.numbers = split((training, outer))
+        self.begin = self._piece(_BEGIN)
         # One program for both, so that the same step gives the same bits however it was reached.
-        self.advance = jax.jit(bind(_steps.advance, training))
-        self.advance_over = jax.jit(bind(_steps.advance, training), donate_argnums=0)
-        self.retreat = jax.jit(bind(_steps.retreat, training), donate_argnums=(4, 5))
-        self.end = jax.jit(bind(_steps.end, training, outer))
-        self.finish = jax.jit(bind(_steps.finish, training))
-        self.add = jax.jit(tree.add, donate_argnums=0)
+        self.advance, self.advance_over = self._piece(_ADVANCE), self._piece(_ADVANCE_OVER)
+        self.retreat = self._piece(_RETREAT)
+        self.end = self._piece(_END)
+        self.finish = self._piece(_FINISH)
+
+    def _piece(self, program: Callable) -> Callable:
+        return functools.partial(program, self.static, self.numbers)
+
+
+def _program(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
+    """A compiled piece of any training; `donate` counts its own arguments."""
+
+    def run(static, numbers, *args):
+        return fn(join(static, numbers), *args)
+
+    return jax.jit(run, static_argnums=0, donate_argnums=tuple(2 + n for n in donate))
+
+
+_BEGIN = _program(lambda pieces, *args: _steps.begin(pieces[0], *args))
+_ADVANCE = _program(lambda pieces, *args: _steps.advance(pieces[0], *args))
+_ADVANCE_OVER = _program(lambda pieces, *args: _steps.advance(pieces[0], *args), (0,))
+_RETREAT = _program(lambda pieces, *args: _steps.retreat(pieces[0], *args), (4, 5))
+_END = _program(lambda pieces, *args: _steps.end(*pieces, *args))
+_FINISH = _program(lambda pieces, *args: _steps.finish(pieces[0], *args))
+_add = jax.jit(tree.add, donate_argnums=0)
 
 
 class _Node(NamedTuple):
@@ -188,7 +207,7 @@ class Run:
         if step in self.fn.at:
             more, _, *cotangents = self._measure(state, step)
             value = value + more
-            cotangent, outer = self.pieces.add((cotangent, outer), tuple(cotangents))
+            cotangent, outer = _add((cotangent, outer), tuple(cotangents))
         self.end = end._replace(value=value, cotangent=cotangent, outer_cotangent=outer, arrived=self.node.saved)
         if self.progress is not None and self.progress.due(step):
             self._save_back(step)
@@ -330,7 +349,7 @@ class Run:
         texts = [
             str(jax.make_jaxpr(self.pieces.advance)(state, given, np.int32(0))),
             str(jax.make_jaxpr(self.pieces.end)(state, given, self.outer_batch, key, 1.0)),
-            f"{self.fn.num_steps} {self.fn.at}",
+            f"{self.fn.num_steps} {self.fn.at} {self.pieces.numbers}",
         ]
         return _resuming.fingerprint(texts, (state, given, self.outer_batch))
 

@@ -13,7 +13,7 @@ import numpy as np
 
 from bilevax import check, tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Draw, Objective, PyTree, objective, split
+from bilevax.base import Bound, Draw, Objective, PyTree, objective
 from bilevax.checkpoint import Checkpointing
 from bilevax.data.sources import Source
 from bilevax.replay import _steps, schedules
@@ -36,7 +36,6 @@ class MetagradFn:
         self.checkpoint: Checkpointing | None = settings["checkpoint"]
         self.states: str | None = settings["states"]
         self.verify, self.throw = bool(settings["verify"]), bool(settings["throw"])
-        self._compiled: dict = {}
 
     def __repr__(self) -> str:
         return f"value_and_metagrad({self.training.objective.name}, {self.outer.name}, num_steps={self.num_steps}, schedule={self.schedule!r})"
@@ -87,15 +86,11 @@ class MetagradFn:
 
     def _pieces(self, draw: Draw, placing: Placing) -> Pieces:
         """The compiled pieces for data that is read by `draw`."""
-        static, dynamic = split(draw)  # equal draws, if built anew, are compiled once
-        name = (draw if dynamic else static, placing.name())
-        if name not in self._compiled:
-            training, outer = self.training, self.outer
-            if self.sharding is not None:
-                training = training._replace(objective=layout.wrap(self.sharding, training.objective))  # type: ignore[arg-type]
-                outer = layout.wrap(self.sharding, outer)
-            self._compiled[name] = Pieces(training._replace(draw=draw, placing=placing), outer)
-        return self._compiled[name]
+        training, outer = self.training, self.outer
+        if self.sharding is not None:
+            training = training._replace(objective=layout.wrap(self.sharding, training.objective))  # type: ignore[arg-type]
+            outer = layout.wrap(self.sharding, outer)
+        return Pieces(training._replace(draw=draw, placing=placing), outer)
 
 
 # ---- the public face

@@ -288,22 +288,25 @@ def test_leaves_that_do_not_move():
 # ---- compilation, refusals
 
 
-def test_one_trace_whatever_the_length():
-    """A second call, another length and another outer point compile nothing."""
+def test_trainings_that_differ_in_numbers_are_compiled_once():
+    """Another call, another outer point, another length and another schedule: no new trace."""
     traces = []
 
-    def counted(params, outer, batch, *, inner_step):
+    def counted(params, outer, batch):
         traces.append(1)
-        return trainings.loss(params, outer, batch, inner_step=inner_step)
+        return trainings.loss(params, outer | {"shift": jnp.zeros(1)}, batch, inner_step=0)
 
-    problem = trainings.make(20)
-    fn = whole(problem, objective=bx.objective(counted, indexed=True))
+    problem, optimizer = trainings.make(20), optax.sgd(0.1)
+    make = lambda steps, **keywords: bx.replay.value_and_metagrad(counted, trainings.quality, optimizer, steps, **keywords)
     args = trainings.reader(problem), problem.batch
-    fn(problem.params, problem.outer, *args)
+    first = make(20)(problem.params, problem.outer, *args)
     before = len(traces)
     assert before <= 6
-    fn(problem.params, jax.tree.map(lambda a: 0.9 * a, problem.outer), *args)
+    make(20)(problem.params, jax.tree.map(lambda a: 0.9 * a, problem.outer), *args)
+    make(12, schedule=bx.replay.tree(3))(problem.params, problem.outer, *args)
+    again = make(20, schedule=bx.replay.everything())(problem.params, problem.outer, *args)
     assert len(traces) == before
+    assert trainings.distance(again.grad, first.grad) == 0
 
 
 def test_a_step_that_differs_when_done_again_is_refused():
