@@ -14,10 +14,11 @@ The judge is the linear datamodeling score: the training is done again without r
 of them), 50 times, and the rank correlation of what
 comes out with what the scores predict is reported with its standard error over the subsets.
 
-What came out: the metagradient predicts (.980 ± .009 on text, .982 ± .003 on digits), the others hardly (CG .37 and .50,
-TracIn .35 and .35, cosines .25 and .30, random .03 and -.04). A full removal is larger than its first order where it is
-large; weights of .9 in place of 1 are predicted to 10 % and 3 %. What finds wrong labels is not what predicts: cosines do
-best there (.76, the metagradient .67).
+What came out: the metagradient predicts (.980 ± .009 on text, .982 ± .003 on digits), the others
+hardly (CG .37 and .50, TracIn .35 and .35, cosines .25 and .30, random .03 and -.04). A full
+removal is larger than its first order where it is large; weights of .9 in place of 1 are predicted
+to 10 % and 3 %. What finds wrong labels is not what predicts: cosines do best there (.76, the
+metagradient .67).
 
 After Ilyas and Engstrom, "MAGIC: near-optimal data attribution for deep learning" (arXiv
 2504.16430).

@@ -14,6 +14,11 @@ Then models are trained from scratch on the half with the largest weights, again
 pieces for as many training steps as the whole search took, the half of lowest loss under a model
 trained on everything, the half of lowest perplexity under a model trained on the 64 held-out
 pieces, and an oracle. Test text chooses nothing.
+
+What came out (one seed): test loss 2.815 on the learned half, 2.796 on the oracle's, 2.996 by
+perplexity, 3.024 on all pieces and 3.241 by loss; training as long as the search on all of them
+overfits (7.1). Good pieces are told from junk with an area under the curve of .925, by perplexity
+.833 (which keeps what is repeated), by loss .499.
 """
 
 from __future__ import annotations

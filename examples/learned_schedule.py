@@ -8,6 +8,11 @@ are outer parameters; the derivative of its loss on held-out text in all of them
 back (`bx.replay`), and Adam moves them, starting from the best constant rate of the grid. Against
 it: the best constant rate, and the best of cosine schedules with warm-up over a grid of peaks,
 chosen on the same held-out text. Test text chooses nothing.
+
+What came out (one seed, ten rounds): test loss 2.620 with the learned rates, 2.652 with the best
+cosine, 2.682 with the best constant; held-out loss 2.491, 2.561 and 2.574. The rates are of these
+batches in this order: no smooth curve, and half of what they gain on held-out text is gone on test
+text.
 """
 
 from __future__ import annotations
@@ -59,9 +64,9 @@ def best(schedules, params, batches, held):
 
 
 def main(argv=None):
-    full, small = dict(seeds=1, steps=160, rounds=15), dict(seeds=1, steps=8, rounds=2)
+    full, small = dict(seeds=1, steps=160, rounds=10), dict(seeds=1, steps=8, rounds=2)
     parser = report.parser(__doc__, full=full, small=small)
-    parser.add_argument("--rounds", type=int, help="trainings with a way back (default 15, with --small 2)")
+    parser.add_argument("--rounds", type=int, help="trainings with a way back (default 10, with --small 2)")
     args = report.parse(parser, argv)
     begin = time.perf_counter()
     rows, curves = {name: {"test loss": [], "held-out loss": []} for name in NAMES}, []
