@@ -40,7 +40,7 @@ from bilevax.base import (
     join,
     split,
 )
-from bilevax.hypergradient._solve import over
+from bilevax.hypergradient.parts import over
 from bilevax.results import failed
 
 MAX_RESIDUAL = 1e-2  # of a linear solve inside a derivative of a gradient: above it that is NaN

@@ -1,6 +1,6 @@
 """What methods share, and a method of your own may use: the solve that is not differentiated, and the info of a linear solve."""
 
 from bilevax.hypergradient._adjoint import report
-from bilevax.hypergradient._solve import forward, summary
+from bilevax.hypergradient._solve import forward, over, summary
 
-__all__ = ["forward", "report", "summary"]
+__all__ = ["forward", "over", "report", "summary"]

@@ -14,8 +14,8 @@ from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax._captured import hoisted
 from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, objective
-from bilevax.hypergradient._solve import over
 from bilevax.hypergradient.one_step import one_step
+from bilevax.hypergradient.parts import over
 from bilevax.multilevel.graph import Graph, find
 from bilevax.multilevel.level import Level
 
