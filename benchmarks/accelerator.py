@@ -202,7 +202,9 @@ class Runner:
 
     def run(self) -> dict[str, Any]:
         for specs in WAVES:
-            chosen = [spec for spec in specs if not self.args.parts or spec.name in self.args.parts]
+            chosen = [spec for spec in specs if spec.name in self.args.parts] if self.args.parts else list(specs)
+            if self.args.rehearse and not self.args.parts:  # flags are a device's: without them these are other parts again
+                chosen = [spec for spec in chosen if spec.name == spec.name.split(", ")[0]]
             if time.time() > self.end - 20:
                 for spec in chosen:
                     self.result["parts"][spec.name] = {"rows": [], "skipped": {"all of it": "no time left"}, "errors": {}, "notes": {}}

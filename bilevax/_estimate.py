@@ -17,12 +17,21 @@ from bilevax.results import RESULTS, as_warning, failed, first, strictly, unless
 
 
 def estimate(
-    problem: Problem, solver: InnerSolver, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds, state: PyTree
+    problem: Problem,
+    solver: InnerSolver,
+    method: Hypergradient,
+    inner: InnerState,
+    outer: PyTree,
+    feeds: Feeds,
+    state: PyTree,
+    *,
+    look: bool = True,
 ) -> tuple[InnerState, Estimate]:
     """Solve the lower level from `inner` and differentiate the outer objective at its solution, on floating-point leaves only.
 
     Returns the solved inner state, and an `Estimate` whose `state` is the method's and whose info has ``code``, ``warnings`` and
-    ``grad_norm``.
+    ``grad_norm``. After a failure it looks whether a batch is to blame, unless `look` is False, for who looks afterwards:
+    a GPU's compiler turns the branch into a check of all batches in every step.
     """
     init_pullback: Callable | None = None
     if problem.inner_init is not None:
@@ -50,7 +59,8 @@ def estimate(
         unless(jnp.isfinite(info["inner_grad_norm"]), RESULTS.adjoint_nonfinite) if "inner_grad_norm" in info else 0,
         unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
     )
-    code = _blame_batch(problem, solver, feeds, code)
+    if look:
+        code = _blame_batch(problem, solver, feeds, code)
     info = {**info, "grad_norm": grad_norm, "code": code, "warnings": warnings}
     return solution, Estimate(value, grad, solution.params, state, info, aux)
 

@@ -8,6 +8,7 @@ import optax
 
 from bilevax import check
 from bilevax._core import optimizer
+from bilevax.algorithms._parts.directions import drawn_finite
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, StepInfo
 from bilevax.estimate import estimate
 
@@ -50,7 +51,8 @@ def double_loop(inner_solver: InnerSolver, hypergradient: Hypergradient, outer_o
     check.transformation(outer_optimizer, "outer_optimizer")
     settings = dict(inner_solver=inner_solver, hypergradient=hypergradient, outer_optimizer=outer_optimizer)
     draws, around = Draws(inner_solver.steps, 1, 1), Bound("double_loop", _around, **settings)
-    return Algorithm(Bound("double_loop", _init, **settings), Bound("double_loop", _step, **settings), draws, around=around)
+    init, step = Bound("double_loop", _init, **settings), Bound("double_loop", _step, **settings)
+    return Algorithm(init, step, draws, finite=drawn_finite, around=around)
 
 
 def _around(wrap, *, inner_solver, hypergradient, outer_optimizer):
@@ -66,7 +68,7 @@ def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, h
 def _step(
     problem: Problem, state: DoubleLoopState, feeds: Feeds, *, inner_solver, hypergradient, outer_optimizer
 ) -> tuple[DoubleLoopState, StepInfo]:
-    inner, est = estimate(problem, inner_solver, hypergradient, state.inner, state.outer, feeds, state.method)
+    inner, est = estimate(problem, inner_solver, hypergradient, state.inner, state.outer, feeds, state.method, look=False)
     updates, outer_opt = optimizer.update(outer_optimizer, est.grad, state.outer_opt, state.outer, value=est.value, grad=est.grad)
     outer = optimizer.apply(state.outer, updates)
     if problem.project is not None:

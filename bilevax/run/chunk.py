@@ -187,24 +187,31 @@ def _write(buffer, value, i):
     return lax.dynamic_update_slice(buffer, value[None], (i, *[jnp.zeros_like(i)] * value.ndim), allow_negative_indices=False)
 
 
+_WORDS = tuple(map(jnp.dtype, (jnp.float32, jnp.int32, jnp.uint32)))
+
+
+def _as(value, dtype):
+    return value if value.dtype == dtype else lax.bitcast_convert_type(value, dtype)
+
+
 def _packing(shapes: dict) -> tuple:
-    """Scalars of one dtype as one vector, and back: a write of the history a dtype and not a column, which short steps feel."""
+    """Scalars of one size as one vector, and back: one write of the history and not one a column, which short steps feel. 32 bits travel as integers."""
     leaves, treedef = jax.tree.flatten(shapes)
     groups: dict = {}
     for place, leaf in enumerate(leaves):
         if not leaf.shape and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            groups.setdefault(leaf.dtype, []).append(place)
+            groups.setdefault(jnp.dtype(jnp.int32) if leaf.dtype in _WORDS else leaf.dtype, []).append(place)
     rest = [place for place, leaf in enumerate(leaves) if not any(place in places for places in groups.values())]
 
     def pack(row):
         row = jax.tree.leaves(row)
-        return [jnp.stack([row[place] for place in places]) for places in groups.values()], [row[place] for place in rest]
+        return [jnp.stack([_as(row[place], dtype) for place in places]) for dtype, places in groups.items()], [row[place] for place in rest]
 
     def unpack(packed):
         out: list = [None] * len(leaves)
         for vector, places in zip(packed[0], groups.values(), strict=True):
             for i, place in enumerate(places):
-                out[place] = vector[i]
+                out[place] = _as(vector[i], leaves[place].dtype)
         for value, place in zip(packed[1], rest, strict=True):
             out[place] = value
         return treedef.unflatten(out)

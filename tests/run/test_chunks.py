@@ -1,5 +1,7 @@
 """How many steps one compiled call takes changes nothing but the time."""
 
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -117,3 +119,40 @@ def test_a_memory_starts_with_the_first_step_that_did_not_fail(name):
     exact = 0.1 * np.linalg.norm(point[1])  # ∇_x f, as the adjoint is zero: of the fourth step, if none before it counts
     assert np.isclose(directions(jnp.int32(0)), exact, rtol=1e-12)
     assert np.isclose(directions(jnp.int32(3)), {"srba": 0.0, "ma_soba": 0.1 * exact}[name], rtol=1e-12)
+
+
+# ---- what a step costs beside the algorithm
+
+
+def test_columns_of_32_bits_are_one_vector_and_come_back_to_the_bit():
+    row = {
+        "f": jnp.float32(jnp.nan),
+        "g": jnp.float32(1e-42),  # subnormal
+        "i": jnp.int32(-7),
+        "u": jnp.uint32(2**32 - 1),
+        "d": jnp.zeros((), jax.dtypes.canonicalize_dtype(jnp.float64)) + 0.1,
+        "v": jnp.arange(3.0, dtype=jnp.float32),
+    }
+    pack, unpack = chunk._packing(jax.eval_shape(lambda: row))
+    packed = jax.jit(pack)(row)
+    wide = row["d"].dtype != jnp.float32
+    assert sorted(vector.shape for vector in packed[0]) == ([(1,), (4,)] if wide else [(5,)]) and len(packed[1]) == 1
+    for name, value in jax.jit(unpack)(packed).items():
+        assert value.dtype == row[name].dtype and value.tobytes() == row[name].tobytes(), name
+
+
+def test_a_double_loop_looks_at_its_batches_once_a_call_and_not_in_the_step():
+    """A compiler may turn a branch inside the step into a pass over all data in every step."""
+    data = {"X": jnp.ones((64, 3)), "t": jnp.ones(64)}
+    inner = lambda w, x, b: jnp.mean((b["X"] @ w - b["t"]) ** 2) + jnp.exp(x) * w @ w
+    outer = lambda w, x, b: jnp.mean((b["X"] @ w - b["t"]) ** 2)
+    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 1), bx.hypergradient.one_step(0.1), optax.sgd(0.1))
+    problem = bx.check.problem(inner, outer, bx.data.same, bx.data.same, bx.data.same)
+    state = bx.solve_bilevel(inner, outer, jnp.zeros(3), 0.0, inner_data=data, outer_data=data, algorithm=algorithm, num_steps=1).state
+    plan = chunk.Plan(problem, algorithm, None, None)
+    text = str(jax.make_jaxpr(lambda state, data: chunk.one_step(plan, state, data))(state, (data, data, data)))
+    assert "is_finite" in text  # of numbers and parameters
+    assert not re.search(r":bool\[64(,3)?\] = is_finite", text)
+    bad = {**data, "X": data["X"].at[5, 1].set(jnp.nan)}
+    out = bx.solve_bilevel(inner, outer, jnp.zeros(3), 0.0, inner_data=bad, outer_data=data, algorithm=algorithm, num_steps=3, throw=False)
+    assert out.result is bx.RESULTS.nonfinite_batch and out.history["code"][-1] == bx.RESULTS.nonfinite_batch
