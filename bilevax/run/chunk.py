@@ -187,7 +187,7 @@ def _write(buffer, value, i):
     return lax.dynamic_update_slice(buffer, value[None], (i, *[jnp.zeros_like(i)] * value.ndim), allow_negative_indices=False)
 
 
-_WORDS = tuple(map(jnp.dtype, (jnp.float32, jnp.int32, jnp.uint32)))
+_WORDS = tuple(map(jnp.dtype, (jnp.float32, jnp.int32, jnp.uint32)))  # travel as integers
 
 
 def _as(value, dtype):
@@ -195,7 +195,7 @@ def _as(value, dtype):
 
 
 def _packing(shapes: dict) -> tuple:
-    """Scalars of one size as one vector, and back: one write of the history and not one a column, which short steps feel. 32 bits travel as integers."""
+    """Scalars of one size as one vector, and back: one write of the history, not one a column, which short steps feel."""
     leaves, treedef = jax.tree.flatten(shapes)
     groups: dict = {}
     for place, leaf in enumerate(leaves):
