@@ -378,7 +378,7 @@ class Run:
 
 def _digest(node: _Node) -> list:
     leaves = jax.tree.leaves((node.state, node.saved))
-    return digest._digests([leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)])
+    return digest.words([leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)])
 
 
 def _code(info: dict, value, grad) -> tuple[RESULTS, str]:
