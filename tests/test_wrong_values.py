@@ -1,0 +1,129 @@
+"""Every public function, every parameter, twenty wrong values: each is refused by the parameter's name, or stands in a list with its reason."""
+
+import inspect
+import os
+import re
+import warnings
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import nnx
+
+import bilevax as bx
+
+MODULES = ("", "inner", "linear", "hypergradient", "algorithms", "data", "sharding", "callbacks", "checkpoint", "nn", "plots", "diagnostics")
+
+
+def inner(y, x, batch):
+    return 0.5 * jnp.sum((y - x) ** 2)
+
+
+def outer(y, x, batch):
+    return 0.5 * jnp.sum((y - 3.0) ** 2)
+
+
+def gone():
+    a = jnp.ones(3)
+    a.delete()
+    return a
+
+
+VALUES = {
+    "None": lambda: None,
+    "True": lambda: True,
+    "text": lambda: "0.1",
+    "no text": lambda: "",
+    "a url": lambda: "gs://bucket/run",
+    "bytes": lambda: b"x",
+    "complex": lambda: 1j,
+    "nan": lambda: float("nan"),
+    "inf": lambda: float("inf"),
+    "-inf": lambda: float("-inf"),
+    "-1": lambda: -1,
+    "0": lambda: 0,
+    "1.5": lambda: 1.5,
+    "a list": lambda: [0.1],
+    "a dict": lambda: {"z": 1},
+    "an object": object,
+    "texts": lambda: np.asarray(["a", "b"]),
+    "objects": lambda: np.asarray([object(), None]),
+    "an empty array": lambda: np.zeros(0),
+    "a deleted array": gone,
+    "a function of nothing": lambda: lambda: None,
+    "a class": lambda: int,
+}
+
+SOLVER, METHOD = bx.inner.optax(optax.sgd(0.5), 2), bx.hypergradient.implicit()
+ALGORITHM = bx.algorithms.double_loop(SOLVER, METHOD, optax.sgd(0.3))
+LEVELS = [
+    bx.Level("y", lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2), solver=SOLVER, hypergradient=METHOD),
+    bx.Level("x", lambda p, b: jnp.sum((p["y"] - 1.0) ** 2), solver=optax.sgd(0.1)),
+]
+
+# What makes a call of each function right, by the parameter's name; what is not here has a default.
+RIGHT = {
+    "inner_objective": lambda: inner, "outer_objective": lambda: outer, "inner_params": lambda: jnp.zeros(2), "outer_params": lambda: jnp.ones(2),
+    "objective": lambda: lambda y, *args: jnp.sum(y**2), "solver": lambda: SOLVER, "inner_solver": lambda: SOLVER, "hypergradient": lambda: METHOD,
+    "outer_optimizer": lambda: optax.sgd(0.1), "levels": lambda: LEVELS, "params": lambda: {"y": jnp.zeros(2), "x": jnp.zeros(2)},
+    "fn": lambda: inner, "num_tasks": lambda: 2, "factory": lambda: optax.sgd, "minimizer": lambda: lambda y, x, b: y, "step": lambda: 0.1,
+    "mapping": lambda: lambda y, x, b: 0.5 * y, "smooth": lambda: inner, "prox": lambda: lambda y, s, x: y, "opt": lambda: optax.sgd(0.1),
+    "steps": lambda: 2, "inner_step": lambda: 0.1, "outer_step": lambda: 0.1, "period": lambda: 2, "probability": lambda: 0.5,
+    "arrays": lambda: np.ones((4, 2)), "batch_size": lambda: 2, "source": lambda: np.ones((4, 2)), "microbatches": lambda: 2,
+    "axis_name": lambda: "data", "mesh": lambda: jax.make_mesh((1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)), "rules": dict,
+    "sharding": lambda: bx.sharding.data_parallel(), "path": lambda: "log", "directory": lambda: "runs", "name": lambda: "value",
+    "patience": lambda: 3, "n": lambda: 3, "writer": lambda: type("W", (), {"write_scalars": lambda self, step, row: None})(),
+    "scores": lambda: jnp.zeros(3), "logits": lambda: jnp.zeros(2), "options": lambda: [jnp.ones(2)] * 2, "value": lambda: jnp.ones(2),
+    "surrogate": lambda: jnp.ones(2), "patterns": lambda: ["kernel"], "run": lambda: {"value": [1.0, 2.0]}, "runs": lambda: {"a": {"value": [1.0]}},
+    "constraint": lambda: lambda y, x, b: jnp.sum(y) - 1.0, "num_steps": lambda: 1, "exact": lambda: True,
+}  # fmt: skip
+OWN = {
+    ("solve_multilevel", "num_steps"): lambda: 1, ("argmin", "solver"): lambda: bx.inner.lbfgs(), ("linear.lineax", "solver"): lambda: None,
+    ("data.episodes", "source"): lambda: lambda key, step: jnp.ones(3), ("callbacks.every", "fn"): lambda: print,
+    ("metrics", "fn"): lambda: lambda y, x, d: {"m": jnp.sum(y)}, ("inner.gradient_descent", "step_size"): lambda: 0.1,
+}  # fmt: skip
+
+# Functions that are not walked, and why.
+LEFT_OUT = {
+    "data.same": "a draw, called inside compiled code", "data.stacked": "a draw, called inside compiled code",
+    "sharding.dry_run": "hands all to a driver, which checks it", "sharding.collectives": "reads a compiler's text",
+    "linear.precondition": "for writers of solvers", "linear.lineax": "takes lineax's own objects", "inner.optimistix": "takes optimistix' own objects",
+    "inner.jaxopt": "takes jaxopt's own objects", "nn.going_on": "takes what nn.bilevel made", "nn.hand_back": "takes what nn.bilevel made",
+    "diagnostics.check_hypergradient": "is bx.check_hypergradient", "diagnostics.compare_hypergradients": "is bx.compare_hypergradients",
+    "inner.tunable": "is bx.tunable",
+}  # fmt: skip
+
+
+def public():
+    for module in MODULES:
+        holder = getattr(bx, module) if module else bx
+        for name in holder.__all__:
+            full, fn = f"{module}.{name}".lstrip("."), getattr(holder, name)
+            if callable(fn) and not inspect.isclass(fn) and not inspect.ismodule(fn) and full not in LEFT_OUT:
+                yield full, fn
+
+
+def right(full, parameter):
+    make = OWN.get((full, parameter.name)) or RIGHT.get(parameter.name)
+    return make() if make else None
+
+
+def outcome(full, fn, parameter, make):
+    """Refused by name, refused otherwise (with what was said), or accepted."""
+    kinds = inspect.Parameter
+    parameters = [p for p in inspect.signature(fn).parameters.values() if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
+    given = {p.name: right(full, p) for p in parameters if p.default is p.empty or p.name == "num_steps"}
+    given[parameter.name] = make()
+    args = [given.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in given]
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            fn(*args, **given)
+    except (TypeError, ValueError, OSError, KeyError, AttributeError, ImportError, NotImplementedError, RuntimeError, ZeroDivisionError) as error:
+        text = str(error)
+        word = re.escape(parameter.name)
+        named = re.search(rf"(^|\W){word}(\W|$)", text) and isinstance(error, (TypeError, ValueError, OSError)) and "got" in text
+        return "named" if named else f"{type(error).__name__}: {' '.join(text.split())[:110]}"
+    return "accepted"
