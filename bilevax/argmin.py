@@ -96,7 +96,7 @@ def argmin(
     with ``jax.lax.custom_linear_solve``, which keeps every derivative symmetric and exact, is this library's.
     """
     if not (isinstance(solver, InnerSolver) or (callable(getattr(solver, "init", None)) and callable(getattr(solver, "step", None)))):
-        raise TypeError(f"solver: got {solver!r}; expected an InnerSolver such as inner.optax(optax.sgd(0.1), steps=100).")
+        raise TypeError(f"solver: got {numbers.shown(solver)}; expected an InnerSolver such as inner.optax(optax.sgd(0.1), steps=100).")
     if getattr(solver, "optimality", None) is not None:
         raise TypeError(
             f"solver: got {solver!r}, whose solutions are fixed points of a mapping and need not be stationary points of the objective; expected "
@@ -311,7 +311,7 @@ class _Linear(NamedTuple):
 
 def _linear(solver, max_residual) -> _Linear:
     if not (solver is None or callable(solver)):
-        raise TypeError(f"linear_solver: got {solver!r}; expected (matvec, b, x0) -> (x, info), such as linear.cg().")
+        raise TypeError(f"linear_solver: got {numbers.shown(solver)}; expected (matvec, b, x0) -> (x, info), such as linear.cg().")
     return _Linear(solver, numbers.positive(max_residual, "max_residual", infinite=True))
 
 

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bilevax._core import numbers
 from bilevax._core.settings import Bound as Bound
 from bilevax._core.settings import Static as Static
 from bilevax._core.settings import innermost, shown
@@ -146,12 +147,14 @@ def objective(
       >>> bx.objective(lambda w, lam, batch: ((w - lam) ** 2, {"w": w}), has_aux=True)
       objective(<lambda>, has_aux=True)
     """
+    flags = {"has_aux": has_aux, "stateful": stateful, "keyed": keyed, "indexed": indexed, "trajectory": trajectory}
+    has_aux, stateful, keyed, indexed, trajectory = (numbers.flag(value, name) for name, value in flags.items())
     if isinstance(fn, Objective):
         if has_aux or stateful or keyed or indexed or trajectory:
             raise TypeError(f"fn: got {fn!r}, which is wrapped already; expected a plain function. Give all flags in one call of objective.")
         return fn
     if not callable(fn):
-        raise TypeError(f"fn: got {type(fn).__name__}; expected a function (inner_params, outer_params, batch) -> scalar.")
+        raise TypeError(f"fn: got {numbers.describe(fn)}; expected a function (inner_params, outer_params, batch) -> scalar.")
     return Objective(fn, has_aux, stateful, keyed, indexed, trajectory)
 
 

@@ -127,6 +127,8 @@ def error_bound(info: Mapping[str, Scalar], constants: Constants) -> ErrorBound:
     Salehi et al., "An adaptively inexact first-order method for bilevel optimization" (arXiv 2308.10098). The term in ``L_fx`` is for outer
     objectives that couple both levels.
     """
+    if not isinstance(info, Mapping):
+        raise TypeError(f"info: got {check.describe(info)}; expected the info of an estimate, a mapping.")
     missing = [name for name in ("inner_grad_norm", "adjoint_residual", "cotangent_norm") if name not in info]
     if missing:
         raise ValueError(f"info: got entries {sorted(info)}, without {', '.join(missing)}; expected the info of hypergradient.implicit.")

@@ -45,6 +45,7 @@ def arrays(value: PyTree, argument: str) -> PyTree:
                 f"{argument}{jax.tree_util.keystr(path)}: got {describe(leaf)}; expected an array or a number. Keep functions, strings and "
                 "settings out of parameters."
             )
+    numbers.arrays(value, argument)
     return tree.strong(value)
 
 

@@ -74,8 +74,7 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3, resume: str = 
     place = os.fspath(directory)
     if not isinstance(place, str) or not place or "\0" in place:
         raise ValueError(f"directory: got {place!r}; expected a path. Try 'runs/first'.")
-    if resume not in ("refuse", "continue"):
-        raise ValueError(f"resume: got {resume!r}; expected 'refuse' or 'continue'.")
+    resume = numbers.choice(resume, "resume", ("refuse", "continue"))
     place = place if "://" in place else os.path.abspath(place)
     return Checkpointing(place, numbers.count(n, "n"), numbers.count(keep, "keep"), resume)
 

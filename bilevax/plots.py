@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from bilevax import check, results
+from bilevax._core import numbers
 from bilevax.run import logfile
 
 # Okabe and Ito's colours, distinguishable with any kind of colour vision; with line styles and markers, also without colour.
@@ -121,6 +122,8 @@ def dashboard(run: Any, *, title: str | None = None) -> Any:
       ['Objectives', 'Hypergradient']
     """
     plt = _pyplot()
+    if title is not None:
+        title = numbers.word(title, "title", "A run")
     columns = history(run)
     panels = [(title, label, log, {n: called for n, called in names.items() if n in columns}) for title, label, log, names in PANELS]
     others = {name: name for name in columns if name not in KNOWN and not name.startswith("aux")}
@@ -150,6 +153,11 @@ def dashboard(run: Any, *, title: str | None = None) -> Any:
         if title:
             figure.suptitle(title)
     return figure
+
+
+def _check_axes(ax: Any) -> None:
+    if ax is not None and not callable(getattr(ax, "plot", None)):
+        raise TypeError(f"ax: got {check.describe(ax)}; expected matplotlib axes, or None. Try plt.subplots()[1].")
 
 
 def _curve(ax: Any, x: np.ndarray, y: np.ndarray, i: int, label: str) -> None:
@@ -182,6 +190,12 @@ def runs(runs: Mapping[str, Any], column: str = "value", *, cost: str | Sequence
       ['slow', 'fast']
     """
     plt = _pyplot()
+    if not isinstance(runs, Mapping):
+        raise TypeError(f"runs: got {check.describe(runs)}; expected a mapping from names to runs. Try {{'mine': solution}}.")
+    column, log = numbers.word(column, "column", "value"), numbers.flag(log, "log")
+    if cost is not None and not isinstance(cost, (str, tuple, list)):
+        raise TypeError(f"cost: got {check.describe(cost)}; expected a column, several, or None. Try ('gradients', 'hvps').")
+    _check_axes(ax)
     costs = (cost,) if isinstance(cost, str) else tuple(cost or ())
     with plt.rc_context(STYLE):
         ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
@@ -189,7 +203,10 @@ def runs(runs: Mapping[str, Any], column: str = "value", *, cost: str | Sequence
             columns = history(run)
             for wanted in (column, *costs):
                 if wanted not in columns:
-                    raise KeyError(f"column: got {wanted!r}, which run {name!r} does not have; expected one of {sorted(columns)}.")
+                    raise KeyError(
+                        f"{'column' if wanted is column else 'cost'}: got {wanted!r}, which run {name!r} does not have; "
+                        f"expected one of {sorted(columns)}."
+                    )
             x = np.cumsum(sum(columns[c] for c in costs)) if costs else columns.get("step", np.arange(len(columns[column])))
             _curve(ax, x, columns[column], i, name)
         ax.set(xlabel=" + ".join(costs) or "step", ylabel=column, yscale="log" if log else "linear")
@@ -221,6 +238,9 @@ def comparison(found: Any, ax: Any = None) -> Any:
       'log'
     """
     plt = _pyplot()
+    if not hasattr(found, "rows") or not hasattr(found, "solve_error"):
+        raise TypeError(f"found: got {check.describe(found)}; expected what compare_hypergradients returns.")
+    _check_axes(ax)
     with plt.rc_context(STYLE):
         ax = plt.subplots(figsize=(7, 4.5), layout="constrained")[1] if ax is None else ax
         points = [(row.milliseconds, max(row.relative_error, 1e-16), row.name) for row in found.rows]

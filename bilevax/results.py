@@ -241,8 +241,8 @@ def strictness(strict, argument: str = "strict") -> int:
     if isinstance(strict, bool):
         return (1 << len(WARNINGS)) - 1 if strict else 0
     expected = f"expected True, False or a set of {', '.join(code.name for code in WARNINGS)}. Try {argument}={{RESULTS.negative_curvature}}."
-    if isinstance(strict, (str, bytes)) or not isinstance(strict, Iterable):
-        raise TypeError(f"{argument}: got {strict!r}; {expected}")
+    if isinstance(strict, (str, bytes)) or not isinstance(strict, Iterable) or hasattr(strict, "dtype"):
+        raise TypeError(f"{argument}: got {type(strict).__name__}; {expected}")
     mask = 0
     for code in strict:
         if not isinstance(code, RESULTS) or code not in WARNINGS:

@@ -48,8 +48,7 @@ def tasks(fn: Callable, reduce: str = "mean") -> Objective:
     one = objective(fn)
     if one.stateful:
         raise TypeError(f"fn: got {one!r}; expected one without model state, which could be each task's or all tasks'. Put it in inner_params.")
-    if reduce not in ("mean", "sum"):
-        raise ValueError(f"reduce: got {reduce!r}; expected 'mean' or 'sum'.")
+    numbers.choice(reduce, "reduce", ("mean", "sum"))
     settings = dict(fn=one.fn, has_aux=one.has_aux, keyed=one.keyed, reduce=reduce)
     return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), has_aux=one.has_aux, keyed=one.keyed, indexed=one.indexed, tasks=reduce)
 

@@ -216,7 +216,7 @@ FACTORIES = [
         TypeError,
         "outer_optimizer: got float 0.1; expected an optax",
     ),
-    ("objective of a number", lambda: bx.objective(3), TypeError, "fn: got int; expected a function"),
+    ("objective of a number", lambda: bx.objective(3), TypeError, "fn: got int 3; expected a function"),
     (
         "flags on a wrapped objective",
         lambda: bx.objective(bx.objective(inner), has_aux=True),

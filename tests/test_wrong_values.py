@@ -1,7 +1,6 @@
 """Every public function, every parameter, twenty wrong values: each is refused by the parameter's name, or stands in a list with its reason."""
 
 import inspect
-import os
 import re
 import warnings
 
@@ -10,7 +9,6 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import nnx
 
 import bilevax as bx
 
@@ -96,6 +94,49 @@ LEFT_OUT = {
 }  # fmt: skip
 
 
+LEFT_OUT |= dict.fromkeys(
+    ("nn.add_lora", "nn.bilevel", "nn.constrained", "nn.from_linen", "nn.from_nnx", "nn.objective", "nn.paths"), "takes modules of Flax"
+)
+LEFT_OUT |= dict.fromkeys(("error_bound", "diagnostics.error_bound", "diagnostics.estimate_constants"), "takes what an estimate gives")
+CALLED = {("metrics", "fn"): "metrics", ("plots.runs", "runs"): "run"}  # what a message calls a parameter, where that is another name
+
+
+LEFT_OUT |= dict.fromkeys(
+    ("solve_bilevel", "solve_multilevel", "check_hypergradient", "compare_hypergradients", "explain"), "runs; what it refuses is in test_bad_inputs"
+)
+LEFT_OUT["plots.comparison"] = "takes what compare_hypergradients found"
+
+# What is right after all, by value: for which parameters, and why.
+LATER = "what a function takes is told when the shapes are known, before the first step"
+FUNCTIONS = {"fn", "objective", "inner_objective", "outer_objective", "inner_draw", "mapping", "minimizer", "smooth", "prox", "linear", "linear_solver",
+             "preconditioner", "constraint", "projection", "source"}  # fmt: skip
+INFINITE = {"max_residual", "tol"}  # infinity accepts anything, and says so
+TEXTS = {"axis", "axis_name", "name", "path", "directory", "title", "run_id", "select"}
+ARRAYS = {"arrays", "data", "scores", "value", "surrogate", "logits"}
+
+
+def allowed(full, fn, parameter, kind):
+    """Why a value is accepted, or nothing."""
+    name, default = parameter.name, parameter.default
+    if kind == "None" and default is None:
+        return "the default"
+    if kind == "None" and name in ("arrays", "data", "source", "scores"):
+        return "a pytree without leaves"
+    if kind == "True" and isinstance(default, bool):
+        return "a flag"
+    if kind in ("1.5", "0") and name not in FUNCTIONS | TEXTS:
+        return "a number, of those that are meant"
+    if kind == "inf" and name in INFINITE:
+        return "means any"
+    if kind in ("a function of nothing", "a class") and name in FUNCTIONS:
+        return LATER
+    if kind in ("text", "a url", "no text") and name in TEXTS and not (kind == "no text" and name not in ("select", "run_id")):
+        return "a name"
+    if name in ARRAYS and kind in ("True", "complex", "nan", "inf", "-inf", "-1", "a list", "a dict", "an empty array"):
+        return "numbers as data, which constants may be"
+    return ""
+
+
 def public():
     for module in MODULES:
         holder = getattr(bx, module) if module else bx
@@ -123,7 +164,36 @@ def outcome(full, fn, parameter, make):
             fn(*args, **given)
     except (TypeError, ValueError, OSError, KeyError, AttributeError, ImportError, NotImplementedError, RuntimeError, ZeroDivisionError) as error:
         text = str(error)
-        word = re.escape(parameter.name)
-        named = re.search(rf"(^|\W){word}(\W|$)", text) and isinstance(error, (TypeError, ValueError, OSError)) and "got" in text
+        word = f"(?:{parameter.name}|{CALLED.get((full, parameter.name), parameter.name)})"
+        named = (
+            re.search(rf"(^|\W){word}(\W|$)", text)
+            and isinstance(error, (TypeError, ValueError, OSError, KeyError))
+            and ("got" in text or "returned" in text)
+        )
         return "named" if named else f"{type(error).__name__}: {' '.join(text.split())[:110]}"
     return "accepted"
+
+
+@pytest.mark.parametrize("full", [full for full, _ in public()])
+def test_wrong_values_are_refused_by_name(full, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    fn, wrong = dict(public())[full], []
+    for parameter in inspect.signature(fn).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        for kind, make in VALUES.items():
+            found = outcome(full, fn, parameter, make)
+            if found != "named" and not (found == "accepted" and allowed(full, fn, parameter, kind)):
+                wrong.append(f"{parameter.name} = {kind}: {found}")
+    assert not wrong
+
+
+def test_the_registry_is_as_large_as_it_says():
+    assert sum(len(inspect.signature(fn).parameters) for _, fn in public()) * len(VALUES) > 2000
+    names = {full for full, _ in public()} | set(LEFT_OUT)
+    for module in MODULES:
+        holder = getattr(bx, module) if module else bx
+        for name in holder.__all__:
+            one = getattr(holder, name)
+            if callable(one) and not inspect.isclass(one):
+                assert f"{module}.{name}".lstrip(".") in names

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import numbers
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -25,7 +26,7 @@ def describe(value: Any) -> str:
     return text if text.startswith(kind) else f"{kind} {text}"
 
 
-def _shown(value: Any) -> str:
+def shown(value: Any) -> str:
     """What was given; what shows its kind by itself, without the kind."""
     return repr(value) if isinstance(value, (bool, int, float, str)) else describe(value)
 
@@ -55,7 +56,7 @@ def positive(
     limit = "" if upper == math.inf else f", at most {upper}"
     expected = f"expected a {kind}{limit}{'; jnp.inf accepts any' if infinite else ''}. Try {name}={example}."
     if not _is_number(value):
-        raise TypeError(f"{name}: got {_shown(value)}; {expected}")
+        raise TypeError(f"{name}: got {shown(value)}; {expected}")
     if isinstance(value, jax.core.Tracer):
         return value
     number = float(value)
@@ -78,17 +79,49 @@ def count(value: Any, name: str, *, least: int = 1, most: int | None = None, why
     limits = f"of at least {least}" if most is None else f"from {least} to {most}"
     expected = f"expected an integer {limits}{why}"
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name}: got {_shown(value)}; {expected}.")
+        raise TypeError(f"{name}: got {shown(value)}; {expected}.")
     number = int(value)
     if number < least or (most is not None and number > most):
         raise ValueError(f"{name}: got {number}; {expected}.")
     return number
 
 
+def choice(value: Any, name: str, options: Sequence[Any]) -> Any:
+    """One of a few words."""
+    if not any(value is option or (isinstance(value, type(option)) and value == option) for option in options):
+        *others, last = (repr(option) for option in options)
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name}: got {shown(value)}; expected {', '.join(others)}{' or ' if others else ''}{last}.")
+    return value
+
+
+def word(value: Any, name: str, example: str) -> str:
+    """A text that says something."""
+    if not isinstance(value, str) or not value:
+        kind = ValueError if isinstance(value, str) else TypeError
+        raise kind(f"{name}: got {shown(value)}; expected a name. Try {example!r}.")
+    return value
+
+
+def arrays(value: Any, name: str) -> None:
+    """A pytree of arrays and numbers that can be computed with: no texts, no objects, nothing that was deleted or donated."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        place = name + jax.tree_util.keystr(path)
+        array = isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
+        if not array and not isinstance(leaf, (bool, int, float, complex)):
+            raise TypeError(f"{place}: got {describe(leaf)}; expected an array or a number.")
+        if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind not in "biufcV":
+            raise TypeError(f"{place}: got {describe(leaf)}; expected numbers. Try codes for texts, and seconds for times.")
+        if isinstance(leaf, np.ndarray) and leaf.dtype.fields is not None:
+            raise TypeError(f"{place}: got an array with the fields {sorted(leaf.dtype.fields)}; expected numbers. Try a dict of arrays.")
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
+            raise ValueError(f"{place}: got {describe(leaf)}, which was deleted or donated; expected one that is still there. Try a copy.")
+
+
 def flag(value: Any, name: str) -> bool:
     """True or False."""
     if not isinstance(value, (bool, np.bool_)):
-        raise TypeError(f"{name}: got {_shown(value)}; expected True or False.")
+        raise TypeError(f"{name}: got {shown(value)}; expected True or False.")
     return bool(value)
 
 
@@ -97,7 +130,7 @@ def key(value: Any, name: str = "key") -> Any:
     old_style = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape[-1:] == (2,)
     if not old_style and not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
         seed = value if isinstance(value, int) and not isinstance(value, bool) else 0
-        raise TypeError(f"{name}: got {_shown(value)}; expected a PRNG key. Try jax.random.key({seed}).")
+        raise TypeError(f"{name}: got {shown(value)}; expected a PRNG key. Try jax.random.key({seed}).")
     return value
 
 

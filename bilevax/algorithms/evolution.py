@@ -85,7 +85,7 @@ def persistent_es(
     strategies" (ICML 2021), algorithm 2.
     """
     if not isinstance(inner_solver, InnerSolver):
-        raise TypeError(f"inner_solver: got {inner_solver!r}; expected an InnerSolver. Try inner.optax(optimizer, steps).")
+        raise TypeError(f"inner_solver: got {check.describe(inner_solver)}; expected an InnerSolver. Try inner.optax(optimizer, steps).")
     check.transformation(outer_optimizer, "outer_optimizer")
     settings = dict(inner_solver=inner_solver, outer_optimizer=outer_optimizer, samples=numbers.count(samples, "samples"))
     moves = dict(

@@ -66,8 +66,7 @@ def early_stopping(
       10
     """
     patience = numbers.count(patience, "patience")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode: got {mode!r}; expected 'min' or 'max'.")
+    mode, name = numbers.choice(mode, "mode", ("min", "max")), numbers.word(name, "name", "value")
     min_delta = numbers.positive(min_delta, "min_delta", zero=True)
     sign = 1 if mode == "min" else -1
     seen, best, best_row = 0, np.inf, -1

@@ -40,6 +40,7 @@ def full(arrays: PyTree) -> Source:
       >>> full({"x": jnp.ones((5, 2)), "prior": jnp.float32(0.1)}).keyed
       False
     """
+    numbers.arrays(arrays, "arrays")
     return Source(same, jax.tree.map(jnp.asarray, arrays))
 
 
@@ -133,6 +134,7 @@ def check_arrays(arrays: PyTree, argument: str) -> None:
         )
     if 0 in lengths.values():
         raise ValueError(f"{argument}: got arrays of length 0; expected at least one example.")
+    numbers.arrays(arrays, argument)
 
 
 def as_source(data: Any, argument: str) -> Any:

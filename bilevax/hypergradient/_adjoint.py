@@ -21,7 +21,7 @@ def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tup
         max_residual = numbers.positive(max_residual, "max_residual", infinite=True, example=0.5)
     linear = default if linear is None else linear
     if not callable(linear):
-        raise TypeError(f"linear: got {linear!r}; expected a solver (matvec, b, x0) -> (x, info), such as linear.cg(maxiter=20).")
+        raise TypeError(f"linear: got {numbers.shown(linear)}; expected a solver (matvec, b, x0) -> (x, info), such as linear.cg(maxiter=20).")
     return as_linear(linear), max_residual
 
 

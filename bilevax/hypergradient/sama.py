@@ -61,8 +61,7 @@ def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -
     differentiates the last step made in place of the next one, takes D as the identity for every optimizer but Adam, and leaves the inner parameters
     at ``y − εq``, which is `nudge`.
     """
-    if product not in ("exact", "difference"):
-        raise ValueError(f"product: got {product!r}; expected 'exact' or 'difference'. Try 'exact', which has no step size.")
+    numbers.choice(product, "product", ("exact", "difference"))
     nudge = numbers.flag(nudge, "nudge")
     settings = dict(product=product, nudge=nudge, radius=numbers.positive(radius, "radius", example=0.01))
     init, differences = Bound("sama", _init, nudge=nudge), Bound("sama", _vjp, **{**settings, "product": "difference"})

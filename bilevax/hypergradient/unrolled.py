@@ -66,8 +66,7 @@ def unrolled(last: int | None = None, *, checkpoint: str = "mixed") -> Hypergrad
     sublinear memory cost" (arXiv 1604.06174).
     """
     last = None if last is None else numbers.count(last, "last", why=", or None for all steps")
-    if checkpoint not in CHECKPOINTS:
-        raise ValueError(f"checkpoint: got {checkpoint!r}; expected one of {', '.join(map(repr, CHECKPOINTS))}. Try 'sqrt' if memory is short.")
+    numbers.choice(checkpoint, "checkpoint", CHECKPOINTS)
     vjp = Bound("unrolled", _vjp, last=last, checkpoint=checkpoint)
     return Hypergradient(
         init=_init,

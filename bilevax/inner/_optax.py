@@ -46,7 +46,7 @@ def optax(opt: _optax.GradientTransformation, steps: int) -> base.InnerSolver:
       DeepMind et al., The DeepMind JAX Ecosystem, 2020 (optax).
     """
     if not (isinstance(opt, tuple) and callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))):
-        raise TypeError(f"opt: got {type(opt).__name__} ({opt!r}); expected an optax.GradientTransformation. Try optax.adam(1e-2).")
+        raise TypeError(f"opt: got {numbers.describe(opt)}; expected an optax.GradientTransformation. Try optax.adam(1e-2).")
     steps = numbers.count(steps, "steps")
     return base.InnerSolver(
         init=base.Bound("init", _init, opt=opt),

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import optax
 
 from bilevax import base
+from bilevax._core import numbers
 from bilevax.base import PyTree
 
 
@@ -38,7 +39,7 @@ def tunable(factory: Callable[..., optax.GradientTransformation], /, **hyperpara
       >>> solver = bx.inner.optax(opt, steps=5)
     """
     if not callable(factory):
-        raise TypeError(f"factory: got {type(factory).__name__} ({factory!r}); expected a function such as optax.adam, not what it returns.")
+        raise TypeError(f"factory: got {numbers.describe(factory)}; expected a function such as optax.adam, not what it returns.")
     built = factory(**hyperparams)
     if not isinstance(built, optax.GradientTransformation):
         raise TypeError(

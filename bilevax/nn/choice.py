@@ -6,8 +6,10 @@ from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
+from bilevax._core import numbers
 from bilevax.base import PyTree
 
 
@@ -26,6 +28,9 @@ def soft_choice(logits: jax.Array, options: Sequence, *, temperature: float = 1.
     Returns:
       An array of the options' shape.
 
+    Raises:
+      TypeError, ValueError: for another number of logits than options, or a temperature that is not positive.
+
     Examples:
       >>> import jax.numpy as jnp
       >>> soft_choice(jnp.zeros(2), [jnp.array([0.0]), jnp.array([4.0])]).tolist()
@@ -33,6 +38,15 @@ def soft_choice(logits: jax.Array, options: Sequence, *, temperature: float = 1.
 
     Source: Liu, Simonyan and Yang, "DARTS" (ICLR 2019); Jang, Gu and Poole, "Categorical reparameterization with Gumbel-softmax" (ICLR 2017).
     """
+    numbers.arrays(logits, "logits")
+    temperature = numbers.positive(temperature, "temperature", example=1.0)
+    hard = numbers.flag(hard, "hard")
+    if jnp.ndim(logits) != 1 or not isinstance(options, (list, tuple, np.ndarray, jax.Array)) or len(options) != len(logits):
+        count = len(options) if isinstance(options, (list, tuple)) else numbers.describe(options)
+        raise ValueError(f"logits: got {numbers.describe(logits)} for the options {count}; expected a logit an option, in one axis.")
+    numbers.arrays(list(options), "options")
+    if key is not None:
+        numbers.key(key)
     noise = jnp.zeros_like(logits) if key is None else jax.random.gumbel(key, logits.shape, logits.dtype)
     p = jax.nn.softmax((logits + noise) / temperature)
     p = straight_through(jax.nn.one_hot(jnp.argmax(p), p.size, dtype=p.dtype), p) if hard else p
@@ -96,6 +110,9 @@ def straight_through(value: PyTree, surrogate: PyTree) -> PyTree:
     Returns:
       A pytree equal to `value`.
 
+    Raises:
+      TypeError, ValueError: for what is no array, or other shapes.
+
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> value, grad = jax.value_and_grad(lambda x: straight_through(jnp.round(x), x**2))(0.7)
@@ -104,6 +121,11 @@ def straight_through(value: PyTree, surrogate: PyTree) -> PyTree:
 
     Source: Bengio, Léonard and Courville, "Estimating or propagating gradients through stochastic neurons" (arXiv 1308.3432).
     """
+    for given, name in ((value, "value"), (surrogate, "surrogate")):
+        numbers.arrays(given, name)
+    shapes = [(jax.tree.structure(one), [jnp.shape(leaf) for leaf in jax.tree.leaves(one)]) for one in (value, surrogate)]
+    if shapes[0] != shapes[1]:
+        raise ValueError(f"value and surrogate: got {shapes[0]} and {shapes[1]}; expected one structure with the same shapes.")
     return jax.tree.map(lambda v, s: jax.lax.stop_gradient(v - s) + s, value, surrogate)
 
 
@@ -128,10 +150,13 @@ def mask(scores: PyTree, keep: float | None = None) -> PyTree:
     Source: Ramanujan et al., "What's hidden in a randomly weighted neural network?" (CVPR 2020); Zhang et al., "Advancing model pruning via bi-level
     optimization" (NeurIPS 2022).
     """
+    numbers.arrays(scores, "scores")
+    scores = jax.tree.map(jnp.asarray, scores)
+    if not jax.tree.leaves(scores) or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(scores)):
+        raise TypeError(f"scores: got {numbers.describe(scores)}; expected a pytree of floating-point arrays.")
     if keep is None:
         return jax.tree.map(lambda s: straight_through((s > 0).astype(s.dtype), jax.nn.sigmoid(s)), scores)
-    if not 0 < keep <= 1:
-        raise ValueError(f"keep: got {keep!r}; expected a fraction above 0 and at most 1.")
+    keep = numbers.positive(keep, "keep", upper=1.0)
     flat = jnp.sort(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(scores)]))
     threshold = flat[flat.size - max(1, round(keep * flat.size))]
     return jax.tree.map(lambda s: straight_through((s >= threshold).astype(s.dtype), jax.nn.sigmoid(s)), scores)

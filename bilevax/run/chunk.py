@@ -91,6 +91,8 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
     score = info.value
     if plan.metrics is not None:
         measured = plan.metrics.row(inner.params, outer, inner.model, state.step)
+        if taken := sorted(set(measured) & set(row)):
+            raise ValueError(f"metrics: got the names {taken}, which are columns of the history already; expected others than {sorted(row)}.")
         row.update(measured)
         if plan.metrics.select is not None:
             score = measured[plan.metrics.select] * (1 if plan.metrics.mode == "min" else -1)

@@ -64,8 +64,8 @@ def metrics(
     """
     if not callable(fn):
         raise TypeError(f"metrics: got {check.describe(fn)}; expected a function (inner_params, outer_params, data) -> dict of scalars.")
-    if mode not in ("min", "max"):
-        raise ValueError(f"mode: got {mode!r}; expected 'min' or 'max'.")
+    numbers.choice(mode, "mode", ("min", "max"))
+    numbers.arrays(data, "data")
     if select is not None and not isinstance(select, str):
         raise TypeError(f"select: got {check.describe(select)}; expected the name of a metric, or None.")
     return Metrics(fn, jax.tree.map(jnp.asarray, data), numbers.count(every, "every"), select, mode, numbers.flag(stateful, "stateful"))

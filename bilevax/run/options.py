@@ -54,10 +54,8 @@ def check_options(
 ) -> Options:
     """`Options`, or an error that names the argument."""
     num_steps = numbers.count(num_steps, "num_steps")
-    if keep not in ("best", "last"):
-        raise ValueError(f"keep: got {keep!r}; expected 'best' or 'last'.")
-    if on_failure not in ("stop", "skip", "rollback"):
-        raise ValueError(f"on_failure: got {on_failure!r}; expected 'stop', 'skip' or 'rollback'.")
+    numbers.choice(keep, "keep", ("best", "last"))
+    numbers.choice(on_failure, "on_failure", ("stop", "skip", "rollback"))
     if tol is not None:
         tol = numbers.positive(tol, "tol", example=1e-3)
     progress, throw = numbers.flag(progress, "progress"), numbers.flag(throw, "throw")

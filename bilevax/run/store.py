@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import os
 import re
 import time
@@ -285,6 +286,8 @@ class Store:
     def _read(self, run: PyTree, recovery: dict, manifest: dict, step: int) -> tuple[PyTree, dict, dict]:
         wanted = {path: _plain(leaf) for path, leaf in _flat_state(run, recovery).items()}
         saved = manifest["leaves"]
+        others = [text for path, text in saved.items() if not _describes(wanted.get(path), text)]
+        self._bound([*others, *manifest["history"].values()], step)
         like = {path: _place(wanted[path]) if _describes(wanted.get(path), text) else _empty(text) for path, text in saved.items()}
         columns = {path: _empty(text) for path, text in manifest["history"].items()}
         restored = self._writer.restore(self.path(step), _numbered(like, columns))
@@ -303,6 +306,12 @@ class Store:
         kept = all(_describes(leaf, saved.get(path, "")) for path, leaf in own.items())
         out = _filled(run, leaves if kept else {**leaves, **own})
         return out if kept else _kept_anew(out), _filled(recovery, leaves, _RECOVERY) if same else {}, rows
+
+    def _bound(self, texts: list[str], step: int) -> None:
+        """Refuse what claims more memory than its files can hold: a file of zeros packs a few thousand times at most."""
+        claimed, held = sum(_size(text) for text in texts), sum(self._files(step).values())
+        if claimed > 2**24 + 4096 * held:
+            raise _Damaged(f"it claims {claimed} bytes in {held} bytes of files")
 
     def _continued(self, run: PyTree, leaves: dict[str, Any], saved: dict[str, str]) -> PyTree:
         """The state of another problem, as far as its parts have the structure of this one's; the rest as in `run`."""
@@ -386,6 +395,11 @@ def _numbered(leaves: dict, rows: dict) -> dict:
     """Names that any storage takes, in the order of the manifest; arrays without entries are left out."""
     out = {f"s{i}": leaf for i, leaf in enumerate(leaves.values()) if np.prod(leaf.shape, dtype=np.int64)}
     return out | {f"h{i}": column for i, column in enumerate(rows.values()) if column.size}
+
+
+def _size(text: str) -> int:
+    dtype, shape = text.split("[", 1)
+    return jnp.dtype(dtype).itemsize * math.prod(json.loads("[" + shape))
 
 
 def _empty(text: str) -> np.ndarray:

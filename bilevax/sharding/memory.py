@@ -105,8 +105,13 @@ def low_precision(fn: Callable, dtype: jnp.dtype = jnp.bfloat16) -> Objective:
       >>> value.dtype.name, grad.dtype.name, float(grad)
       ('float32', 'float32', -1.0)
     """
-    if not jnp.issubdtype(jnp.dtype(dtype), jnp.floating):
-        raise TypeError(f"dtype: got {dtype!r}; expected a floating-point dtype. Try jnp.bfloat16.")
+    known = isinstance(dtype, (np.dtype, str)) or (isinstance(dtype, type) and issubclass(dtype, np.generic)) or hasattr(dtype, "dtype")
+    try:
+        floating = known and not hasattr(dtype, "shape") and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+    except TypeError:  # a text that names none
+        floating = False
+    if not floating:
+        raise TypeError(f"dtype: got {numbers.describe(dtype)}; expected a floating-point dtype. Try jnp.bfloat16.")
     one = objective(fn)
     settings = dict(fn=one.fn, dtype=jnp.dtype(dtype), has_aux=one.has_aux, stateful=one.stateful)
     return dataclasses.replace(one, fn=Bound(f"low_precision({one.name})", _narrow, **settings))

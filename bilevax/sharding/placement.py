@@ -54,8 +54,7 @@ class Sharding:
 
 
 def _line(devices: Any, axis: str) -> Mesh:
-    if not isinstance(axis, str) or not axis:
-        raise TypeError(f"axis: got {axis!r}; expected the name of a mesh axis. Try 'data'.")
+    numbers.word(axis, "axis", "data")
     found = jax.devices() if devices is None else devices
     if isinstance(found, Mesh):
         if axis not in found.shape:
@@ -63,6 +62,8 @@ def _line(devices: Any, axis: str) -> Mesh:
         return _auto(found)
     if isinstance(found, (str, bytes)) or not isinstance(found, (Sequence, np.ndarray)) or not len(found):
         raise TypeError(f"devices: got {check.describe(found)}; expected a sequence of devices, a mesh, or None for all. Try jax.devices().")
+    if not all(isinstance(device, jax.Device) for device in np.asarray(found, dtype=object).flat):
+        raise TypeError(f"devices: got {check.describe(found)}; expected what jax.devices() gives. Try [jax.devices()[i] for i in ...].")
     return Mesh(np.asarray(found), (axis,), axis_types=(AxisType.Auto,))
 
 
@@ -191,6 +192,8 @@ def by_path(mesh: Mesh, rules: Mapping[str, PartitionSpec], *, rows: Any = None)
         raise TypeError(f"mesh: got {check.describe(mesh)}; expected a jax.sharding.Mesh. Try jax.make_mesh((4, 2), ('data', 'model')).")
     if not isinstance(rules, Mapping):
         raise TypeError(f"rules: got {check.describe(rules)}; expected a dict of patterns and partition specs.")
+    if rows is not None and not isinstance(rows, (str, tuple, list)):
+        raise TypeError(f"rows: got {check.describe(rows)}; expected the name of a mesh axis, a tuple of them, or None.")
     axes = [rows] if isinstance(rows, str) else list(rows or ())
     for pattern, spec in rules.items():
         if not isinstance(pattern, str) or not isinstance(spec, PartitionSpec):
@@ -198,7 +201,7 @@ def by_path(mesh: Mesh, rules: Mapping[str, PartitionSpec], *, rows: Any = None)
         axes += [name for part in spec if part is not None for name in ((part,) if isinstance(part, str) else part)]
     for name in axes:
         if name not in mesh.shape:
-            raise ValueError(f"rules and rows: got the axis {name!r}; expected axes of the mesh, {tuple(mesh.shape)}.")
+            raise ValueError(f"rules and rows: got the axis {check.describe(name)}; expected axes of the mesh, {tuple(mesh.shape)}.")
     compiled = tuple((pattern, spec) for pattern, spec in rules.items())
     return Sharding(_auto(mesh), rows=tuple(rows) if isinstance(rows, list) else rows, kind="rules", rules=compiled)
 
@@ -226,8 +229,9 @@ def from_process(sharding: Sharding, arrays: PyTree) -> PyTree:
       (16, 3)
     """
     check_sharding(sharding)
-    if sharding.rows is None:
-        raise ValueError("sharding: got one that does not split rows; expected data_parallel(), fsdp() or by_path(..., rows=...).")
+    numbers.arrays(arrays, "arrays")
+    if sharding is None or sharding.rows is None:
+        raise ValueError(f"sharding: got {sharding!r:.80}, which does not split rows; expected data_parallel(), fsdp() or by_path(..., rows=...).")
     given = {f"arrays{jax.tree_util.keystr(path)}": a for path, a in jax.tree_util.tree_leaves_with_path(arrays)}
     for name, a in given.items():
         if not isinstance(a, (np.ndarray, jax.Array)) or not np.ndim(a):
