@@ -400,6 +400,8 @@ class StepInfo(NamedTuple):
       warnings: what is known to be rough about this step, as a bit mask (`results.warning`).
       scored: whether `value` may be compared with those of other steps: the inner level has caught up
         with the outer one, as far as the step can tell.
+      lag: ``‖∇_y g‖`` where the value was taken, of algorithms that move both levels at once and cannot tell;
+        the driver then compares it with those of other steps. None: `scored` says all.
     """
 
     value: Scalar
@@ -410,6 +412,7 @@ class StepInfo(NamedTuple):
     aux: PyTree = None
     warnings: Scalar = 0
     scored: Scalar = True
+    lag: Scalar | None = None
 
 
 class Draws(NamedTuple):

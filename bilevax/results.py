@@ -134,7 +134,8 @@ _MESSAGES = {
         "an overflow. Working with logits and jax.nn's stable losses usually cures it."
     ),
     RESULTS.hypergradient_nonfinite: (
-        "The hypergradient is NaN or infinite although both objectives are finite. Likely a derivative that does not exist (sqrt or a norm at zero, "
+        "The hypergradient, or the outer parameters after its step (an optimizer's overflow, project=), are NaN or infinite although both "
+        "objectives are finite. Likely a derivative that does not exist (sqrt or a norm at zero, "
         "jnp.where around a NaN branch), or an unrolled solve whose reverse pass overflowed. Try smooth forms, fewer unrolled steps, or implicit."
     ),
     RESULTS.diverged: (

@@ -136,6 +136,8 @@ def solve_bilevel(
     for value, name in ((inner_params, "inner_params"), (outer_params, "outer_params")):
         check.params(value, name)
         check.finite(value, name)
+    if model_state is not None:
+        check.finite(model_state, "model_state")
     if state is not None:
         refuse_one_pass(sources)
 

@@ -11,6 +11,7 @@ from bilevax._core import optimizer
 from bilevax.algorithms._parts.directions import drawn_finite
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, StepInfo
 from bilevax.estimate import estimate
+from bilevax.results import RESULTS, warning
 
 
 class DoubleLoopState(NamedTuple):
@@ -76,6 +77,10 @@ def _step(
     said = est.info
     diagnostics = {k: v for k, v in said.items() if k not in ("code", "warnings", "grad_norm")}
     info = StepInfo(est.value, said["grad_norm"], (inner, state.outer), said["code"], diagnostics, est.aux, said["warnings"])
+    if inner_solver.to_tolerance is not None:
+        info = info._replace(scored=(info.warnings & warning(True, RESULTS.inner_not_converged)) == 0)
+    elif inner_solver.steps == 1 and "inner_grad_norm" in said:  # a single step has not caught up, and does not know
+        info = info._replace(lag=said["inner_grad_norm"])
     return DoubleLoopState(inner, outer, outer_opt, est.state), info
 
 

@@ -13,7 +13,8 @@ from bilevax import results, tree
 from bilevax.base import Algorithm, Draws, Feed, Feeds, PyTree, join
 from bilevax.data.draws import ordered
 from bilevax.data.episodes import drawn
-from bilevax.results import RESULTS, as_warning, strictly
+from bilevax.results import RESULTS, as_warning, first, strictly, warning
+from bilevax.run.judging import Watch, diverging, improves, lost, settled, undone, watched
 from bilevax.run.metrics import Metrics
 
 CHUNK = 256  # steps of a run's first compiled call, and between two looks at the host for whoever asks for nothing else
@@ -40,6 +41,7 @@ class RunState(NamedTuple):
     code: Any
     first_norm: Any
     best: Best | None
+    watch: Watch | None = None
 
 
 class Plan(NamedTuple):
@@ -85,8 +87,8 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
     algorithm, info = plan.algorithm.step(plan.problem, state.algorithm, feeds(state, data, plan.algorithm.draws, known))
     inner, outer = info.point
     code, warned = as_warning(info.code)
-    warnings = warned | info.warnings
-    code = strictly(code, warnings, plan.strict)
+    warnings = warned | info.warnings | diverging(state.watch, info, state.step)
+    code = first(strictly(code, warnings, plan.strict), lost(algorithm))
     row = {"value": info.value, "grad_norm": info.grad_norm, "code": code, "warnings": warnings, **info.diagnostics}
     score = info.value
     if plan.metrics is not None:
@@ -96,26 +98,32 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
         row.update(measured)
         if plan.metrics.select is not None:
             score = measured[plan.metrics.select] * (1 if plan.metrics.mode == "min" else -1)
+            unusable = warning(~jnp.isfinite(score), RESULTS.metric_nonfinite)
+            warnings, row["warnings"] = warnings | unusable, warnings | unusable
     if info.aux is not None:
         row["aux"] = info.aux
 
     failed = results.failed(code)
     grad_norm = jnp.asarray(info.grad_norm, state.first_norm.dtype)
+    watch = watched(state.watch, info, state.step)
     if plan.tol is None:
         first_norm, converged = state.first_norm, jnp.asarray(False)  # `_chunk` finds it out afterwards
     else:
         first_norm = jnp.where((state.first_norm == 0) & ~failed, grad_norm, state.first_norm)  # of the first step that did not fail
         # An adjoint that starts at zero can make the first direction zero anywhere: twice in a row, and it is a solution.
         converged = ~failed & (warnings == 0) & (grad_norm <= plan.tol * first_norm) & ((first_norm > 0) | (state.step > 0))
+        converged &= settled(watch, info, plan.tol)
     best = state.best
     if best is not None:
         score = jnp.asarray(score, best.score.dtype)
-        better = ~failed & (score < best.score)
+        chosen = plan.metrics is not None and plan.metrics.select is not None
+        better, watch = improves(watch, info, best, score, chosen)
+        better &= ~failed
+        watch = tree.where(better, watch, watch._replace(kept=state.watch.kept))
         best = tree.where(better, Best(score, state.step, inner.params, inner.model, outer), best)
     code = jnp.where(failed, code, jnp.where(converged, jnp.int32(RESULTS.converged), jnp.int32(RESULTS.success)))
     step = state.step + jnp.where(failed, 0, 1).astype(state.step.dtype)
-    kept = algorithm if plan.algorithm.undoes and not plan.strict else tree.where(failed, state.algorithm, algorithm)
-    new = RunState(kept, state.key, step, state.skipped, code, first_norm, best)
+    new = RunState(undone(plan, failed, state.algorithm, algorithm), state.key, step, state.skipped, code, first_norm, best, watch)
     return (new, row) if plan.layout is None else (plan.layout.pin(new), plan.layout.everywhere(row))
 
 

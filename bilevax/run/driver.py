@@ -15,6 +15,7 @@ from bilevax._core.refusal import undifferentiable
 from bilevax.base import InnerState, PyTree, join, split
 from bilevax.run import dry, fingerprint, layout
 from bilevax.run.chunk import Best, Plan, RunState, one_step, run_traced
+from bilevax.run.judging import first_watch
 from bilevax.run.loop import Loop, drive
 from bilevax.run.options import Options
 from bilevax.run.solution import Solution
@@ -72,11 +73,11 @@ def launch(
         run = tree.copy(_placed_first_state(static, score_dtype, options.keep, dynamic, start, outer, key))
 
     def solution(run: RunState, result, history: dict, stats: dict) -> Solution:
-        best = run.best
+        best, last = run.best, (run.algorithm.inner.params, run.algorithm.inner.model, run.algorithm.outer)
         if best is None:
-            kept_inner, model, kept_outer = run.algorithm.inner.params, run.algorithm.inner.model, run.algorithm.outer
-        else:
-            kept_inner, model, kept_outer = best.inner, best.model, best.outer
+            kept_inner, model, kept_outer = last
+        else:  # where no step's iterate could be scored, the last
+            kept_inner, model, kept_outer = tree.where(best.step >= 0, (best.inner, best.model, best.outer), last)
         return Solution(tree.combine(kept_inner, inner_fixed), tree.combine(kept_outer, outer_fixed), model, result, history, run, stats)
 
     if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((run, dynamic, [s.data for s in sources if stream_of(s) is None]))):
@@ -130,7 +131,7 @@ def _first_state(plan: Plan, start: InnerState, outer: PyTree, key, score_dtype,
     score = jnp.full((), jnp.inf, score_dtype)
     best = Best(score, jnp.zeros((), jnp.int32) - 1, start.params, start.model, outer) if keep == "best" else None
     zero = jnp.zeros((), jnp.int32)
-    return RunState(plan.algorithm.init(plan.problem, start, outer), key, zero, zero, zero, jnp.zeros_like(score), best)
+    return RunState(plan.algorithm.init(plan.problem, start, outer), key, zero, zero, zero, jnp.zeros_like(score), best, first_watch(score))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))

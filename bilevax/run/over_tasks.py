@@ -115,7 +115,7 @@ def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count,
     specs = [feed_spec(feed, stream) for feed, stream in zip((feeds.inner, feeds.hyper, feeds.outer), streams, strict=True)]
     feeds_spec = feeds._replace(inner=specs[0], hyper=specs[1], outer=specs[2], key=everywhere, step=everywhere, done=everywhere)
     point = (state_spec.inner, state_spec.outer)
-    info_spec: Any = StepInfo(everywhere, everywhere, point, everywhere, everywhere, split_first, everywhere, everywhere)  # type: ignore[arg-type]
+    info_spec: Any = StepInfo(everywhere, everywhere, point, everywhere, everywhere, split_first, everywhere, everywhere, everywhere)  # type: ignore[arg-type]
 
     def local(dynamic, state, feeds):
         problem, step = join(static, dynamic)
@@ -126,6 +126,7 @@ def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count,
             diagnostics=diagnostics,
             warnings=_any_of(info.warnings, axis),
             scored=lax.pmin(jnp.asarray(info.scored, jnp.int32), axis) > 0,
+            lag=None if info.lag is None else lax.pmax(info.lag, axis),
         )
 
     # Without check_vma: the step's loops carry values that differ by device beside constants that do not, which it would refuse to mix.

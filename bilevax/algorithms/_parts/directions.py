@@ -92,14 +92,14 @@ def report(inner: InnerState, outer: PyTree, f: Outer, d: Directions, calls: dic
       calls: oracle calls of the step by name, a batch each.
       diagnostics: further columns of the history.
     """
-    grad_norm = tree.norm(d.x)
+    grad_norm, lag = tree.norm(d.x), tree.norm(d.y)
     code = first(
-        unless(jnp.isfinite(tree.norm(d.y)), RESULTS.inner_nonfinite),
+        unless(jnp.isfinite(lag), RESULTS.inner_nonfinite),
         unless(jnp.isfinite(f.value), RESULTS.outer_nonfinite),
         unless(jnp.isfinite(tree.norm(d.v)), RESULTS.adjoint_nonfinite),
         unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
     )
-    return StepInfo(f.value, grad_norm, (inner, outer), code, {**calls, **(diagnostics or {})}, f.aux)
+    return StepInfo(f.value, grad_norm, (inner, outer), code, {**calls, **(diagnostics or {})}, f.aux, lag=lag)
 
 
 def drawn_finite(problem: Problem, feeds: Feeds, draws: Draws) -> jax.Array:
