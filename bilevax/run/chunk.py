@@ -41,7 +41,7 @@ class RunState(NamedTuple):
     code: Any
     first_norm: Any
     best: Best | None
-    watch: Watch | None = None
+    watch: Watch
 
 
 class Plan(NamedTuple):

@@ -41,7 +41,7 @@ def conjugate(A, b, q, residual):
 
 
 def finer(accuracy, factor):
-    return max(factor * accuracy, min(accuracy, max(1e-8, 4 * UNIT)))
+    return max(factor * accuracy, min(accuracy, max(1e-8, 16 * UNIT)))
 
 
 def maid(p, y, x, T, size, k, *, epsilon, delta, max_error, decrease):

@@ -23,6 +23,7 @@ FINER = 0.2  # factor of both accuracies where the value's error is more than TE
 TELLING = 0.1
 FAILED = 0.1  # factor of both accuracies after a search that failed
 FINEST = 1e-8  # of both
+BACK = 0.25  # of a move that was taken back, the next radius
 GIVEN_UP = 3  # failed searches in a row at the finest accuracies, after which the point stays
 
 
@@ -190,12 +191,14 @@ def _step(
     model, length = _learned(state, trial, g, stays, failed)
     p, size, promised = _direction(problem, model, trial.outer, g.z)
     new = _state(state, trial, g, made, model, p, promised, accuracies, stays, failed)
-    return new, _report(new, state, trial, g, made, size, length)
+    back = (length > 0) & state.told & ~new.told
+    new = tree.where(back, _taken_back(state, length), new)
+    return new, _report(new, state, trial, g, made, jnp.where(back, tree.norm(state.z).astype(size.dtype), size), jnp.where(back, 0.0, length), back)
 
 
 def finer(accuracy: Any, factor: float) -> Any:
     """A smaller accuracy, but no smaller than can be told."""
-    least = max(FINEST, 4 * numbers.rounding_unit(accuracy))
+    least = max(FINEST, 16 * numbers.rounding_unit(accuracy))
     return jnp.maximum(factor * accuracy, jnp.minimum(accuracy, least))
 
 
@@ -288,7 +291,15 @@ def _state(
     )
 
 
-def _report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: Certificate | None, size, length) -> StepInfo:
+def _taken_back(state: MaidState, length: Any) -> MaidState:
+    """The state before a move to a point whose adjoint system has no usable answer: nothing would be known there. A shorter one is next."""
+    radius = BACK * jnp.minimum(state.model.radius, length)
+    model = state.model._replace(radius=radius)
+    share = directions.capped(model, state.p) / directions.capped(state.model, state.p)
+    return state._replace(model=model, promised=share * state.promised, stuck=state.stuck + 1, lost=jnp.asarray(True))
+
+
+def _report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: Certificate | None, size, length, back) -> StepInfo:
     diagnostics = {
         "accepted": length > 0,
         "step_size": length,
@@ -300,7 +311,7 @@ def _report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: C
         "lower_steps": trial.evaluations + g.evaluations,
         "adjoint_steps": g.products,
     }
-    value = g.value
+    value = new.value.astype(g.value.dtype)
     if made is not None:
         diagnostics |= {
             "epsilon": made.epsilon,
@@ -313,7 +324,7 @@ def _report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: C
         # Of an inexact point's values, the upper bound falls from step to step, and so may choose the iterate that is kept.
         value = value + new.certified[2].astype(g.value.dtype)
     rough = g.warnings | warning(~trial.solved, RESULTS.inner_not_converged) | warning(new.lost, RESULTS.no_step_accepted)
-    return StepInfo(value, size, (g.inner, trial.outer), g.code, diagnostics, g.aux, rough, trial.solved)
+    return StepInfo(value, size, (new.inner, new.outer), g.code, diagnostics, g.aux, rough, trial.solved & ~back)
 
 
 __all__ = ["MaidState", "maid"]
