@@ -20,7 +20,6 @@ import bilevax as bx
 from benchmarks.harness import Case, main
 from bilevax import tree
 from bilevax.data import same
-from bilevax.multilevel import joint as one_system
 from bilevax.multilevel import nested
 from bilevax.multilevel.gradient import MultilevelGradFn
 from bilevax.multilevel.level import checked
@@ -95,8 +94,8 @@ def product(depth, joint, count=None):
     start = nested.start_state(system, name, {n: bx.base.InnerState(params[n], system.solvers[n].init(params[n])) for n in system.solvers})
     ctx = nested.hyper_context(side, feed)._replace(model=start.model)
     if joint:
-        u = jax.jit(lambda: one_system.point(system, name, start.params, given, ctx))()
-        gradient = jax.grad(lambda u: one_system.lagrangian(system, name, u, given, ctx))
+        u = jax.jit(lambda: nested.point(system, name, start.params, given, ctx))()
+        gradient = jax.grad(lambda u: nested.lagrangian(system, name, u, given, ctx))
     else:
         u, gradient = start.params, jax.grad(lambda y: side.objective(y, given, ctx)[0])
 

@@ -191,13 +191,14 @@ def objectives(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, in
             f"model_state: got {jax.tree.structure(model)} although neither objective takes it; expected None, or an inner objective wrapped by "
             "objective(fn, stateful=True)."
         )
-    _, new_model = _evaluate(problem.inner, "inner_objective", inner, outer, inner_ctx._replace(model=model))
+    _, new_model = evaluate(problem.inner, "inner_objective", inner, outer, inner_ctx._replace(model=model))
     if problem.inner.stateful:
         same_structure(new_model, model, "inner_objective's new model_state", "model_state")
-    return _evaluate(problem.outer, "outer_objective", inner, outer, outer_ctx._replace(model=model))[0]
+    return evaluate(problem.outer, "outer_objective", inner, outer, outer_ctx._replace(model=model))[0]
 
 
-def _evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[jnp.dtype, PyTree]:
+def evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[jnp.dtype, PyTree]:
+    """One objective on these shapes: the dtype of its value, and its new model state."""
     name = f"{argument} ({obj.name})"
     if obj.stateful and ctx.model is None:
         raise ValueError(f"model_state: got None although {name} is stateful; expected its initial model state.")

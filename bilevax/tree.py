@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from bilevax._core.types import PyTree
 
 
-def _accumulator(*leaves) -> jnp.dtype:
+def accumulator(*leaves) -> jnp.dtype:
     """The dtype that sums over these leaves are taken in: their own, and float32 for the half precisions."""
     return reduce(_wider, (jnp.result_type(u) for u in leaves), jnp.dtype(jnp.float32))
 
@@ -31,7 +31,7 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
     """Inner product ``sum_leaves sum(a * b)``, accumulated in float32 or wider."""
 
     def leaf(u, v):
-        dtype = _accumulator(u, v)
+        dtype = accumulator(u, v)
         return jnp.sum(u.astype(dtype) * v.astype(dtype))
 
     parts = [leaf(u, v) for u, v in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)]
@@ -46,7 +46,7 @@ def norm(a: PyTree) -> jax.Array:
     leaves = [jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf for leaf in jax.tree.leaves(a) if jnp.size(leaf)]
     if not leaves:
         return jnp.sqrt(dot(a, a))
-    dtype = _accumulator(*leaves)
+    dtype = accumulator(*leaves)
     largest = reduce(jnp.maximum, (jnp.max(jnp.abs(lax.stop_gradient(leaf))).astype(dtype) for leaf in leaves))
     # A power of two, so that nothing is rounded; one wherever squares do no harm, and where there is nothing to save.
     reach = 2.0 ** (3 * int(jnp.finfo(dtype).maxexp) // 8)
@@ -74,7 +74,7 @@ def scale(s, a: PyTree) -> PyTree:
     """Leafwise ``s * a``, each leaf keeping its dtype."""
 
     def leaf(u):
-        dtype = _accumulator(u)
+        dtype = accumulator(u)
         return (jnp.asarray(s, dtype) * u.astype(dtype)).astype(u.dtype)  # a scalar from a wider leaf must not promote this one
 
     return jax.tree.map(leaf, a)
@@ -84,7 +84,7 @@ def axpy(s, a: PyTree, b: PyTree) -> PyTree:
     """Leafwise ``s * a + b``, each leaf keeping the dtype of ``b``."""
 
     def leaf(u, v):
-        dtype = _accumulator(u, v)
+        dtype = accumulator(u, v)
         return (jnp.asarray(s, dtype) * u.astype(dtype) + v.astype(dtype)).astype(v.dtype)
 
     return jax.tree.map(leaf, a, b)
@@ -99,7 +99,7 @@ def rows_sum(coefficients: jax.Array, rows: PyTree) -> PyTree:
     """``sum_i coefficients[i] rows[i]``, summed in float32 or wider."""
 
     def leaf(u):
-        dtype = _accumulator(u)
+        dtype = accumulator(u)
         c = coefficients.astype(dtype).reshape((-1,) + (1,) * (u.ndim - 1))
         return jnp.sum(c * u.astype(dtype), axis=0).astype(u.dtype)
 

@@ -80,7 +80,7 @@ def _materialise(matvec, b: PyTree, name: str):
     if n > LIMIT:
         raise ValueError(f"b: got {n} unknowns; linear.{name} materialises the matrix and expects at most {LIMIT}. Try linear.cg().")
     leaves, treedef = jax.tree.flatten(b)
-    dtype = tree._accumulator(*leaves)
+    dtype = tree.accumulator(*leaves)
 
     def flat(v):
         return jnp.concatenate([jnp.ravel(u).astype(dtype) for u in jax.tree.leaves(v)])

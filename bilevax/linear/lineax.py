@@ -60,7 +60,7 @@ def _import():
 
 
 def _wide(v):
-    return jax.tree.map(lambda u: u.astype(tree._accumulator(u)), v)
+    return jax.tree.map(lambda u: u.astype(tree.accumulator(u)), v)
 
 
 def _like(v, b):

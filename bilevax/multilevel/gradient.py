@@ -14,7 +14,6 @@ from bilevax._estimate import guarded
 from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree, objective
 from bilevax.data import same
 from bilevax.data.draws import with_number
-from bilevax.multilevel import joint
 from bilevax.multilevel.derivative import differentiable
 from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
 from bilevax.multilevel.system import System, as_solver, as_system, method_of
@@ -92,7 +91,7 @@ class MultilevelGradFn:
         """The levels bound to these shapes, with the graph found from them."""
         check_key(self.levels, key, [])
         contexts = {level.name: with_number(objective(level.objective), Ctx(batches.get(level.name), key)) for level in self.levels}
-        return as_system(self.levels, floats, fixed, {level.name: same for level in self.levels}, contexts, models, joint.attached)
+        return as_system(self.levels, floats, fixed, {level.name: same for level in self.levels}, contexts, models)
 
 
 def first_states(levels: Sequence[Level], params: dict[str, PyTree], models: dict) -> tuple[dict[str, InnerState], dict[str, PyTree]]:

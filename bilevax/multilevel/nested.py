@@ -20,6 +20,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bilevax import linear, tree
+from bilevax._core import numbers
 from bilevax._core.jaxpr import evaluate
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, join, split
@@ -131,7 +133,7 @@ def _respond(system: System, reader: str, name: str, env: dict, batch: LevelBatc
 def attached(system: System, name: str, side: Lower, solution: InnerState, given: dict, ctx: Ctx) -> PyTree:
     """The solved variable of a level with its exact derivative in `given`."""
     if applies_jointly(system, name):
-        return system.joint(system, name, solution, given, ctx)
+        return attached_jointly(system, name, solution, given, ctx)
     method = system.methods[name]
 
     def value(y, given, ctx):
@@ -149,6 +151,79 @@ def applies_jointly(system: System, name: str) -> bool:
     """Whether this level, with others inside it, is differentiated as one system: all of them exactly, none by its steps."""
     inside = system.graph[name].held
     return bool(inside) and all(system.methods[n].order > 1 and system.methods[n].linear is not None for n in (name, *inside))
+
+
+# ---- several nested levels as one system: see joint.py
+
+
+PRODUCTS = 1000  # most products in one solve, where a level's own solver is not for indefinite systems
+
+
+class Unknowns(NamedTuple):
+    """A level's variable, and for each level inside it that level's own unknowns and their multipliers."""
+
+    y: PyTree
+    below: dict[str, tuple[Any, Any]]
+
+
+def attached_jointly(system: System, name: str, solution: InnerState, given: dict, ctx: Ctx) -> PyTree:
+    """The solved variable of a level with its exact derivative in `given`."""
+    u = lax.stop_gradient(point(system, name, solution.params, given, ctx))
+
+    def value(u, given, ctx):
+        return lagrangian(system, name, u, given, ctx)
+
+    return attach(value, joint_solver(system, name, u), max_residual=accepted(system.methods[name]))(u, given, ctx).y
+
+
+def lagrangian(system: System, name: str, u: Unknowns, given: dict, ctx: Ctx):
+    """``L_j`` at the unknowns `u` of level `name`."""
+    env = {**ctx.batch.rest, **given, name: u.y} | {i: u_i.y for i, (u_i, _) in u.below.items()}
+    value = system.objectives[name](env, None, Ctx(ctx.batch.own, ctx.key, ctx.model.mine, inner_step=ctx.batch.inner_step))[0]
+    for i, (u_i, multipliers) in u.below.items():
+        known, ctx_i = _inside(system, i, env, ctx)
+        value += jax.jvp(lambda u_i: lagrangian(system, i, u_i, known, ctx_i), (u_i,), (multipliers,))[1]  # noqa: B023 (called at once)
+    return value
+
+
+def _inside(system: System, name: str, env: dict, ctx: Ctx) -> tuple[dict, Ctx]:
+    """What a level inside another is given at `env`."""
+    side, feed = inside(system, name, env, ctx.batch)
+    model = start_state(system, name, ctx.model.below).model
+    return {n: env[n] for n in system.graph[name].total}, hyper_context(side, feed)._replace(model=model)
+
+
+def point(system: System, name: str, y: PyTree, given: dict, ctx: Ctx) -> Unknowns:
+    """The unknowns at a solved `y`: the levels inside solved there, then the multipliers, each after those of the levels that read it."""
+    env = {**ctx.batch.rest, **given, name: y}
+    below: dict[str, tuple] = {}
+    for i in system.graph[name].nested:
+        side, feed = inside(system, i, env, ctx.batch)
+        known, ctx_i = _inside(system, i, env, ctx)
+        solution, _ = side.run(start_state(system, i, ctx.model.below), known, feed)
+        env[i] = solution.params
+        u_i = point(system, i, solution.params, known, ctx_i._replace(model=solution.model))
+        below[i] = (u_i, tree.zeros_like(u_i))
+    for i in reversed(system.graph[name].nested):
+        u_i, zero = below[i]
+
+        def value(u_i):
+            return lagrangian(system, name, Unknowns(y, {**below, i: (u_i, zero)}), given, ctx)  # noqa: B023 (called at once)
+
+        known, ctx_i = _inside(system, i, env, ctx)
+        _, hvp = jax.linearize(jax.grad(lambda u: lagrangian(system, i, u, known, ctx_i)), u_i)  # noqa: B023
+        right = tree.neg(jax.grad(value)(u_i))
+        below[i] = (u_i, joint_solver(system, i, u_i)(hvp, right, zero)[0])
+    return Unknowns(y, below)
+
+
+def joint_solver(system: System, name: str, u: Unknowns):
+    """MINRES to the tolerance of the level's own method; a level with none inside keeps that method's solver."""
+    given = system.methods[name].linear
+    assert given is not None  # what `applies_jointly` asked for
+    if not u.below or given.indefinite:
+        return given
+    return linear.minres(PRODUCTS, 100 * numbers.rounding_unit(u) if given.tol is None else given.tol)
 
 
 # ---- first-order methods: once and no more

@@ -160,7 +160,7 @@ def solve_multilevel(
     contexts = {level.name: with_number(objective(level.objective), first_context(sources[level.name], run_key)) for level in levels}
     now = models if state is None else state.algorithm.inner.model
     draws = {level.name: _draw_of(level, sources[level.name]) for level in levels}
-    system = as_system(levels, floats, fixed, draws, contexts, now, joint.attached)
+    system = as_system(levels, floats, fixed, draws, contexts, now)
     inside = {n for name in names[:-1] for n in system.graph[name].held}
     for name, source in sources.items():
         if isinstance(source, Stream) and name in inside:

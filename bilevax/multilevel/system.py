@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -30,10 +30,9 @@ class System(NamedTuple):
     draws: dict[str, Draw]
     optimizer: Any  # of the top level
     look_ahead: dict[str, bool]
-    joint: Callable  # (system, name, solution, given, ctx): the exact derivative of a solved level with others inside it
 
 
-def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[str, Draw], contexts: dict, models: dict, joint: Callable) -> System:
+def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[str, Draw], contexts: dict, models: dict) -> System:
     """The levels bound to their non-float leaves, with the graph of who reads whom found from these shapes."""
     objectives = {}
     for level in levels:
@@ -42,7 +41,7 @@ def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[st
         model = models.get(level.name)
         if wrapped.stateful and model is None:
             raise ValueError(f"model_states: got none for level {level.name!r}, whose objective is stateful; expected its initial model state.")
-        check._evaluate(objectives[level.name], f"Level {level.name!r}, objective", params, None, contexts[level.name]._replace(model=model))
+        check.evaluate(objectives[level.name], f"Level {level.name!r}, objective", params, None, contexts[level.name]._replace(model=model))
     given = {name: contexts[name]._replace(model=models.get(name)) for name in objectives}
     objectives = {name: hoisted(value, params, None, given[name]) for name, value in objectives.items()}
     graph = find(objectives, params, given, {level.name: level.reads for level in levels}, [level.name for level in levels if level.freeze])
@@ -57,7 +56,6 @@ def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[st
         draws,
         top.solver,
         {level.name: level.look_ahead for level in lower},
-        joint,
     )
 
 
