@@ -16,7 +16,7 @@ from bilevax import tree
 from bilevax.base import InnerState, Objective, PyTree, join, split
 from bilevax.replay import _files, _resuming, _steps
 from bilevax.replay._batches import Batches
-from bilevax.replay._shelf import Folder, Host
+from bilevax.replay._shelf import Folder, Host, bound
 from bilevax.replay._steps import Given, Saved, Training
 from bilevax.results import RESULTS, SolveError
 from bilevax.run import digest
@@ -151,7 +151,7 @@ class Run:
         return self._report(outer, init, info)
 
     def _first(self) -> _Node:
-        return _Node(0, self.pieces.begin(self.params, self.given, self.model), None, False)
+        return _Node(0, bound(self.pieces.begin(self.params, self.given, self.model)), None, False)
 
     def _finish(self) -> tuple[PyTree, PyTree]:
         end = self.end

@@ -111,8 +111,16 @@ def test_states_that_leave_the_device(name, monkeypatch):
     arguments = problem.params, problem.outer, trainings.reader(problem), problem.batch
     want = fn(trainings.loss)(*arguments)
     monkeypatch.setattr(_shelf, "_on_host", lambda leaf: False)
+    kinds, take = [], _shelf.Host.take
+
+    def seen(shelf, step):
+        kinds.extend(leaf.sharding.memory_kind for leaf in jax.tree.leaves(shelf._held[step]))
+        return take(shelf, step)
+
+    monkeypatch.setattr(_shelf.Host, "take", seen)
     got = fn(counted)(*arguments)
     assert same(got, want) and len(traces) <= 6
+    assert kinds and set(kinds) == {"pinned_host"}
 
 
 def test_killed_processes(tmp_path):
