@@ -40,6 +40,8 @@ class Reference(NamedTuple):
       inner_grad_norm: ``‖∇_y g‖`` at the given point.
       polished_grad_norm: the same at the polished one.
       curvature: smallest eigenvalue of the inner Hessian over the largest absolute one; NaN where it was not computed.
+      newton: length of the Newton step that is left at the polished point, relative to it: far from zero where
+        that is no stationary point.
       kink: ``|h'_+ − h'_−|`` over the size of the slopes, along the hypergradient: far from zero where h is not differentiable.
     """
 
@@ -54,6 +56,7 @@ class Reference(NamedTuple):
     inner_grad_norm: Any
     polished_grad_norm: Any
     curvature: Any
+    newton: Any
     kink: Any
 
 
@@ -65,6 +68,7 @@ class Point(NamedTuple):
     outer: PyTree
     inner_ctx: Ctx
     outer_ctx: Ctx
+    start_model: PyTree = None
 
 
 def widen(values: PyTree) -> PyTree:
@@ -110,17 +114,22 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
     def g(y, x, point):
         return problem.inner(unravel_y(y), unravel_x(x), point.inner_ctx)[0]
 
-    def f(y, x, point):
-        return problem.outer(unravel_y(y), unravel_x(x), point.outer_ctx)[0]
+    def f(y, x, point, model=None):
+        ctx = point.outer_ctx if model is None else point.outer_ctx._replace(model=model)
+        return problem.outer(unravel_y(y), unravel_x(x), ctx)[0]
+
+    def own_steps(x, point):
+        """What the solver's own steps lead to: the inner point, and the model's state, which moves with it."""
+        start, lower = unravel_y(y_start), Lower(problem.inner, solver, frozen)
+        if problem.inner_init is not None:
+            start = problem.inner_init(unravel_x(x))
+        state = InnerState(start, tree.strong(solver.init(start)), point.start_model)
+        end, _ = lower.run(state, unravel_x(x), Feed(point.inner_ctx.batch, point.inner_ctx.key, 0))
+        return ravel_pytree(end.params)[0], end.model
 
     def best_response(x, y, point):
         if kind == "solver":
-            start, lower = unravel_y(y_start), Lower(problem.inner, solver, frozen)
-            if problem.inner_init is not None:
-                start = problem.inner_init(unravel_x(x))
-            state = InnerState(start, tree.strong(solver.init(start)), point.inner_ctx.model)
-            end, _ = lower.run(state, unravel_x(x), Feed(point.inner_ctx.batch, point.inner_ctx.key, 0))
-            return ravel_pytree(end.params)[0]
+            return own_steps(x, point)[0]
         if small:
             return newton(lambda y: g(y, x, point), y)
         polish = inner_solvers.lbfgs(maxiter=5000, tol=1e-14, memory=20)
@@ -146,10 +155,12 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
             safe = jnp.abs(values) > tiny  # no response along a flat direction: the pseudo-inverse
             q = vectors @ (jnp.where(safe, 1 / jnp.where(safe, values, 1), 0) * (vectors.T @ f_y))
             curvature = values[0] / jnp.where(largest > 0, largest, 1)
+            left = jnp.where(safe, 1 / jnp.where(safe, values, 1), 0) * (vectors.T @ gradients(y)[0])
         else:
             q, _ = linear.minres(maxiter=2000, tol=1e-12)(lambda v: products(v)[0], f_y, jnp.zeros_like(f_y))
             curvature = jnp.full((), jnp.nan, y.dtype)
-        return f_x, products(q)[1], curvature
+            left, _ = linear.minres(maxiter=2000, tol=1e-6)(lambda v: products(v)[0], gradients(y)[0], jnp.zeros_like(f_y))
+        return f_x, products(q)[1], curvature, jnp.linalg.norm(left)
 
     count = None if directions is None and x.size <= ALL else (16 if directions is None else directions)
     if count is not None and count >= x.size:
@@ -158,13 +169,16 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
     def run(point, key):
         x, y_given = ravel_pytree(point.outer)[0], ravel_pytree(point.solution)[0]
         y = best_response(x, y_given, point)
-        f_x, pulled, curvature = implicit(y, x, point)
+        f_x, pulled, curvature, left = implicit(y, x, point)
+        remaining = left / jnp.maximum(jnp.linalg.norm(y), 1e-3 * jnp.linalg.norm(y_start) + jnp.finfo(y.dtype).tiny)
         unit = numbers.rounding_unit(dtype)
         step = unit ** (1 / 3) * jnp.maximum(1.0, jnp.linalg.norm(x))
 
         def h(x):
-            response = best_response(x, y, point)
-            return f(response, x, point).astype(dtype)
+            if kind == "solver":
+                response, model = own_steps(x, point)
+                return f(response, x, point, model).astype(dtype)
+            return f(best_response(x, y, point), x, point).astype(dtype)
 
         value = f(y, x, point)
         grad, rows = f_x - pulled, None
@@ -181,17 +195,17 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
         noise = 100 * unit * jnp.abs(middle) / step
         size = jnp.abs(forward) + jnp.abs(backward) + norm + jnp.sqrt(step) + noise
         kink = jnp.maximum(jnp.abs(forward - backward), jnp.abs((forward + backward) / 2 - norm)) / size
-        at_x, at_pulled, _ = implicit(y_given, x, point)
+        at_x, at_pulled, _, _ = implicit(y_given, x, point)
         distance = jnp.linalg.norm(y_given - y) / jnp.maximum(jnp.linalg.norm(y), 1e-3 * jnp.linalg.norm(y_given) + jnp.finfo(y.dtype).tiny)
         gradients = [jnp.linalg.norm(jax.grad(g)(point_y, x, point)) for point_y in (y_given, y)]
         scale = jnp.linalg.norm(f_x) + jnp.linalg.norm(grad - f_x)
-        return value, grad, rows, at_x - at_pulled, scale, distance, *gradients, curvature, kink
+        return value, grad, rows, at_x - at_pulled, scale, distance, *gradients, curvature, remaining, kink
 
-    value, grad, rows, at_point, scale, distance, at_norm, polished_norm, curvature, kink = jax.device_get(jax.jit(run)(point, key))
+    value, grad, rows, at_point, scale, distance, at_norm, polished_norm, curvature, remaining, kink = jax.device_get(jax.jit(run)(point, key))
     whole = kind == "dense" or count is None
     return Reference(
         kind, str(np.dtype(dtype)), float(value), grad, None if whole else rows, at_point, float(scale), float(distance), float(at_norm),
-        float(polished_norm), float(curvature), float(kink),
+        float(polished_norm), float(curvature), float(remaining), float(kink),
     )  # fmt: skip
 
 

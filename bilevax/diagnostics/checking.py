@@ -175,7 +175,7 @@ class Prepared(NamedTuple):
     def point(self, solution: InnerState) -> Point:
         """Where a reference is taken."""
         inner_ctx, outer_ctx = (frozen(feed, 0)._replace(model=solution.model) for feed in (self.feeds.inner, self.feeds.outer))
-        return Point(self.inner, solution.params, self.outer, inner_ctx, outer_ctx)
+        return Point(self.inner, solution.params, self.outer, inner_ctx, outer_ctx, self.model)
 
 
 def prepare(inner_objective, outer_objective, inner_params, outer_params, inner_batch, outer_batch, model_state, inner_init, key) -> Prepared:
@@ -252,12 +252,35 @@ def _report(method: Hypergradient, est: Estimate, ref: Reference, tol: float) ->
     leaves = jax.tree.leaves(est.grad)
     reference = unravel(jnp.asarray(np.asarray(ref.grad), jnp.result_type(*leaves) if len({leaf.dtype for leaf in leaves}) == 1 else None))
     residual = float(est.info["adjoint_residual"]) if "adjoint_residual" in est.info else math.nan
-    ok = bool(total.relative_error <= tol)
+    ok = bool(total.relative_error <= tol) and not _doubts(ref)
     return HypergradientReport(
         ok, total.relative_error, total.cosine, float(est.value), est.grad, reference, ref.inner_grad_norm, residual,
         _advice(method, ok, total, ref, residual, method_error, solve_error, tol), ref.inner_distance, method_error, solve_error, ref.kind,
         ref.precision, tol,
     )  # fmt: skip
+
+
+def _doubts(ref: Reference) -> list[str]:
+    """Why there may be no hypergradient at this point, whatever agrees with what."""
+    said: list[str] = []
+    if ref.kind == "solver":
+        return said
+    if ref.kink > 0.05:
+        said.append(
+            f"Differences disagree with the exact adjoint, or with each other, by {ref.kink:.0%}: the lower level is not smooth, or has several "
+            "solutions here. Move the point off the kink, smooth the objective, or differentiate a fixed point (hypergradient.fixed_point)."
+        )
+    if ref.curvature < -1e-10:
+        said.append(
+            "The reference met negative curvature (no minimum): add a regulariser to the inner objective, or damping, before believing either side."
+        )
+    if ref.newton > 1e-3:
+        said.append(
+            f"No stationary point of the inner objective was found (‖∇_y g‖ = {ref.polished_grad_norm:.1e} at the best): it has a kink there, no "
+            "minimum, or constraints that the solver knows of. Smooth it, or differentiate a fixed point (hypergradient.fixed_point, with "
+            "reference='solver')."
+        )
+    return said
 
 
 def _advice(method: Hypergradient, ok: bool, total: Comparison, ref: Reference, residual, method_error, solve_error, tol) -> str:
@@ -277,14 +300,14 @@ def _advice(method: Hypergradient, ok: bool, total: Comparison, ref: Reference, 
             f"{method!r} takes the solver's point for a solution, which is not the derivative of the solver's own steps. Try "
             "hypergradient.unrolled() if the steps are what counts, or reference='dense' if the solution is."
         )
-    if ref.kink > 0.05:
+    said += _doubts(ref)
+    if total.relative_error <= tol:
+        return " ".join(said)
+    if -1e-10 <= ref.curvature <= 1e-10:
         said.append(
-            f"Differences disagree with the exact adjoint, or with each other, by {ref.kink:.0%}: the lower level is not smooth, or has several "
-            "solutions here. Move the point off the kink, smooth the objective, or differentiate a fixed point (hypergradient.fixed_point)."
+            "The reference met a singular inner Hessian (no unique solution): add a regulariser to the inner objective, or damping, before believing "
+            "either side."
         )
-    if ref.curvature <= 1e-10:
-        state = "negative curvature (no minimum)" if ref.curvature < -1e-10 else "a singular inner Hessian (no unique solution)"
-        said.append(f"The reference met {state}: add a regulariser to the inner objective, or damping, before believing either side.")
     if solve_error > tol / 2 and not method.sees_init:
         said.append(
             f"The inner problem is not solved: ‖∇_y g‖ = {ref.inner_grad_norm:.1e}, {ref.inner_distance:.1e} from the solution, which alone puts the "

@@ -75,8 +75,8 @@ class MultilevelGradFn:
         else:
             states = {n: InnerState(floats[n], state.opt[n], state.model[n]) for n in names[:-1]}
             methods, step = state.method, state.step
-        zero = jnp.zeros((), jnp.int32)
-        feeds = {n: Feed(batches.get(n), None if key is None else jax.random.fold_in(key, i), zero) for i, n in enumerate(names)}
+        draws = {n: solver.steps + 1 for n, solver in system.solvers.items()}  # of a level in each call; `every` counts them
+        feeds = {n: Feed(batches.get(n), None if key is None else jax.random.fold_in(key, i), step * draws.get(n, 1)) for i, n in enumerate(names)}
         out = differentiable(system, states, methods, floats[names[-1]], feeds)
         new_state = MultilevelEstimateState(
             {n: s.opt for n, s in out.states.items()}, {n: s.model for n, s in out.states.items()}, out.methods, step + 1

@@ -93,7 +93,7 @@ def _report(system: System, infos: dict[str, dict], value, grad) -> dict[str, An
     out = {f"{name}/{entry}": a for name in order for entry, a in infos[name].items() if entry != "code"}
     grad_norm = tree.norm(grad)
     said = [as_warning(infos[name]["code"]) for name in order]
-    codes = [code for code, _ in said]
+    codes = [jnp.where(code == RESULTS.adjoint_nonfinite, jnp.int32(_blame(system, name)), code) for name, (code, _) in zip(order, said, strict=True)]
     warnings = jnp.int32(0)
     for name, (_, warned) in zip(order, said, strict=True):
         warnings |= warned | infos[name].get("warnings", 0)
@@ -101,7 +101,12 @@ def _report(system: System, infos: dict[str, dict], value, grad) -> dict[str, An
         *(jnp.where(c == RESULTS.inner_nonfinite, c, jnp.int32(0)) for c in codes),
         unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
         *codes,
-        *(unless(jnp.isfinite(a), RESULTS.adjoint_nonfinite) for entry, a in out.items() if entry.endswith("/inner_grad_norm")),
+        *(unless(jnp.isfinite(out[f"{name}/inner_grad_norm"]), _blame(system, name)) for name in order if f"{name}/inner_grad_norm" in out),
         unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
     )
     return {**out, "grad_norm": grad_norm, "code": code, "warnings": warnings}
+
+
+def _blame(system: System, name: str) -> RESULTS:
+    """What a gradient that is not finite at a finite point means: a level inside has no derivative there, or the level's own has none."""
+    return RESULTS.lower_level_failed if system.graph[name].held else RESULTS.adjoint_nonfinite

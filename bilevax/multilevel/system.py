@@ -81,12 +81,17 @@ def as_solver(level: Level) -> InnerSolver:
     solver = level.solver if isinstance(level.solver, InnerSolver) else inner_solvers.optax(level.solver, 1)
     if level.every == 1:
         return solver
-    step = Bound("every", _every_nth, step=solver.step, solves=solver.steps + 1, every=level.every)
+    method = level.hypergradient
+    seen = method is not None and method.linear is None and (method.sees_init or method.order > 1 or method.batches == 0)
+    step = Bound("every", _every_nth, step=solver.step, solves=solver.steps + 1, every=level.every, seen=seen)
     return solver._replace(step=step)
 
 
-def _every_nth(objective, state, outer, ctx, *, step, solves, every):
-    """The solver's step in every n-th solve; in the others the level stands still."""
+def _every_nth(objective, state, outer, ctx, *, step, solves, every, seen):
+    """The solver's step in every n-th solve; in the others the level stands still.
+
+    Where the method differentiates the steps (`seen`), standing still has the derivative of the step that would have been taken.
+    """
 
     def move():
         return step(objective, state, outer, ctx)
@@ -94,6 +99,10 @@ def _every_nth(objective, state, outer, ctx, *, step, solves, every):
     shapes = jax.eval_shape(move)[1]
 
     def stand():
+        if seen:
+            moved, info = move()
+            still = jax.tree.map(lambda old, new: old + (new - lax.stop_gradient(new)), state.params, moved.params)
+            return state._replace(params=still), info
         return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     return lax.cond((ctx.batch.number // solves) % every == 0, move, stand)
