@@ -1,0 +1,138 @@
+"""Runs that are killed again and again end as if they had not been: ``python -m tests.campaigns.run_kills --kills 100``.
+
+Kinds of runs in turn: sampled arrays, an iterable, a stateful objective, rollback after failures, fsdp on eight devices; each with a
+checkpoint every few steps and two logs. Half of the kills come while a save is being written. The last line is the summary.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+KINDS = ("sampled", "iterable", "stateful", "rollback", "fsdp")
+STEPS, EVERY = 400, 10
+
+
+def work(kind: str, folder: pathlib.Path) -> None:
+    """One process of a run, that may be killed at any time."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    import bilevax as bx
+
+    rng = np.random.default_rng(0)
+    x = rng.standard_normal((64, 8)).astype(np.float32)
+    data = (x, x.sum(1))
+
+    def inner(w, lam, b):
+        return jnp.mean((b[0] @ w - b[1]) ** 2) + jnp.exp(lam) * jnp.sum(w**2)
+
+    def outer(w, lam, b):
+        return jnp.mean((b[0] @ w - b[1]) ** 2)
+
+    class Loader:
+        def __iter__(self):
+            order = np.random.default_rng(1)
+            while True:
+                rows = order.integers(0, 64, 8)
+                yield data[0][rows], data[1][rows]
+
+    keywords = dict(inner_data=bx.data.minibatches(data, 8), outer_data=bx.data.minibatches(data, 8), key=jax.random.key(0))
+    objective = inner
+    if kind == "iterable":
+        keywords["inner_data"] = Loader()
+    if kind == "stateful":
+        objective = bx.objective(lambda w, lam, b, m: (inner(w, lam, b), 0.9 * m + 0.1 * b[1].mean()), stateful=True)
+        keywords["model_state"] = jnp.float32(0.0)
+    if kind == "rollback":
+        keywords["outer_data"] = lambda key, step: (jnp.where(step % 90 == 70, jnp.nan, jnp.asarray(data[0])), jnp.asarray(data[1]))
+        keywords |= dict(on_failure="rollback", throw=False)
+    if kind == "fsdp":
+        keywords["sharding"] = bx.sharding.fsdp(min_size=1)
+
+    def note(event):
+        (folder / "at").write_text(str(event.step))
+        time.sleep(0.002 * EVERY)
+
+    logs = [bx.callbacks.jsonl(folder / "log.jsonl", flush_every=7), bx.callbacks.csv(folder / "log.csv", flush_every=7)]
+    solution = bx.solve_bilevel(
+        objective, outer, jnp.zeros(8), jnp.float32(-2.0), algorithm=bx.algorithms.soba(0.02, 0.02), num_steps=STEPS,
+        checkpoint=bx.checkpoint.every(EVERY, folder / "saved"), callbacks=[*logs, bx.callbacks.every(EVERY, note)], **keywords,
+    )  # fmt: skip
+    found = {name: np.asarray(column) for name, column in solution.history.items()}
+    np.savez(folder / "part.npz", outer=np.asarray(solution.outer_params), inner=np.asarray(solution.inner_params), **found)
+    os.replace(folder / "part.npz", folder / "end.npz")
+
+
+def begin(kind: str, folder: pathlib.Path) -> subprocess.Popen:
+    devices = 8 if kind == "fsdp" else 1
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    command = [sys.executable, "-m", "tests.campaigns.run_kills", "--work", kind, str(folder)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=(folder / "words").open("a"))
+
+
+def ends(folder: pathlib.Path) -> dict[str, bytes]:
+    import numpy as np
+
+    with np.load(folder / "end.npz") as file:
+        return {name: file[name].tobytes() for name in file}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--kills", type=int, default=100)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--work", nargs=2)
+    given = parser.parse_args()
+    if given.work:
+        work(given.work[0], pathlib.Path(given.work[1]))
+        return
+    rng, done, inside, different, lost, torn = random.Random(given.seed), 0, 0, 0, 0, 0
+    with tempfile.TemporaryDirectory() as top:
+        for number, kind in enumerate(KINDS * (given.kills // len(KINDS) + 1)):
+            if done >= given.kills:
+                break
+            whole = pathlib.Path(top) / f"{kind}.whole"
+            if not whole.exists():
+                whole.mkdir()
+                if begin(kind, whole).wait(600) != 0:
+                    raise RuntimeError(f"{kind}: the undisturbed run failed: {(whole / 'words').read_text()[-2000:]}")
+            folder = pathlib.Path(top) / f"{kind}.{number}"
+            (folder / "saved").mkdir(parents=True)
+            for _ in range(min(5, given.kills - done)):
+                child, saving = begin(kind, folder), rng.random() < 0.5
+                target = int((folder / "at").read_text() or 0) if (folder / "at").exists() else 0
+                target += rng.randrange(0, STEPS // 5, EVERY)
+                while child.poll() is None:
+                    reached = (folder / "at").exists() and int((folder / "at").read_text() or 0) > target
+                    writing = any("tmp" in path.name for path in (folder / "saved").iterdir()) if (folder / "saved").exists() else False
+                    if reached and (writing or not saving):
+                        child.send_signal(signal.SIGKILL)
+                        done, inside = done + 1, inside + writing
+                        break
+                    time.sleep(0.0005)
+                child.wait()
+                if (folder / "end.npz").exists():
+                    break
+            if not (folder / "end.npz").exists() and begin(kind, folder).wait(600) != 0:
+                lost += 1
+                print(kind, (folder / "words").read_text()[-2000:])
+                continue
+            different += ends(folder) != ends(whole)
+            steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+            rows = (folder / "log.csv").read_text().splitlines()
+            torn += steps != sorted(set(steps)) or len(rows) != len(steps) + 1
+            print(f"{kind}: {done} kills, {inside} inside a save", flush=True)
+    print(f"{done} kills, {inside} inside a save: {different} runs with different bits, {lost} lost, {torn} logs with errors")
+
+
+if __name__ == "__main__":
+    main()
