@@ -22,7 +22,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevax import tree
+from bilevax import starts, tree
 from bilevax._core.pullback import known_backwards
 from bilevax._estimate import estimate
 from bilevax.argmin import attach
@@ -37,6 +37,7 @@ from bilevax.base import (
     Objective,
     Problem,
     PyTree,
+    as_cotangent,
     join,
     split,
 )
@@ -85,9 +86,9 @@ def differentiable(
 
 @partial(jax.jit, static_argnums=0)
 def _run(static: tuple, given: Given, theta: Theta) -> tuple[InnerState, Estimate]:
-    method = over(*reversed(join(static[1], given.pieces)))
+    problem, solver, method, feeds = _parts(static, given, theta)
+    starts.structure(problem, solver, method, given.inner, theta.outer, feeds)
     if method.order > 1 and method.linear is None:
-        problem, solver, method, feeds = _parts(static, given, theta)
         return estimate(problem, solver, method, given.inner, theta.outer, feeds, given.method)
     count = len(jax.tree.leaves(theta.outer))
     which = tuple(i < count for i in range(len(jax.tree.leaves(theta))))
@@ -144,7 +145,15 @@ def _extended(static: tuple, which: tuple, problem: Problem, theta: Theta) -> tu
         Objective(Bound(getattr(problem, name).name, _moved, how=how, rest=rest, level=name), True, True, True, adapt=adapt)
         for name in ("inner", "outer")
     )
+    outer = dataclasses.replace(outer, trajectory=problem.outer.trajectory)
+    if problem.inner_init is not None:
+        begun = Bound("inner_init", _begun, fn=problem.inner_init)
+        problem = problem._replace(inner_init=starts.Start(begun, starts.takes_key(problem.inner_init)))
     return problem._replace(inner=inner, outer=outer, **draws), (theta.outer, extra)
+
+
+def _begun(outer, key=None, *, fn):
+    return fn(outer[0], key)
 
 
 @jax.tree_util.register_static
@@ -321,7 +330,8 @@ def _pull_solution(at: _At, residuals, cotangent) -> list:
     problem, outer = _extended(at.static, flags, problem, theta)
     lower = Lower(problem.inner, solver, problem.inner_draw)
     _, pullback = method.vjp(lower, given.inner, outer, feeds.inner, problem.hyper_draw(feeds.hyper, 0), given.method)
-    found, _, _, info = pullback(cotangent)
+    still = tree.zeros_like(tree.partition(given.inner.model)[0])  # states are constants
+    found, _, _, info = pullback(as_cotangent(method, cotangent, still))
     found = tree.nan_where(failed(info["code"]), jax.tree.leaves(found))
     return [g for g, flag in zip(found, [m for m, f in zip(at.moving, flags, strict=True) if f], strict=True) if flag]
 

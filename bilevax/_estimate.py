@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import tree
+from bilevax import starts, tree
 from bilevax._core.apart import apart
 from bilevax._core.jaxpr import reads
 from bilevax._core.precision import under
-from bilevax.base import Ctx, Estimate, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree
+from bilevax.base import Ctx, Estimate, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, as_cotangent
 from bilevax.results import RESULTS, as_warning, failed, first, strictly, unless, warning
 
 
@@ -33,21 +31,28 @@ def estimate(
     ``grad_norm``. After a failure it looks whether a batch is to blame, unless `look` is False, for who looks afterwards:
     a GPU's compiler turns the branch into a check of all batches in every step.
     """
-    init_pullback: Callable | None = None
-    if problem.inner_init is not None:
-        params, init_pullback = jax.vjp(problem.inner_init, outer)
-        inner = inner._replace(params=params, opt=solver.init(params))
-    lower = Lower(problem.inner, solver, problem.inner_draw)
-    hyper_ctx = problem.hyper_draw(feeds.hyper, 0)
-    solution, pullback = method.vjp(lower, inner, outer, feeds.inner, hyper_ctx, state)
+    inner, init_pullback = starts.started(problem, solver, method, inner, outer, feeds)
+    if starts.takes_key(problem.inner_init):  # another network each time: nothing of the last one's adjoint is of use
+        state = method.init(inner.params)
+    lower = Lower(problem.inner, solver, problem.inner_draw, problem.outer.trajectory)
+    solution, pullback = method.vjp(lower, inner, outer, feeds.inner, problem.hyper_draw(feeds.hyper, 0), state)
 
-    outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=solution.model)
-    value_and_grads = under(method.precision, jax.value_and_grad(problem.outer, (0, 1), has_aux=True))
-    (value, (_, aux)), (inner_cotangent, direct) = apart(value_and_grads, solution.params, outer, outer_ctx)
-    cotangent, init_cotangent, state, info = pullback(inner_cotangent)
+    floats, rest = tree.partition(solution.model)
+    outer_ctx = problem.outer_draw(feeds.outer, 0)
+
+    def value_of(params, outer, floats):
+        return problem.outer(params, outer, outer_ctx._replace(model=tree.combine(floats, rest)))
+
+    places = (0, 1, 2) if method.sees_model else (0, 1)
+    value_and_grads = under(method.precision, jax.value_and_grad(value_of, places, has_aux=True))
+    (value, (_, aux)), (inner_cotangent, direct, *seen) = apart(value_and_grads, solution.params, outer, floats)
+    cotangent, init_cotangent, state, info = pullback(as_cotangent(method, inner_cotangent, *(seen or [None])))
     grad = tree.add(direct, cotangent)
     if init_pullback is not None:
-        grad = tree.add(grad, init_pullback(init_cotangent)[0])
+        grad = tree.add(grad, init_pullback(init_cotangent))
+    if problem.outer.trajectory:
+        solution = solution._replace(params=jax.tree.map(lambda a: a[-1], solution.params))
+    outer_ctx = outer_ctx._replace(model=solution.model)
 
     grad_norm = tree.norm(grad)
     said, warned = as_warning(info["code"])

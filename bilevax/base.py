@@ -230,29 +230,45 @@ class InnerSolver(NamedTuple):
     gradients: int | None = None
     inverse_hessian: Callable[[PyTree, PyTree], PyTree] | None = None
 
+    def first(self, params: PyTree, outer: PyTree) -> PyTree:
+        """The first optimizer state."""
+        return self.init(params, outer) if self.sees_outer else self.init(params)  # type: ignore[call-arg]
+
     def __repr__(self) -> str:
         return repr(self.step)
 
 
 class Lower(NamedTuple):
-    """A lower level: objective, solver and the draw of its batches."""
+    """A lower level: objective, solver and the draw of its batches.
+
+    `keeps`: the info of a solve has the parameters after each step as ``steps``, and methods that declare
+    ``sees_steps`` return them, stacked, in place of the solution's.
+    """
 
     objective: Objective
     solver: InnerSolver
     draw: Draw
+    keeps: bool = False
+
+    def step(self, state: InnerState, i: Any, outer: PyTree, feed: Feed) -> tuple[InnerState, dict[str, Scalar]]:
+        """The i-th step of the solve."""
+        ctx = self.draw(feed, i)._replace(model=state.model)
+        state, info = self.solver.step(self.objective, state, outer, ctx)
+        return state, ({**info, "steps": state.params} if self.keeps else info)
 
     def run(self, state: InnerState, outer: PyTree, feed: Feed, lo: int = 0, hi: int | None = None) -> tuple[InnerState, dict[str, Scalar]]:
         """Steps `lo` to `hi` (default: all) of the solve. The info's leaves have a leading axis, a row a step."""
         hi = self.solver.steps if hi is None else hi
 
-        def body(state, i):
-            ctx = self.draw(feed, i)._replace(model=state.model)
-            return self.solver.step(self.objective, state, outer, ctx)
-
         if hi - lo == 1:  # no loop to trace, and the solver's own loop stays the outermost one
-            state, info = body(state, lo)
+            state, info = self.step(state, lo, outer, feed)
             return state, jax.tree.map(lambda a: jnp.asarray(a)[None], info)
-        return lax.scan(body, state, jnp.arange(lo, hi, dtype=jnp.int32))
+        return lax.scan(lambda state, i: self.step(state, i, outer, feed), state, jnp.arange(lo, hi, dtype=jnp.int32))
+
+
+def as_cotangent(method: Hypergradient, params: PyTree, model: PyTree) -> PyTree:
+    """Cotangents on a solution's parameters and on the floating-point leaves of its model's state, as `method` takes them."""
+    return InnerState(params, (), model) if method.sees_model else params
 
 
 Pullback = Callable[[PyTree], tuple[PyTree, PyTree, PyTree, dict[str, Scalar]]]
@@ -276,6 +292,7 @@ class Hypergradient(NamedTuple):
       init: method state (a warm adjoint, say) from inner parameters.
       vjp: as above. `ctx` is the context of second-order products, drawn apart from the solve's own.
       sees_init: the pullback returns a cotangent on the initial inner point; otherwise None stands there.
+        With `sees_model` that is an `InnerState`, of parameters and model state.
       order: how often the solution may be differentiated: 1 where only this pullback is right; 2 where the
         derivative is exact any number of times: through `linear`, by the implicit function theorem, and where
         that is None through the operations of `vjp` itself.
@@ -374,8 +391,9 @@ def as_linear(solver: Callable) -> Linear:
 class Problem(NamedTuple):
     """Both objectives and how their batches are drawn: what an algorithm solves.
 
-    `inner_init` maps outer parameters to the inner starting point of each step (None: warm start); `project` maps outer parameters into
-    their feasible set after each outer step.
+    `inner_init` maps outer parameters, and a key, to the inner parameters and the model state (or None: as it
+    stands) that each step starts from; None is a warm start. `project` maps outer parameters into their
+    feasible set after each outer step.
     """
 
     inner: Objective
@@ -383,7 +401,7 @@ class Problem(NamedTuple):
     inner_draw: Draw
     hyper_draw: Draw
     outer_draw: Draw
-    inner_init: Callable[[PyTree], PyTree] | None = None
+    inner_init: Any = None  # (outer, key) -> (params, model), or None
     project: Callable[[PyTree], PyTree] | None = None
 
 

@@ -16,6 +16,7 @@ from bilevax._captured import hoisted
 from bilevax._core import numbers
 from bilevax._core.numbers import describe as describe
 from bilevax.base import Algorithm, Bound, Ctx, Draw, Hypergradient, InnerSolver, Objective, Problem, PyTree, objective
+from bilevax.starts import as_start, takes_key
 
 # ---- parameters
 
@@ -64,6 +65,8 @@ def finite(value: PyTree, argument: str) -> None:
 
 def bind_fixed(problem: Problem, inner_fixed: PyTree, outer_fixed: PyTree) -> Problem:
     """`problem` on floating-point leaves only: the other leaves ride along as bound values of its functions."""
+    if problem.inner_init is not None:
+        problem = problem._replace(inner_init=as_start(problem.inner_init, outer_fixed, inner_fixed))
     if not jax.tree.leaves((inner_fixed, outer_fixed)):
         return problem
 
@@ -72,8 +75,6 @@ def bind_fixed(problem: Problem, inner_fixed: PyTree, outer_fixed: PyTree) -> Pr
         return dataclasses.replace(obj, fn=Bound(obj.name, _with_fixed, fn=obj.fn, **fixed), adapt=Bound("with_fixed", _adapted, **fixed))
 
     problem = problem._replace(inner=bind(problem.inner), outer=bind(problem.outer))
-    if problem.inner_init is not None:
-        problem = problem._replace(inner_init=Bound("inner_init", _init_with_fixed, fn=problem.inner_init, outer_fixed=outer_fixed))
     if problem.project is not None:
         problem = problem._replace(project=Bound("project", _init_with_fixed, fn=problem.project, outer_fixed=outer_fixed))
     return problem
@@ -91,12 +92,19 @@ def _init_with_fixed(outer, *, fn, outer_fixed):
     return tree.partition(fn(tree.combine(outer, outer_fixed)))[0]
 
 
-def captured(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, inner_ctx: Ctx, outer_ctx: Ctx) -> Problem:
+def captured(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, inner_ctx: Ctx, outer_ctx: Ctx, steps: int = 1) -> Problem:
     """`problem` with the traced arrays that its objectives capture bound to them, as values."""
     return problem._replace(
         inner=hoisted(problem.inner, inner, outer, inner_ctx._replace(model=model)),
-        outer=hoisted(problem.outer, inner, outer, outer_ctx._replace(model=model)),
+        outer=hoisted(problem.outer, seen_by_outer(problem, inner, steps), outer, outer_ctx._replace(model=model)),
     )
+
+
+def seen_by_outer(problem: Problem, inner: PyTree, steps: int) -> PyTree:
+    """Shapes of what the outer objective is given of the inner level: a point, or those after each of `steps`."""
+    if not problem.outer.trajectory:
+        return inner
+    return jax.tree.map(lambda a: jax.ShapeDtypeStruct((steps, *jnp.shape(a)), a.dtype), inner)
 
 
 # ---- pieces
@@ -156,19 +164,19 @@ def algorithm(value: Any) -> None:
     raise TypeError(f"algorithm: got {describe(value)}; expected an Algorithm, or None for the documented default.{hint}")
 
 
-def sees_init(inner_init: Callable | None, method: Hypergradient) -> None:
-    """A method that follows the initial point, where the initial point depends on the outer parameters."""
-    if inner_init is not None and not method.sees_init:
+def trajectory(problem: Problem, method: Hypergradient) -> None:
+    """A method that follows all of the solve's steps, where the outer objective reads them."""
+    if problem.outer.trajectory and not method.sees_steps:
         raise ValueError(
-            f"inner_init: got a function of the outer parameters, with {method!r}, which gives the initial inner point no derivative (an exact "
-            "solution does not depend on where it was started); expected a method that sees it. Try hypergradient.unrolled(), or put a proximal term "
-            "‖y − x‖² into the inner objective and drop inner_init."
+            f"outer_objective: got {problem.outer!r}, which reads every inner step, with {method!r}, which differentiates the last "
+            "point only; expected a method that sees the steps. Try hypergradient.unrolled() or forward()."
         )
 
 
 def key(value: Any, problem: Problem, sampled: bool) -> None:
     """A PRNG key where something draws."""
     keyed = [name for name, obj in (("inner_objective", problem.inner), ("outer_objective", problem.outer)) if obj.keyed]
+    keyed += ["inner_init"] if takes_key(problem.inner_init) else []
     if value is None:
         if keyed or sampled:
             cause = f"{' and '.join(keyed)} takes a key" if keyed else "the data is sampled"
@@ -180,10 +188,13 @@ def key(value: Any, problem: Problem, sampled: bool) -> None:
 # ---- objectives, by abstract evaluation
 
 
-def objectives(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, inner_ctx: Ctx, outer_ctx: Ctx) -> jnp.dtype:
+def objectives(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, inner_ctx: Ctx, outer_ctx: Ctx, steps: int = 1) -> jnp.dtype:
     """Both objectives return what they say they do on these shapes; the outer value's dtype. The user's own errors pass with their own frames."""
     if problem.inner_init is not None:
-        same_structure(jax.eval_shape(problem.inner_init, outer), inner, "inner_init", "inner_params")
+        begun, moved = jax.eval_shape(lambda outer, key: problem.inner_init(outer, key), outer, inner_ctx.key)
+        same_structure(begun, inner, "inner_init", "inner_params")
+        if moved is not None:
+            same_structure(moved, model, "inner_init's model state", "model_state")
     if problem.project is not None:
         same_structure(jax.eval_shape(problem.project, outer), outer, "project", "outer_params")
     if model is not None and not (problem.inner.stateful or problem.outer.stateful):
@@ -194,6 +205,7 @@ def objectives(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, in
     _, new_model = evaluate(problem.inner, "inner_objective", inner, outer, inner_ctx._replace(model=model))
     if problem.inner.stateful:
         same_structure(new_model, model, "inner_objective's new model_state", "model_state")
+    inner = seen_by_outer(problem, inner, steps)
     return evaluate(problem.outer, "outer_objective", inner, outer, outer_ctx._replace(model=model))[0]
 
 

@@ -36,18 +36,24 @@ class HypergradFn:
         return f"value_and_hypergrad({self.problem.inner.name}, {self.problem.outer.name}, solver={self.solver!r}, hypergradient={self.method!r})"
 
     @by_intent
-    def init(self, inner_params: PyTree, *, model_state: PyTree = None) -> EstimateState:
+    def init(self, inner_params: PyTree, outer_params: PyTree = None, *, model_state: PyTree = None) -> EstimateState:
         """A first `state` for these inner parameters. Passing it from the start keeps one trace, where ``state=None`` and then a state make two.
 
         Args:
           inner_params: pytree with floating-point leaves.
+          outer_params: needed where the solver's settings depend on them.
           model_state: initial model state of a stateful inner objective.
 
         Returns:
           An `EstimateState`.
         """
         params, _ = tree.partition(tree.strong(inner_params))
-        opt, method = tree.strong((self.solver.init(params), self.method.init(params)))
+        if self.solver.sees_outer and outer_params is None:
+            raise TypeError(
+                "outer_params: got None with a solver whose settings depend on them; expected them. Try fn.init(inner_params, outer_params)."
+            )
+        outer = None if outer_params is None else tree.strong(outer_params)
+        opt, method = tree.strong((self.solver.first(params, outer), self.method.init(params)))
         return EstimateState(opt, None if model_state is None else tree.strong(model_state), method, jnp.zeros((), jnp.int32))
 
     @by_intent
@@ -69,7 +75,7 @@ class HypergradFn:
         check.params(outer_params, "outer_params")
         check.key(key, problem, sampled=False)
         if state is None:
-            state = self.init(inner_params)
+            state = self.init(inner_params, outer_params)
         (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)
         problem = check.bind_fixed(problem, inner_fixed, outer_fixed)
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
@@ -83,8 +89,8 @@ class HypergradFn:
         problem = count_steps(problem, self.solver.steps)
         feeds = Feeds(inner_feed, hyper_ctx_feed, Feed(outer_batch, keys[2], 0), None if key is None else jax.random.fold_in(key, 3), state.step)
         contexts = _context(problem.inner_draw, inner_feed), _context(same, feeds.outer)
-        check.objectives(problem, inner, outer, state.model, *contexts)
-        problem = check.captured(problem, inner, outer, state.model, *contexts)
+        check.objectives(problem, inner, outer, state.model, *contexts, steps=self.solver.steps)
+        problem = check.captured(problem, inner, outer, state.model, *contexts, steps=self.solver.steps)
         start = InnerState(inner, state.opt, state.model)
         solution, out = _derivative.differentiable(problem, self.solver, self.method, start, outer, feeds, state.method)
         new_state = EstimateState(solution.opt, solution.model, out.state, state.step + 1)
@@ -118,7 +124,8 @@ def value_and_hypergrad(
       outer_objective: ``f(inner_params, outer_params, batch) -> scalar``, or an `objective`.
       solver: an `InnerSolver`, run once for each call from ``inner_params``.
       hypergradient: a `Hypergradient` method.
-      inner_init: ``outer_params -> inner_params``, where each solve starts from a function of the outer parameters.
+      inner_init: ``outer_params -> inner_params``, where each solve starts, with ``key=`` where it draws; it may return
+        ``(inner_params, model_state)``.
       inner_draw: how the solver's K steps read `inner_batch`: ``data.same`` gives each of them the whole, ``data.stacked`` gives step i the
         i-th entry of the leading axis.
       strict: warnings that are to be failures: True for all, or a set of `RESULTS`.
@@ -146,7 +153,7 @@ def value_and_hypergrad(
     """
     check.pieces(solver, hypergradient)
     problem = check.problem(inner_objective, outer_objective, inner_draw, inner_draw, same, inner_init=inner_init)
-    check.sees_init(inner_init, hypergradient)
+    check.trajectory(problem, hypergradient)
     return HypergradFn(problem, solver, hypergradient, strictness(strict))
 
 

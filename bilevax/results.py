@@ -135,8 +135,9 @@ _MESSAGES = {
     ),
     RESULTS.hypergradient_nonfinite: (
         "The hypergradient, or the outer parameters after its step (an optimizer's overflow, project=), are NaN or infinite although both "
-        "objectives are finite. Likely a derivative that does not exist (sqrt or a norm at zero, "
-        "jnp.where around a NaN branch), or an unrolled solve whose reverse pass overflowed. Try smooth forms, fewer unrolled steps, or implicit."
+        "objectives are finite. Where Adam, RMSProp or their like are unrolled, set eps_root=1e-12 in the optimizer first: at a gradient of exactly "
+        "zero (a dead unit, a masked weight) they have no derivative. Else likely one that does not exist (sqrt or a norm at zero, jnp.where around a "
+        "NaN branch), or a reverse pass that overflowed. Try smooth forms, fewer unrolled steps, or implicit."
     ),
     RESULTS.diverged: (
         "The run left its start by orders of magnitude without becoming infinite: outer value or hypergradient grew past any use. Usually the inner, "

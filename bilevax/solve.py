@@ -146,8 +146,9 @@ def solve_bilevel(
     contexts = [first_context(s, key if state is None else state.key) for s in (sources[0], sources[2])]
     contexts[0] = with_number(problem.inner, contexts[0])
     model = model_state if state is None else state.algorithm.inner.model
-    value_dtype = check.objectives(problem, inner, outer, model, *contexts)
-    problem = check.captured(problem, inner, outer, model, *contexts)
+    steps = 1 if algorithm is None else algorithm.draws.inner
+    value_dtype = check.objectives(problem, inner, outer, model, contexts[0], contexts[1], steps)
+    problem = check.captured(problem, inner, outer, model, contexts[0], contexts[1], steps)
     if options.metrics is not None:
         check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "warnings", "aux"})
     start = InnerState(inner, (), model_state)

@@ -22,14 +22,15 @@ def tasks(fn: Callable, reduce: str = "mean") -> Objective:
     search) sees the tasks as one.
 
     Args:
-      fn: ``(inner_params, outer_params, batch) -> scalar`` for one task, or `objective` of one (`has_aux`, `keyed`: a key of its own each).
+      fn: ``(inner_params, outer_params, batch) -> scalar`` for one task, or `objective` of one (`has_aux`; `keyed`: a key of its own
+        each; `stateful`: a model state of its own each, with the task axis in front, as ``task_copies(n)(state)`` makes it).
       reduce: "mean" or "sum".
 
     Returns:
       An `Objective` whose inner parameters and batch have a leading task axis, and whose outer parameters have none; its aux is stacked.
 
     Raises:
-      TypeError: for a function that is none, or a stateful one.
+      TypeError: for a function that is none.
       ValueError: for another `reduce`.
 
     Examples:
@@ -46,27 +47,29 @@ def tasks(fn: Callable, reduce: str = "mean") -> Objective:
     Source: Finn, Abbeel and Levine, "Model-agnostic meta-learning for fast adaptation of deep networks" (ICML 2017), algorithm 1.
     """
     one = objective(fn)
-    if one.stateful:
-        raise TypeError(f"fn: got {one!r}; expected one without model state, which could be each task's or all tasks'. Put it in inner_params.")
     numbers.choice(reduce, "reduce", ("mean", "sum"))
-    settings = dict(fn=one.fn, has_aux=one.has_aux, keyed=one.keyed, reduce=reduce)
-    return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), has_aux=one.has_aux, keyed=one.keyed, indexed=one.indexed, tasks=reduce)
+    settings = dict(fn=one.fn, has_aux=one.has_aux, stateful=one.stateful, keyed=one.keyed, reduce=reduce)
+    return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), one.has_aux, one.stateful, one.keyed, one.indexed, tasks=reduce)
 
 
-def _over_tasks(inner, outer, batch, *, fn, has_aux, keyed, reduce, key=None, **number):
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((inner, batch))}
+def _over_tasks(inner, outer, batch, *model, fn, has_aux, stateful, keyed, reduce, key=None, **number):
+    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((inner, batch, model))}
     if len(lengths) != 1 or () in lengths:
         shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves((inner, batch))]
-        raise ValueError(f"inner_params and batch: got shapes {shapes}; expected one common task axis in front. Try bx.task_copies(num_tasks).")
+        states = f" and a model state of {[list(jnp.shape(leaf)) for leaf in jax.tree.leaves(model)]}" if jax.tree.leaves(model) else ""
+        raise ValueError(
+            f"inner_params and batch: got shapes {shapes}{states}; expected one common task axis in front. Try "
+            "bx.task_copies(num_tasks), of the model state, too."
+        )
     keys = _keys_of(key, lengths.pop()[0]) if keyed else None
 
-    def one(inner, batch, key):
-        out = fn(inner, outer, batch, **({"key": key} if keyed else {}), **number)
-        return out if has_aux else (out, None)
+    def one(inner, batch, model, key):
+        out = fn(inner, outer, batch, *model, **({"key": key} if keyed else {}), **number)
+        return out if has_aux or stateful else (out, None)
 
-    values, aux = jax.vmap(one)(inner, batch, keys)
+    values, rest = jax.vmap(one)(inner, batch, model, keys)
     value = jnp.mean(values) if reduce == "mean" else jnp.sum(values)
-    return (value, aux) if has_aux else value
+    return (value, rest) if has_aux or stateful else value
 
 
 def _keys_of(key, count: int):
@@ -75,14 +78,15 @@ def _keys_of(key, count: int):
     return key if jnp.ndim(key) > one else jax.random.split(key, count)
 
 
-def task_copies(num_tasks: int) -> Callable[[PyTree], PyTree]:
+def task_copies(num_tasks: int, model_state: PyTree = None) -> Callable[[PyTree], PyTree]:
     """The `inner_init` of MAML: every task starts from the outer parameters.
 
     Args:
       num_tasks: length of the task axis, at least 1.
+      model_state: of a network with statistics: every task starts from a copy of it as well.
 
     Returns:
-      ``outer_params -> inner_params`` with a leading task axis.
+      ``outer_params -> inner_params`` with a leading task axis; with `model_state`, ``outer_params -> (inner_params, model_state)``.
 
     Raises:
       ValueError: for fewer than 1.
@@ -92,8 +96,9 @@ def task_copies(num_tasks: int) -> Callable[[PyTree], PyTree]:
       >>> bx.task_copies(2)(jnp.ones(3)).shape
       (2, 3)
     """
-    return Bound("task_copies", _copies, num_tasks=numbers.count(num_tasks, "num_tasks"))
+    return Bound("task_copies", _copies, num_tasks=numbers.count(num_tasks, "num_tasks"), model_state=model_state)
 
 
-def _copies(outer, *, num_tasks):
-    return jax.tree.map(lambda a: jnp.broadcast_to(a, (num_tasks, *jnp.shape(a))), outer)
+def _copies(outer, *, num_tasks, model_state):
+    both = outer if model_state is None else (outer, model_state)
+    return jax.tree.map(lambda a: jnp.broadcast_to(a, (num_tasks, *jnp.shape(a))), both)

@@ -16,7 +16,7 @@ FLOORS = [
     ["tree", "results"],
     ["_core"],
     ["base"],
-    ["_captured"],
+    ["_captured", "starts"],
     ["check"],
     ["linear", "inner", "data", "checkpoint", "tasks", "_estimate"],
     ["certificate", "hypergradient"],

@@ -27,17 +27,32 @@ def init(opt: optax.GradientTransformation, params: PyTree) -> PyTree:
 
 
 def update(opt: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree, **extra) -> tuple[PyTree, PyTree]:
-    """``opt.update``; what a transformation does not ask for among `extra` (``value``, ``grad``, ``value_fn``) is dropped."""
+    """``opt.update``, given those of `extra` (``value``, ``grad``, ``value_fn``, ``grad_fn``) that it accepts."""
     with _lenient():
-        updates, new = optax.with_extra_args_support(opt).update(grads, state, params, **extra)
+        updates, new = opt.update(grads, state, params, **accepted(opt.update, extra))
     return updates, jax.tree.map(_like, new, state)
 
 
-def accepted(update: Callable, extra: dict) -> dict:
-    """What of `extra` an inner solver's update takes."""
-    taken = parameters(update)
-    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in taken.values())
-    return {key: value for key, value in extra.items() if takes_all or key in taken}
+def accepted(fn: Callable, extra: dict) -> dict:
+    """The entries of `extra` that `fn` has parameters for."""
+    named = parameters(fn)
+    takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
+    # What takes all hands them on, and a line search complains of what it does not know.
+    return {name: value for name, value in extra.items() if name in named or (takes_all and name != "grad_fn")}
+
+
+def leading(opt: optax.GradientTransformation) -> optax.GradientTransformation:
+    """Of an ``optax.MultiSteps`` the update that accumulation leads to, on its state; any other as it is."""
+    owner = getattr(opt.update, "__self__", opt)
+    if not isinstance(owner, optax.MultiSteps):
+        return opt
+    inner = owner.inner_opt if hasattr(owner, "inner_opt") else owner._opt
+
+    def lead(grads, state, params=None, **extra):
+        updates, moved = update(inner, grads, state.inner_opt_state, params, **extra)
+        return updates, state._replace(inner_opt_state=moved)
+
+    return optax.GradientTransformationExtraArgs(owner.init, lead)
 
 
 def apply(params: PyTree, updates: PyTree) -> PyTree:

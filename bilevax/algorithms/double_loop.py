@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import jax
 import optax
 
-from bilevax import check
+from bilevax import check, starts, tree
 from bilevax._core import optimizer
 from bilevax.algorithms._parts.directions import drawn_finite
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, StepInfo
@@ -61,16 +62,19 @@ def _around(wrap, *, inner_solver, hypergradient, outer_optimizer):
 
 
 def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, hypergradient, outer_optimizer) -> DoubleLoopState:
-    check.sees_init(problem.inner_init, hypergradient)
-    inner = inner._replace(opt=inner_solver.init(inner.params))
+    check.trajectory(problem, hypergradient)
+    inner = inner._replace(opt=inner_solver.first(inner.params, outer))
     return DoubleLoopState(inner, outer, optimizer.init(outer_optimizer, outer), hypergradient.init(inner.params))
 
 
 def _step(
     problem: Problem, state: DoubleLoopState, feeds: Feeds, *, inner_solver, hypergradient, outer_optimizer
 ) -> tuple[DoubleLoopState, StepInfo]:
+    starts.structure(problem, inner_solver, hypergradient, state.inner, state.outer, feeds)
     inner, est = estimate(problem, inner_solver, hypergradient, state.inner, state.outer, feeds, state.method, look=False)
-    updates, outer_opt = optimizer.update(outer_optimizer, est.grad, state.outer_opt, state.outer, value=est.value, grad=est.grad)
+    again = _value_fn(lambda outer: estimate(problem, inner_solver, hypergradient, state.inner, outer, feeds, state.method, look=False)[1])
+    extra = dict(value=est.value, grad=est.grad, value_fn=again, grad_fn=lambda outer, i: jax.grad(again)(outer))
+    updates, outer_opt = optimizer.update(outer_optimizer, est.grad, state.outer_opt, state.outer, **extra)
     outer = optimizer.apply(state.outer, updates)
     if problem.project is not None:
         outer = problem.project(outer)
@@ -82,6 +86,21 @@ def _step(
     elif inner_solver.steps == 1 and "inner_grad_norm" in said:  # a single step has not caught up, and does not know
         info = info._replace(lag=said["inner_grad_norm"])
     return DoubleLoopState(inner, outer, outer_opt, est.state), info
+
+
+def _value_fn(solve):
+    """The outer value at other outer parameters, solved again, with the hypergradient as its derivative: for optimizers that search."""
+
+    @jax.custom_vjp
+    def value(outer):
+        return solve(outer).value
+
+    def forward(outer):
+        est = solve(outer)
+        return est.value, est.grad
+
+    value.defvjp(forward, lambda grad, cotangent: (tree.scale(cotangent, grad),))
+    return value
 
 
 __all__ = ["DoubleLoopState", "double_loop"]

@@ -13,6 +13,7 @@ from bilevax import check, tree
 from bilevax._core import numbers, optimizer
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Lower, Problem, PyTree, StepInfo
 from bilevax.results import RESULTS, first, unless
+from bilevax.starts import takes_key
 
 
 class EvolutionState(NamedTuple):
@@ -104,8 +105,10 @@ def _copies(state: InnerState, samples: int) -> InnerState:
 
 
 def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, outer_optimizer, samples) -> EvolutionState:
-    params = inner.params if problem.inner_init is None else problem.inner_init(outer)
-    inner = InnerState(params, tree.strong(inner_solver.init(params)), inner.model)
+    if problem.outer.trajectory or takes_key(problem.inner_init):
+        raise ValueError("algorithm: got persistent_es with trajectory=True or a start that draws; expected neither. Try double_loop.")
+    params = inner.params if problem.inner_init is None else problem.inner_init(outer, None)[0]
+    inner = InnerState(params, tree.strong(inner_solver.first(params, outer)), inner.model)
     drift = jax.tree.map(lambda a: jnp.zeros((samples, *a.shape), a.dtype), outer)
     # Not the array that `inner` holds: one array held twice cannot be donated.
     start = jax.tree.map(jnp.copy, inner.params)
@@ -119,8 +122,8 @@ def _step(
         raise ValueError("key: got None although algorithms.persistent_es draws perturbations; expected a PRNG key. Try key=jax.random.key(0).")
     outer, lower = state.outer, Lower(problem.inner, inner_solver, problem.inner_draw)
     again = state.unrolls >= unrolls
-    begin = state.start if problem.inner_init is None else problem.inner_init(outer)
-    fresh = InnerState(begin, tree.strong(inner_solver.init(begin)), state.inner.model)
+    begin = state.start if problem.inner_init is None else problem.inner_init(outer, None)[0]
+    fresh = InnerState(begin, tree.strong(inner_solver.first(begin, outer)), state.inner.model)
     inner = tree.where(again, fresh, state.inner)
     particles = tree.where(again, _copies(fresh, samples), state.particles)
     drift = tree.where(again, tree.zeros_like(state.drift), state.drift)

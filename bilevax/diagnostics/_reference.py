@@ -68,7 +68,7 @@ class Point(NamedTuple):
     outer: PyTree
     inner_ctx: Ctx
     outer_ctx: Ctx
-    start_model: PyTree = None
+    model: PyTree = None  # the state that the solve begins with; the contexts have that of its end
 
 
 def widen(values: PyTree) -> PyTree:
@@ -118,18 +118,23 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
         ctx = point.outer_ctx if model is None else point.outer_ctx._replace(model=model)
         return problem.outer(unravel_y(y), unravel_x(x), ctx)[0]
 
-    def own_steps(x, point):
-        """What the solver's own steps lead to: the inner point, and the model's state, which moves with it."""
-        start, lower = unravel_y(y_start), Lower(problem.inner, solver, frozen)
+    def moving(x, point):
+        """The solver's own steps, statistics included: the outer value that they lead to, and the point."""
+        outer = unravel_x(x)
+        state = InnerState(unravel_y(y_start), (), point.model)
         if problem.inner_init is not None:
-            start = problem.inner_init(unravel_x(x))
-        state = InnerState(start, tree.strong(solver.init(start)), point.start_model)
-        end, _ = lower.run(state, unravel_x(x), Feed(point.inner_ctx.batch, point.inner_ctx.key, 0))
-        return ravel_pytree(end.params)[0], end.model
+            begun, model = problem.inner_init(outer, point.inner_ctx.key)
+            state = state._replace(params=begun, model=point.model if model is None else model)
+        state = state._replace(opt=tree.strong(solver.first(state.params, outer)))
+        lower = Lower(problem.inner, solver, problem.inner_draw, problem.outer.trajectory)
+        end, info = lower.run(state, outer, Feed(point.inner_ctx.batch, point.inner_ctx.key, 0))
+        seen = info["steps"] if problem.outer.trajectory else end.params
+        value = problem.outer(seen, outer, point.outer_ctx._replace(model=end.model))[0]
+        return value, ravel_pytree(end.params)[0]
 
     def best_response(x, y, point):
         if kind == "solver":
-            return own_steps(x, point)[0]
+            return moving(x, point)[1]
         if small:
             return newton(lambda y: g(y, x, point), y)
         polish = inner_solvers.lbfgs(maxiter=5000, tol=1e-14, memory=20)
@@ -176,11 +181,11 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
 
         def h(x):
             if kind == "solver":
-                response, model = own_steps(x, point)
-                return f(response, x, point, model).astype(dtype)
-            return f(best_response(x, y, point), x, point).astype(dtype)
+                return moving(x, point)[0].astype(dtype)
+            response = best_response(x, y, point)
+            return f(response, x, point).astype(dtype)
 
-        value = f(y, x, point)
+        value = moving(x, point)[0] if kind == "solver" else f(y, x, point)
         grad, rows = f_x - pulled, None
         if kind != "dense":
             rows = jnp.eye(x.size, dtype=x.dtype) if count is None else jnp.linalg.qr(jax.random.normal(key, (x.size, count), x.dtype))[0].T

@@ -14,9 +14,11 @@ from jax.flatten_util import ravel_pytree
 from bilevax import check, tree
 from bilevax._core import numbers
 from bilevax.base import Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
+from bilevax.data.draws import count_steps, with_number
 from bilevax.diagnostics import _reference
 from bilevax.diagnostics._reference import Point, Reference, frozen
 from bilevax.estimate import estimate
+from bilevax.results import RESULTS, warnings_in
 
 
 class HypergradientReport(NamedTuple):
@@ -140,7 +142,6 @@ def check_hypergradient(
             f"reference: got {reference!r} with inner_init; expected 'solver', since an exact solution does not depend on where it was started."
         )
     check.pieces(solver, hypergradient)
-    check.sees_init(inner_init, hypergradient)
     prepared = prepare(inner_objective, outer_objective, inner_params, outer_params, inner_batch, outer_batch, model_state, inner_init, key)
     kind = reference_kind(reference, tree.size(prepared.inner))
     solution, est = jax.jit(prepared.run(solver, hypergradient))(*prepared.arguments(solver, hypergradient))
@@ -160,12 +161,12 @@ class Prepared(NamedTuple):
 
     def arguments(self, solver: InnerSolver, method: Hypergradient) -> tuple:
         """What the function of `run` takes."""
-        opt, state = tree.strong((solver.init(self.inner), method.init(self.inner)))
+        opt, state = tree.strong((solver.first(self.inner, self.outer), method.init(self.inner)))
         return self.inner, self.outer, self.feeds, opt, state, self.model
 
     def run(self, solver: InnerSolver, method: Hypergradient) -> Callable:
         """The estimate as one function, to be compiled."""
-        problem = self.problem
+        problem = count_steps(self.problem, solver.steps)
 
         def run(inner, outer, feeds, opt, state, model):
             return estimate(problem, solver, method, InnerState(inner, opt, model), outer, feeds, state)
@@ -192,7 +193,11 @@ def prepare(inner_objective, outer_objective, inner_params, outer_params, inner_
     keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
     inner_feed, outer_feed = Feed(inner_batch, keys[0], 0), Feed(outer_batch, keys[1], 0)
     feeds = Feeds(inner_feed, inner_feed, outer_feed, keys[2], 0)
-    check.objectives(problem, inner, outer, model, frozen(inner_feed, 0), frozen(outer_feed, 0))
+    if problem.outer.trajectory:
+        raise ValueError(
+            f"outer_objective: got {problem.outer!r}; expected an objective of the inner point. Try objective(fn) of the last step alone."
+        )
+    check.objectives(problem, inner, outer, model, with_number(problem.inner, frozen(inner_feed, 0)), frozen(outer_feed, 0))
     return Prepared(problem, inner, outer, feeds, model)
 
 
@@ -253,9 +258,10 @@ def _report(method: Hypergradient, est: Estimate, ref: Reference, tol: float) ->
     reference = unravel(jnp.asarray(np.asarray(ref.grad), jnp.result_type(*leaves) if len({leaf.dtype for leaf in leaves}) == 1 else None))
     residual = float(est.info["adjoint_residual"]) if "adjoint_residual" in est.info else math.nan
     ok = bool(total.relative_error <= tol) and not _doubts(ref)
+    constant = RESULTS.statistics_constant in warnings_in(est.info["warnings"])
     return HypergradientReport(
         ok, total.relative_error, total.cosine, float(est.value), est.grad, reference, ref.inner_grad_norm, residual,
-        _advice(method, ok, total, ref, residual, method_error, solve_error, tol), ref.inner_distance, method_error, solve_error, ref.kind,
+        _advice(method, ok, total, ref, residual, method_error, solve_error, tol, constant), ref.inner_distance, method_error, solve_error, ref.kind,
         ref.precision, tol,
     )  # fmt: skip
 
@@ -283,7 +289,7 @@ def _doubts(ref: Reference) -> list[str]:
     return said
 
 
-def _advice(method: Hypergradient, ok: bool, total: Comparison, ref: Reference, residual, method_error, solve_error, tol) -> str:
+def _advice(method: Hypergradient, ok: bool, total: Comparison, ref: Reference, residual, method_error, solve_error, tol, constant) -> str:
     """Causes in the order in which to cure them."""
     if not math.isfinite(total.relative_error):
         return "The hypergradient or its reference is not finite: look at both objectives, and at the inner solve, at this point."
@@ -296,7 +302,10 @@ def _advice(method: Hypergradient, ok: bool, total: Comparison, ref: Reference, 
                 f"{method!r} differentiates the solver's steps and still differs from their differences: a kink in the steps (clipping, a gradient "
                 "of exactly zero), or differences lost in rounding. Try another point, or objectives that compute in float64."
             )
-        return (
+        statistics = ""
+        if constant:
+            statistics = "It takes the model's statistics as constants, and the outer objective reads them. "
+        return statistics + (
             f"{method!r} takes the solver's point for a solution, which is not the derivative of the solver's own steps. Try "
             "hypergradient.unrolled() if the steps are what counts, or reference='dense' if the solution is."
         )

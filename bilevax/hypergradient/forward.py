@@ -42,7 +42,7 @@ def forward() -> Hypergradient:
 
     Source: Franceschi et al., "Forward and reverse gradient-based hyperparameter optimization" (ICML 2017), algorithm 2.
     """
-    return Hypergradient(init=_init, vjp=Bound("forward", _vjp), order=2)
+    return Hypergradient(init=_init, vjp=Bound("forward", _vjp), order=2, sees_model=True, sees_settings=True, sees_steps=True, batches=0)
 
 
 def _init(inner):
@@ -59,21 +59,21 @@ def _vjp(lower, inner_state, outer, feed, ctx, state):
 
     def solve(outer):
         end, info = lower.run(inner_state, outer, feed)
-        return end.params, (end, info)
+        seen = info.pop("steps") if lower.keeps else end.params
+        return (seen, tree.partition(end.model)[0]), (end, info)
 
     def push(direction):
-        params, tangent, rest = jax.jvp(solve, (outer,), (direction,), has_aux=True)
-        return params, tangent, rest
+        return jax.jvp(solve, (outer,), (direction,), has_aux=True)
 
     # Only the tangents are batched: the solve itself is done once.
-    params, jacobian, (solution, info) = jax.vmap(push, out_axes=(None, 0, None))(_basis(outer, count))
-    solution = solution._replace(params=params)
+    (params, moved), jacobian, (solution, info) = jax.vmap(push, out_axes=(None, 0, None))(_basis(outer, count))
+    solution = solution._replace(params=params, model=tree.combine(moved, tree.partition(solution.model)[1]))
     report = summary(jax.lax.stop_gradient(info), jax.lax.stop_gradient(solution))
     evaluations = jnp.int32(count * lower.solver.steps)
     report |= {"gradients": jnp.int32(0), "hvps": evaluations, "mixed_products": evaluations}
 
     def pullback(w):
-        flat = jax.vmap(lambda row: tree.dot(row, w))(jacobian)
+        flat = jax.vmap(lambda row: tree.dot(row, (w.params, w.model)))(jacobian)
         return _unflatten(outer, flat), None, state, report
 
     return solution, pullback

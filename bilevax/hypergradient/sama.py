@@ -9,9 +9,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
-from bilevax._core import numbers
+from bilevax._core import numbers, optimizer
 from bilevax._core.apart import apart, large
-from bilevax._core.optimizer import accepted
 from bilevax.base import Bound, Hypergradient, PyTree, Scalar
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
@@ -31,7 +30,8 @@ def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -
     - A coordinate whose gradient is exactly zero, at which the update is not differentiable (the square root of Adam, RMSProp and their like at a
       second moment of zero; a parameter that no data ever reached), gets an adaptation of zero. Their number is ``adaptation_nonsmooth``
       in the info. With ``eps_root > 0`` the optimizer has a derivative there and it is used.
-    - An update whose derivative is zero everywhere (sign updates such as ``optax.lion``, a step of ``optax.MultiSteps`` that only accumulates)
+    - Of ``optax.MultiSteps``, whose next step may only accumulate, it is the update that accumulation leads to.
+    - An update whose derivative is zero everywhere (sign updates such as ``optax.lion``)
       gives a hypergradient of zero: the warning ``adaptation_zero`` stands.
     - Transformations that ask for ``value``, ``grad`` or ``value_fn`` get them, as constants. One that searches in a loop is refused.
 
@@ -99,6 +99,7 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, product, nudge, radius)
     def pullback(w):
         value, grads = apart(inner_gradient, _after(w, solution.params))
         extra = {"value": value, "grad": grads, "value_fn": lambda params: lower.objective(params, outer, ctx)[0]}
+        extra |= {"outer": outer} if solver.sees_outer else {}
         q, nonsmooth = adapt(_updates(solver.update, solution, extra), grads, w)
         lost = (tree.dot(q, q) == 0) & (tree.dot(w, w) > 0)
         warnings = info["warnings"] | warning(lost, RESULTS.adaptation_zero)
@@ -136,7 +137,7 @@ def _after(before: PyTree, params: PyTree) -> PyTree:
 
 def _updates(update: Callable, solution, extra: dict) -> Callable[[PyTree], PyTree]:
     """The optimizer's next update as a function of the gradient alone."""
-    extra = accepted(update, extra)
+    extra = optimizer.accepted(update, extra)
 
     def updates(grads):
         out, _ = update(grads, solution.opt, solution.params, **extra)

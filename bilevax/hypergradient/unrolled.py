@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from bilevax import tree
 from bilevax._core import numbers
 from bilevax.base import Bound, Feed, Hypergradient, InnerState, Lower, PyTree
 from bilevax.hypergradient._mixed_mode import GRADIENT, mixed
@@ -74,6 +75,10 @@ def unrolled(last: int | None = None, *, checkpoint: str = "mixed") -> Hypergrad
         sees_init=last is None,
         order=2 if last is None else 1,
         cost=Bound("cost", _cost, last=last, checkpoint=checkpoint),
+        sees_model=True,
+        sees_settings=True,
+        sees_steps=last is None,
+        batches=0,
     )
 
 
@@ -99,20 +104,24 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, last, checkpoint):
     if start:
         inner_state, _ = lax.stop_gradient(lower.run(*lax.stop_gradient((inner_state, outer, feed)), 0, start))
 
-    def solve(params, outer):
-        end, info = _RUNS[checkpoint](lower, inner_state._replace(params=params), outer, feed, start, steps)
-        return end.params, (end, info)
+    floats, rest = tree.partition(inner_state.model)
 
-    params, reverse, (solution, info) = jax.vjp(solve, inner_state.params, outer, has_aux=True)
-    solution = solution._replace(params=params)
+    def solve(params, floats, outer):
+        begin = inner_state._replace(params=params, model=tree.combine(floats, rest))
+        end, info = _RUNS[checkpoint](lower, begin, outer, feed, start, steps)
+        seen = info.pop("steps") if lower.keeps else end.params
+        return (seen, tree.partition(end.model)[0]), (end, info)
+
+    (params, moved), reverse, (solution, info) = jax.vjp(solve, inner_state.params, floats, outer, has_aux=True)
+    solution = solution._replace(params=params, model=tree.combine(moved, tree.partition(solution.model)[1]))
     report = summary(lax.stop_gradient(info), lax.stop_gradient(solution))
     taken = steps - start
     again = {"none": 0, "step": taken, "mixed": 0, "sqrt": taken}[checkpoint]
     report |= {"gradients": jnp.int32(again), "hvps": jnp.int32(taken), "mixed_products": jnp.int32(taken)}
 
     def pullback(w):
-        init_cotangent, outer_cotangent = reverse(w)
-        return outer_cotangent, init_cotangent if last is None else None, state, report
+        *begin, outer_cotangent = reverse((w.params, w.model))
+        return outer_cotangent, InnerState(begin[0], (), begin[1]) if last is None else None, state, report
 
     return solution, pullback
 
@@ -121,13 +130,9 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, last, checkpoint):
 
 
 def _body(lower: Lower, checkpointed: bool = True) -> Callable:
-    def body(state, i, outer, feed):
-        ctx = lower.draw(feed, i)._replace(model=state.model)
-        return lower.solver.step(lower.objective, state, outer, ctx)
-
     # Inside a scan nothing can be merged across the loop's boundary, so merging need not be prevented.
     policy = jax.checkpoint_policies.save_only_these_names(GRADIENT)
-    return jax.checkpoint(body, prevent_cse=False, policy=policy) if checkpointed else body  # type: ignore[no-any-return]
+    return jax.checkpoint(lower.step, prevent_cse=False, policy=policy) if checkpointed else lower.step  # type: ignore[no-any-return]
 
 
 def _steps(body: Callable, state: InnerState, outer: PyTree, feed: Feed, indices) -> tuple[InnerState, PyTree]:

@@ -54,7 +54,7 @@ def zeroth_order(samples: int = 16, scale: float = 1e-2, *, antithetic: bool = T
         antithetic=numbers.flag(antithetic, "antithetic"),
         chunk=None if chunk is None else numbers.count(chunk, "chunk"),
     )
-    return Hypergradient(init=_init, vjp=Bound("zeroth_order", _vjp, **settings), order=1, extends=False)
+    return Hypergradient(init=_init, vjp=Bound("zeroth_order", _vjp, **settings), order=1, extends=False, sees_settings=True, batches=0)
 
 
 def _init(inner):

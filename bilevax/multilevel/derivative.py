@@ -101,7 +101,7 @@ def _total(system: System, out: Sweep, feeds: dict[str, Feed]):
     rest = {name: state.params for name, state in states.items()}
     data = {name: feed.data for name, feed in feeds.items()}
     batch = nested.LevelBatch(ctx.batch, ctx.key, draw_number(feed, 0), jnp.int32(0), data, rest)
-    model = nested.LevelModel(None, {name: states[name] for name in top.held})
+    model = nested.LevelModel(system.still, {name: states[name] for name in top.held})
     total = nested.total_objective(system, top.name)
     return lambda outer: total(outer, {}, ctx._replace(batch=batch, model=model))[0]
 

@@ -16,6 +16,7 @@ from bilevax.data import same
 from bilevax.data.draws import with_number
 from bilevax.multilevel.derivative import differentiable
 from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
+from bilevax.multilevel.statistics import Division, divided
 from bilevax.multilevel.system import System, as_solver, as_system, method_of
 from bilevax.results import RESULTS, strictness
 
@@ -50,9 +51,10 @@ class MultilevelGradFn:
           A `MultilevelEstimateState`.
         """
         floats, fixed = split_params(self.levels, params)
-        states, methods = first_states(self.levels, floats, check_names(model_state, [level.name for level in self.levels], "model_state"))
+        models = tree.strong(check_names(model_state, [level.name for level in self.levels], "model_state"))
+        states, methods = first_states(self.levels, floats, {})
         opt = {name: state.opt for name, state in states.items()}
-        return MultilevelEstimateState(opt, {name: state.model for name, state in states.items()}, methods, jnp.zeros((), jnp.int32))
+        return MultilevelEstimateState(opt, self._completed(models), methods, jnp.zeros((), jnp.int32))
 
     @by_intent
     def __call__(
@@ -67,25 +69,36 @@ class MultilevelGradFn:
         floats, fixed = split_params(self.levels, params)
         names = [level.name for level in self.levels]
         batches = {n: jax.tree.map(jnp.asarray, b) for n, b in check_names(batches, names, "batches").items()}
-        models = {} if state is None else state.model
+        models = self._completed({} if state is None else state.model)
         system = self.system(floats, fixed, batches, key, models)
         if state is None:
             states, methods = first_states(self.levels, floats, {})
             step = jnp.zeros((), jnp.int32)
         else:
-            states = {n: InnerState(floats[n], state.opt[n], state.model[n]) for n in names[:-1]}
+            own = self.division(models).own
+            states = {n: InnerState(floats[n], state.opt[n], own[n]) for n in names[:-1]}
             methods, step = state.method, state.step
         draws = {n: solver.steps + 1 for n, solver in system.solvers.items()}  # of a level in each call; `every` counts them
         feeds = {n: Feed(batches.get(n), None if key is None else jax.random.fold_in(key, i), step * draws.get(n, 1)) for i, n in enumerate(names)}
         out = differentiable(system, states, methods, floats[names[-1]], feeds)
         new_state = MultilevelEstimateState(
-            {n: s.opt for n, s in out.states.items()}, {n: s.model for n, s in out.states.items()}, out.methods, step + 1
+            {n: s.opt for n, s in out.states.items()}, {**models, **self.division(models).shown(out.states, models)}, out.methods, step + 1
         )
         solved = {n: tree.combine(s.params, fixed[n]) for n, s in out.states.items()}
         grad = tree.combine(out.grad, jax.tree.map(lambda a: None, fixed[names[-1]]))
         found = Estimate(out.value, grad, solved, new_state, out.info, out.aux)
-        before = MultilevelEstimateState({n: s.opt for n, s in states.items()}, {n: s.model for n, s in states.items()}, methods, step)
+        before = MultilevelEstimateState({n: s.opt for n, s in states.items()}, models, methods, step)
         return guarded(found, before, self.strict)
+
+    def _completed(self, models: dict) -> dict:
+        """An entry for each lower level, and for the top one where it has a state."""
+        *lower, top = (level.name for level in self.levels)
+        return {n: models.get(n) for n in (*lower, *([top] if top in models else []))}
+
+    def division(self, models: dict) -> Division:
+        """Whose model state is whose."""
+        objectives = {level.name: objective(level.objective) for level in self.levels}
+        return divided(list(objectives), objectives, models)
 
     def system(self, floats: dict, fixed: dict, batches: dict, key: Any, models: dict) -> System:
         """The levels bound to these shapes, with the graph found from them."""
@@ -99,7 +112,7 @@ def first_states(levels: Sequence[Level], params: dict[str, PyTree], models: dic
     states, methods = {}, {}
     for level in levels[:-1]:
         name = level.name
-        opt, methods[name] = tree.strong((as_solver(level).init(params[name]), method_of(level).init(params[name])))
+        opt, methods[name] = tree.strong((as_solver(level).first(params[name], None), method_of(level).init(params[name])))
         states[name] = InnerState(params[name], opt, None if models.get(name) is None else tree.strong(models[name]))
     return states, methods
 

@@ -13,6 +13,7 @@ How a nested best response is differentiated is its own method's affair:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -24,8 +25,9 @@ from bilevax import linear, tree
 from bilevax._core import numbers
 from bilevax._core.jaxpr import evaluate
 from bilevax.argmin import attach
-from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, join, split
+from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, as_cotangent, join, split
 from bilevax.data.draws import draw_number
+from bilevax.multilevel.statistics import constant, entered, floats_of
 from bilevax.multilevel.system import System
 
 MAX_RESIDUAL = 1e-2  # of a linear solve inside a derivative, which no code can come out of: above it the derivative is NaN
@@ -82,8 +84,14 @@ def hyper_context(side: Lower, feed: Feed) -> Ctx:
 
 def level_feed(system: System, name: str, env: dict[str, PyTree], data: dict, key, step) -> Feed:
     """The stream of one level: the data of all levels, and the variables that this one does not depend on."""
-    wanted = {name, *system.graph[name].total}
+    wanted = {name, *given_to(system, name, system.graph[name].total, env)}
     return Feed((data, lax.stop_gradient({n: v for n, v in env.items() if n not in wanted})), key, step)
+
+
+def given_to(system: System, name: str, levels: Sequence[str], env: dict[str, PyTree], solved: Sequence[str] | None = None) -> dict[str, PyTree]:
+    """What a level's solution is differentiated in: the variables of `levels`, and the statistics of those `solved` before (default: of `levels`)."""
+    states = (n for n in (levels if solved is None else solved) if n in system.seen and n != name)
+    return {n: env[n] for n in levels} | {floats_of(n): env[floats_of(n)] for n in states}
 
 
 def inside(system: System, name: str, env: dict[str, PyTree], batch: LevelBatch) -> tuple[Lower, Feed]:
@@ -106,28 +114,34 @@ def _draw(feed: Feed, i, *, draw: Draw, index: int, name: str, steps: int) -> Ct
 
 def _total(inner, outer, batch: LevelBatch, model: LevelModel, *, key, system: System, name: str):
     env, below = {**batch.rest, **outer, name: inner}, model.below
+    if name in system.owners:
+        env = entered(env, (name,), lax.stop_gradient({name: model.mine}))
+    env = constant(env, system.owners, below)
     for j in system.graph[name].nested:
-        env[j], below = _respond(system, name, j, env, batch, below)
+        solution, below = _respond(system, name, j, env, batch, below)
+        env[j] = solution.params
+        env = constant(env, system.owners, below)
+        if j in system.owners:
+            env = entered(env, (j,), {j: solution.model.mine})
     value, (mine, aux) = system.objectives[name](env, None, Ctx(batch.own, key, model.mine, inner_step=batch.inner_step))
     return value, (LevelModel(mine, below), aux)
 
 
-def _respond(system: System, reader: str, name: str, env: dict, batch: LevelBatch, below: dict) -> tuple[PyTree, dict]:
+def _respond(system: System, reader: str, name: str, env: dict, batch: LevelBatch, below: dict) -> tuple[InnerState, dict]:
     """The best response of level `name`, differentiable in `env`, and the warm states after its solve."""
     method, (side, feed) = system.methods[name], inside(system, name, env, batch)
     start = lax.stop_gradient(start_state(system, name, below))
-    given = {n: env[n] for n in system.graph[name].total}
+    given = given_to(system, name, system.graph[name].total, env)
     ctx = hyper_context(side, feed)
     if method.order < 2:
         solution = _guarded_solve(side, method, message(system, reader, name), start, given, feed, ctx)
-        y = solution.params
     elif method.linear is None:
         solution, _ = method.vjp(side, start, given, feed, ctx, method.init(start.params))
-        y = solution.params
     else:
         solution, _ = lax.stop_gradient(side.run(start, lax.stop_gradient(given), feed))
         y = attached(system, name, side, solution, given, ctx._replace(model=solution.model))
-    return y, {**below, **lax.stop_gradient(end_states(name, solution))}
+        solution = solution._replace(params=y)
+    return solution, {**below, **lax.stop_gradient(end_states(name, solution))}
 
 
 def attached(system: System, name: str, side: Lower, solution: InnerState, given: dict, ctx: Ctx) -> PyTree:
@@ -176,9 +190,16 @@ def attached_jointly(system: System, name: str, solution: InnerState, given: dic
     return attach(value, joint_solver(system, name, u), max_residual=accepted(system.methods[name]))(u, given, ctx).y
 
 
+def _entered(system: System, name: str, env: dict, ctx: Ctx) -> dict:
+    """`env` with the statistics of this level and of those inside it, as constants."""
+    if name in system.owners:
+        env = entered(env, (name,), lax.stop_gradient({name: ctx.model.mine}))
+    return constant(env, system.owners, ctx.model.below)
+
+
 def lagrangian(system: System, name: str, u: Unknowns, given: dict, ctx: Ctx):
     """``L_j`` at the unknowns `u` of level `name`."""
-    env = {**ctx.batch.rest, **given, name: u.y} | {i: u_i.y for i, (u_i, _) in u.below.items()}
+    env = _entered(system, name, {**ctx.batch.rest, **given, name: u.y} | {i: u_i.y for i, (u_i, _) in u.below.items()}, ctx)
     value = system.objectives[name](env, None, Ctx(ctx.batch.own, ctx.key, ctx.model.mine, inner_step=ctx.batch.inner_step))[0]
     for i, (u_i, multipliers) in u.below.items():
         known, ctx_i = _inside(system, i, env, ctx)
@@ -190,12 +211,12 @@ def _inside(system: System, name: str, env: dict, ctx: Ctx) -> tuple[dict, Ctx]:
     """What a level inside another is given at `env`."""
     side, feed = inside(system, name, env, ctx.batch)
     model = start_state(system, name, ctx.model.below).model
-    return {n: env[n] for n in system.graph[name].total}, hyper_context(side, feed)._replace(model=model)
+    return given_to(system, name, system.graph[name].total, env), hyper_context(side, feed)._replace(model=model)
 
 
 def point(system: System, name: str, y: PyTree, given: dict, ctx: Ctx) -> Unknowns:
     """The unknowns at a solved `y`: the levels inside solved there, then the multipliers, each after those of the levels that read it."""
-    env = {**ctx.batch.rest, **given, name: y}
+    env = _entered(system, name, {**ctx.batch.rest, **given, name: y}, ctx)
     below: dict[str, tuple] = {}
     for i in system.graph[name].nested:
         side, feed = inside(system, i, env, ctx.batch)
@@ -273,7 +294,8 @@ def _guarded_fwd(static, given, rest):
     dynamic, start, feed, ctx = rest
     side, method, why = join(static, dynamic)
     solution, pullback = method.vjp(side, start, given, feed, ctx, method.init(start.params))
-    closed, shape = jax.make_jaxpr(lambda w: pullback(w)[0], return_shape=True)(solution.params)
+    still = tree.zeros_like(tree.partition(solution.model)[0])
+    closed, shape = jax.make_jaxpr(lambda w: pullback(as_cotangent(method, w, still))[0], return_shape=True)(solution.params)
     residuals = (closed.consts, _Code(closed.jaxpr, jax.tree.structure(shape)), given, rest)
     return refused(why, solution, given), residuals
 

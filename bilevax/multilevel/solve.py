@@ -18,6 +18,7 @@ from bilevax.data.loaders import Stream
 from bilevax.data.sources import as_source
 from bilevax.multilevel import joint
 from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
+from bilevax.multilevel.statistics import divided
 from bilevax.multilevel.sweep import sweep
 from bilevax.multilevel.system import System, as_solver, as_system
 from bilevax.results import RESULTS
@@ -45,7 +46,7 @@ def _packed(states: dict[str, InnerState]) -> InnerState:
 
 
 def _init(problem: System, inner: InnerState, outer: PyTree) -> MultilevelState:
-    opt = {name: solver.init(inner.params[name]) for name, solver in problem.solvers.items()}
+    opt = {name: solver.first(inner.params[name], None) for name, solver in problem.solvers.items()}
     methods = {name: joint.adapted(problem, name).init(inner.params[name]) for name in problem.solvers}
     return MultilevelState(inner._replace(opt=opt), outer, optimizer.init(problem.optimizer, outer), methods)
 
@@ -102,7 +103,8 @@ def solve_multilevel(
       num_steps: steps of the top level.
       key: PRNG key; needed where data is sampled or an objective is keyed.
       project: of the top level's parameters, after each of its steps.
-      model_state: initial model states of stateful objectives, a dict by level name.
+      model_state: initial model states of stateful objectives, a dict by level name. A network's belongs to the level that trains it:
+        ``{"w": {"w": net.state}}``; the others read it as it is then.
       metrics: as in `solve_bilevel`; called with the dict of lower levels, the top level, and the data.
       tol: as in `solve_bilevel`.
       keep: as in `solve_bilevel`.
@@ -158,7 +160,10 @@ def solve_multilevel(
     if state is not None:
         refuse_one_pass(tuple(sources.values()))
     contexts = {level.name: with_number(objective(level.objective), first_context(sources[level.name], run_key)) for level in levels}
-    now = models if state is None else state.algorithm.inner.model
+    objectives = {level.name: objective(level.objective) for level in levels}
+    division = divided(names, objectives, models)
+    # What a state brings are the levels' own; the readers' are theirs.
+    now = {**models, **division.own, **({} if state is None else state.algorithm.inner.model)}
     draws = {level.name: _draw_of(level, sources[level.name]) for level in levels}
     system = as_system(levels, floats, fixed, draws, contexts, now)
     inside = {n for name in names[:-1] for n in system.graph[name].held}
@@ -168,11 +173,12 @@ def solve_multilevel(
                 f"data[{name!r}]: got an iterable for a level that is solved inside another one's objective; expected arrays, data.minibatches of "
                 "them, or a function (key, step) -> batch."
             )
-    model = {n: models.get(n) for n in names[:-1]}
+    model = {n: division.own[n] for n in names[:-1]}
     start = InnerState({n: floats[n] for n in names[:-1]}, {}, model)
     if options.metrics is not None:
         check_metrics(options.metrics, start.params, floats[upper], model, {"value", "grad_norm", "code", "warnings", "aux"})
-    value = jax.eval_shape(lambda p, ctx: system.objectives[upper](p, None, ctx)[0], floats, contexts[upper])
+    seen = contexts[upper]._replace(model=division.whole(upper))
+    value = jax.eval_shape(lambda p, ctx: system.objectives[upper](p, None, ctx)[0], floats, seen)
     counts = (*(solver.steps + 1 for solver in system.solvers.values()), 1)
     bound = None if project is None else Bound("project", _projected, fn=project, fixed=fixed[upper])
     # The driver hands an algorithm whatever problem it was given, and as many streams as `draws` has entries.

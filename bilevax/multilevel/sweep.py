@@ -11,9 +11,10 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core.precision import under
-from bilevax.base import Feed, InnerState, PyTree
+from bilevax.base import Feed, InnerState, PyTree, as_cotangent
 from bilevax.hypergradient.parts import forward
 from bilevax.multilevel import joint, nested
+from bilevax.multilevel.statistics import constant, entered, floats_of
 from bilevax.multilevel.system import System
 from bilevax.results import RESULTS, as_warning, first, unless
 
@@ -49,18 +50,23 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
     states, methods = dict(states), dict(methods)
     data = {name: feed.data for name, feed in feeds.items()}
     env = {name: state.params for name, state in states.items()} | {top.name: outer}
+    env = constant(env, system.owners, states)
+    if top.name in system.owners:
+        env = entered(env, (top.name,), {top.name: system.still})
     ahead: dict[str, InnerState] = {}
     pullbacks: dict[str, Callable] = {}
+    statistics: dict[str, PyTree] = {}  # the floating-point leaves of the solutions' model states
     infos: dict[str, dict] = {}
     for name in top.nested:
         node, side = graph[name], nested.lower(system, name)
-        given = {n: env[n] for n in node.live}
+        given = nested.given_to(system, name, node.live, env, tuple(pullbacks))
         rest = lax.stop_gradient({n: v for n, v in env.items() if n != name and n not in given})
         feed = Feed((data, rest), feeds[name].key, feeds[name].step)
         start = nested.start_state(system, name, states)
         if node.live:
             method = joint.adapted(system, name)
             solution, pullbacks[name] = method.vjp(side, start, given, feed, nested.hyper_context(side, feed), methods[name])
+            statistics[name] = tree.partition(solution.model)[0]
         else:
             solution, infos[name] = forward(side, start, given, feed)
         if system.look_ahead[name]:
@@ -68,9 +74,11 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
             ahead |= nested.end_states(name, lax.stop_gradient(one))
         env[name] = solution.params
         states |= nested.end_states(name, solution)
+        env = constant(env, system.owners, states)
 
-    moved = {n: env[n] for n in (*(n for n in top.uses if n in pullbacks), top.name)}
-    ctx = system.draws[top.name](feeds[top.name], 0)._replace(model=None)
+    below = tuple(n for n in top.uses if n in pullbacks)
+    moved = nested.given_to(system, top.name, (*below, top.name), env, tuple(pullbacks))
+    ctx = system.draws[top.name](feeds[top.name], 0)._replace(model=system.still)
 
     def value_of(moved):
         return system.objectives[top.name]({**env, **moved}, None, ctx)
@@ -79,9 +87,14 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
     value_and_cotangents = under(needed[0] if needed else None, jax.value_and_grad(value_of, has_aux=True))
     (value, (_, aux)), cotangents = value_and_cotangents(moved)
     for name in reversed(top.nested):
-        if name not in pullbacks or name not in cotangents:
+        if name not in pullbacks or not {name, floats_of(name)} & set(cotangents):
             continue
-        found, _, methods[name], infos[name] = pullbacks[name](cotangents[name])
+        w, model = cotangents.get(name), tree.zeros_like(statistics[name])
+        w = tree.zeros_like(env[name]) if w is None else w
+        if floats_of(name) in cotangents:
+            model = model._replace(mine={**model.mine, name: cotangents[floats_of(name)]})
+        method = joint.adapted(system, name)
+        found, _, methods[name], infos[name] = pullbacks[name](as_cotangent(method, w, model))
         for n, cotangent in found.items():
             cotangents[n] = tree.add(cotangents[n], cotangent) if n in cotangents else cotangent
     grad = cotangents[top.name]

@@ -13,9 +13,10 @@ from jax import lax
 from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax._captured import hoisted
-from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, objective
+from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, PyTree, objective
 from bilevax.hypergradient.one_step import one_step
 from bilevax.hypergradient.parts import over
+from bilevax.multilevel import statistics
 from bilevax.multilevel.graph import Graph, find
 from bilevax.multilevel.level import Level
 
@@ -30,19 +31,23 @@ class System(NamedTuple):
     draws: dict[str, Draw]
     optimizer: Any  # of the top level
     look_ahead: dict[str, bool]
+    owners: tuple[str, ...]  # levels whose model state others may read
+    seen: tuple[str, ...]  # those among them whose statistics are differentiated
+    still: PyTree  # the top level's own model state, which no step moves
 
 
 def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[str, Draw], contexts: dict, models: dict) -> System:
     """The levels bound to their non-float leaves, with the graph of who reads whom found from these shapes."""
-    objectives = {}
+    wrapped = {level.name: objective(level.objective) for level in levels}
+    division = statistics.divided(list(wrapped), wrapped, models)
+    objectives, given = {}, {}
     for level in levels:
-        wrapped = objective(level.objective)
-        objectives[level.name] = dataclasses.replace(wrapped, fn=Bound(wrapped.name, _two_arguments, fn=wrapped.fn, fixed=fixed))
-        model = models.get(level.name)
-        if wrapped.stateful and model is None:
-            raise ValueError(f"model_states: got none for level {level.name!r}, whose objective is stateful; expected its initial model state.")
-        check.evaluate(objectives[level.name], f"Level {level.name!r}, objective", params, None, contexts[level.name]._replace(model=model))
-    given = {name: contexts[name]._replace(model=models.get(name)) for name in objectives}
+        name, fn = level.name, wrapped[level.name]
+        shared = tuple(k for k in division.owners if k != name) if name in division.by_owner else None
+        settings = dict(fn=fn.fn, fixed=fixed, shared=shared, own=tuple(division.own[name] or ()) if shared is not None else None)
+        objectives[name] = dataclasses.replace(fn, fn=Bound(fn.name, _two_arguments, **settings, has_aux=fn.has_aux))
+        given[name] = contexts[name]._replace(model=division.whole(name))
+        check.evaluate(objectives[name], f"Level {name!r}, objective", params, None, given[name])
     objectives = {name: hoisted(value, params, None, given[name]) for name, value in objectives.items()}
     graph = find(objectives, params, given, {level.name: level.reads for level in levels}, [level.name for level in levels if level.freeze])
     *lower, top = levels
@@ -56,6 +61,9 @@ def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[st
         draws,
         top.solver,
         {level.name: level.look_ahead for level in lower},
+        division.owners,
+        tuple(n for n in graph.top.nested if n in division.owners and methods[n].sees_model and graph[n].live),
+        division.own[top.name],
     )
 
 
@@ -72,8 +80,14 @@ def _first_order(method: Hypergradient) -> Hypergradient:
     return method if method.first_order_form is None else method.first_order_form
 
 
-def _two_arguments(params, _, batch, *model, fn, fixed, **keyed):
-    return fn({name: tree.combine(value, fixed[name]) for name, value in params.items()}, batch, *model, **keyed)
+def _two_arguments(params, _, batch, *model, fn, fixed, shared, own, has_aux, **keyed):
+    variables = {name: tree.combine(params[name], fixed[name]) for name in fixed}
+    if shared is None:
+        return fn(variables, batch, *model, **keyed)
+    value, rest = fn(variables, batch, statistics.read(params, model[0], shared), **keyed)
+    moved, aux = rest if has_aux else (rest, None)
+    moved = {name: moved[name] for name in own}  # of the others' states only they make new ones
+    return value, ((moved, aux) if has_aux else moved)
 
 
 def as_solver(level: Level) -> InnerSolver:

@@ -26,7 +26,8 @@ def from_nnx(model: Any, wrt: Any = nnx.Param) -> Net:
 
     Returns:
       A `Net`. ``params`` holds ``nnx.State``, what ``nnx.state(model, filter)`` gives. Variables of other types (BatchNorm's statistics, caches)
-      are the ``state``. Random streams are neither: each evaluation gets new keys from the key of the run.
+      are the ``state``. A module that is in evaluation mode when it comes (``use_running_average=True``, ``deterministic=True``) stays in it;
+      the others are switched by each objective's ``train``. Random streams are neither: each evaluation gets new keys from the key of the run.
 
     Raises:
       TypeError: if `model` is not of nnx.
@@ -88,9 +89,46 @@ def _bind(params: PyTree, state: PyTree, key, train: bool, *, graphdef, draws, f
     state = nnx.State({}) if state is None else state
     draws = draws if key is None else _reseeded(draws, key)
     model = nnx.merge(graphdef, draws, *unpack(params, form), frozen, state, copy=True)  # a copy: calling it must not touch what was passed in
-    for module in modules(model):
-        module.train() if train else module.eval()
+    _switch(model, train)
     return model, lambda: nnx.state(model, moving)
+
+
+_MODES = ("deterministic", "use_running_average")
+
+
+def _switch(model: Any, train: bool) -> None:
+    """Training or evaluation mode of every module that its maker left in training mode: what was frozen stays frozen."""
+    for root in modules(model):
+        inside = [module for _, module in nnx.iter_modules(root)]
+        frozen = [(module, mode) for module in inside for mode in _MODES if getattr(module, mode, None) is True]
+        root.train() if train else root.eval()
+        for module, mode in frozen:
+            setattr(module, mode, True)
+        for module in inside:
+            if train and type(module) is nnx.BatchNorm:
+                module.__class__ = _BatchNorm
+
+
+class _BatchNorm(nnx.BatchNorm):
+    """BatchNorm whose running statistics have a derivative: flax stops it, and here it is part of the map."""
+
+    def __call__(self, x, use_running_average=None, *, mask=None):
+        given = self.use_running_average if use_running_average is None else use_running_average
+        before = self.mean[...], self.var[...]
+        out = super().__call__(x, use_running_average, mask=mask)
+        if not given:
+            axis = {self.axis} if isinstance(self.axis, int) else set(self.axis)
+            axes = tuple(i for i in range(x.ndim) if i not in {a % x.ndim for a in axis})
+            wide = x.astype(jax.numpy.promote_types(x.dtype, jax.numpy.float32))
+            mean, square = (self._over(a, axes, mask) for a in (wide, wide * wide))
+            for variable, old, new in zip((self.mean, self.var), before, (mean, square - mean * mean), strict=True):
+                moved = self.momentum * old + (1 - self.momentum) * new.astype(old.dtype)
+                variable[...] = variable[...] + (moved - jax.lax.stop_gradient(moved))  # flax's value, and our derivative
+        return out
+
+    def _over(self, a, axes, mask):
+        mean = jax.numpy.mean(a, axes, where=mask)
+        return mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name, axis_index_groups=self.axis_index_groups)
 
 
 def _merge(params: PyTree, state: PyTree = None, *, graphdef, draws, frozen, form: Form, initial):

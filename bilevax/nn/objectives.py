@@ -117,7 +117,7 @@ def _evaluate(*args, key=None, fn, binds: dict[str, Part], form: str, train: boo
     out = fn(*models, batch, **({"key": jax.random.fold_in(key, len(binds))} if keyed else {}), **number)
     if not stateful:
         return out
-    moved = {role: collects[role]() if train else old for role, old in state.items()}
+    moved = {role: collects[role]() if train and role in collects else old for role, old in state.items()}
     return (out[0], (moved, out[1])) if has_aux else (out, moved)
 
 

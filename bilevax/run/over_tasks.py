@@ -14,6 +14,7 @@ from bilevax.base import Algorithm, Bound, Objective, Problem, PyTree, StepInfo,
 from bilevax.data.loaders import Stream
 from bilevax.results import WARNINGS
 from bilevax.sharding.axis import enter, leave
+from bilevax.starts import Start, takes_key
 
 SUMMED = ("inner_value",)  # diagnostics that add up over tasks
 NORMS = ("inner_grad_norm", "cotangent_norm")  # and those whose squares do
@@ -46,7 +47,8 @@ def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTr
         outer=_localised(problem.outer, sharding.axis, count, problem.outer.tasks),
     )
     if problem.inner_init is not None:
-        local = local._replace(inner_init=Bound("inner_init", _own_start, fn=problem.inner_init, axis=sharding.axis))
+        own = Bound("inner_init", _own_start, fn=problem.inner_init, axis=sharding.axis)
+        local = local._replace(inner_init=Start(own, takes_key(problem.inner_init)))
     algorithm = _summing_once(algorithm, sharding.axis)
     streams = tuple(isinstance(source, Stream) for source in sources)
     spec = _state_spec(plan, sharding.axis, start, outer)
@@ -55,7 +57,7 @@ def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTr
 
 
 def _localised(objective: Objective, axis: str, count: int, reduce: str) -> Objective:
-    settings = dict(fn=objective.fn, has_aux=objective.has_aux, axis=axis, count=count, reduce=reduce, summed=True)
+    settings = dict(fn=objective.fn, pair=objective.has_aux or objective.stateful, axis=axis, count=count, reduce=reduce, summed=True)
     return dataclasses.replace(objective, fn=Bound(objective.name, _own_tasks, **settings))
 
 
@@ -65,17 +67,17 @@ def _own(value: PyTree, axis: str, count: int) -> PyTree:
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, lax.axis_index(axis) * size, size), value)
 
 
-def _own_tasks(inner, outer, batch, *, fn, has_aux, axis, count, reduce, summed, **keyed):
+def _own_tasks(inner, outer, batch, *model, fn, pair, axis, count, reduce, summed, **keyed):
     here = count // lax.axis_size(axis)
     if any(leaf.shape[0] != here for leaf in jax.tree.leaves(batch)):  # drawn in the step, for all tasks
         batch = _own(batch, axis, count)
     if "key" in keyed:
-        keyed = {"key": _own(jax.random.split(keyed["key"], count), axis, count)}  # those that one device would give them
-    out = fn(inner, enter(outer, axis) if summed else outer, batch, **keyed)
-    value, aux = out if has_aux else (out, None)
+        keyed = {**keyed, "key": _own(jax.random.split(keyed["key"], count), axis, count)}  # those that one device would give them
+    out = fn(inner, enter(outer, axis) if summed else outer, batch, *model, **keyed)
+    value, rest = out if pair else (out, None)
     if reduce != "own":
         value = leave(value / lax.axis_size(axis) if reduce == "mean" else value, axis)
-    return (value, aux) if has_aux else value
+    return (value, rest) if pair else value
 
 
 def _summing_once(algorithm: Algorithm, axis: str) -> Algorithm:
@@ -96,9 +98,9 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, vjp, axis):
     return solution, summed
 
 
-def _own_start(outer, *, fn, axis):
-    made = fn(enter(outer, axis))
-    return _own(made, axis, jax.tree.leaves(made)[0].shape[0])
+def _own_start(outer, key=None, *, fn, axis):
+    made, model = fn(enter(outer, axis), key)
+    return _own(made, axis, jax.tree.leaves(made)[0].shape[0]), model
 
 
 def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count, streams, state_spec):
@@ -154,15 +156,16 @@ def _state_spec(plan: Any, axis: str, start: Any, outer: PyTree) -> PyTree:
     """Which axis of each leaf of the algorithm's state counts tasks: the one that is twice as long for twice as many."""
 
     def shapes(times: int) -> PyTree:
-        params = jax.tree.map(lambda a: jax.ShapeDtypeStruct((times * a.shape[0], *a.shape[1:]), a.dtype), start.params)
+        wider = lambda a: jax.ShapeDtypeStruct((times * a.shape[0], *a.shape[1:]), a.dtype)
+        params, model = jax.tree.map(wider, (start.params, start.model))
 
-        def init(params, outer):
+        def init(params, model, outer):
             problem = plan.problem
             if problem.inner_init is not None:
-                problem = problem._replace(inner_init=lambda outer: params)
-            return plan.algorithm.init(problem, start._replace(params=params), outer)
+                problem = problem._replace(inner_init=lambda outer, key=None: (params, None))
+            return plan.algorithm.init(problem, start._replace(params=params, model=model), outer)
 
-        return jax.eval_shape(init, params, outer)
+        return jax.eval_shape(init, params, model, outer)
 
     def spec(one, two):
         grown = [i for i, (a, b) in enumerate(zip(one.shape, two.shape, strict=True)) if a != b]
@@ -175,5 +178,5 @@ def run_specs(spec: PyTree, shapes: Any) -> tuple[PartitionSpec, ...]:
     """The specs of a whole run state's leaves, from those of its algorithm's."""
     full = jax.tree.map(lambda _: PartitionSpec(), shapes)._replace(algorithm=spec)
     if full.best is not None:
-        full = full._replace(best=full.best._replace(inner=spec.inner.params))
+        full = full._replace(best=full.best._replace(inner=spec.inner.params, model=spec.inner.model))
     return tuple(jax.tree.leaves(full, is_leaf=lambda a: isinstance(a, PartitionSpec)))

@@ -71,7 +71,12 @@ def move(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, pa
 
 
 def warm_only(problem: Problem, name: str) -> None:
-    """Refuse a starting point that depends on the outer parameters: these algorithms keep their inner point from step to step."""
+    """Refuse a start of each solve, and an objective of its steps: these algorithms keep their inner point from step to step."""
+    if problem.outer.trajectory:
+        raise ValueError(
+            f"outer_objective: got {problem.outer!r} with {name}, which has no solve to follow; expected an objective of "
+            "the inner point. Try algorithms.double_loop with hypergradient.unrolled()."
+        )
     if problem.inner_init is not None:
         raise ValueError(
             f"inner_init: got a function of the outer parameters, with {name}, which goes on from its last inner point and gives the initial one no "
