@@ -55,7 +55,11 @@ def test_an_optimizer_that_holds_parameters_at_a_bound_is_said(optimizer):
     assert said == [{RESULTS.not_stationary}, set()]
 
 
-@pytest.mark.parametrize("optimizer", [optax.set_to_zero(), optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(), optax.lbfgs()], ids=repr)
+@pytest.mark.parametrize(
+    "optimizer",
+    [optax.set_to_zero(), optax.MultiSteps(optax.sgd(0.1), 3).gradient_transformation(), optax.lbfgs()],
+    ids=["set_to_zero", "MultiSteps", "lbfgs"],
+)
 def test_an_optimizer_that_holds_nothing_back_is_not_blamed(optimizer):
     fn = bx.value_and_hypergrad(near, squares, solver=bx.inner.optax(optimizer, 4), hypergradient=H.implicit())
     assert not warnings_in(fn(jnp.full(2, 0.5), jnp.ones(2)).info["warnings"])
