@@ -270,3 +270,11 @@ def test_errors_under_jit_come_at_the_trace_too():
     fn = bx.value_and_hypergrad(inner, lambda y, x, b: y, solver=SOLVER, hypergradient=METHOD)
     with pytest.raises(ValueError, match="outer_objective"):
         jax.jit(fn)(jnp.zeros(2), jnp.ones(2))
+
+
+def test_a_plain_key_of_another_implementation_is_a_key():
+    from bilevax._core import numbers
+
+    with jax.default_prng_impl("rbg"):
+        key = jax.random.PRNGKey(0)
+    assert key.shape == (4,) and numbers.key(key) is key

@@ -127,7 +127,7 @@ def flag(value: Any, name: str) -> bool:
 
 def key(value: Any, name: str = "key") -> Any:
     """A PRNG key of either style."""
-    old_style = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape[-1:] == (2,)
+    old_style = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape[-1:] in ((2,), (4,))  # threefry, rbg
     if not old_style and not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
         seed = value if isinstance(value, int) and not isinstance(value, bool) else 0
         raise TypeError(f"{name}: got {shown(value)}; expected a PRNG key. Try jax.random.key({seed}).")
