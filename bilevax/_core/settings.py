@@ -79,13 +79,27 @@ def parameters(fn: Any) -> Any:
     return inspect.signature(fn.fn if isinstance(fn, Bound) else fn).parameters
 
 
+class _Same:
+    """A callable without a hash (an instance of a dataclass, say), which is equal to itself alone."""
+
+    def __init__(self, value: Callable):
+        self.value = value
+
+    def __hash__(self):
+        return id(self.value)
+
+    def __eq__(self, other):
+        return isinstance(other, _Same) and self.value is other.value
+
+
 class Static:
     """The hashable half of `split`."""
 
     def __init__(self, treedef, leaves: tuple):
         self.treedef, self.leaves = treedef, leaves
+        self._keys = tuple(leaf if _hashable(leaf) or not callable(leaf) else _Same(leaf) for leaf in leaves)
         try:
-            self._hash = hash((treedef, leaves))
+            self._hash = hash((treedef, self._keys))
         except TypeError as error:
             bad = next(leaf for leaf in leaves if not _hashable(leaf))
             raise TypeError(
@@ -97,7 +111,7 @@ class Static:
         return self._hash
 
     def __eq__(self, other):
-        return isinstance(other, Static) and self.treedef == other.treedef and self.leaves == other.leaves
+        return isinstance(other, Static) and self.treedef == other.treedef and self._keys == other._keys
 
 
 def _hashable(leaf) -> bool:
