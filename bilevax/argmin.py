@@ -13,7 +13,7 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax._core import numbers
-from bilevax._core.jaxpr import evaluate
+from bilevax._core.jaxpr import evaluate, has_rule_of_its_own
 from bilevax._core.precision import asked_by, under
 from bilevax._core.transfers import by_intent
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
@@ -335,21 +335,51 @@ def _solution_jvp(static: Static, primals, tangents):
     if not moving:
         return inner, tree.zeros_like(inner)
 
-    def gradient(inner, moved):
+    def objective(inner, moved):
         full = list(operands)
         for i, leaf in zip(moving, moved, strict=True):
             full[i] = leaf
-        return jax.grad(value, has_aux=True)(inner, treedef.unflatten(full), Ctx())[0]
+        return value(inner, treedef.unflatten(full), Ctx())[0]
 
     moved, direction = [operands[i] for i in moving], [moves[i] for i in moving]
+    derive = _by_symmetry if has_rule_of_its_own(value.fn.settings["jaxpr"]) else _by_transposition
+    return inner, derive(objective, partial(_linear_solve, linear), inner, moved, direction)
+
+
+def _by_transposition(objective, solve, inner, moved, direction):
+    """``-H⁻¹ M ẋ``, whose reverse mode transposes the product with the mixed derivative ``M``."""
     still, held = tree.zeros_like(inner), tree.zeros_like(moved)
     # The gradient holds the solves of all levels below, so it is written into the program once.
-    _, products = jax.linearize(gradient, inner, moved)
+    _, products = jax.linearize(jax.grad(objective), inner, moved)
     mixed = products(still, direction)
     # Linear already: linearized again, what the Hessian does not need of it is dead code instead of arithmetic on zeros.
     _, hvp = jax.linearize(lambda v: products(v, held), still)
-    solve = partial(_linear_solve, linear)
-    return inner, _together(lax.custom_linear_solve(lambda v: _together(hvp(v)), _together(tree.neg(mixed)), solve, symmetric=True))
+    return _together(lax.custom_linear_solve(lambda v: _together(hvp(v)), _together(tree.neg(mixed)), solve, symmetric=True))
+
+
+def _by_symmetry(objective, solve, inner, moved, direction):
+    r"""``-H⁻¹ M ẋ``, whose reverse mode is a forward product, too.
+
+    The symmetric system ``(H, M, 0; M', 0, 1; 0, 1, 0) (u, s, n) = (0, 0, ẋ)`` has ``u = -H⁻¹ M ẋ``, and with the cotangent of ``u`` on its
+    right side its last unknown is what the transposed product would give: ``n = -M' H⁻¹ w``. What can be differentiated backwards only once
+    (a loop that keeps checkpoints) is differentiated backwards once.
+    """
+    still, held = tree.zeros_like(inner), tree.zeros_like(moved)
+    _, products = jax.linearize(jax.grad(objective, (0, 1)), inner, moved)
+    _, by_inner = jax.linearize(lambda v: products(v, held), still)
+    _, mixed = jax.linearize(lambda s: products(still, s)[0], held)
+
+    def matvec(unknowns):
+        u, s, n = unknowns
+        own, crossed = by_inner(u)
+        return _together((tree.add(own, mixed(s)), tree.add(crossed, n), s))
+
+    def solved(_, right):
+        first, second, s = right
+        u = solve(lambda v: by_inner(v)[0], tree.sub(first, mixed(s)))
+        return u, s, tree.sub(second, by_inner(u)[1])
+
+    return _together(lax.custom_linear_solve(matvec, _together((still, held, direction)), solved, symmetric=True))[0]
 
 
 _solution.defjvp(_solution_jvp, symbolic_zeros=True)

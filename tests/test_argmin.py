@@ -1,5 +1,6 @@
 """The solution map: against closed forms, finite differences and loops, at one to five levels."""
 
+import equinox.internal
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -390,6 +391,51 @@ def test_throw_raises_with_and_without_jit():
         jax.block_until_ready(jax.jit(jax.vmap(jax.grad(lambda x: jnp.sum(fn(jnp.zeros(2), x)))))(jnp.ones((2, 2))))
     good = argmin(quadratic, newton(), throw=True)
     close(jax.jit(jax.vmap(good))(jnp.zeros((2, 3)), jnp.stack([X, X]))[1], good(jnp.zeros(3), X))
+
+
+def _checkpointed_power(v, n):
+    """``v (1 + v)^n`` by a loop that keeps checkpoints, and can be differentiated backwards once."""
+    body = lambda c: (c[0] + 1, c[1] * (1 + v))
+    return equinox.internal.while_loop(lambda c: c[0] < n, body, (0, v), max_steps=8, kind="checkpointed")[1]
+
+
+def _counted(v, n):
+    """``(1 + v)^n`` by a loop whose end is not known before it runs."""
+    return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] * (1 + v)), (0, jnp.ones_like(v)))[1]
+
+
+@jax.custom_vjp
+def _counted_power(v, n):
+    """The same with a reverse-mode rule of its own."""
+    return v * _counted(v, n)
+
+
+_counted_power.defvjp(
+    lambda v, n: (v * _counted(v, n), (v, n)),
+    lambda kept, w: (w * _counted(kept[0], kept[1] - 1) * (1 + kept[0] + kept[1] * kept[0]), None),
+)
+
+
+@pytest.mark.parametrize("power, inside", [(_checkpointed_power, False), (_counted_power, True)], ids=["checkpointed loop", "rule of its own"])
+def test_an_objective_that_is_differentiated_backwards_once_only(power, inside):
+    """First and second derivatives in both modes, against the same objective without a loop."""
+
+    def objective(power):
+        def value(y, x):
+            entering = y["a"] * jnp.exp(x["s"]) if inside else y["a"]
+            return jnp.sum((power(entering, 3) - x["t"]) ** 2) / 9 + jnp.sum((y["b"] - x["s"] * y["a"]) ** 2) + jnp.sum(y["a"] ** 2)
+
+        return value
+
+    start, x = {"a": jnp.full(2, 0.4), "b": jnp.zeros(2)}, {"s": jnp.asarray(0.3), "t": jnp.array([1.5, 1.8])}
+    found, want = (argmin(objective(p), newton()) for p in (power, lambda v, n: v * (1 + v) ** n))
+
+    def derivatives(fn):
+        scalar = lambda x: jnp.sum(fn(start, x)["a"] ** 3) + jnp.sum(fn(start, x)["b"])
+        lanes = jax.vmap(jax.grad(scalar))(jax.tree.map(lambda a: jnp.stack([a, 1.1 * a]), x))
+        return jax.jit(lambda: (fn(start, x), jax.grad(scalar)(x), jax.jacfwd(jax.grad(scalar))(x), lanes))()
+
+    close(derivatives(found), derivatives(want), rtol=1e-7)
 
 
 @pytest.mark.parametrize(

@@ -20,3 +20,14 @@ def evaluate(jaxpr: Any, captured: Sequence[Any], leaves: Sequence[Any]) -> list
     import jax.extend.core as jex  # not above: it takes a tenth of a second, which importing the package should not
 
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, captured))(*leaves)
+
+
+def has_rule_of_its_own(jaxpr: Any) -> bool:
+    """Whether something in a program brings its own reverse-mode rule, which need not be differentiable backwards again."""
+    import jax.extend.core as jex
+
+    if any(eqn.primitive.name.startswith("custom_vjp_call") for eqn in jaxpr.eqns):
+        return True
+    inside = [leaf for eqn in jaxpr.eqns for value in eqn.params.values() for leaf in (value if isinstance(value, (tuple, list)) else (value,))]
+    inner = [leaf.jaxpr if isinstance(leaf, jex.ClosedJaxpr) else leaf for leaf in inside if isinstance(leaf, (jex.ClosedJaxpr, jex.Jaxpr))]
+    return any(has_rule_of_its_own(each) for each in inner)
