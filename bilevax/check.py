@@ -50,6 +50,18 @@ def arrays(value: PyTree, argument: str) -> PyTree:
     return tree.strong(value)
 
 
+def batch(value: PyTree, argument: str) -> PyTree:
+    """`value` with arrays as leaves, or an error that names the leaf that cannot be one."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+        if isinstance(leaf, (str, bytes)) or callable(leaf):
+            raise TypeError(
+                f"{argument}{jax.tree_util.keystr(path)}: got {describe(leaf)}; expected an array or a number. Let the objective capture texts, "
+                "functions and settings."
+            )
+    numbers.arrays(value, argument)
+    return jax.tree.map(jnp.asarray, value)
+
+
 def finite(value: PyTree, argument: str) -> None:
     """No NaN or infinity in concrete leaves."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):

@@ -47,14 +47,14 @@ class HypergradFn:
         Returns:
           An `EstimateState`.
         """
-        params, _ = tree.partition(tree.strong(inner_params))
+        params, _ = tree.partition(check.arrays(inner_params, "inner_params"))
         if self.solver.sees_outer and outer_params is None:
             raise TypeError(
                 "outer_params: got None with a solver whose settings depend on them; expected them. Try fn.init(inner_params, outer_params)."
             )
-        outer = None if outer_params is None else tree.strong(outer_params)
+        outer = None if outer_params is None else check.arrays(outer_params, "outer_params")
         opt, method = tree.strong((self.solver.first(params, outer), self.method.init(params)))
-        return EstimateState(opt, None if model_state is None else tree.strong(model_state), method, jnp.zeros((), jnp.int32))
+        return EstimateState(opt, None if model_state is None else check.arrays(model_state, "model_state"), method, jnp.zeros((), jnp.int32))
 
     @by_intent
     def __call__(
@@ -70,7 +70,7 @@ class HypergradFn:
     ) -> Estimate:
         """Value and hypergradient at ``(inner_params, outer_params)``; see `value_and_hypergrad`."""
         problem = self.problem
-        inner_params, outer_params = tree.strong(inner_params), tree.strong(outer_params)
+        inner_params, outer_params = check.arrays(inner_params, "inner_params"), check.arrays(outer_params, "outer_params")
         check.params(inner_params, "inner_params")
         check.params(outer_params, "outer_params")
         check.key(key, problem, sampled=False)
@@ -79,12 +79,12 @@ class HypergradFn:
         (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)
         problem = check.bind_fixed(problem, inner_fixed, outer_fixed)
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        inner_batch, outer_batch = (jax.tree.map(jnp.asarray, b) for b in (inner_batch, outer_batch))
+        inner_batch, outer_batch = check.batch(inner_batch, "inner_batch"), check.batch(outer_batch, "outer_batch")
         inner_feed = Feed(inner_batch, keys[0], jnp.zeros((), jnp.int32))
         if hyper_batch is None:
             hyper_ctx_feed = inner_feed._replace(key=keys[1])
         else:
-            hyper_ctx_feed, problem = Feed(jax.tree.map(jnp.asarray, hyper_batch), keys[1], 0), problem._replace(hyper_draw=same)
+            hyper_ctx_feed, problem = Feed(check.batch(hyper_batch, "hyper_batch"), keys[1], 0), problem._replace(hyper_draw=same)
         check_stacked(problem.inner_draw, inner_batch, self.solver.steps)
         problem = count_steps(problem, self.solver.steps)
         feeds = Feeds(inner_feed, hyper_ctx_feed, Feed(outer_batch, keys[2], 0), None if key is None else jax.random.fold_in(key, 3), state.step)

@@ -27,6 +27,7 @@ def algorithm():
 GOOD = dict(inner_objective=inner, outer_objective=outer, inner_params=jnp.zeros(2), outer_params=jnp.ones(2), num_steps=2)
 KEY = jax.random.key(0)
 SOLVER, METHOD = bx.inner.optax(optax.sgd(0.1), 2), bx.hypergradient.implicit()
+ESTIMATE = bx.value_and_hypergrad(inner, outer, solver=SOLVER, hypergradient=METHOD)
 
 # what is wrong, the changed arguments, the error, and what its message must say: the argument, what came, what was expected
 TABLE = [
@@ -215,6 +216,26 @@ FACTORIES = [
         lambda: bx.algorithms.double_loop(SOLVER, METHOD, 0.1),
         TypeError,
         "outer_optimizer: got float 0.1; expected an optax",
+    ),
+    (
+        "function among the parameters of an estimate",
+        lambda: ESTIMATE({"w": jnp.zeros(2), "activation": jnp.tanh}, jnp.ones(2)),
+        TypeError,
+        r"inner_params\['activation'\]: got .*expected an array or a number",
+    ),
+    (
+        "text in the batch of an estimate",
+        lambda: ESTIMATE(jnp.zeros(2), jnp.ones(2), {"x": jnp.ones(2), "split": "train"}),
+        TypeError,
+        r"inner_batch\['split'\]: got str 'train'; expected an array or a number",
+    ),
+    (
+        "text in the batch of a level",
+        lambda: bx.value_and_multilevel_grad(
+            [bx.Level("y", inner, solver=SOLVER, hypergradient=METHOD), bx.Level("x", outer, solver=optax.sgd(0.1))]
+        )({"y": jnp.zeros(2), "x": jnp.ones(2)}, {"y": {"split": "train"}}),
+        TypeError,
+        r"batches\['y'\]\['split'\]: got str 'train'; expected an array or a number",
     ),
     ("objective of a number", lambda: bx.objective(3), TypeError, "fn: got int 3; expected a function"),
     (

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from bilevax import tree
+from bilevax import check, tree
 from bilevax._core.transfers import by_intent
 from bilevax._estimate import guarded
 from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree, objective
@@ -68,7 +68,7 @@ class MultilevelGradFn:
         """Value and gradient of the top level at `params`; see `value_and_multilevel_grad`."""
         floats, fixed = split_params(self.levels, params)
         names = [level.name for level in self.levels]
-        batches = {n: jax.tree.map(jnp.asarray, b) for n, b in check_names(batches, names, "batches").items()}
+        batches = {n: check.batch(b, f"batches[{n!r}]") for n, b in check_names(batches, names, "batches").items()}
         models = self._completed({} if state is None else state.model)
         system = self.system(floats, fixed, batches, key, models)
         if state is None:
