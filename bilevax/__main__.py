@@ -26,7 +26,7 @@ def doctor() -> int:
     devices = jax.devices()
     print(f"devices: {len(devices)} of {devices[0].device_kind} ({jax.default_backend()}), {jax.process_count()} process(es)")
     for setting in ("jax_enable_x64", "jax_default_matmul_precision"):
-        print(f"{setting}: {jax.config.read(setting)}")
+        print(f"{setting}: {getattr(jax.config, setting)}")
     for name in ("XLA_FLAGS", "JAX_PLATFORMS", "JAX_COMPILATION_CACHE_DIR", "JAX_DISABLE_JIT", "JAX_DEBUG_NANS"):
         if name in os.environ:
             print(f"{name}={os.environ[name]}")
