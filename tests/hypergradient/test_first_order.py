@@ -385,13 +385,23 @@ def test_model_state_moves_on_real_steps_only(method):
 
 
 @pytest.mark.parametrize("method", [one_step(), finite_difference(), sama()], ids=repr)
-def test_first_order_solutions_have_no_derivative(method):
+def test_first_order_solutions_are_pulled_back_and_not_pushed_forward(method):
     assert method.order == 1
     assert not method.sees_init
     form = PROBLEMS["ridge"]
-    fn = bx.value_and_hypergrad(form.inner, form.outer, solver=bx.inner.optax(optax.sgd(0.1), 2), hypergradient=method)
-    moved = jax.jit(jax.jacfwd(lambda x: fn(form.inner_params, x, form.inner_batch, form.outer_batch).inner_params))(jnp.asarray(form.outer_params))
-    assert not np.any(moved)
+    solver = bx.inner.optax(optax.sgd(0.1), 2)
+    x = jnp.asarray(form.outer_params)
+
+    def solution(x, objective=form.outer):
+        fn = bx.value_and_hypergrad(form.inner, objective, solver=solver, hypergradient=method)
+        return fn(form.inner_params, x, form.inner_batch, form.outer_batch)
+
+    rows = jax.jit(jax.jacrev(lambda x: solution(x).inner_params))(x)
+    for i in range(2):
+        row = solution(x, lambda y, x, batch, i=i: y[i]).grad
+        np.testing.assert_allclose(rows[i], row, rtol=1e-9, atol=1e-12)
+    assert np.any(rows)
+    assert np.all(np.isnan(jax.jit(jax.jacfwd(lambda x: solution(x).inner_params))(x)))
 
 
 @pytest.mark.parametrize("method", [one_step(), finite_difference(), sama(), sama(product="difference", nudge=True)], ids=repr)
