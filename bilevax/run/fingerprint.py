@@ -16,6 +16,8 @@ from bilevax._core.version import __version__
 from bilevax.base import PyTree
 from bilevax.run import digest
 
+_ADDRESS = re.compile(r"( at)? ?0x[0-9a-f]+")
+
 # Where arrays lie, and what tells the compiler how, is no part of a problem.
 _LAYOUT = ("mesh", "sharding", "shardings", "layout", "layouts", "donated", "keep_unused", "compiler_options")
 
@@ -30,7 +32,8 @@ def of_values(values: PyTree) -> str:
     leaves, treedef = jax.tree.flatten(values)
     plain = [jax.random.key_data(a) if jnp.issubdtype(jnp.asarray(a).dtype, jax.dtypes.prng_key) else jnp.asarray(a) for a in leaves]
     shapes = [f"{a.dtype}{list(a.shape)}" for a in plain]
-    return _hash(str(treedef), *shapes, *map(str, digest.of_arrays([a for a in plain if a.size])))
+    structure = _ADDRESS.sub("", str(treedef))  # functions may be part of it; what they compute is traced elsewhere
+    return _hash(structure, *shapes, *map(str, digest.of_arrays([a for a in plain if a.size])))
 
 
 def of_function(fn: Callable, *args: Any) -> str:
@@ -49,7 +52,7 @@ def of_settings(value: PyTree) -> str:
 
 def shown(value: Any) -> str:
     """How settings read in a message."""
-    return re.sub(r" at 0x[0-9a-f]+", "", repr(value))[:600]
+    return _ADDRESS.sub("", repr(value))[:600]
 
 
 def differing(saved: dict, now: dict) -> dict[str, str]:
@@ -117,4 +120,4 @@ def _value(value: Any) -> str:
         return repr(value)
     if isinstance(value, type) or callable(value):
         return getattr(value, "__name__", type(value).__name__)
-    return re.sub(r"0x[0-9a-f]+", "", str(value))
+    return _ADDRESS.sub("", str(value))

@@ -80,7 +80,7 @@ class Loop:
         if steps:
             since = time.perf_counter()
             self.run, rows, count = chunk.run_chunk(self.static, self.capacity, self.run, self.dynamic, data, steps)
-            self.window.prefetch(min(self.length, self.options.num_steps - self.done - steps))
+            self.window.prefetch(self.length, self.start + self.options.num_steps)
             self.peers.wait(count)
             count = int(count)
             self.history.append(rows, count)

@@ -134,13 +134,14 @@ class Window:
             raise self._error
         return self._arranged(staged.data), min(n, len(staged.steps))
 
-    def prefetch(self, n: int) -> None:
-        """Read the next steps, at most `n`, while those that were handed out are being done."""
+    def prefetch(self, n: int, end: int) -> None:
+        """Read the next steps, at most `n` and none from `end` on, while those that were handed out are being done."""
         if self._current is None or self._back:
             return
-        n = min(n, self._ahead)
+        start = self._current.start + len(self._current.steps)  # more than are being done, where a call was cut short
+        n = min(n, self._ahead, end - start)
         if n > 0:
-            staged = self._stage(self._current.start + len(self._current.steps), n)
+            staged = self._stage(start, n)
             self._staged = staged if staged.steps else None
 
     def done(self, count: int) -> None:

@@ -233,7 +233,7 @@ def test_reading_ahead_is_bounded(size, read_ahead, most):
     start = 0
     for _ in range(2 if size > 2**20 else 5):
         _, steps = window.read(start, 100)
-        window.prefetch(100)
+        window.prefetch(100, 1000)
         assert loader.reads / 2 <= start + most
         window.done(steps)
         start += steps
@@ -252,7 +252,7 @@ def test_steps_that_were_not_done_are_handed_out_again():
         (data,), steps = window.read(start, 100)
         first, rows = data
         got += [int(rows[2 * (start + t) + i - int(first)]) for t in range(min(done, steps)) for i in (0, 1)]
-        window.prefetch(100)
+        window.prefetch(100, 1000)
         window.done(min(done, steps))
         start += min(done, steps)
     assert got == list(range(len(got))) and len(got) > 20
