@@ -342,7 +342,7 @@ def _solution_jvp(static: Static, primals, tangents):
         return value(inner, treedef.unflatten(full), Ctx())[0]
 
     moved, direction = [operands[i] for i in moving], [moves[i] for i in moving]
-    derive = _by_symmetry if has_rule_of_its_own(value.fn.settings["jaxpr"]) else _by_transposition
+    derive = _by_symmetry if has_rule_of_its_own(jax.make_jaxpr(objective)(inner, moved).jaxpr) else _by_transposition
     return inner, derive(objective, partial(_linear_solve, linear), inner, moved, direction)
 
 
