@@ -150,7 +150,8 @@ def solve_bilevel(
     value_dtype = check.objectives(problem, inner, outer, model, contexts[0], contexts[1], steps)
     problem = check.captured(problem, inner, outer, model, contexts[0], contexts[1], steps)
     if options.metrics is not None:
-        check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "warnings", "aux"})
+        measured = check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "warnings", "aux"})
+        options = options._replace(metrics=measured)
     start = InnerState(inner, (), model_state)
     if problem.project is not None and state is None:
         outer = problem.project(outer)  # where the run starts, and what it may return, is inside

@@ -98,6 +98,11 @@ def structure(problem: Problem, solver: InnerSolver, method: Hypergradient, inne
     params = shown = inner.params
     if problem.outer.trajectory:
         shown = jax.tree.map(lambda a: jax.numpy.broadcast_to(a, (solver.steps, *a.shape)), params)
+    if not any(reads(lambda given: problem.outer(given[0], given[1], outer_ctx._replace(model=given[2]))[0], (shown, outer, inner.model))):
+        raise ValueError(
+            "outer_objective: it depends neither on inner_params nor on outer_params; expected a function to be minimized. "
+            "A value that it captured is a constant: use the arguments."
+        )
     objectives = reads(lambda x: (problem.inner(params, x, ctx)[0], problem.outer(shown, x, outer_ctx)[0]), outer)
     start = [False] * len(paths)
     if problem.inner_init is not None:

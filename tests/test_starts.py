@@ -232,3 +232,15 @@ def test_a_leaf_that_nothing_reads_is_named():
     algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), H.unrolled(), optax.adam(0.1))
     with pytest.raises(ValueError, match=r"outer_params\['rate'\]: neither objective reads it"):
         bx.solve_bilevel(inner, outer, jnp.zeros(2), x, algorithm=algorithm, num_steps=2)
+
+
+@pytest.mark.parametrize("outer", [lambda y, x, b: 1.0, lambda y, x, b: jnp.sum(b**2)], ids=["a constant", "of the batch alone"])
+def test_an_outer_objective_of_nothing_is_refused(outer):
+    solver, method = bx.inner.optax(optax.sgd(0.5), 2), bx.hypergradient.implicit()
+    inner = lambda y, x, b: 0.5 * jnp.sum((y - x) ** 2)
+    algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.3))
+    with pytest.raises(ValueError, match="outer_objective: it depends neither on inner_params nor on outer_params"):
+        bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.ones(2), outer_data=jnp.ones(2), algorithm=algorithm, num_steps=2)
+    fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=method)
+    with pytest.raises(ValueError, match="outer_objective: it depends neither on inner_params nor on outer_params"):
+        fn(jnp.zeros(2), jnp.ones(2), None, jnp.ones(2))

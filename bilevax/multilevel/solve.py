@@ -176,7 +176,8 @@ def solve_multilevel(
     model = {n: division.own[n] for n in names[:-1]}
     start = InnerState({n: floats[n] for n in names[:-1]}, {}, model)
     if options.metrics is not None:
-        check_metrics(options.metrics, start.params, floats[upper], model, {"value", "grad_norm", "code", "warnings", "aux"})
+        measured = check_metrics(options.metrics, start.params, floats[upper], model, {"value", "grad_norm", "code", "warnings", "aux"})
+        options = options._replace(metrics=measured)
     seen = contexts[upper]._replace(model=division.whole(upper))
     value = jax.eval_shape(lambda p, ctx: system.objectives[upper](p, None, ctx)[0], floats, seen)
     counts = (*(solver.steps + 1 for solver in system.solvers.values()), 1)

@@ -95,10 +95,10 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
         measured = plan.metrics.row(inner.params, outer, inner.model, state.step)
         if taken := sorted(set(measured) & set(row)):
             raise ValueError(f"metrics: got the names {taken}, which are columns of the history already; expected others than {sorted(row)}.")
-        row.update(measured)
+        row.update(plan.metrics.written(measured, state.step))
         if plan.metrics.select is not None:
             score = measured[plan.metrics.select] * (1 if plan.metrics.mode == "min" else -1)
-            unusable = warning(~jnp.isfinite(score), RESULTS.metric_nonfinite)
+            unusable = warning(~jnp.isfinite(score) & (state.step % plan.metrics.every == 0), RESULTS.metric_nonfinite)
             warnings, row["warnings"] = warnings | unusable, warnings | unusable
     if info.aux is not None:
         row["aux"] = info.aux

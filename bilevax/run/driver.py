@@ -156,5 +156,8 @@ def _traced(static, dynamic, run, sources, solution, options: Options) -> Soluti
         "solution or of one step. Try argmin for the solution map, or value_and_hypergrad in a loop of your own."
     )
     run, dynamic, data = undifferentiable(why, (run, dynamic, tuple(s.data for s in sources)))
+    first = run.step
     run, rows, count = run_traced(static, steps, run, dynamic, data, steps)
+    if options.metrics is not None:
+        rows = options.metrics.read(rows, first, jnp)
     return solution(run, run.code, rows, {"steps": count, "best_step": run.best.step if run.best is not None else run.step})

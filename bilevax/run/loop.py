@@ -8,6 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import numpy as np
 
 from bilevax._core.peers import Peers
 from bilevax.results import RESULTS, SolveError, failed
@@ -78,11 +79,13 @@ class Loop:
         n = min([self.length, self.capacity, self.options.num_steps - self.done, *due])
         data, steps = self.window.read(self.start + self.done, n)
         if steps:
-            since = time.perf_counter()
+            since, first = time.perf_counter(), self.start + self.done
             self.run, rows, count = chunk.run_chunk(self.static, self.capacity, self.run, self.dynamic, data, steps)
             self.window.prefetch(self.length, self.start + self.options.num_steps)
             self.peers.wait(count)
             count = int(count)
+            if self.plan.metrics is not None:
+                rows = self.plan.metrics.read(jax.tree.map(np.asarray, rows), first, np)
             self.history.append(rows, count)
             self.done += count
             self._pace((time.perf_counter() - since) / max(count, 1))

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bilevax import check
@@ -23,6 +24,7 @@ class Metrics(NamedTuple):
     select: str | None = None
     mode: str = "min"
     stateful: bool = False
+    names: tuple[str, ...] = ()  # of its values, which a run finds out before its first step
 
     def row(self, inner, outer, model, step) -> dict:
         """The metrics at this step, NaN where it is not one of the n-th."""
@@ -35,6 +37,20 @@ class Metrics(NamedTuple):
         shapes = jax.eval_shape(evaluate)
         nan = {k: jnp.full(v.shape, jnp.nan, v.dtype) for k, v in shapes.items()}
         return lax.cond(step % self.every == 0, evaluate, lambda: nan)
+
+    def written(self, row: dict, step) -> dict:
+        """The row as compiled code returns it: no NaN that means no fault, which `jax_debug_nans` would take for one."""
+        return self._between(row, step, 0, jnp)
+
+    def read(self, rows: dict, first, xp) -> dict:
+        """Rows from step `first` on as they are kept, NaN between the n-th steps; `xp` is numpy, or jax.numpy inside another program."""
+        return self._between(rows, first + xp.arange(len(rows["code"]), dtype=jnp.result_type(first)), np.nan, xp)
+
+    def _between(self, rows: dict, step, fill, xp) -> dict:
+        if self.every == 1:
+            return rows
+        found = {name: xp.where(step % self.every == 0, rows[name], xp.asarray(fill, rows[name].dtype)) for name in self.names}
+        return {**rows, **found}
 
 
 def metrics(
@@ -71,8 +87,8 @@ def metrics(
     return Metrics(fn, jax.tree.map(jnp.asarray, data), numbers.count(every, "every"), select, mode, numbers.flag(stateful, "stateful"))
 
 
-def check_metrics(value: Metrics, inner: PyTree, outer: PyTree, model: PyTree, taken: set[str]) -> None:
-    """The metrics are a dict of floating-point scalars with names of their own."""
+def check_metrics(value: Metrics, inner: PyTree, outer: PyTree, model: PyTree, taken: set[str]) -> Metrics:
+    """The metrics with their names, when they are a dict of floating-point scalars with names of their own."""
     name = getattr(value.fn, "__name__", repr(value.fn))
     out = jax.eval_shape(lambda d: value.fn(inner, outer, d, *((model,) if value.stateful else ())), value.data)
     if not isinstance(out, dict) or not out:
@@ -86,3 +102,4 @@ def check_metrics(value: Metrics, inner: PyTree, outer: PyTree, model: PyTree, t
             )
     if value.select is not None and value.select not in out:
         raise ValueError(f"select: got {value.select!r}; expected one of the metrics {sorted(out)}.")
+    return value._replace(names=tuple(out))

@@ -144,3 +144,44 @@ def test_statistics_that_turn_nan_fail_their_step_and_nan_from_the_start_is_refu
     assert bool(jnp.all(jnp.isfinite(solution.model_state))) and bool(jnp.all(jnp.isfinite(solution.state.algorithm.inner.model)))
     with pytest.raises(ValueError, match="model_state"):
         run(jnp.full(2, jnp.nan))
+
+
+three = lambda y, x, b: 0.5 * jnp.sum((y - 3.0) ** 2)
+
+
+def _sometimes(problem):
+    """A run of seven steps with a metric at steps 0, 3 and 6, of one level below or of `Level`s."""
+    metric = bx.metrics(lambda y, x, d: {"away": jnp.abs(jnp.sum(jax.tree.leaves(x)[0]) - 6.0)}, every=3, select="away")
+    if problem == "bilevel":
+        return bx.solve_bilevel(inner, three, jnp.zeros(2), jnp.ones(2), algorithm=solved, num_steps=7, metrics=metric)
+    solver = bx.inner.optax(optax.sgd(0.5), 20)
+    levels = [
+        bx.Level("y", lambda p, b: inner(p["y"], p["x"], b), solver=solver, hypergradient=bx.hypergradient.implicit()),
+        bx.Level("x", lambda p, b: three(p["y"], p["x"], b), solver=optax.sgd(0.3)),
+    ]
+    return bx.solve_multilevel(levels, {"y": jnp.zeros(2), "x": jnp.ones(2)}, num_steps=7, metrics=metric)
+
+
+@pytest.mark.parametrize("problem", ["bilevel", "multilevel"])
+def test_rows_between_measurements_are_no_fault(problem):
+    """NaN between the n-th steps is put in by the host: a search for NaNs finds none in compiled code, and no row is warned of."""
+    with jax.debug_nans(True):
+        solution = _sometimes(problem)
+    measured = np.isfinite(solution.history["away"])
+    assert measured.tolist() == [True, False, False, True, False, False, True]
+    assert not solution.history["warnings"].any()
+    assert solution.stats["best_step"] == 6
+
+
+def test_rows_between_measurements_go_on_where_a_run_was_left():
+    """Two runs of four and three steps measure at steps 0, 3 and 6, as one of seven does; so does a run inside another program."""
+    metric = bx.metrics(lambda y, x, d: {"away": jnp.sum(x)}, every=3)
+
+    def go(steps, x=None, **more):
+        start = jnp.ones(2) if x is None else x
+        return bx.solve_bilevel(inner, three, jnp.zeros(2), start, algorithm=solved, num_steps=steps, metrics=metric, **more)
+
+    whole, first = go(7).history["away"], go(4)
+    np.testing.assert_array_equal(np.concatenate([first.history["away"], go(3, state=first.state).history["away"]]), whole)
+    traced = jax.vmap(lambda x: go(7, x).history["away"])(jnp.ones((2, 2)))
+    np.testing.assert_allclose(traced, np.stack([whole, whole]), rtol=1e-5)
