@@ -1,4 +1,4 @@
-"""Any jaxopt solver as an inner solver."""
+"""A jaxopt minimiser as an inner solver."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def jaxopt(solver: Any, **settings) -> base.InnerSolver:
       solver: a jaxopt class that minimises ``fun``: ``jaxopt.LBFGS``, ``BFGS``, ``NonlinearCG``, ``GradientDescent``, ``ProximalGradient``,
         ``ProjectedGradient``.
       **settings: its arguments but ``fun``, ``has_aux``, ``value_and_grad``, ``implicit_diff`` and ``unroll``; ``maxiter`` and ``tol`` above
-        all. What its ``run`` takes beside the parameters goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. Floats are leaves.
+        all. What its ``run`` takes beside the parameters goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. These are
+        constants; for those that outer parameters move, take ``inner.fixed_point`` of ``inner.proximal_map``. Floats are leaves.
 
     Returns:
       An `InnerSolver` of one step, not reversible. Solutions of a projected, proximal or bounded solver are fixed points of that step, which
@@ -35,7 +36,8 @@ def jaxopt(solver: Any, **settings) -> base.InnerSolver:
       error where there is a ``prox`` or ``projection``), ``iterations`` and ``code``: inner_not_converged where the error is above its ``tol``.
 
     Raises:
-      TypeError: if `solver` is not a jaxopt class, or has no such argument.
+      TypeError: if `solver` is not a jaxopt class, or has no such argument; for jaxopt's SciPy wrappers, quadratic programs, least-squares and
+        root solvers, which do not minimise ``fun`` in compiled code.
 
     Examples:
       >>> import warnings
@@ -51,6 +53,7 @@ def jaxopt(solver: Any, **settings) -> base.InnerSolver:
     References:
       Blondel et al., Efficient and modular implicit differentiation, 2022 (jaxopt).
     """
+    _refused(solver)
     if not inspect.isclass(solver) or not (hasattr(solver, "init_state") and hasattr(solver, "run")):
         raise TypeError(f"solver: got {solver!r}; expected a jaxopt class and its keyword arguments. Try inner.jaxopt(jaxopt.LBFGS, maxiter=100).")
     taken = inspect.signature(solver).parameters
@@ -76,6 +79,28 @@ def jaxopt(solver: Any, **settings) -> base.InnerSolver:
         reversible=False,
         optimality=_optimality(settings, runtime),
     )
+
+
+def _refused(solver: Any) -> None:
+    """The jaxopt classes that are no minimiser of ``fun(params)`` in compiled code, each with what takes its place."""
+    name, taken = getattr(solver, "__name__", ""), inspect.signature(solver).parameters if inspect.isclass(solver) else {}
+    if name.startswith("Scipy"):
+        raise TypeError(f"solver: got jaxopt.{name}, which runs SciPy on the host; expected a solver in JAX. Try jaxopt.LBFGS.")
+    if "matvec_A" in taken:
+        raise TypeError(
+            f"solver: got jaxopt.{name}, which solves quadratic programs given by their matrices; expected a minimiser of the objective. Try "
+            "jaxopt.LBFGSB for bounds, inner.fixed_point(inner.proximal_map(...)) for a set with a projection."
+        )
+    if "residual_fun" in taken:
+        raise TypeError(
+            f"solver: got jaxopt.{name}, which takes a vector of residuals; expected a minimiser of the objective. Try jaxopt.LBFGS on the sum of "
+            "their squares."
+        )
+    if any(each in taken for each in ("optimality_fun", "fixed_point_fun")) or name == "Broyden":
+        raise TypeError(
+            f"solver: got jaxopt.{name}, which solves equations; expected a minimiser of the objective. Try jaxopt.LBFGS on the sum of the squared "
+            "residuals, or inner.fixed_point(mapping) with hypergradient.fixed_point()."
+        )
 
 
 def _optimality(settings: dict, runtime: dict) -> base.Bound | None:

@@ -45,7 +45,12 @@ def optimistix(solver: Any, *, maxiter: int = 256) -> base.InnerSolver:
     """
     library = _library()
     if not isinstance(solver, library.AbstractMinimiser):
-        raise TypeError(f"solver: got {type(solver).__name__}; expected an optimistix minimiser. Try optimistix.BFGS(rtol=1e-6, atol=1e-6).")
+        residual = (library.AbstractLeastSquaresSolver, library.AbstractRootFinder, library.AbstractFixedPointSolver)
+        why = ", which takes residuals or a mapping and not an objective" if isinstance(solver, residual) else ""
+        how = " on the sum of the squared residuals, or inner.fixed_point(mapping)" if why else ""
+        raise TypeError(
+            f"solver: got {type(solver).__name__}{why}; expected an optimistix minimiser. Try optimistix.BFGS(rtol=1e-6, atol=1e-6){how}."
+        )
     maxiter = numbers.count(maxiter, "maxiter")
     name = f"optimistix.{type(solver).__name__}"
     return base.InnerSolver(base.Bound("init", _init), base.Bound(name, _solve, solver=solver, maxiter=maxiter), 1, None, False)
