@@ -296,14 +296,12 @@ class Hypergradient(NamedTuple):
       order: how often the solution may be differentiated: 1 where only this pullback is right; 2 where the
         derivative is exact any number of times: through `linear`, by the implicit function theorem, and where
         that is None through the operations of `vjp` itself.
-      sees_model: the pullback takes an `InnerState` of cotangents, on the parameters and on the model's
-        state (its `opt` is ``()``), and differentiates both. Otherwise it takes the cotangent on the
-        parameters, and the statistics count as constants.
+      sees_model: the pullback takes an `InnerState` of cotangents, on parameters and model state (its `opt` is
+        ``()``). Otherwise it takes that on the parameters, and the statistics count as constants.
       sees_settings: it differentiates inner optimizer settings that depend on the outer parameters.
       sees_steps: it differentiates the trajectory, not only its end (objectives declared `trajectory`).
-      batches: batches on which the pullback evaluates the inner objective. 0: none, so that an iterable
-        gives none up for it. 1: one, where need be the one that the level was last trained on. More: as
-        many, independent of each other and of the training.
+      batches: batches on which the pullback evaluates the inner objective. 0: none. 1: one, where need be the
+        one last trained on. More: as many, independent of each other and of the training.
       cost: ``(inner solver) -> {"gradients": n, "hvps": n, "mixed_products": n}``, what one pullback takes
         beyond the solve, as far as it is known beforehand. None: not known.
       linear: the solver of the adjoint system, with its damping, for those who differentiate the solution by
@@ -315,6 +313,7 @@ class Hypergradient(NamedTuple):
         holds a solution of a first-order method). None: this method itself.
       precision: the `jax.default_matmul_precision` that the cotangent needs which it is given: an adjoint is no
         better than its right side. None: the user's own.
+      mapping: what it differentiates beside the inner objective, as `objective` makes one: a constraint, say.
     """
 
     init: HypergradientInit
@@ -331,6 +330,7 @@ class Hypergradient(NamedTuple):
     first_order_form: Hypergradient | None = None
     extends: bool = True
     precision: str | None = None
+    mapping: Objective | None = None
 
     def __repr__(self) -> str:
         return repr(self.vjp)

@@ -103,7 +103,10 @@ def structure(problem: Problem, solver: InnerSolver, method: Hypergradient, inne
             "outer_objective: it depends neither on inner_params nor on outer_params; expected a function to be minimized. "
             "A value that it captured is a constant: use the arguments."
         )
-    objectives = reads(lambda x: (problem.inner(params, x, ctx)[0], problem.outer(shown, x, outer_ctx)[0]), outer)
+    functions = [problem.inner]
+    if method.mapping is not None:
+        functions.append(method.mapping if problem.inner.adapt is None else problem.inner.adapt(method.mapping))
+    objectives = reads(lambda x: ([fn(params, x, ctx)[0] for fn in functions], problem.outer(shown, x, outer_ctx)[0]), outer)
     start = [False] * len(paths)
     if problem.inner_init is not None:
         init, key = problem.inner_init, (ctx.key if takes_key(problem.inner_init) else None)

@@ -244,3 +244,32 @@ def test_an_outer_objective_of_nothing_is_refused(outer):
     fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=method)
     with pytest.raises(ValueError, match="outer_objective: it depends neither on inner_params nor on outer_params"):
         fn(jnp.zeros(2), jnp.ones(2), None, jnp.ones(2))
+
+
+ROOT6 = np.sqrt(6.0)
+
+
+def _sphere(y, x, b):
+    """Its nearest point of the sphere ``|y| = x`` to t = (1, 2, 1) is ``x t / |t|``."""
+    return x * jnp.array([1.0, 2.0, 1.0]) / ROOT6
+
+
+@pytest.mark.parametrize(
+    ("mapping", "method", "right"),
+    [
+        (lambda y, x, b: 0.5 * y + x, lambda T: H.fixed_point(T), [2.0, 4.0, 2.0]),  # y = 2 x
+        (_sphere, lambda T: H.kkt(lambda y, x, b: y @ y - x**2), 6.0 / ROOT6),
+    ],
+    ids=["a fixed point", "a constraint"],
+)
+def test_what_only_a_mapping_reads_of_the_outer_parameters_is_read(mapping, method, right):
+    """The inner objective does not read x: the fixed-point map does, or the constraint. The outer one is ``t · y``, t = (1, 2, 1)."""
+    t = jnp.array([1.0, 2.0, 1.0])
+    inner, outer = lambda y, x, b: jnp.sum((y - t) ** 2), lambda y, x, b: t @ y
+    x = jnp.ones(3) if np.ndim(right) else jnp.asarray(0.7)
+    solver, method = bx.inner.fixed_point(mapping), method(mapping)
+    fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=method)
+    np.testing.assert_allclose(fn(jnp.full(3, 0.3), x).grad, right, rtol=1e-4)
+    algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.1))
+    run = bx.solve_bilevel(inner, outer, jnp.full(3, 0.3), x, algorithm=algorithm, num_steps=1, keep="last")
+    np.testing.assert_allclose(run.state.algorithm.outer, x - 0.1 * np.asarray(right), rtol=1e-4)

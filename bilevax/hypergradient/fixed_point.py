@@ -59,7 +59,11 @@ def fixed_point(
     warm_start = numbers.flag(warm_start, "warm_start")
     settings = dict(mapping=as_mapping(mapping), linear=linear, warm_start=warm_start, max_residual=max_residual, precision=asked_by(linear))
     return Hypergradient(
-        init=Bound("fixed_point", _init, warm_start=warm_start), vjp=Bound("fixed_point", _vjp, **settings), order=1, precision=asked_by(linear)
+        init=Bound("fixed_point", _init, warm_start=warm_start),
+        vjp=Bound("fixed_point", _vjp, **settings),
+        order=1,
+        precision=asked_by(linear),
+        mapping=settings["mapping"],
     )
 
 
