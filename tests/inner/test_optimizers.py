@@ -286,9 +286,12 @@ def test_sama_differentiates_what_accumulation_leads_to(form, steps):
 
 @pytest.mark.slow
 def test_adam_at_a_zero_gradient_says_eps_root():
-    dead = lambda w, x, b: 0.5 * (w[0] - x) ** 2 + 0.0 * w[1]
+    dead = lambda w, x, b: 0.5 * (w[0] - x) ** 2 + x * w[1] ** 2  # its second gradient is zero at 0
     fn = bx.value_and_hypergrad(dead, lambda w, x, b: jnp.sum(w), solver=bx.inner.optax(optax.adam(0.1), 2), hypergradient=H.unrolled())
     out = fn(jnp.zeros(2), jnp.ones(()))
     assert out.info["code"] == bx.RESULTS.hypergradient_nonfinite
+    cured = bx.inner.optax(optax.adam(0.1, eps_root=1e-12), 2)
+    fn = bx.value_and_hypergrad(dead, lambda w, x, b: jnp.sum(w), solver=cured, hypergradient=H.unrolled())
+    assert jnp.isfinite(fn(jnp.zeros(2), jnp.ones(())).grad)
     message = bx.RESULTS.hypergradient_nonfinite.message
     assert 0 < message.index("eps_root=1e-12") < message.index("Try smooth forms")
