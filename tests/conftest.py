@@ -1,11 +1,15 @@
 """Settings of the whole suite: eight virtual devices, x64, strict promotion, warnings as errors (pyproject), a persistent compilation cache."""
 
 import os
+import signal
 import tempfile
 
 # Most of the suite's time is compilation; LLVM's part of it halves without its optimizations. Flags given from outside replace these.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # as a shell starts what runs in its background
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import jax
 

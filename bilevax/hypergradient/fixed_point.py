@@ -57,13 +57,14 @@ def fixed_point(
     """
     linear, max_residual = _adjoint.check_settings(linear, max_residual, linear_solvers.gmres())
     warm_start = numbers.flag(warm_start, "warm_start")
-    settings = dict(mapping=as_mapping(mapping), linear=linear, warm_start=warm_start, max_residual=max_residual, precision=asked_by(linear))
+    own = as_mapping(mapping)
+    settings = dict(mapping=own, linear=linear, warm_start=warm_start, max_residual=max_residual, precision=asked_by(linear))
     return Hypergradient(
         init=Bound("fixed_point", _init, warm_start=warm_start),
         vjp=Bound("fixed_point", _vjp, **settings),
         order=1,
         precision=asked_by(linear),
-        mapping=settings["mapping"],
+        mapping=own,
     )
 
 

@@ -59,8 +59,9 @@ def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residua
     and modular implicit differentiation" (NeurIPS 2022), section 2.2.
     """
     linear, max_residual = _adjoint.check_settings(linear, max_residual, linear_solvers.minres())
-    settings = dict(constraint=as_mapping(constraint, "constraint"), linear=linear, max_residual=max_residual, precision=asked_by(linear))
-    return Hypergradient(init=_init, vjp=Bound("kkt", _vjp, **settings), order=1, precision=asked_by(linear), mapping=settings["constraint"])
+    condition = as_mapping(constraint, "constraint")
+    settings = dict(constraint=condition, linear=linear, max_residual=max_residual, precision=asked_by(linear))
+    return Hypergradient(init=_init, vjp=Bound("kkt", _vjp, **settings), order=1, precision=asked_by(linear), mapping=condition)
 
 
 def _init(inner):
