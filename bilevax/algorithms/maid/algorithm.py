@@ -324,7 +324,10 @@ def _report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: C
         # Of an inexact point's values, the upper bound falls from step to step, and so may choose the iterate that is kept.
         value = value + new.certified[2].astype(g.value.dtype)
     rough = g.warnings | warning(~trial.solved, RESULTS.inner_not_converged) | warning(new.lost, RESULTS.no_step_accepted)
-    return StepInfo(value, size, (new.inner, new.outer), g.code, diagnostics, g.aux, rough, trial.solved & ~back)
+    # A value that is off by more than steps change it may not be compared with theirs: the start's, say, which is solved roughly.
+    told = jnp.maximum(new.promised, 10 * numbers.rounding_unit((new.inner.params, new.outer)) * jnp.abs(new.value))
+    fine = (jnp.abs(new.error) <= TELLING * told) | _finest(new)
+    return StepInfo(value, size, (new.inner, new.outer), g.code, diagnostics, g.aux, rough, trial.solved & ~back & fine)
 
 
 __all__ = ["MaidState", "maid"]
