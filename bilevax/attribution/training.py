@@ -57,7 +57,8 @@ class Training:
           >>> import jax.numpy as jnp, optax, bilevax as bx
           >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
           >>> train = bx.attribution.training(losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20)
-          >>> train.retrain(jnp.array([[1.0, 1.0], [0.0, 1.0]])).round(2).tolist()  # its step is half as long with one example
+          >>> ends = train.retrain(jnp.array([[1.0, 1.0], [0.0, 1.0]]))  # its step is half as long with one example
+          >>> [round(w, 2) for w in ends.tolist()]
           [2.0, 2.99]
         """
         weights = jnp.asarray(weights)

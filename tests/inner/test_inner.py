@@ -489,7 +489,8 @@ def test_numbers_of_every_solver_are_leaves():
         lambda v: inner.jaxopt(jaxopt.LBFGS, tol=v),
         lambda v: inner.optimistix(optimistix.BFGS(rtol=v, atol=v)),
     ):
-        assert base.split(make(1e-3))[0] == base.split(make(1e-4))[0]
+        # both below the tolerance at which products are taken in full precision: that is another program
+        assert base.split(make(1e-4))[0] == base.split(make(1e-5))[0]
 
 
 def test_import_brings_no_heavy_package():
