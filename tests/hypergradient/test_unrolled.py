@@ -313,7 +313,7 @@ def test_settings_are_refused():
     for last in (0, -1, 2.0, True):
         with pytest.raises((TypeError, ValueError), match="last: got"):
             unrolled(last)
-    with pytest.raises(ValueError, match="checkpoint: got 'all'; expected one of 'mixed'"):
+    with pytest.raises(ValueError, match="checkpoint: got 'all'; expected 'mixed', 'none', 'step' or 'sqrt'"):
         unrolled(checkpoint="all")
     form = PROBLEMS["ridge"]
     with pytest.raises(ValueError, match="has no reverse mode"):
