@@ -318,7 +318,7 @@ def test_no_collective_in_a_task_s_loops(name):
     report = run_tasks(name, driver=S.dry_run, sharding=S.tasks())
     assert not any(c.loop for c in report.collectives)
     assert all(c.kind == "all-reduce" and c.times <= 2 and c.bytes <= 8 * (6 * WAYS + 6) for c in report.collectives), report
-    assert sum(c.times for c in report.collectives) <= 3
+    assert sum(c.times for c in report.collectives) <= 4  # sums, largest integers, largest floats (the inner gradient of single loops)
 
 
 def test_initialisations_and_drawn_tasks():
@@ -417,7 +417,7 @@ def test_axis_mean_refuses_parameters_that_differ_by_device():
         (lambda: S.fsdp(jax.make_mesh((8,), ("a",), axis_types=(AxisType.Auto,))), ValueError, "axis: got 'data'; expected one of the mesh's"),
         (lambda: S.by_path(3, {}), TypeError, "mesh: got int 3"),
         (lambda: S.by_path(S.fsdp().mesh, {"w": "data"}), TypeError, r"rules\['w'\]: got str"),
-        (lambda: S.by_path(S.fsdp().mesh, {"w": P("model")}), ValueError, "got the axis 'model'"),
+        (lambda: S.by_path(S.fsdp().mesh, {"w": P("model")}), ValueError, "got the axis str 'model'"),
         (lambda: run("soba", sharding=S.by_path(S.fsdp().mesh, {"w": P(None, "data")})), ValueError, r"rules: got .* for inner\['w'\]"),
         (lambda: run("soba", inner_data=jax.tree.map(lambda a: a[:15], TRAIN), sharding=S.data_parallel()), ValueError, r"batch: got \[15\] rows on 8"),
         (lambda: run_tasks("soba", objectives=(MEAN, MEAN), sharding=S.tasks()), ValueError, r"inner_objective.*expected bilevax\.tasks\(fn, 'sum'\)"),
