@@ -96,6 +96,11 @@ def task_copies(num_tasks: int, model_state: PyTree = None) -> Callable[[PyTree]
       >>> bx.task_copies(2)(jnp.ones(3)).shape
       (2, 3)
     """
+    if model_state is not None:
+        numbers.arrays(model_state, "model_state")
+        leaves = jax.tree.leaves(model_state)
+        if all(not hasattr(leaf, "dtype") or leaf.size == 0 for leaf in leaves):
+            raise TypeError(f"model_state: got {model_state!r}; expected the state of a network: a pytree of arrays, or None.")
     return Bound("task_copies", _copies, num_tasks=numbers.count(num_tasks, "num_tasks"), model_state=model_state)
 
 

@@ -128,7 +128,7 @@ def allowed(full, fn, parameter, kind):
         return "a number, of those that are meant"
     if kind == "inf" and name in INFINITE:
         return "means any"
-    if kind in ("a function of nothing", "a class") and name in FUNCTIONS:
+    if kind in ("a function of nothing", "a class") and name in FUNCTIONS | {"inner_init", "opt"}:
         return LATER
     if kind in ("text", "a url", "no text") and name in TEXTS and not (kind == "no text" and name not in ("select", "run_id")):
         return "a name"
