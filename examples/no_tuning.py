@@ -136,7 +136,6 @@ def main(argv=None):
         for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
             work = np.cumsum(history["lower_steps"] + history["adjoint_steps"])
             ax.loglog(work, history["grad_norm"] / history["grad_norm"][0], color=report.BLUE, label="hypergradient")
-            ax.loglog(work, history["error_bound"] / history["grad_norm"][0], ":", color=report.ORANGE, label="its error bound")
             ax.axhline(TARGET, color="0.7", linewidth=0.8)
             ax.set(xlabel="inner gradients and products", title=name)
         axes[0][0].set_ylabel("relative to the first")
