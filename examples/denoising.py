@@ -143,7 +143,7 @@ def denoiser(regulariser, tol):
 
     @jax.jit
     def solve(theta, noisy, start):
-        state = bx.base.InnerState(start, solver.init(start)._replace(scale=jnp.sqrt(noisy.size * 1.0)))
+        state = bx.base.InnerState(start, solver.init(start))
         out, info = solver.step(objective, state, theta, bx.base.Ctx(noisy))
         return out.params, info["evaluations"]
 
