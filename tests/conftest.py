@@ -1,8 +1,10 @@
 """Settings of the whole suite: eight virtual devices, x64, strict promotion, warnings as errors (pyproject), a persistent compilation cache."""
 
+import gc
 import os
 import signal
 import tempfile
+from pathlib import Path
 
 # Most of the suite's time is compilation; LLVM's part of it halves without its optimizations. Flags given from outside replace these.
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
@@ -18,3 +20,16 @@ jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_compilation_cache_dir", os.environ.get("JAX_COMPILATION_CACHE_DIR", os.path.join(tempfile.gettempdir(), "bilevax-jax-cache")))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.2)
+
+MAPS = Path("/proc/self/maps")  # Linux only; elsewhere nothing needs to be done
+MANY_MAPS = 30_000
+tests_run = 0
+
+
+def pytest_runtest_teardown(item, nextitem):
+    """Programs compiled for a CPU hold a dozen memory maps each; past Linux's limit (65,530) the next one is a segmentation fault."""
+    global tests_run
+    tests_run += 1
+    if tests_run % 20 == 0 and MAPS.exists() and MAPS.read_bytes().count(b"\n") > MANY_MAPS:
+        jax.clear_caches()
+        gc.collect()
