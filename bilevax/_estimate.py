@@ -10,8 +10,8 @@ from bilevax import starts, tree
 from bilevax._core.apart import apart
 from bilevax._core.jaxpr import reads
 from bilevax._core.precision import under
-from bilevax.base import Ctx, Estimate, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, as_cotangent
-from bilevax.results import RESULTS, as_warning, failed, first, strictly, unless, warning
+from bilevax.base import Ctx, Estimate, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, Scalar, StepInfo, as_cotangent
+from bilevax.results import RESULTS, as_warning, failed, ladder, strictly, warning
 
 
 def estimate(
@@ -57,12 +57,12 @@ def estimate(
     grad_norm = tree.norm(grad)
     said, warned = as_warning(info["code"])
     warnings = warned | info.get("warnings", 0) | _constant_statistics(problem, method, solution, outer, outer_ctx)
-    code = first(
-        jnp.where(said == RESULTS.inner_nonfinite, said, jnp.int32(0)),
-        unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
+    code = ladder(
         said,
-        unless(jnp.isfinite(info["inner_grad_norm"]), RESULTS.adjoint_nonfinite) if "inner_grad_norm" in info else 0,
-        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
+        inner=said != RESULTS.inner_nonfinite,
+        value=jnp.isfinite(value),
+        adjoint=jnp.isfinite(info["inner_grad_norm"]) if "inner_grad_norm" in info else True,
+        grad=jnp.isfinite(grad_norm),
     )
     if look:
         code = _blame_batch(problem, solver, feeds, code)
@@ -102,6 +102,12 @@ def _blame_batch(problem: Problem, solver: InnerSolver, feeds: Feeds, code):
     nonfinite = jnp.any(jnp.asarray([code == c for c in _NONFINITE]))
     clean = lax.cond(nonfinite, batches_finite, lambda: jnp.asarray(True))
     return jnp.where(clean, code, jnp.int32(RESULTS.nonfinite_batch))
+
+
+def told(value: Scalar, info: dict[str, Scalar], point: tuple[InnerState, PyTree], aux: PyTree) -> StepInfo:
+    """What a step reports that took one hypergradient, with `info`, at `point`."""
+    diagnostics = {name: entry for name, entry in info.items() if name not in ("code", "warnings", "grad_norm")}
+    return StepInfo(value, info["grad_norm"], point, info["code"], diagnostics, aux, info["warnings"])
 
 
 def guarded(out: Estimate, before: PyTree, strict: int) -> Estimate:

@@ -194,7 +194,27 @@ def first(*codes):
     out = worst(*codes)
     for code in reversed(codes):
         code = jnp.asarray(code, jnp.int32)
-        out = jnp.where(code >= 10, code, out)
+        out = jnp.where(failed(code), code, out)
+    return out
+
+
+def ladder(*said, inner=True, value=True, adjoint=True, grad=True):
+    """The code of a step: its quantities in the order in which it meets them, and the first that no number came of names it.
+
+    Args:
+      *said: codes of the solves on the way (adjoints), asked after the outer value.
+      inner: whether the inner point is finite.
+      value: whether the outer value is.
+      adjoint: whether the adjoint is.
+      grad: whether the hypergradient is.
+    """
+    out = jnp.int32(RESULTS.success)
+    rungs = [(inner, RESULTS.inner_nonfinite), (value, RESULTS.outer_nonfinite)]
+    rungs += [(jnp.logical_not(failed(code)), code) for code in said]
+    rungs += [(adjoint, RESULTS.adjoint_nonfinite), (grad, RESULTS.hypergradient_nonfinite)]
+    for fine, code in reversed(rungs):
+        if fine is not True:  # what a step does not have costs nothing
+            out = jnp.where(fine, out, jnp.asarray(code, jnp.int32))
     return out
 
 

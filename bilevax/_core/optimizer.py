@@ -60,6 +60,15 @@ def apply(params: PyTree, updates: PyTree) -> PyTree:
     return jax.tree.map(lambda p, u: p + jnp.asarray(u).astype(p.dtype), params, updates)
 
 
+def moved(
+    opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree, project: Callable[[PyTree], PyTree] | None = None, **extra
+) -> tuple[PyTree, PyTree]:
+    """How each step of a level ends: updated along `direction`, applied, put into the feasible set; the parameters, and the optimizer's state."""
+    updates, state = update(opt, direction, state, params, **extra)
+    params = apply(params, updates)
+    return params if project is None else project(params), state
+
+
 def _like(new, old):
     """State keeps its dtypes from step to step: a loop's carry may not drift to a wider or a weak type."""
     new = jnp.asarray(new)

@@ -9,9 +9,9 @@ import optax
 
 from bilevax import check, starts, tree
 from bilevax._core import optimizer
+from bilevax._estimate import estimate, told
 from bilevax.algorithms._parts.directions import drawn_finite
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, StepInfo
-from bilevax.estimate import estimate
 from bilevax.results import RESULTS, warning
 
 
@@ -74,17 +74,12 @@ def _step(
     inner, est = estimate(problem, inner_solver, hypergradient, state.inner, state.outer, feeds, state.method, look=False)
     again = _value_fn(lambda outer: estimate(problem, inner_solver, hypergradient, state.inner, outer, feeds, state.method, look=False)[1])
     extra = dict(value=est.value, grad=est.grad, value_fn=again, grad_fn=lambda outer, i: jax.grad(again)(outer))
-    updates, outer_opt = optimizer.update(outer_optimizer, est.grad, state.outer_opt, state.outer, **extra)
-    outer = optimizer.apply(state.outer, updates)
-    if problem.project is not None:
-        outer = problem.project(outer)
-    said = est.info
-    diagnostics = {k: v for k, v in said.items() if k not in ("code", "warnings", "grad_norm")}
-    info = StepInfo(est.value, said["grad_norm"], (inner, state.outer), said["code"], diagnostics, est.aux, said["warnings"])
+    outer, outer_opt = optimizer.moved(outer_optimizer, est.grad, state.outer_opt, state.outer, problem.project, **extra)
+    info = told(est.value, est.info, (inner, state.outer), est.aux)
     if inner_solver.to_tolerance is not None:
         info = info._replace(scored=(info.warnings & warning(True, RESULTS.inner_not_converged)) == 0)
-    elif inner_solver.steps == 1 and "inner_grad_norm" in said:  # a single step has not caught up, and does not know
-        info = info._replace(lag=said["inner_grad_norm"])
+    elif inner_solver.steps == 1 and "inner_grad_norm" in est.info:  # a single step has not caught up, and does not know
+        info = info._replace(lag=est.info["inner_grad_norm"])
     return DoubleLoopState(inner, outer, outer_opt, est.state), info
 
 

@@ -12,7 +12,7 @@ from jax import lax
 from bilevax import check, tree
 from bilevax._core import numbers, optimizer
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Lower, Problem, PyTree, StepInfo
-from bilevax.results import RESULTS, first, unless
+from bilevax.results import ladder
 from bilevax.starts import takes_key
 
 
@@ -150,15 +150,8 @@ def _step(
 
     solution, value, aux = unroll(inner, outer)
     grad_norm = tree.norm(grad)
-    code = first(
-        unless(tree.all_finite(solution.params), RESULTS.inner_nonfinite),
-        unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
-        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
-    )
-    updates, outer_opt = optimizer.update(outer_optimizer, grad, state.outer_opt, outer, value=value, grad=grad)
-    moved_outer = optimizer.apply(outer, updates)
-    if problem.project is not None:
-        moved_outer = problem.project(moved_outer)
+    code = ladder(inner=tree.all_finite(solution.params), value=jnp.isfinite(value), grad=jnp.isfinite(grad_norm))
+    moved_outer, outer_opt = optimizer.moved(outer_optimizer, grad, state.outer_opt, outer, problem.project, value=value, grad=grad)
     count = jnp.where(again, 1, state.unrolls + 1).astype(jnp.int32)
     particles = jax.tree.map(lambda a: jnp.swapaxes(a, 0, 1), halves)
     diagnostics = {"gradients": jnp.int32((2 * samples + 1) * inner_solver.steps), "unrolls": count}

@@ -13,7 +13,7 @@ from bilevax.algorithms._parts.directions import outer_pass
 from bilevax.algorithms._parts.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Problem, PyTree, StepInfo
 from bilevax.inner.lbfgs import lbfgs
-from bilevax.results import RESULTS, first, unless
+from bilevax.results import RESULTS, ladder
 
 GROW, BACK, WORSE = 0.95, 2.0, 0.2  # factors of the Lipschitz estimate after a good step and an undone one; the relative increase that undoes one
 SLACK = 0.25  # weight of the accuracies in the test of a good step
@@ -100,12 +100,8 @@ def _step(problem: Problem, state: HoagState, feeds: Feeds, *, solver, epsilon, 
     moved = _steps.projected(problem, tree.axpy(-1 / lipschitz, z, x))
     back = tree.where(bad, last_x, moved)
 
-    code = first(
-        unless(tree.all_finite(y), RESULTS.inner_nonfinite),
-        unless(jnp.isfinite(f.value), RESULTS.outer_nonfinite),
-        jnp.where(adjoint.code >= RESULTS.adjoint_breakdown, adjoint.code, jnp.int32(0)),
-        unless(jnp.isfinite(size), RESULTS.hypergradient_nonfinite),
-    )
+    said = jnp.where(adjoint.code == RESULTS.adjoint_not_converged, jnp.int32(0), adjoint.code)  # the schedule asks for no more
+    code = ladder(said, inner=tree.all_finite(y), value=jnp.isfinite(f.value), grad=jnp.isfinite(size))
     diagnostics = {
         "epsilon": eps,
         "inner_grad_norm": solved.grad_norm,

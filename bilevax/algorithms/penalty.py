@@ -147,7 +147,7 @@ def _f2sa_step(
     value, (_, aux) = problem.outer(y, x, last[1])
     d_y, _ = inner_grad(problem, y, x, last[0])
 
-    moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x, _steps.decayed(feeds.done, outer_decay))
+    moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x, _steps.decayed(feeds.done, outer_decay), problem.project)
     inner = state.inner._replace(params=y, model=model)
     many = len(places)
     calls = counts((num + 1) * many + 1, 0, (num + 1) * many)
@@ -159,7 +159,7 @@ def _f2sa_step(
         calls,
         {"penalty": 1 / nu, "inner_grad_norm": tree.norm(d_y)},
     )
-    return F2saState(inner, _steps.projected(problem, moved), x_opt, points), info
+    return F2saState(inner, moved, x_opt, points), info
 
 
 def _weighted(weights: Any, stacked: PyTree) -> PyTree:

@@ -92,10 +92,10 @@ def _step(problem: Problem, state: PzoboState, feeds: Feeds, *, step_size, outer
 
     estimate = jax.tree.map(lambda a: jnp.sum(a, axis=0), jax.vmap(contribution)(jax.tree.map(lambda a: a[1:], solved), noise))
     d_x = tree.add(f.x, estimate)
-    moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x)
+    moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x, project=problem.project)
     inner = state.inner._replace(params=y, model=model)
     info = report(inner, x, f, Directions(d_y, f.y, d_x), counts(num * (samples + 1), 0, 1))
-    return PzoboState(inner, _steps.projected(problem, moved), x_opt), info
+    return PzoboState(inner, moved, x_opt), info
 
 
 __all__ = ["PzoboState", "pzobo"]

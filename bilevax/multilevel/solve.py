@@ -10,6 +10,7 @@ import jax
 from bilevax import check, tree
 from bilevax._core import optimizer
 from bilevax._core.transfers import by_intent
+from bilevax._estimate import told
 from bilevax.base import Algorithm, Bound, Feed, InnerState, PyTree, StepInfo, objective
 from bilevax.checkpoint import Checkpointing
 from bilevax.data.draws import level_windowed, with_number
@@ -54,15 +55,8 @@ def _init(problem: System, inner: InnerState, outer: PyTree) -> MultilevelState:
 def _step(problem: System, state: MultilevelState, feeds: tuple[Feed, ...], *, project) -> tuple[MultilevelState, StepInfo]:
     states = {name: InnerState(*(part[name] for part in state.inner)) for name in problem.solvers}
     out = sweep(problem, states, state.method, state.outer, dict(zip(problem.graph.names, feeds, strict=True)))
-    updates, opt = optimizer.update(problem.optimizer, out.grad, state.outer_opt, state.outer, value=out.value, grad=out.grad)
-    outer = optimizer.apply(state.outer, updates)
-    if project is not None:
-        outer = project(outer)
-    said = out.info
-    diagnostics = {k: v for k, v in said.items() if k not in ("code", "warnings", "grad_norm")}
-    point = (_packed(out.solved), state.outer)
-    info = StepInfo(out.value, said["grad_norm"], point, said["code"], diagnostics, out.aux, said["warnings"])
-    return MultilevelState(_packed(out.states), outer, opt, out.methods), info
+    outer, opt = optimizer.moved(problem.optimizer, out.grad, state.outer_opt, state.outer, project, value=out.value, grad=out.grad)
+    return MultilevelState(_packed(out.states), outer, opt, out.methods), told(out.value, out.info, (_packed(out.solved), state.outer), out.aux)
 
 
 @by_intent

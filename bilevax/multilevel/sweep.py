@@ -16,7 +16,7 @@ from bilevax.hypergradient.parts import forward
 from bilevax.multilevel import joint, nested
 from bilevax.multilevel.statistics import constant, entered, floats_of
 from bilevax.multilevel.system import System
-from bilevax.results import RESULTS, as_warning, first, unless
+from bilevax.results import RESULTS, as_warning, ladder, unless
 
 
 class Sweep(NamedTuple):
@@ -110,13 +110,10 @@ def _report(system: System, infos: dict[str, dict], value, grad) -> dict[str, An
     warnings = jnp.int32(0)
     for name, (_, warned) in zip(order, said, strict=True):
         warnings |= warned | infos[name].get("warnings", 0)
-    code = first(
-        *(jnp.where(c == RESULTS.inner_nonfinite, c, jnp.int32(0)) for c in codes),
-        unless(jnp.isfinite(value), RESULTS.outer_nonfinite),
-        *codes,
-        *(unless(jnp.isfinite(out[f"{name}/inner_grad_norm"]), _blame(system, name)) for name in order if f"{name}/inner_grad_norm" in out),
-        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
-    )
+    norms = {name: out[f"{name}/inner_grad_norm"] for name in order if f"{name}/inner_grad_norm" in out}
+    blamed = [unless(jnp.isfinite(norm), _blame(system, name)) for name, norm in norms.items()]
+    solved = jnp.all(jnp.asarray([c != RESULTS.inner_nonfinite for c in codes]))
+    code = ladder(*codes, *blamed, inner=solved, value=jnp.isfinite(value), grad=jnp.isfinite(grad_norm))
     return {**out, "grad_norm": grad_norm, "code": code, "warnings": warnings}
 
 

@@ -14,7 +14,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax.base import Ctx, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
-from bilevax.results import RESULTS, first, unless
+from bilevax.results import ladder
 
 
 class Inner(NamedTuple):
@@ -93,12 +93,8 @@ def report(inner: InnerState, outer: PyTree, f: Outer, d: Directions, calls: dic
       diagnostics: further columns of the history.
     """
     grad_norm, lag = tree.norm(d.x), tree.norm(d.y)
-    code = first(
-        unless(jnp.isfinite(lag), RESULTS.inner_nonfinite),
-        unless(jnp.isfinite(f.value), RESULTS.outer_nonfinite),
-        unless(jnp.isfinite(tree.norm(d.v)), RESULTS.adjoint_nonfinite),
-        unless(jnp.isfinite(grad_norm), RESULTS.hypergradient_nonfinite),
-    )
+    finite = dict(inner=lag, value=f.value, adjoint=tree.norm(d.v), grad=grad_norm)
+    code = ladder(**jax.tree.map(jnp.isfinite, finite))
     return StepInfo(f.value, grad_norm, (inner, outer), code, {**calls, **(diagnostics or {})}, f.aux, lag=lag)
 
 

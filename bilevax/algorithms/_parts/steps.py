@@ -64,10 +64,9 @@ def decayed(done: Any, decay: float | None) -> Any:
     return 1.0 if decay is None else jnp.power(jnp.asarray(done + 1).astype(jnp.result_type(float)), -decay)
 
 
-def move(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree, decayed: Any = 1.0) -> tuple[PyTree, PyTree]:
+def move(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree, decayed: Any = 1.0, project: Any = None) -> tuple:
     """Parameters after one step of `opt` along `direction`, and its state; a step given as a number is taken `decayed` times."""
-    updates, state = optimizer.update(opt, direction, state, params, decayed=decayed)
-    return optimizer.apply(params, updates), state
+    return optimizer.moved(opt, direction, state, params, project, decayed=decayed)
 
 
 def warm_only(problem: Problem, name: str) -> None:

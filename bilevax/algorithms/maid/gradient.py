@@ -14,7 +14,7 @@ from bilevax.algorithms._parts.directions import outer_pass
 from bilevax.algorithms._parts.solving import adjoint_to, curvature, solve_to
 from bilevax.base import Ctx, InnerSolver, InnerState, Problem, PyTree
 from bilevax.certificate import Constants, ErrorBound, Probes
-from bilevax.results import RESULTS, first, unless, warning
+from bilevax.results import RESULTS, ladder, warning
 
 ADJOINT = 500  # most products in one adjoint solve
 TIGHTEN = 30  # most tightenings of the accuracy for one certificate
@@ -70,12 +70,8 @@ def hypergradient(problem: Problem, inner: InnerState, x: PyTree, q: PyTree, del
     f, products = outer_pass(problem, y, x, outer_ctx), curvature(problem, y, x, inner_ctx)
     adjoint = adjoint_to(products.hessian, f.y, q, delta, ADJOINT)
     z = tree.sub(f.x, products.cross(adjoint.q))
-    code = first(
-        unless(tree.all_finite(y), RESULTS.inner_nonfinite),
-        unless(jnp.isfinite(f.value), RESULTS.outer_nonfinite),
-        jnp.where(adjoint.code == RESULTS.adjoint_nonfinite, adjoint.code, jnp.int32(0)),
-        unless(tree.all_finite(z), RESULTS.hypergradient_nonfinite),
-    )
+    finite = dict(inner=tree.all_finite(y), value=jnp.isfinite(f.value), adjoint=adjoint.code != RESULTS.adjoint_nonfinite)
+    code = ladder(**finite, grad=tree.all_finite(z))
     rough = warning(adjoint.code == RESULTS.negative_curvature, RESULTS.negative_curvature)
     rough |= warning(adjoint.residual > jnp.maximum(2 * delta, ROUGH), RESULTS.adjoint_not_converged)
     zero = jnp.int32(0)
