@@ -107,6 +107,29 @@ def test_no_private_name_crosses_a_package():
                 assert not outside, f"{module} imports {target}"
 
 
+# A file each of these folders is one method; what several of them need stands in a file that is none.
+FAMILIES = ("algorithms", "linear", "inner", "hypergradient")
+SHARED = {"bilevax.linear.preconditioner"}
+CHOOSES = {"bilevax.algorithms.default"}  # between two of them, by what it is
+
+
+@pytest.mark.parametrize("folder", FAMILIES)
+def test_families_do_not_import_families(folder):
+    def family(module):
+        """The file, or the folder of several, right under `folder`; None for what is shared, and for the folder itself."""
+        parts = module.split(".")
+        if parts[1:2] != [folder] or len(parts) < 3 or parts[2].startswith("_") or parts[2] == "parts":
+            return None
+        name = ".".join(parts[:3])
+        return None if name in SHARED else name
+
+    for module in MODULES:
+        if family(module) is None or module in CHOOSES:
+            continue
+        others = {family(target) for target, _ in imports(module)} - {None, family(module)}
+        assert not others, f"{module} imports {sorted(others)}"
+
+
 def test_pieces_are_asked():
     """Nothing outside `_core` reads the settings or the name of a piece, or looks which function stands in it."""
     recognising = re.compile(r"\.settings\b|\.vjp\.name|\.step\.name|\.(?:fn|step|vjp|solve) is [a-z_]|isinstance\([\w.]+, (?:base\.)?Bound\)")

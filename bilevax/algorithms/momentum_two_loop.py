@@ -12,8 +12,8 @@ from bilevax._core import numbers, optimizer
 from bilevax.algorithms._parts import memory
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import Directions, counts, data_finite, descend, drawn_finite, inner_grad, outer_pass, report
+from bilevax.algorithms._parts.series import Contexts, adjoint_hypergradient, neumann, neumann_settings, truncated
 from bilevax.algorithms._parts.steps import StepSize
-from bilevax.algorithms.two_loop import Contexts, adjoint_hypergradient, neumann, neumann_settings, truncated
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 from bilevax.data.draws import num_batches, whole
 
@@ -150,8 +150,8 @@ def _storm_step(
     d_y, d_x = memory.storm(state.directions, (u, w), (u_old, w_old), weight)
     info = report(state.inner, state.outer, f, Directions(d_y, q, d_x), counts(2, 2 * terms + 2, 2))
     y, y_opt = _steps.move(inner, d_y, state.inner.opt, y, smaller)
-    x, x_opt = _steps.move(outer, d_x, state.outer_opt, x, smaller)
-    return MomentumState(InnerState(y, y_opt, new_model), _steps.projected(problem, x), x_opt, (d_y, d_x), here), info
+    x, x_opt = _steps.move(outer, d_x, state.outer_opt, x, smaller, problem.project)
+    return MomentumState(InnerState(y, y_opt, new_model), x, x_opt, (d_y, d_x), here), info
 
 
 def vrbo(
@@ -236,8 +236,7 @@ def _vrbo_step(problem: Problem, state: MomentumState, feeds: Feeds, *, step_siz
 
     refresh = feeds.done % period == 0
     d_y, d_x = lax.cond(refresh, full, lambda: state.directions)
-    moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x)
-    moved = _steps.projected(problem, moved)
+    moved, x_opt = _steps.move(outer, d_x, state.outer_opt, x, project=problem.project)
 
     def body(i, carry):
         y, old, d, model, _ = carry

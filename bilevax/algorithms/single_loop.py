@@ -2,67 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax.numpy as jnp
 
 from bilevax import tree
-from bilevax._core import numbers, optimizer
+from bilevax._core import numbers
 from bilevax.algorithms._parts import memory, steps
 from bilevax.algorithms._parts.directions import Directions, combined, counts, drawn_finite, inner_grad, inner_pass, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
+from bilevax.algorithms._parts.triple import SingleLoopState, advance, as_moves, passes, start
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
-
-
-class SingleLoopState(NamedTuple):
-    """Where a single-loop algorithm stands.
-
-    Attributes:
-      inner: inner parameters, the state of their step, the model's state.
-      outer: outer parameters.
-      adjoint: ``v ≈ −(∇²_yy g)⁻¹ ∇_y f``.
-      opt: states of the steps on the adjoint and on the outer parameters.
-      memory: of earlier directions.
-    """
-
-    inner: InnerState
-    outer: PyTree
-    adjoint: PyTree
-    opt: tuple
-    memory: PyTree = ()
-
-
-class Moves(NamedTuple):
-    """The steps on the three variables."""
-
-    y: Any
-    v: Any
-    x: Any
-
-
-def moves(inner_step: StepSize, outer_step: StepSize, adjoint_step: StepSize | None) -> Moves:
-    """Transformations of the three step arguments; the adjoint's step is the inner one's by default."""
-    adjoint = inner_step if adjoint_step is None else adjoint_step
-    arguments = ((inner_step, "inner_step"), (adjoint, "adjoint_step"), (outer_step, "outer_step"))
-    return Moves(*(steps.transformation(step, name) for step, name in arguments))
-
-
-def start(problem: Problem, inner: InnerState, outer: PyTree, moves: Moves, name: str, first_memory: PyTree = ()) -> SingleLoopState:
-    """The first state, with the adjoint at zero."""
-    steps.warm_only(problem, name)
-    adjoint = tree.zeros_like(inner.params)
-    opt = (optimizer.init(moves.v, adjoint), optimizer.init(moves.x, outer))
-    return SingleLoopState(inner._replace(opt=optimizer.init(moves.y, inner.params)), outer, adjoint, opt, first_memory)
-
-
-def advance(
-    problem: Problem, state: SingleLoopState, d: Directions, moves: Moves, model: PyTree, new_memory: PyTree = (), decayed: Any = 1.0
-) -> SingleLoopState:
-    """All three variables moved along their directions."""
-    y, y_opt = steps.move(moves.y, d.y, state.inner.opt, state.inner.params, decayed)
-    v, v_opt = steps.move(moves.v, d.v, state.opt[0], state.adjoint, decayed)
-    x, x_opt = steps.move(moves.x, d.x, state.opt[1], state.outer, decayed)
-    return SingleLoopState(InnerState(y, y_opt, model), steps.projected(problem, x), v, (v_opt, x_opt), new_memory)
 
 
 def soba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, decay: float = 0.5) -> Algorithm:
@@ -95,7 +45,7 @@ def soba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     Source: Dagréou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables stochastic and global variance reduction
     algorithms" (NeurIPS 2022), section 3.1.
     """
-    settings = dict(moves=moves(inner_step, outer_step, adjoint_step), decay=steps.exponent(decay))
+    settings = dict(moves=as_moves(inner_step, outer_step, adjoint_step), decay=steps.exponent(decay))
     return Algorithm(Bound("soba", _soba_init, **settings), Bound("soba", _soba_step, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
@@ -108,14 +58,6 @@ def _soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves,
     d = combined(g, f)
     info = report(state.inner, state.outer, f, d, counts(1, 2, 1))
     return advance(problem, state, d, moves, g.model, (), steps.decayed(feeds.done, decay)), info
-
-
-def passes(problem: Problem, state: SingleLoopState, feeds: Feeds) -> tuple:
-    """One batch of each level and a pass through each objective there: what a single-loop step starts with."""
-    inner_ctx = problem.inner_draw(feeds.inner, 0)._replace(model=state.inner.model)
-    outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=state.inner.model)
-    g = inner_pass(problem, state.inner.params, state.outer, state.adjoint, inner_ctx)
-    return inner_ctx, outer_ctx, g, outer_pass(problem, state.inner.params, state.outer, outer_ctx)
 
 
 def ma_soba(
@@ -147,7 +89,7 @@ def ma_soba(
     (JMLR 2024), algorithm 1.
     """
     settings = dict(
-        moves=moves(inner_step, outer_step, adjoint_step), momentum=numbers.positive(momentum, "momentum", upper=1), decay=steps.exponent(decay)
+        moves=as_moves(inner_step, outer_step, adjoint_step), momentum=numbers.positive(momentum, "momentum", upper=1), decay=steps.exponent(decay)
     )
     return Algorithm(Bound("ma_soba", _ma_soba_init, **settings), Bound("ma_soba", _ma_soba_step, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
@@ -198,7 +140,7 @@ def fsla(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     Source: Li, Gu and Huang, "A fully single loop algorithm for bilevel optimization without Hessian inverse" (AAAI 2022), algorithm 1.
     """
     settings = dict(
-        moves=moves(inner_step, outer_step, adjoint_step),
+        moves=as_moves(inner_step, outer_step, adjoint_step),
         momentum=numbers.positive(momentum, "momentum", upper=1),
         decay=steps.exponent(decay),
     )
@@ -229,11 +171,11 @@ def _fsla_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves,
     old = tree.add(inner_pass(problem, y_old, x_old, v_old, hyper[1]).cross, outer_pass(problem, y_old, x_old, outer[1]).x)
     weight = jnp.where(feeds.done == 0, 1.0, momentum * smaller)  # the first step has nothing to remember
     d_x = memory.storm(state.memory.direction, new, old, weight)
-    x_new, x_opt = steps.move(moves.x, d_x, state.opt[1], x, smaller)
+    x_new, x_opt = steps.move(moves.x, d_x, state.opt[1], x, smaller, problem.project)
 
     inner = InnerState(y, y_opt, model)
     info = report(inner, x, f, Directions(d_y, d_v, d_x), counts(1, 3, 3))
-    new_state = SingleLoopState(inner, steps.projected(problem, x_new), v, (v_opt, x_opt), _Previous(d_x, x))
+    new_state = SingleLoopState(inner, x_new, v, (v_opt, x_opt), _Previous(d_x, x))
     return new_state, info
 
 

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
@@ -15,16 +13,15 @@ from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import (
     Directions,
     counts,
-    descend,
     drawn_finite,
     hessian_product,
     inner_grad,
-    inner_pass,
     outer_pass,
     report,
 )
+from bilevax.algorithms._parts.series import Contexts, adjoint_hypergradient, neumann, neumann_settings, truncated
 from bilevax.algorithms._parts.steps import StepSize
-from bilevax.base import Algorithm, Bound, Ctx, Draws, Feed, Feeds, InnerState, Problem, PyTree
+from bilevax.base import Algorithm, Bound, Draws, Feed, Feeds, InnerState, Problem, PyTree
 
 
 class TwoLoopState(NamedTuple):
@@ -34,18 +31,6 @@ class TwoLoopState(NamedTuple):
     outer: PyTree
     outer_opt: PyTree
     adjoint: tuple = ()
-
-
-class Contexts(NamedTuple):
-    """The contexts of one linearisation point, drawn one after another from a stream: ``at(i)``."""
-
-    draw: Callable
-    feed: Feed
-    model: PyTree
-
-    def at(self, i) -> Ctx:
-        """The i-th of them."""
-        return self.draw(self.feed, i)._replace(model=self.model)
 
 
 def descent(
@@ -66,46 +51,6 @@ def _loop(num, body, carry):
     return body(0, carry) if isinstance(num, int) and num == 1 else lax.fori_loop(0, num, body, carry)
 
 
-def neumann(problem: Problem, points: tuple, rhs: tuple, hyper: Contexts, num: Any, size: Any) -> tuple:
-    """``a Σ_{q=0}^{num} Π_{i≤q} (I − a H_i) w`` at several points at once, on shared batches: Ji et al.'s series with fresh batches.
-
-    Args:
-      problem: both objectives.
-      points: ``(y, x)`` pairs.
-      rhs: a ``w`` for each.
-      hyper: contexts of the products, one an iteration.
-      num: Hessian-vector products at each point.
-      size: ``a``.
-    """
-
-    def body(i, carry):
-        terms, sums = carry
-        terms = _contracted(problem, points, terms, hyper.at(i), size)
-        return terms, tuple(map(tree.add, sums, terms))
-
-    _, sums = lax.fori_loop(0, num, body, (rhs, rhs))
-    return tuple(tree.scale(size, s) for s in sums)
-
-
-def truncated(problem: Problem, points: tuple, rhs: tuple, hyper: Contexts, num: int, size: Any, key: jax.Array) -> tuple:
-    """``Q a Π_{i<p} (I − a H_i) w`` with ``p`` uniform on 0 to Q − 1: one unbiased term of the Neumann series of Q (Ghadimi and Wang).
-
-    Arguments as `neumann`, with ``Q = num``; at most Q − 1 contexts are drawn.
-    """
-    p = jax.random.randint(key, (), 0, num, jnp.int32)
-    terms = lax.fori_loop(0, p, lambda i, terms: _contracted(problem, points, terms, hyper.at(i), size), rhs)
-    return tuple(tree.scale(num * size, t) for t in terms)
-
-
-def _contracted(problem, points, terms, ctx, size):
-    return tuple(descend(t, size, hessian_product(problem, y, x, t, ctx)) for (y, x), t in zip(points, terms, strict=True))
-
-
-def adjoint_hypergradient(problem: Problem, y: PyTree, x: PyTree, q: PyTree, f_x: PyTree, ctx: Ctx) -> PyTree:
-    """``∇_x f − ∇²_xy g·q``."""
-    return tree.sub(f_x, inner_pass(problem, y, x, q, ctx).cross)
-
-
 def _settings(inner_step, outer_step, num):
     return dict(
         inner=_steps.transformation(inner_step, "inner_step"),
@@ -120,8 +65,7 @@ def _start(problem: Problem, state: InnerState, outer_params: PyTree, inner, out
 
 
 def _outer_move(problem: Problem, state: TwoLoopState, opt, d_x: PyTree, decayed: Any = 1.0) -> tuple[PyTree, PyTree]:
-    x, x_opt = _steps.move(opt, d_x, state.outer_opt, state.outer, decayed)
-    return _steps.projected(problem, x), x_opt
+    return _steps.move(opt, d_x, state.outer_opt, state.outer, decayed, problem.project)
 
 
 # ---- AmIGO
@@ -237,15 +181,6 @@ def stocbio(
         Draws(steps, neumann_steps + 1, 1),
         finite=drawn_finite,
     )
-
-
-def neumann_settings(inner_step: StepSize, neumann_step: float | None, neumann_steps: int) -> dict:
-    """``size`` and ``terms`` of a Neumann series."""
-    if neumann_step is None:
-        if hasattr(inner_step, "init"):
-            raise ValueError("neumann_step: got None with an optax transformation as inner_step; expected a positive number. Try neumann_step=0.1.")
-        neumann_step = inner_step
-    return dict(size=numbers.positive(neumann_step, "neumann_step"), terms=numbers.count(neumann_steps, "neumann_steps"))
 
 
 def _two_loop_init(problem, state, outer_params, *, name, inner, outer, **_) -> TwoLoopState:

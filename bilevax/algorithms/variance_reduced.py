@@ -12,10 +12,10 @@ from bilevax._core import numbers
 from bilevax.algorithms._parts import memory, steps
 from bilevax.algorithms._parts.directions import Directions, Inner, Outer, combined, counts, data_finite, drawn_finite, inner_pass, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
-from bilevax.algorithms.single_loop import SingleLoopState, advance, passes, start
-from bilevax.algorithms.single_loop import moves as make_moves
+from bilevax.algorithms._parts.triple import SingleLoopState, advance, as_moves, passes, start
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Problem, PyTree, StepInfo
 from bilevax.data.draws import num_batches, whole
+from bilevax.results import failed
 
 
 class Tables(NamedTuple):
@@ -52,7 +52,7 @@ def saba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     Source: Dagréou, Ablin, Vaiter and Moreau, "A framework for bilevel optimization that enables stochastic and global variance reduction
     algorithms" (NeurIPS 2022), section 3.2.
     """
-    settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step))
+    settings = dict(moves=as_moves(inner_step, outer_step, adjoint_step))
     return Algorithm(Bound("saba", _saba_init, **settings), Bound("saba", _saba_step, **settings), Draws(1, 0, 1), undoes=True, finite=drawn_finite)
 
 
@@ -71,7 +71,7 @@ def _saba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves)
     d = combined(Inner(grad, product, cross), Outer(f.value, f_y, f_x, f.aux))
     info = report(state.inner, state.outer, f, d, counts(1, 2, 1))
     # A failed step is undone here: a driver that kept the tables of both ends of a step would copy them in each.
-    kept = info.code < 10
+    kept = ~failed(info.code)
     moved = tree.where(kept, advance(problem, state, d, moves, g.model)._replace(memory=()), state._replace(memory=()))
     inner_table = memory.saga_write(tables.inner, inner_parts, inner_change, i, kept)
     outer_table = memory.saga_write(tables.outer, outer_parts, outer_change, j, kept)
@@ -119,7 +119,7 @@ def srba(inner_step: StepSize, outer_step: StepSize, *, period: int, adjoint_ste
     Source: Dagréou, Moreau, Vaiter and Ablin, "A lower bound and a near-optimal algorithm for bilevel empirical risk minimization" (AISTATS
     2024), algorithm 1.
     """
-    settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step), period=numbers.count(period, "period"))
+    settings = dict(moves=as_moves(inner_step, outer_step, adjoint_step), period=numbers.count(period, "period"))
     return Algorithm(
         Bound("srba", _recursive_init, name="srba", **settings), Bound("srba", _srba_step, **settings), Draws(1, 0, 1), finite=data_finite
     )
@@ -165,7 +165,7 @@ def spaba(inner_step: StepSize, outer_step: StepSize, *, probability: float, adj
     Source: Chu, Xu, Yao and Zhang, "SPABA: a single-loop and probabilistic stochastic bilevel algorithm achieving optimal sample complexity"
     (ICML 2024), algorithm 1.
     """
-    settings = dict(moves=make_moves(inner_step, outer_step, adjoint_step), probability=numbers.positive(probability, "probability", upper=1))
+    settings = dict(moves=as_moves(inner_step, outer_step, adjoint_step), probability=numbers.positive(probability, "probability", upper=1))
     return Algorithm(
         Bound("spaba", _recursive_init, name="spaba", **settings), Bound("spaba", _spaba_step, **settings), Draws(1, 0, 1), finite=data_finite
     )

@@ -19,7 +19,8 @@ from bilevax.linear.identity import identity
 from bilevax.linear.lineax import lineax
 from bilevax.linear.minres import minres
 from bilevax.linear.neumann import neumann
-from bilevax.linear.nystrom import Preconditioner, nystrom, nystrom_preconditioner, precondition
+from bilevax.linear.nystrom import nystrom, nystrom_preconditioner
+from bilevax.linear.preconditioner import Preconditioner, precondition
 
 
 def __dir__() -> list[str]:

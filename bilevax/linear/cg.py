@@ -13,7 +13,7 @@ from bilevax._core import numbers
 from bilevax._core.types import PyTree
 from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
-from bilevax.linear.nystrom import Preconditioner, applied
+from bilevax.linear.preconditioner import Preconditioner, applied
 from bilevax.results import RESULTS
 
 
