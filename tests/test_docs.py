@@ -4,6 +4,7 @@ A block fenced as ``output`` that follows a ``python`` block holds what that blo
 """
 
 import contextlib
+import importlib.util
 import io
 import re
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import NamedTuple
 import pytest
 
 from tests.readers import as_reader
+from tests.test_public import SPACES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
@@ -86,3 +88,34 @@ def test_relative_links(page):
     text = FENCE.sub("", page.read_text())
     for target in re.findall(r"\]\((?!https?:|#|mailto:)([^)#\s]+)", text):
         assert (page.parent / target).exists(), f"{_id(page)}: broken link {target}"
+
+
+def test_every_namespace_has_a_page():
+    """Each with the names that it makes public, written by docs/extension.py from ``__all__``."""
+    spaces = {name for name in SPACES if name != "base"} | {"", "base"}
+    found = {}
+    for page in (ROOT / "docs" / "api").glob("*.md"):
+        (space,) = re.findall(r"<!-- api: ?(\w*) -->", page.read_text())
+        found[space] = page.name
+    assert set(found) == spaces
+
+
+def test_the_table_of_contents_has_every_page():
+    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1].split("\nmarkdown_extensions:")[0])
+    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+
+
+def test_versions_stand_side_by_side(tmp_path):
+    spec = importlib.util.spec_from_file_location("versions", ROOT / "docs" / "versions.py")
+    versions = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(versions)
+    site, pages = tmp_path / "site", tmp_path / "pages"
+    site.mkdir()
+    pages.mkdir()
+    for version in ("0.9", "0.10", "dev", "0.2"):
+        (site / "index.html").write_text(version)
+        entries = versions.deploy(site, pages, version)
+    assert [entry["version"] for entry in entries] == ["0.10", "0.9", "0.2", "dev"]
+    assert entries[0]["aliases"] == ["latest"]
+    assert (pages / "latest" / "index.html").read_text() == "0.10"
+    assert (pages / "0.2" / "index.html").read_text() == "0.2"

@@ -230,9 +230,9 @@ def value_and_metagrad(
       arrays, ``data.minibatches``, a pure function ``(key, step) -> batch``, `reader`.
 
     Raises:
-      TypeError, ValueError: for arguments that cannot work, before anything is compiled; in the
-      call, RuntimeError where a step done again gives
-        other bits, and `SolveError` where something is not finite.
+      TypeError, ValueError: for arguments that cannot work, before anything is compiled.
+      RuntimeError: in the call, where a step done again gives other bits.
+      SolveError: in the call, where something is not finite.
 
     Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
