@@ -4,6 +4,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 from bilevax import callbacks, checkpoint, data, hypergradient, inner, linear, sharding
+from bilevax._core.showing import tidy, tidy_class
 from bilevax._core.version import __version__ as __version__
 from bilevax.argmin import argmin
 from bilevax.base import Estimate, objective
@@ -33,7 +34,7 @@ def __getattr__(name: str):
     """The names that are imported when they are first used."""
     if name not in _LATER:
         raise AttributeError(f"module 'bilevax' has no attribute {name!r}")
-    module = importlib.import_module(f"bilevax.{_LATER[name] or name}")
+    module = tidy(importlib.import_module(f"bilevax.{_LATER[name] or name}"))
     return getattr(module, name) if _LATER[name] else module
 
 
@@ -76,3 +77,8 @@ __all__ = [
     "value_and_hypergrad",
     "value_and_multilevel_grad",
 ]
+
+for _space in (callbacks, checkpoint, data, hypergradient, inner, linear, sharding):
+    tidy(_space)
+for _class in (Estimate, Solution):
+    tidy_class(_class)

@@ -70,12 +70,33 @@ def _hypergradient() -> int:
     return 0 if good else 1
 
 
+def problem(where: str) -> int:
+    """Print what a look at a problem of one's own finds; returns the exit status."""
+    from bilevax.diagnostics.problem import load, report
+
+    sys.path.insert(0, os.getcwd())
+    try:
+        made = load(where)
+    except (ImportError, AttributeError, ValueError) as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        return 2
+    for line in report(made):
+        print(line)
+    return 0
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command line."""
     parser = argparse.ArgumentParser(prog="python -m bilevax", description="Bilevel and multilevel optimization in JAX.")
     parser.add_argument("command", choices=["doctor"], help="doctor: versions, devices, settings and a small checked hypergradient, for bug reports")
-    parser.parse_args(argv)
-    return doctor()
+    parser.add_argument(
+        "--problem",
+        metavar="MODULE:FUNCTION",
+        help="look at a problem of your own instead: the function returns a dict with inner_objective, outer_objective, inner_params, outer_params, "
+        "inner_data and outer_data (batches)",
+    )
+    arguments = parser.parse_args(argv)
+    return doctor() if arguments.problem is None else problem(arguments.problem)
 
 
 if __name__ == "__main__":

@@ -26,20 +26,22 @@ STYLE = {
     "grid.color": "0.9",
 }
 
-# The panels of a dashboard: title, axis label, logarithmic or not, and the columns in it with what they are called.
-PANELS: tuple[tuple[str, str, bool, dict[str, str]], ...] = (
-    ("Objectives", "value", False, {"value": "outer", "inner_value": "inner"}),
-    ("Hypergradient", "norm", True, {"grad_norm": "hypergradient", "error_bound": "bound on its error"}),
-    ("How far from solved", "norm, relative residual", True, {"inner_grad_norm": "inner gradient", "adjoint_residual": "adjoint residual"}),
+# The panels of a dashboard, a kind of quantity each: title, axis label, and the columns in it with what they are called.
+PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
+    ("Objectives", "value", {"value": "outer", "inner_value": "inner"}),
+    ("Hypergradient", "norm", {"grad_norm": "hypergradient", "error_bound": "bound on its error"}),
+    ("Lower level: how far from solved", "norm", {"inner_grad_norm": "inner gradient"}),
+    ("Adjoint: how far from solved", "relative residual", {"adjoint_residual": "adjoint residual"}),
     (
         "Work a step",
         "number",
-        False,
         {"inner_iterations": "inner iterations", "adjoint_iterations": "adjoint iterations", "gradients": "gradients", "hvps": "HVPs"},
     ),
-    ("Step sizes", "step size", True, {"step_size": "outer", "inner_step": "inner", "outer_step": "outer", "adjoint_step": "adjoint"}),
+    ("Step sizes", "step size", {"step_size": "outer", "inner_step": "inner", "outer_step": "outer", "adjoint_step": "adjoint"}),
 )
-KNOWN = {name for panel in PANELS for name in panel[3]} | {"code", "aux", "step", "warnings", "mixed_products", "cotangent_norm"}
+DECADES = 100.0  # values that span so much are drawn on a logarithmic axis
+FAILED, ROUGH, KEPT = "#D55E00", "#E69F00", "#009E73"
+KNOWN = {name for panel in PANELS for name in panel[2]} | {"code", "aux", "step", "warnings", "mixed_products", "cotangent_norm"}
 
 
 def _pyplot() -> Any:
@@ -102,7 +104,8 @@ def _of_log(path: Path) -> dict[str, list]:
 def dashboard(run: Any, *, title: str | None = None) -> Any:
     """One run at a glance: objectives, hypergradient, how far both systems are from solved, the work a step, step sizes, metrics.
 
-    Panels for which the history has no column are left out. Steps that failed are marked.
+    A kind of quantity has a panel, a metric one of its own; panels for which the history has no column are left out. An axis is logarithmic where its
+    values cross decades. The kept step, steps with warnings and steps that failed are marked.
 
     Args:
       run: a `Solution`, a history, a `callbacks.Event`, or the file that `callbacks.jsonl` or `callbacks.csv` writes.
@@ -125,34 +128,68 @@ def dashboard(run: Any, *, title: str | None = None) -> Any:
     if title is not None:
         title = numbers.word(title, "title", "A run")
     columns = history(run)
-    panels = [(title, label, log, {n: called for n, called in names.items() if n in columns}) for title, label, log, names in PANELS]
-    others = {name: name for name in columns if name not in KNOWN and not name.startswith("aux")}
-    panels.append(("Metrics and the rest", "value", False, others))
+    panels = [(name, label, {n: called for n, called in names.items() if n in columns}) for name, label, names in PANELS]
+    panels += [(name, "value", {name: name}) for name in columns if name not in KNOWN and not name.startswith("aux")]
     panels = [panel for panel in panels if panel[-1]]
     across = min(3, len(panels))
     down = -(-len(panels) // across)
     steps = columns.get("step", np.arange(len(next(iter(columns.values())))))
-    failed = np.flatnonzero(results.failed(columns["code"])) if "code" in columns else np.array([], int)
+    marks = _marks(columns, getattr(run, "stats", {}))
     with plt.rc_context(STYLE):
         figure, axes = plt.subplots(down, across, figsize=(4.6 * across, 3.2 * down), layout="constrained", squeeze=False)
-        for ax, (name, label, logarithmic, names) in zip(axes.flat, panels, strict=False):
+        for ax, (name, label, names) in zip(axes.flat, panels, strict=False):
             for i, (column, called) in enumerate(names.items()):
                 _curve(ax, steps, columns[column], i, called)
-            for step in failed:
-                ax.axvline(steps[step], color="#D55E00", linewidth=0.8, alpha=0.6)
-            positive = all((columns[c][np.isfinite(columns[c])] > 0).any() for c in names)
-            if logarithmic and positive:
+            if _crosses_decades([columns[column] for column in names]):
                 ax.set_yscale("log")
+            for rows, style in marks.values():
+                _mark(ax, steps[rows], style)
             ax.set(title=name, xlabel="step", ylabel=label)
-            if len(names) > 1 or name.startswith("Metrics"):
-                ax.legend(fontsize="small")
+            ax.legend(fontsize="small")
         for ax in axes.flat[len(panels) :]:
             ax.set_axis_off()
+        if marks:
+            keys = [plt.Line2D([], [], **style, label=called) for called, (_, style) in marks.items()]
+            figure.legend(handles=keys, loc="outside lower center", ncols=len(keys), fontsize="small")
         if title is None and hasattr(run, "stats"):
             title = f"{run.result.name}: {run.stats['steps']} steps in {run.stats['seconds']:.3g} s, kept step {run.stats['best_step']}"
         if title:
             figure.suptitle(title)
     return figure
+
+
+def _crosses_decades(curves: list[np.ndarray]) -> bool:
+    """Whether all that is drawn is positive and spans more than a linear axis shows."""
+    values = np.concatenate([curve[np.isfinite(curve)] for curve in curves])
+    positive = values[values > 0]
+    return len(positive) > 1 and not (values < 0).any() and bool(positive.max() >= DECADES * positive.min())
+
+
+def _marks(columns: dict[str, np.ndarray], stats: dict[str, Any]) -> dict[str, tuple[np.ndarray, dict[str, Any]]]:
+    """Steps that mean something, by what they mean: their rows, and how they are drawn."""
+    none = np.array([], int)
+    rows = len(next(iter(columns.values())))
+    first = int(stats.get("total_steps", rows)) - rows
+    best = stats.get("best_step")
+    kept = none if best is None or not 0 <= int(best) - first < rows else np.array([int(best) - first])
+    rough = np.flatnonzero(np.nan_to_num(columns["warnings"]) > 0) if "warnings" in columns else none
+    failed = np.flatnonzero(results.failed(columns["code"])) if "code" in columns else none
+    tick = dict(linestyle="", marker="|", markersize=7)
+    found = {
+        "kept step": (kept, dict(color=KEPT, linestyle=":", linewidth=1.4)),
+        "warning": (rough, dict(color=ROUGH, **tick)),
+        "failed step": (failed, dict(color=FAILED, linewidth=0.9)),
+    }
+    return {called: mark for called, mark in found.items() if len(mark[0])}
+
+
+def _mark(ax: Any, steps: np.ndarray, style: dict[str, Any]) -> None:
+    """A line over the height of the axes a step, or a tick at their foot."""
+    if "marker" in style:
+        ax.plot(steps, np.full(len(steps), 0.02), transform=ax.get_xaxis_transform(), zorder=0, **style)
+        return
+    for step in steps:
+        ax.axvline(step, zorder=0, **style)
 
 
 def _check_axes(ax: Any) -> None:

@@ -18,6 +18,7 @@ HISTORY = {
     "hvps": np.array([4, 2, 1]),
     "accuracy": np.array([np.nan, 0.5, np.nan]),
     "code": np.array([0, 0, 11]),
+    "warnings": np.array([0, 1, 0]),
     "aux": {"w": np.zeros((3, 2))},
 }
 
@@ -33,9 +34,21 @@ def test_dashboard_shows_each_column_once():
     np.testing.assert_array_equal(shown["outer"].get_ydata(), HISTORY["value"])
     np.testing.assert_array_equal(shown["accuracy"].get_xdata(), [1])  # NaN between its evaluations
     titles = [ax.get_title() for ax in figure.axes]
-    assert "Step sizes" not in titles and "Metrics and the rest" in titles
-    failed = [line for line in figure.axes[0].get_lines() if line.get_label().startswith("_")]
-    assert [line.get_xdata()[0] for line in failed] == [2]
+    assert "Step sizes" not in titles and "accuracy" in titles
+    assert all(ax.get_legend() is not None for ax in figure.axes if ax.lines)
+    assert [ax.get_yscale() for ax in figure.axes[:3]] == ["linear", "log", "log"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["warning", "failed step"]
+    marked = [list(line.get_xdata()) for line in figure.axes[0].get_lines() if line.get_label().startswith("_")]
+    assert marked == [[1], [2, 2]]
+
+
+def test_the_kept_step_is_marked_in_a_run_that_went_on():
+    stats = {"steps": 3, "total_steps": 13, "seconds": 1.0, "best_step": 11}
+    run = bx.Solution(None, None, None, bx.RESULTS.success, HISTORY, None, stats)
+    figure = bx.plots.dashboard(run)
+    assert figure.legends[0].get_texts()[0].get_text() == "kept step"
+    marked = [list(line.get_xdata()) for line in figure.axes[0].get_lines() if line.get_label().startswith("_")]
+    assert marked[0] == [1, 1]
 
 
 def test_a_log_draws_as_its_run(tmp_path):

@@ -11,6 +11,7 @@ from jax import lax
 
 from bilevax import check, replay, tree
 from bilevax._core import numbers
+from bilevax._core.showing import screenful
 from bilevax.attribution.training import Training
 from bilevax.base import LinearSolver, PyTree
 from bilevax.linear import cg
@@ -29,6 +30,9 @@ class Influence(NamedTuple):
     scores: jax.Array
     value: jax.Array
     info: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return screenful(self)
 
 
 def metagradient(

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax._core import numbers
+from bilevax._core.showing import screenful
 from bilevax.base import Bound, Draw, PyTree
 from bilevax.data.draws import Batches, by_epoch, generated, partition, partition_order, same, sampled
 from bilevax.data.loaders import Stream, refuse_uniterable
@@ -21,6 +22,9 @@ class Source(NamedTuple):
     draw: Draw
     data: PyTree = None
     keyed: bool = False
+
+    def __repr__(self) -> str:
+        return screenful(self)
 
 
 # ---- what users write

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import tree
+from bilevax._core.showing import screenful
 from bilevax.base import InnerState, Objective, PyTree, join, split
 from bilevax.replay import _files, _resuming, _steps
 from bilevax.replay._batches import Batches
@@ -50,6 +51,9 @@ class Metagradient(NamedTuple):
     model_state: PyTree
     aux: PyTree
     info: dict[str, Any]
+
+    def __repr__(self) -> str:
+        return screenful(self)
 
 
 class Pieces:

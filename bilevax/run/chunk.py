@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from bilevax import results, tree
+from bilevax._core.showing import screenful
 from bilevax.base import Algorithm, Draws, Feed, Feeds, PyTree, join
 from bilevax.data.draws import ordered
 from bilevax.data.episodes import drawn
@@ -42,6 +43,9 @@ class RunState(NamedTuple):
     first_norm: Any
     best: Best | None
     watch: Watch
+
+    def __repr__(self) -> str:
+        return screenful(self)
 
 
 class Plan(NamedTuple):

@@ -9,6 +9,7 @@ import jax
 from bilevax import tree
 from bilevax.base import PyTree
 from bilevax.results import RESULTS, warnings_in
+from bilevax.run import reading
 
 
 class Solution(NamedTuple):
@@ -43,6 +44,28 @@ class Solution(NamedTuple):
         Integers by `RESULTS` code; arrays of counts under ``vmap``, a lane each.
         """
         return warnings_in(self.history.get("warnings", ()))
+
+    def summary(self) -> str:
+        """The run in the order in which to read it: how it ended, the value, how far it came, how far to trust it, what was rough.
+
+        Returns:
+          A text of a line a point, to be printed. A quantity that the algorithm does not report has no line.
+
+        Raises:
+          TypeError: for a solution under a transformation, whose numbers are not there to be read.
+
+        Examples:
+          >>> import jax.numpy as jnp, optax, bilevax as bx
+          >>> inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
+          >>> outer = lambda y, x, batch: 0.5 * jnp.sum(y**2)
+          >>> algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.5))
+          >>> solution = bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.ones(2), algorithm=algorithm, num_steps=5)
+          >>> print(solution.summary().splitlines()[1])
+          value               1 -> 0.003906, best at step 4
+        """
+        if isinstance(self.result, jax.Array):
+            raise TypeError("solution: got one of a transformation (jit, vmap); expected one run's. Try jax.tree.map(lambda a: a[i], solution).")
+        return reading.summary(self)
 
     def __repr__(self) -> str:
         if isinstance(self.result, jax.Array):
