@@ -11,6 +11,7 @@ from bilevax.base import Estimate, objective
 from bilevax.estimate import value_and_hypergrad
 from bilevax.inner.tunable import tunable
 from bilevax.results import RESULTS, SolveError
+from bilevax.root import fixed_point, root
 from bilevax.run.metrics import metrics
 from bilevax.run.solution import Solution
 from bilevax.solve import solve_bilevel
@@ -59,6 +60,7 @@ __all__ = [
     "diagnostics",
     "error_bound",
     "explain",
+    "fixed_point",
     "hypergradient",
     "inner",
     "linear",
@@ -67,6 +69,7 @@ __all__ = [
     "objective",
     "plots",
     "replay",
+    "root",
     "sharding",
     "solve_bilevel",
     "solve_multilevel",

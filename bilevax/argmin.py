@@ -13,9 +13,9 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax._core import numbers
-from bilevax._core.jaxpr import evaluate, has_rule_of_its_own
-from bilevax._core.precision import asked_by, under
+from bilevax._core.jaxpr import has_rule_of_its_own
 from bilevax._core.transfers import by_intent
+from bilevax._traced import Outer, Traceable, constant, is_zero, outputs, together
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
 from bilevax.linear.cg import cg
 from bilevax.results import RESULTS, SolveError, as_warning, failed, strictly, strictness, worst
@@ -179,82 +179,43 @@ class Argmin:
 # ---- the objective with nothing captured
 
 
-class _Outer(NamedTuple):
-    fixed: PyTree  # non-float leaves of the inner parameters
-    args: PyTree
-    dynamic: tuple  # dynamic leaves of the objective's own configuration
-    captured: list  # arrays that the objective closes over
-
-
 class _Traced(NamedTuple):
     value: Objective
     inner: PyTree  # its float leaves
-    outer: _Outer
+    outer: Outer
 
 
-class _Traceable:
-    """A user's objective, traced to a jaxpr whose captured arrays are operands.
-
-    A custom rule that closes over a traced array leaks it as soon as the rule runs after the trace has ended (grad of jit, for one).
-    ``jax.closure_convert`` hoists floating-point tracers only; the constants of a jaxpr are all that is captured, keys and integers too.
-    """
+class _Traceable(Traceable):
+    """A user's objective, traced to a scalar whose captured arrays are operands."""
 
     def __init__(self, objective: Callable, linear_solver: LinearSolver | None):
-        # What is solved and what is differentiated are one program, so one precision serves both.
-        self._precision = "highest" if linear_solver is None else asked_by(base.as_linear(linear_solver))
         if isinstance(objective, Objective) and (objective.has_aux or objective.stateful or objective.keyed):
             raise TypeError(f"objective: got {objective!r}; expected a plain function (inner, *args) -> scalar. Pass state and keys as arguments.")
         if not callable(objective):
             raise TypeError(f"objective: got {type(objective).__name__}; expected a function (inner, *args) -> scalar.")
-        plain = objective.fn if isinstance(objective, Objective) else objective
-        self.name = Objective(plain).name
-        self._static, self._dynamic = base.split(plain)
-        self._flat = self._function()
-
-    def _function(self) -> Callable:
-        static = self._static
-        return lambda inner, args, settings: base.join(static, settings)(inner, *args)
+        super().__init__(objective, linear_solver)
 
     def trace(self, inner: PyTree, args: tuple) -> _Traced:
-        inner, args = tree.strong(_checked("inner_init", inner)), jax.tree.map(jnp.asarray, _checked("args", args))
-        params, fixed = tree.partition(inner)
+        closed, params, outer, _ = self.traced(inner, args)
         if not jax.tree.leaves(params):
             raise ValueError(f"inner_init: got {inner!r}, which has no floating-point leaf; expected something to minimize over.")
-        closed = under(self._precision, jax.make_jaxpr(self._flat))(inner, args, self._dynamic)
-        if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
-            # JAX remembers the trace of a function; one that captured a tracer may be of a trace that has ended.
-            closed = under(self._precision, jax.make_jaxpr(self._function()))(inner, args, self._dynamic)
         if len(closed.out_avals) != 1 or closed.out_avals[0].shape != () or not jnp.issubdtype(closed.out_avals[0].dtype, jnp.floating):
             shapes = ", ".join(str(aval) for aval in closed.out_avals)
             raise ValueError(f"objective: {self.name} returned ({shapes}); expected one real scalar. Try jnp.sum or jnp.mean, and no aux.")
-        value = Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr))
-        return _Traced(value, params, _Outer(fixed, args, self._dynamic, list(closed.consts)))
+        return _Traced(Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr)), params, outer)
 
 
-def _evaluate(inner, outer: _Outer, batch, *, jaxpr):
-    operands = jax.tree.leaves((tree.combine(inner, outer.fixed), outer.args, outer.dynamic))
-    return evaluate(jaxpr, outer.captured, operands)[0]
-
-
-def _checked(name: str, values: PyTree) -> PyTree:
-    for path, leaf in jax.tree_util.tree_leaves_with_path(values):
-        where = f"{name}{jax.tree_util.keystr(path)}"
-        try:
-            dtype = jnp.result_type(leaf)
-        except TypeError as error:
-            raise TypeError(f"{where}: got {leaf!r} of type {type(leaf).__name__}; expected an array or a number. Try capturing it.") from error
-        if jnp.issubdtype(dtype, jnp.complexfloating) and name != "args":
-            raise TypeError(f"{where}: got dtype {dtype}; expected real numbers. Try its real and imaginary parts as two leaves.")
-    return values
+def _evaluate(inner, outer: Outer, batch, *, jaxpr):
+    return outputs(jaxpr, inner, outer)[0]
 
 
 # ---- the solve
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple, inner: PyTree, outer: _Outer) -> tuple[PyTree, ArgminInfo]:
+def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple, inner: PyTree, outer: Outer) -> tuple[PyTree, ArgminInfo]:
     value, solver, linear, tol = base.join(static, dynamic)
-    start, given, solver, tol = jax.tree.map(_constant, (inner, outer, solver, tol))
+    start, given, solver, tol = jax.tree.map(constant, (inner, outer, solver, tol))
     state, report = Lower(value, solver, _no_batch).run(InnerState(start, solver.init(start)), given, Feed())
     y, report = lax.stop_gradient((state.params, report))
 
@@ -281,11 +242,6 @@ def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple, i
             )
         y = jax.tree.map(lambda leaf: jnp.where(bad, jnp.asarray(jnp.nan, leaf.dtype), leaf), y)
     return _solution(*base.split((value, linear)), y, outer), info
-
-
-def _constant(leaf):
-    """Cut off from differentiation, functions and Python numbers left alone."""
-    return lax.stop_gradient(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf
 
 
 def _no_batch(feed: Feed, i) -> Ctx:
@@ -316,12 +272,12 @@ def _linear(solver, max_residual) -> _Linear:
 
 
 @partial(jax.jit, static_argnums=(0,))
-def _attached(static: Static, dynamic: tuple, inner: PyTree, outer: _Outer) -> PyTree:
+def _attached(static: Static, dynamic: tuple, inner: PyTree, outer: Outer) -> PyTree:
     return _solution(static, dynamic, lax.stop_gradient(inner), outer)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _solution(static: Static, dynamic: tuple, inner: PyTree, outer: _Outer) -> PyTree:
+def _solution(static: Static, dynamic: tuple, inner: PyTree, outer: Outer) -> PyTree:
     return inner
 
 
@@ -330,8 +286,8 @@ def _solution_jvp(static: Static, primals, tangents):
     inner = _solution(static, dynamic, inner, outer)  # through the rule again: derivatives of the derivative move the point, too
     value, linear = base.join(static, dynamic)
     operands, treedef = jax.tree.flatten(outer)
-    moves = jax.tree.leaves(tangents[2], is_leaf=_is_zero)
-    moving = [i for i, t in enumerate(moves) if not _is_zero(t)]
+    moves = jax.tree.leaves(tangents[2], is_leaf=is_zero)
+    moving = [i for i, t in enumerate(moves) if not is_zero(t)]
     if not moving:
         return inner, tree.zeros_like(inner)
 
@@ -354,7 +310,7 @@ def _by_transposition(objective, solve, inner, moved, direction):
     mixed = products(still, direction)
     # Linear already: linearized again, what the Hessian does not need of it is dead code instead of arithmetic on zeros.
     _, hvp = jax.linearize(lambda v: products(v, held), still)
-    return _together(lax.custom_linear_solve(lambda v: _together(hvp(v)), _together(tree.neg(mixed)), solve, symmetric=True))
+    return together(lax.custom_linear_solve(lambda v: together(hvp(v)), together(tree.neg(mixed)), solve, symmetric=True))
 
 
 def _by_symmetry(objective, solve, inner, moved, direction):
@@ -372,30 +328,17 @@ def _by_symmetry(objective, solve, inner, moved, direction):
     def matvec(unknowns):
         u, s, n = unknowns
         own, crossed = by_inner(u)
-        return _together((tree.add(own, mixed(s)), tree.add(crossed, n), s))
+        return together((tree.add(own, mixed(s)), tree.add(crossed, n), s))
 
     def solved(_, right):
         first, second, s = right
         u = solve(lambda v: by_inner(v)[0], tree.sub(first, mixed(s)))
         return u, s, tree.sub(second, by_inner(u)[1])
 
-    return _together(lax.custom_linear_solve(matvec, _together((still, held, direction)), solved, symmetric=True))[0]
+    return together(lax.custom_linear_solve(matvec, together((still, held, direction)), solved, symmetric=True))[0]
 
 
 _solution.defjvp(_solution_jvp, symbolic_zeros=True)
-
-
-def _together(vector: PyTree) -> PyTree:
-    """`vector`, of which to the eyes of differentiation either every leaf moves or none does.
-
-    JAX transposes a linear solve only if all leaves of its right side are linear; where an argument reaches some leaves of the solution's system
-    and not the others (a bias that it does not enter), those would be constants.
-    """
-    return lax.optimization_barrier(vector) if len(jax.tree.leaves(vector)) > 1 else vector
-
-
-def _is_zero(tangent) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
 
 
 def _linear_solve(linear: _Linear, matvec, b):

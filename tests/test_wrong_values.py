@@ -75,6 +75,7 @@ RIGHT = {
     "patience": lambda: 3, "n": lambda: 3, "writer": lambda: type("W", (), {"write_scalars": lambda self, step, row: None})(),
     "scores": lambda: jnp.zeros(3), "logits": lambda: jnp.zeros(2), "options": lambda: [jnp.ones(2)] * 2, "value": lambda: jnp.ones(2),
     "surrogate": lambda: jnp.ones(2), "patterns": lambda: ["kernel"], "run": lambda: {"value": [1.0, 2.0]}, "runs": lambda: {"a": {"value": [1.0]}},
+    "equation": lambda: lambda y: y - 1.0,
     "constraint": lambda: lambda y, x, b: jnp.sum(y) - 1.0, "num_steps": lambda: 1, "exact": lambda: True,
 }  # fmt: skip
 OWN = {
@@ -108,7 +109,7 @@ LEFT_OUT["plots.comparison"] = "takes what compare_hypergradients found"
 
 # What is right after all, by value: for which parameters, and why.
 LATER = "what a function takes is told when the shapes are known, before the first step"
-FUNCTIONS = {"fn", "objective", "inner_objective", "outer_objective", "inner_draw", "mapping", "minimizer", "smooth", "prox", "linear", "linear_solver",
+FUNCTIONS = {"equation", "fn", "objective", "inner_objective", "outer_objective", "inner_draw", "mapping", "minimizer", "smooth", "prox", "linear", "linear_solver",
              "preconditioner", "constraint", "projection", "source"}  # fmt: skip
 INFINITE = {"max_residual", "tol"}  # infinity accepts anything, and says so
 TEXTS = {"axis", "axis_name", "name", "path", "directory", "title", "run_id", "select"}
