@@ -50,6 +50,10 @@ class RESULTS(enum.IntEnum):
         """Whether this ends a run and raises. A warning's code does where ``strict=`` asked for it, and stands for a run nowhere else."""
         return bool(failed(self.value))
 
+    def __bool__(self) -> bool:
+        """``if solution.result:`` asks whether it is none of the failures; as a number, success is 0."""
+        return not self.failed
+
     @property
     def message(self) -> str:
         """What happened, likely causes, what to try."""

@@ -7,16 +7,18 @@ import inspect
 import json
 import re
 from pathlib import Path
+from xml.etree.ElementTree import Element
 
 from latex2mathml.converter import convert
 from markdown import Markdown
 from markdown.extensions import Extension
 from markdown.postprocessors import Postprocessor
 from markdown.preprocessors import Preprocessor
+from markdown.treeprocessors import Treeprocessor
 
 ROOT = Path(__file__).resolve().parent.parent
 _MATH = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
-_MARKER = re.compile(r"<!-- (?P<what>results|api|table|gallery):? ?(?P<name>[\w.]*) ?-->")
+_MARKER = re.compile(r"<!-- (?P<what>results|api|table|code|levels|recipes):? ?(?P<name>[^>]*?) ?-->")
 
 
 def results(_: str) -> str:
@@ -61,69 +63,87 @@ def _first_line(value: object) -> str:
     return (inspect.getdoc(value) or "").splitlines()[0].replace("``", "`").replace("|", "\\|")
 
 
-# ---- what examples measured
+# ---- examples: their code, their levels, what they measured
 
 
-# Headings that are not the script's name, in the order of the page: from the first example to whole systems. Others follow.
-_TITLES = {
-    "quickstart": "Quickstart",
-    "hyper_cleaning": "Hyper-cleaning",
-    "my_own_loop": "My own loop",
-    "no_tuning": "No tuning",
-    "denoising": "Denoising",
-    "nested_argmin": "Nested argmin",
-    "learning_by_ignoring": "Learning by ignoring",
-    "flax_nnx": "Flax: nnx",
-    "flax_linen": "Flax: linen",
-    "reweight_cnn": "Reweighting a CNN",
-    "multihost": "Several hosts",
-    "weak_supervision": "Weak supervision",
-    "data_pruning": "Data pruning",
-    "autolora": "AutoLoRA",
-    "mlo_mae": "MLO-MAE",
-    "learning_by_grouping": "Learning by grouping",
-    "attribution": "Attribution to training data",
-    "data_selection": "Selection of training data",
-    "learned_schedule": "A learned schedule",
-}
+def code(name: str) -> str:
+    """Functions of an example, ``quickstart inner outer``, as they stand in its file, and what is given a name there."""
+    script, *wanted = name.split()
+    text = (ROOT / "examples" / f"{script}.py").read_text()
+    found = {}
+    for node in ast.parse(text).body:
+        if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+            found[node.name] = ast.get_source_segment(text, node)
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            found[node.targets[0].id] = ast.get_source_segment(text, node)
+    return "```py\n" + "\n\n\n".join(found[one] for one in wanted) + "\n```"
 
 
-def gallery(_: str) -> str:
-    """A section for each example: what it is, the command, its picture, its numbers."""
+def levels(name: str) -> str:
+    """A drawing of the levels, lowest first, ``model: weighted examples | weights: clean examples``: who is solved for whom."""
+    parts = [part.strip().partition(": ") for part in name.split("|")]
+    height, out = 78, []
+    for i, (called, _, judged) in enumerate(reversed(parts)):
+        y = 4 + i * height
+        out.append(f'<rect x="4" y="{y}" width="332" height="46" rx="8"/>')
+        out.append(f'<text x="170" y="{y + 19}" class="name">{html.escape(called)}</text><text x="170" y="{y + 36}">{html.escape(judged)}</text>')
+        if i + 1 < len(parts):
+            out.append(f'<path d="M120 {y + 48} v26 m-4 -7 l4 7 l4 -7"/><text x="110" y="{y + 66}" class="left">decides</text>')
+            out.append(
+                f'<path d="M220 {y + 74} v-26 m-4 7 l4 -7 l4 7" class="back"/><text x="230" y="{y + 66}" class="right">is differentiated</text>'
+            )
+    size = 12 + (len(parts) - 1) * height + 46
+    label = html.escape(", ".join(called for called, _, _ in parts))
+    return f'<svg class="levels" viewBox="0 0 340 {size}" role="img" aria-label="Levels, lowest first: {label}">{"".join(out)}</svg>'
+
+
+def recipes(_: str) -> str:
+    """A section for each recipe: what it is, its code, the number that was printed at the end."""
+    saved = ROOT / "docs" / "gallery" / "recipes.json"
+    printed = json.loads(saved.read_text()) if saved.exists() else {}
     sections = []
-    known = list(_TITLES)
-    place = {script: known.index(script.stem) if script.stem in known else len(known) for script in (ROOT / "examples").glob("*.py")}
-    for script in sorted(place, key=lambda script: (place[script], script.stem)):
-        doc = ast.get_docstring(ast.parse(script.read_text())) or ""
+    for script in sorted((ROOT / "examples" / "recipes").glob("*.py")):
+        text = script.read_text()
+        tree = ast.parse(text)
+        doc = ast.get_docstring(tree) or ""
         if "python examples/" not in doc:
-            continue  # what the scripts share
-        summary = doc.split("\n\n")[0].replace("\n", " ")
-        title = _TITLES.get(script.stem, script.stem.replace("_", " ").capitalize())
-        parts = [f"## {title}", summary, f"```bash\npython examples/{script.name}\n```"]
-        if (ROOT / "docs" / "systems" / f"{script.stem}.md").exists():
-            parts.insert(2, f"[What came out, and how](systems/{script.stem}.md).")
-        pictures = sorted((ROOT / "docs" / "gallery").glob(f"{script.stem}*.png"))
-        parts += [f"![{script.stem}](gallery/{picture.name})" for picture in pictures]
-        saved = ROOT / "docs" / "gallery" / f"{script.stem}.json"
-        if saved.exists():
-            parts.append(table(script.stem))
-        sections.append("\n\n".join(parts))
+            continue  # what they share
+        body = [node for node in tree.body[1:] if not isinstance(node, (ast.Import, ast.ImportFrom, ast.If))]
+        shown = "\n".join(text.splitlines()[body[0].lineno - 1 : body[-1].end_lineno])
+        title = script.stem.replace("_", " ").capitalize().replace("Maml", "MAML").replace("Darts", "DARTS")
+        about = doc.replace(f"`python examples/recipes/{script.name}`", "").strip()
+        result = f"\n\nPrinted at the end: {printed[script.stem]}" if script.stem in printed else ""
+        run = f"```bash\npython examples/recipes/{script.name}\n```"
+        sections.append(f"## {title}\n\n{about}{result}\n\n{run}\n\n```py\n{shown}\n```")
     return "\n\n".join(sections)
+
+
+_COLUMNS = {"test": "test accuracy", "l2": "L2", "auc": "AUC", "step": "kept step", "held_out": "held-out loss", "rare": "accuracy on rare classes"}
+_COLUMNS_OF = {
+    "denoising": {"test": "test PSNR, dB", "work": "gradients and products"},
+    "nested_argmin": {"norm": "log10 of the gradient, over the first"},
+    "no_tuning": {"value": "outer value", "relative": "gradient over the first"},
+    "multihost": {"first": "first loss", "last": "last loss"},
+}
+_ROWS_OF = {"nested_argmin": "method", "no_tuning": "problem and algorithm", "multihost": "run", "data_pruning": "share of rows kept by"}
 
 
 def table(name: str) -> str:
     """The table of an example's saved results: means over seeds and their standard errors, row by row."""
     saved = json.loads((ROOT / "docs" / "gallery" / f"{name}.json").read_text())
     found = saved["results"]
+    named = _COLUMNS | _COLUMNS_OF.get(name, {})
     nested = any(isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()) for value in found.values())
     out = []
     for title, rows in found.items() if nested else [("", found)]:
-        columns = list(dict.fromkeys(name for row in rows.values() for name in row))
-        lines = [["", *columns], ["---", *["---:"] * len(columns)]]
-        lines += [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
+        columns = [
+            column for column in dict.fromkeys(c for row in rows.values() for c in row) if any(_cell(row.get(column)) for row in rows.values())
+        ]
+        lines = [[_ROWS_OF.get(name, "row"), *(named.get(column, column) for column in columns)], ["---", *["---:"] * len(columns)]]
+        lines += [[row, *(_cell(cells.get(column)) for column in columns)] for row, cells in rows.items()]
         out.append((f"**{title}**\n\n" if title else "") + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     run = saved["environment"]
-    out.append(f"{saved['seconds']:.0f} s on {run['cores']} cores, {run['device']}; jax {run['jax']}.")
+    out.append(f"Means over seeds ± a standard error; {saved['seconds']:.0f} s on {run['cores']} cores, {run['device']}; jax {run['jax']}.")
     return "\n\n".join(out)
 
 
@@ -137,7 +157,7 @@ def _cell(values) -> str:
     if len(values) == 1:
         return f"{mean:.4g}"
     error = (sum((value - mean) ** 2 for value in values) / (len(values) - 1) / len(values)) ** 0.5
-    return f"{mean:.4g} ± {error:.2g}"
+    return f"{mean:.4g} ± {error:.2g}" if error > 1e-12 * abs(mean) else f"{mean:.4g}"
 
 
 # ---- the extension
@@ -147,8 +167,21 @@ class _Written(Preprocessor):
     """Markers such as ``<!-- api: linear -->``."""
 
     def run(self, lines: list[str]) -> list[str]:
-        writers = {"results": results, "api": api, "table": table, "gallery": gallery}
+        writers = {"results": results, "api": api, "table": table, "code": code, "levels": levels, "recipes": recipes}
         return _MARKER.sub(lambda found: writers[found["what"]](found["name"]), "\n".join(lines)).split("\n")
+
+
+class _Pictures(Treeprocessor):
+    """A picture leads to itself, to be seen as large as it is."""
+
+    def run(self, root: Element) -> None:
+        for parent in root.iter("p"):
+            for i, picture in enumerate(list(parent)):
+                if picture.tag == "img" and not picture.get("src", "").startswith("http"):
+                    link = Element("a", {"href": picture.get("src", ""), "class": "picture"})
+                    link.tail, picture.tail = picture.tail, None
+                    parent[i] = link
+                    link.append(picture)
 
 
 class _Math(Postprocessor):
@@ -164,6 +197,7 @@ class _Math(Postprocessor):
 class _Pages(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
         md.preprocessors.register(_Written(md), "bilevax-written", 40)
+        md.treeprocessors.register(_Pictures(md), "bilevax-pictures", 12)
         md.postprocessors.register(_Math(md), "bilevax-math", 0)
 
 

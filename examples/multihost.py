@@ -72,7 +72,7 @@ def worker(args: argparse.Namespace) -> None:
     if jax.process_index() == 0:  # only one of them writes
         print(
             f"{jax.process_count()} process(es), {jax.device_count()} devices, {jax.local_device_count()} of them here: validation loss "
-            f"{solution.history['value'][0]:.4f} -> {solution.history['value'][-1]:.4f} in {time.perf_counter() - begin:.1f} s",
+            f"{solution.history['value'][0]:.4g} -> {solution.history['value'][-1]:.4g} in {time.perf_counter() - begin:.1f} s",
             flush=True,
         )
         result = {"value": solution.history["value"].tolist(), "penalties": np.asarray(solution.outer_params).tolist(), "stats": solution.stats}

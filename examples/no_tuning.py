@@ -126,7 +126,7 @@ def main(argv=None):
                     row = rows.setdefault(f"{name}: {label}", {"value": [], "relative": []})
                     row["value"].append(value)
                     row["relative"].append(norm / first[1])
-                    print(f"{name}, {label}: value {first[0]:.5f} -> {value:.5f}, relative gradient {norm / first[1]:.1e}", flush=True)
+                    print(f"{name}, {label}: value {first[0]:.4g} -> {value:.4g}, relative gradient {norm / first[1]:.1e}", flush=True)
                 histories[name] = runs[NONE].history
     seconds = time.perf_counter() - begin
     print(report.table(rows, {"value": "outer value", "relative": "relative gradient"}, digits=5))

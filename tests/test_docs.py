@@ -6,7 +6,10 @@ A block fenced as ``output`` that follows a ``python`` block holds what that blo
 import contextlib
 import importlib.util
 import io
+import json
+import os
 import re
+import sys
 from pathlib import Path
 from typing import NamedTuple
 
@@ -119,3 +122,42 @@ def test_versions_stand_side_by_side(tmp_path):
     assert entries[0]["aliases"] == ["latest"]
     assert (pages / "latest" / "index.html").read_text() == "0.10"
     assert (pages / "0.2" / "index.html").read_text() == "0.2"
+
+
+def _notebooks():
+    spec = importlib.util.spec_from_file_location("notebooks", ROOT / "docs" / "notebooks.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["notebooks"] = module
+    before = dict(os.environ)
+    try:
+        spec.loader.exec_module(module)
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    return module
+
+
+TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
+
+
+@pytest.mark.parametrize("source", TUTORIALS, ids=lambda path: path.stem)
+def test_a_tutorial_is_its_source(source):
+    """Page and notebook hold the cells of the source as it is now; CI runs the cells themselves, by docs/notebooks.py."""
+    cells = _notebooks().cells(source.read_text())
+    page = source.with_suffix(".md").read_text()
+    saved = json.loads(source.with_suffix(".ipynb").read_text())["cells"]
+    assert [cell.text for cell in cells if cell.code] == ["".join(c["source"]) for c in saved[1:] if c["cell_type"] == "code"]
+    assert all(f"```py\n{cell.text}\n```" in page for cell in cells if cell.code)
+    assert "```text\n" in page and f"{source.stem}_0.svg" in page
+
+
+def test_a_source_is_cut_into_cells(tmp_path):
+    notebooks = _notebooks()
+    source = "# %% [markdown]\n# # Title\n#\n# Words.\n\n# %%\nx = 2\nprint(x)\n\n# %%\nprint(x + 1)\n"
+    assert notebooks.is_slow(source) is False and notebooks.is_slow(source.replace("[markdown]", "[markdown] slow=true")) is True
+    assert [cell.code for cell in notebooks.cells(source)] == [False, True, True]
+    (tmp_path / "two.py").write_text(source)
+    outputs = notebooks.run(tmp_path / "two.py")
+    assert [output.printed for output in outputs[1:]] == ["2", "3"]
+    page, pictures = notebooks.page("two", notebooks.cells(source), outputs)
+    assert "```text\n3\n```" in page and not pictures

@@ -72,3 +72,9 @@ def test_values_under_a_transformation_show_their_shapes():
 @pytest.mark.parametrize("name", sorted(CLASSES))
 def test_help_has_no_references(name):
     assert "ForwardRef" not in pydoc.render_doc(CLASSES[name], renderer=pydoc.plaintext)
+
+
+def test_a_result_is_true_unless_it_failed():
+    assert bx.RESULTS.success and bx.RESULTS.converged and bx.RESULTS.stopped
+    assert not bx.RESULTS.inner_nonfinite
+    assert all(bool(code) is not code.failed for code in bx.RESULTS)

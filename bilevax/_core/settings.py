@@ -48,6 +48,8 @@ def _short(value) -> str:
         return f"<{value.dtype}{list(value.shape)}>"
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
+    if isinstance(value, tuple) and value and all(inspect.isfunction(part) for part in value):
+        return value[0].__qualname__.split(".")[0]  # a pair of functions, such as optax's, by who made it
     return repr(value)
 
 
