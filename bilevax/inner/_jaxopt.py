@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -14,7 +15,7 @@ from bilevax import base, tree
 from bilevax._core import numbers
 from bilevax.base import PyTree
 from bilevax.inner import _tolerance as tolerance
-from bilevax.results import RESULTS
+from bilevax.inner._adapter import ended, lenient, own_rules
 
 
 def jaxopt(solver: Any, **settings) -> base.InnerSolver:
@@ -137,39 +138,22 @@ def _init(params: PyTree) -> tuple:
 
 
 @contextlib.contextmanager
-def _lenient():
+def _lenient() -> Iterator[None]:
     """What jaxopt needs: it mixes dtypes and ranks on its own, and warns of its age; none of that is the user's doing."""
-    with warnings.catch_warnings(), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+    with warnings.catch_warnings(), lenient():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
         yield
 
 
-def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver, settings: dict, runtime: dict):
-    def value(params, outer, ctx):
-        # The user's own code keeps the promotion rules that it was written under.
-        with jax.numpy_dtype_promotion(promotion), jax.numpy_rank_promotion(rank):
-            return objective(params, outer, ctx)[0]
-
-    promotion, rank = (getattr(jax.config, name) for name in ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion"))
+def _solve(objective: base.Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver: Any, settings: dict, runtime: dict):
+    value = own_rules(lambda params, outer, ctx: objective(params, outer, ctx)[0])
     taken = inspect.signature(solver).parameters
     off = {name: False for name in ("implicit_diff", "unroll") if name in taken}
     with _lenient():
         built = solver(fun=value, **settings, **off)
         params, inside = built.run(state.params, **runtime, outer=outer, ctx=ctx)
-    params = jax.tree.map(tolerance.like, params, state.params)
-    point = tolerance.evaluate(objective, params, outer, ctx)
-    error = jnp.asarray(inside.error).astype(point.value.dtype)
+    error = jnp.asarray(inside.error).astype(tolerance.scalar_dtype(state.params))
     constrained = any(name in taken for name in ("prox", "projection"))
-    tol = jnp.asarray(built.tol).astype(error.dtype)
-    code = jnp.where(error <= tol, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
-    finite = tolerance.is_finite(point) & tree.all_finite(params)
-    info = {
-        "value": objective(state.params, outer, ctx)[0],
-        "grad_norm": error if constrained else point.grad_norm,
-        "iterations": jnp.asarray(inside.iter_num, jnp.int32),
-        "code": jnp.where(finite, code, jnp.int32(RESULTS.inner_nonfinite)),
-    }
-    # A solve that left the finite numbers gives the point that it began at.
-    params, model = tree.where(finite, (params, point.model), (state.params, state.model))
-    return base.InnerState(params, state.opt, model), info
+    said = {"grad_norm": error} if constrained else {}
+    return ended(objective, state, params, outer, ctx, error <= jnp.asarray(built.tol).astype(error.dtype), inside.iter_num, **said)

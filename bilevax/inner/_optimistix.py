@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
-import jax.numpy as jnp
-
-from bilevax import base, tree
+from bilevax import base
 from bilevax._core import numbers
 from bilevax.base import PyTree
-from bilevax.inner import _tolerance as tolerance
-from bilevax.results import RESULTS
+from bilevax.inner._adapter import ended, lenient, own_rules
 
 
 def optimistix(solver: Any, *, maxiter: int = 256) -> base.InnerSolver:
@@ -68,28 +64,10 @@ def _init(params: PyTree) -> tuple:
     return ()
 
 
-def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver, maxiter: int):
+def _solve(objective: base.Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver: Any, maxiter: int):
     library = _library()
-    promotion, rank = (getattr(jax.config, name) for name in ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion"))
-
-    def value(params, args):
-        # The user's own code keeps the promotion rules that it was written under.
-        with jax.numpy_dtype_promotion(promotion), jax.numpy_rank_promotion(rank):
-            return objective(params, args[0], base.Ctx(*args[1]))[0]
-
-    with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):  # optimistix mixes dtypes and ranks on its own
+    value = own_rules(lambda params, args: objective(params, args[0], base.Ctx(*args[1]))[0])
+    with lenient():
         found = library.minimise(value, solver, state.params, (outer, tuple(ctx)), max_steps=maxiter, throw=False)
-        succeeded = found.result == library.RESULTS.successful
-    params = jax.tree.map(tolerance.like, found.value, state.params)
-    point = tolerance.evaluate(objective, params, outer, ctx)
-    code = jnp.where(succeeded, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
-    finite = tolerance.is_finite(point) & tree.all_finite(params)
-    info = {
-        "value": objective(state.params, outer, ctx)[0],
-        "grad_norm": point.grad_norm,
-        "iterations": jnp.asarray(found.stats["num_steps"], jnp.int32),
-        "code": jnp.where(finite, code, jnp.int32(RESULTS.inner_nonfinite)),
-    }
-    # A solve that left the finite numbers gives the point that it began at.
-    params, model = tree.where(finite, (params, point.model), (state.params, state.model))
-    return base.InnerState(params, state.opt, model), info
+        solved = found.result == library.RESULTS.successful
+    return ended(objective, state, found.value, outer, ctx, solved, found.stats["num_steps"])
