@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -10,8 +13,50 @@ from bilevax import starts, tree
 from bilevax._core.apart import apart
 from bilevax._core.jaxpr import reads
 from bilevax._core.precision import under
-from bilevax.base import Ctx, Estimate, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, Scalar, StepInfo, as_cotangent
+from bilevax.base import (
+    Ctx,
+    Estimate,
+    Feed,
+    Feeds,
+    Hypergradient,
+    InnerSolver,
+    InnerState,
+    Lower,
+    Problem,
+    Pullback,
+    PyTree,
+    Scalar,
+    StepInfo,
+    as_cotangent,
+)
 from bilevax.results import RESULTS, as_warning, failed, ladder, strictly, warning
+
+
+class Call(NamedTuple):
+    """The arguments of a method's ``vjp``."""
+
+    lower: Lower
+    inner: InnerState
+    outer: PyTree
+    feed: Feed
+    ctx: Ctx
+    state: PyTree
+
+
+class Begun(NamedTuple):
+    """A hypergradient about to be taken: ``method.vjp(*call)``, and the pullback of a start that depends on outer parameters (or None)."""
+
+    call: Call
+    from_start: Callable | None
+
+
+def begun(problem: Problem, solver: InnerSolver, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds, state: PyTree) -> Begun:
+    """What `method` is called with to solve the lower level from `inner`."""
+    inner, from_start = starts.started(problem, solver, method, inner, outer, feeds)
+    if starts.takes_key(problem.inner_init):  # another network each time: nothing of the last one's adjoint is of use
+        state = method.init(inner.params)
+    lower = Lower(problem.inner, solver, problem.inner_draw, problem.outer.trajectory)
+    return Begun(Call(lower, inner, outer, feeds.inner, problem.hyper_draw(feeds.hyper, 0), state), from_start)
 
 
 def estimate(
@@ -22,21 +67,23 @@ def estimate(
     outer: PyTree,
     feeds: Feeds,
     state: PyTree,
-    *,
-    look: bool = True,
 ) -> tuple[InnerState, Estimate]:
     """Solve the lower level from `inner` and differentiate the outer objective at its solution, on floating-point leaves only.
 
     Returns the solved inner state, and an `Estimate` whose `state` is the method's and whose info has ``code``, ``warnings`` and
-    ``grad_norm``. After a failure it looks whether a batch is to blame, unless `look` is False, for who looks afterwards:
-    a GPU's compiler turns the branch into a check of all batches in every step.
+    ``grad_norm``. After a failure it looks whether a batch is to blame.
     """
-    inner, init_pullback = starts.started(problem, solver, method, inner, outer, feeds)
-    if starts.takes_key(problem.inner_init):  # another network each time: nothing of the last one's adjoint is of use
-        state = method.init(inner.params)
-    lower = Lower(problem.inner, solver, problem.inner_draw, problem.outer.trajectory)
-    solution, pullback = method.vjp(lower, inner, outer, feeds.inner, problem.hyper_draw(feeds.hyper, 0), state)
+    begin = begun(problem, solver, method, inner, outer, feeds, state)
+    solution, est = pulled(problem, method, begin, *method.vjp(*begin.call), feeds)
+    code = _blame_batch(problem, solver, feeds, est.info["code"])
+    return solution, est._replace(info={**est.info, "code": code})
 
+
+def pulled(
+    problem: Problem, method: Hypergradient, begin: Begun, solution: InnerState, pullback: Pullback, feeds: Feeds
+) -> tuple[InnerState, Estimate]:
+    """The outer objective at what ``method.vjp`` has solved, its gradient there pulled back: the solved inner state, and the estimate."""
+    outer = begin.call.outer
     floats, rest = tree.partition(solution.model)
     outer_ctx = problem.outer_draw(feeds.outer, 0)
 
@@ -48,8 +95,8 @@ def estimate(
     (value, (_, aux)), (inner_cotangent, direct, *seen) = apart(value_and_grads, solution.params, outer, floats)
     cotangent, init_cotangent, state, info = pullback(as_cotangent(method, inner_cotangent, *(seen or [None])))
     grad = tree.add(direct, cotangent)
-    if init_pullback is not None:
-        grad = tree.add(grad, init_pullback(init_cotangent))
+    if begin.from_start is not None:
+        grad = tree.add(grad, begin.from_start(init_cotangent))
     if problem.outer.trajectory:
         solution = solution._replace(params=jax.tree.map(lambda a: a[-1], solution.params))
     outer_ctx = outer_ctx._replace(model=solution.model)
@@ -64,8 +111,6 @@ def estimate(
         adjoint=jnp.isfinite(info["inner_grad_norm"]) if "inner_grad_norm" in info else True,
         grad=jnp.isfinite(grad_norm),
     )
-    if look:
-        code = _blame_batch(problem, solver, feeds, code)
     info = {**info, "grad_norm": grad_norm, "code": code, "warnings": warnings}
     return solution, Estimate(value, grad, solution.params, state, info, aux)
 

@@ -9,18 +9,15 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bilevax._core import numbers
-from bilevax._core.settings import Bound as Bound
-from bilevax._core.settings import Static as Static
-from bilevax._core.settings import innermost, shown
-from bilevax._core.settings import join as join
-from bilevax._core.settings import split as split
+from bilevax._core.linear import Linear, LinearInfo, LinearSolver, as_linear
+from bilevax._core.settings import Bound, Static, innermost, join, split
 from bilevax._core.types import PyTree as PyTree
 from bilevax._core.types import Scalar as Scalar
 
@@ -336,58 +333,6 @@ class Hypergradient(NamedTuple):
         return repr(self.vjp)
 
 
-class LinearInfo(NamedTuple):
-    """What a linear solver says of its answer: matvecs done, ``‖Ax − b‖/‖b‖`` at the returned point, and a `RESULTS` code."""
-
-    iterations: Any
-    residual: Any
-    code: Any
-
-
-@runtime_checkable
-class LinearSolver(Protocol):
-    """``(matvec, b, x0) -> (x, LinearInfo)`` on pytrees."""
-
-    def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree) -> tuple[PyTree, LinearInfo]: ...
-
-
-class Linear(NamedTuple):
-    """A linear solver with what else is known of it. A plain function ``(matvec, b, x0) -> (x, LinearInfo)`` is one that says nothing.
-
-    Attributes:
-      solve: the function; it also takes what stands in `tol` and `preconditioner`, as keywords, where that is not None.
-      tol: the relative residual at which it stops; ``linear._replace(tol=...)`` stops at another. None: it has no tolerance.
-      products: the most products with the matrix in one solve. None: not known.
-      exact: its answer is exact up to rounding.
-      indefinite: it solves symmetric systems that are not definite.
-      approximate: its answer is no inverse applied, whatever its settings: a truncation or a sketch.
-      preconditioner: a function of a vector, or a `linear.Preconditioner`.
-    """
-
-    solve: Callable[..., tuple[PyTree, LinearInfo]]
-    tol: Any = None
-    products: int | None = None
-    exact: bool = False
-    indefinite: bool = False
-    approximate: bool = False
-    preconditioner: Any = None
-
-    def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> tuple[PyTree, LinearInfo]:
-        return self.solve(matvec, b, x0, **self._given())
-
-    def _given(self) -> dict[str, Any]:
-        given = {"tol": self.tol, "preconditioner": self.preconditioner}
-        return {name: value for name, value in given.items() if value is not None}
-
-    def __repr__(self) -> str:
-        return shown(self.solve, **self._given())
-
-
-def as_linear(solver: Callable) -> Linear:
-    """A linear solver as a `Linear`."""
-    return solver if isinstance(solver, Linear) else Linear(solver)
-
-
 class Problem(NamedTuple):
     """Both objectives and how their batches are drawn: what an algorithm solves.
 
@@ -403,6 +348,21 @@ class Problem(NamedTuple):
     outer_draw: Draw
     inner_init: Any = None  # (outer, key) -> (params, model), or None
     project: Callable[[PyTree], PyTree] | None = None
+
+    @property
+    def stream_draws(self) -> tuple[Draw, ...]:
+        """The draw of each of a step's streams."""
+        return self.inner_draw, self.hyper_draw, self.outer_draw
+
+    def with_objectives(self, change: Callable[[Objective], Objective]) -> Problem:
+        """The same problem of changed objectives."""
+        return self._replace(inner=change(self.inner), outer=change(self.outer))
+
+    def feeds(self, streams: tuple[Feed, ...], key: Any, step: Any, done: Any) -> Feeds:
+        """A step's streams as its algorithm takes them; `key` is the run's."""
+        own = None if key is None else jax.random.fold_in(jax.random.fold_in(key, 3), step)
+        inner, hyper, outer = streams
+        return Feeds(inner, hyper, outer, own, step, done)
 
 
 class StepInfo(NamedTuple):
@@ -478,3 +438,15 @@ class Estimate(NamedTuple):
     state: PyTree
     info: dict[str, Scalar]
     aux: PyTree = None
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "Algorithm", "AlgorithmInit", "AlgorithmStep", "Bound", "Ctx", "Draw", "Draws", "Estimate", "Feed", "Feeds", "Fixed", "Hypergradient",
+    "HypergradientInit", "HypergradientVjp", "InnerInit", "InnerSolver", "InnerState", "InnerStep", "Linear", "LinearInfo", "LinearSolver",
+    "Lower", "Objective", "Problem", "Static", "StepInfo", "Update", "as_cotangent", "as_linear", "join",
+    "objective", "split",
+]  # fmt: skip

@@ -15,11 +15,12 @@ from bilevax.data.draws import with_number
 from bilevax.data.episodes import numbered
 from bilevax.data.sources import as_source
 from bilevax.results import RESULTS
-from bilevax.run.chunk import RunState
-from bilevax.run.driver import launch
+from bilevax.run.chunk import drive
+from bilevax.run.driver import ready
 from bilevax.run.metrics import Metrics, check_metrics
 from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
+from bilevax.run.state import RunState
 from bilevax.run.watch import Callback
 from bilevax.run.window import first_context, needs_key, reading, refuse_one_pass, source_draw
 from bilevax.sharding import placement
@@ -166,4 +167,4 @@ def solve_bilevel(
         "project": (project or (lambda x: x), (outer_params,)),
     }
     named = dict(zip(("inner_data", "hyper_data", "outer_data"), sources, strict=True))
-    return launch(problem, algorithm, named, start, outer, (inner_fixed, outer_fixed), key, state, value_dtype, options, functions)
+    return drive(ready(problem, algorithm, named, start, outer, (inner_fixed, outer_fixed), key, state, value_dtype, options, functions))

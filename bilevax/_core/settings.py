@@ -69,10 +69,15 @@ def shown(piece: Any, **more) -> str:
     return f"{name_of(piece)}({', '.join(f'{k}={_short(v)}' for k, v in {**settings, **more}.items())})"
 
 
+def wrapped(fn: Any) -> Any:
+    """The function that was bound as ``fn=`` to this one; None where there is none."""
+    return fn.settings.get("fn") if isinstance(fn, Bound) else None
+
+
 def innermost(fn: Any) -> Any:
     """The user's function inside those that were bound around it as ``fn=``."""
-    while isinstance(fn, Bound) and "fn" in fn.settings:
-        fn = fn.settings["fn"]
+    while (inside := wrapped(fn)) is not None:
+        fn = inside
     return fn
 
 

@@ -9,7 +9,7 @@ import optax
 
 from bilevax import check, starts, tree
 from bilevax._core import optimizer
-from bilevax._estimate import estimate, told
+from bilevax._estimate import begun, pulled, told
 from bilevax.algorithms._parts.directions import drawn_finite
 from bilevax.base import Algorithm, Bound, Draws, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, StepInfo
 from bilevax.results import RESULTS, warning
@@ -54,6 +54,7 @@ def double_loop(inner_solver: InnerSolver, hypergradient: Hypergradient, outer_o
     settings = dict(inner_solver=inner_solver, hypergradient=hypergradient, outer_optimizer=outer_optimizer)
     draws, around = Draws(inner_solver.steps, 1, 1), Bound("double_loop", _around, **settings)
     init, step = Bound("double_loop", _init, **settings), Bound("double_loop", _step, **settings)
+    # A batch that was not finite is looked for afterwards: in the step, a GPU's compiler turns that branch into a check of all batches.
     return Algorithm(init, step, draws, finite=drawn_finite, around=around)
 
 
@@ -71,8 +72,14 @@ def _step(
     problem: Problem, state: DoubleLoopState, feeds: Feeds, *, inner_solver, hypergradient, outer_optimizer
 ) -> tuple[DoubleLoopState, StepInfo]:
     starts.structure(problem, inner_solver, hypergradient, state.inner, state.outer, feeds)
-    inner, est = estimate(problem, inner_solver, hypergradient, state.inner, state.outer, feeds, state.method, look=False)
-    again = _value_fn(lambda outer: estimate(problem, inner_solver, hypergradient, state.inner, outer, feeds, state.method, look=False)[1])
+
+    def estimate(outer):
+        begin = begun(problem, inner_solver, hypergradient, state.inner, outer, feeds, state.method)
+        solution, pullback = hypergradient.vjp(*begin.call)
+        return pulled(problem, hypergradient, begin, solution, pullback, feeds)
+
+    inner, est = estimate(state.outer)
+    again = _value_fn(lambda outer: estimate(outer)[1])
     extra = dict(value=est.value, grad=est.grad, value_fn=again, grad_fn=lambda outer, i: jax.grad(again)(outer))
     outer, outer_opt = optimizer.moved(outer_optimizer, est.grad, state.outer_opt, state.outer, problem.project, **extra)
     info = told(est.value, est.info, (inner, state.outer), est.aux)

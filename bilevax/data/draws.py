@@ -140,6 +140,11 @@ def _chosen(feed: Feed, i, num_batches: int, replace: bool) -> jax.Array:
     return permuted(jax.random.fold_in(feed.key, number // num_batches), position, num_batches).astype(jnp.int32)
 
 
+def knows_order(draw: Draw | None) -> bool:
+    """Whether a draw can find out for many draws at once what each would."""
+    return getattr(draw, "order", None) is not None
+
+
 def ordered(draw: Draw, feed: Feed, count: int) -> jax.Array | None:
     """What the next `count` draws of `feed` find out, where `draw` makes use of it: one vectorised pass in place of a cipher in each step."""
     order = getattr(draw, "order", None)

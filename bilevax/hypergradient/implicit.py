@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -14,7 +15,7 @@ from bilevax import tree
 from bilevax._core import numbers
 from bilevax._core.optimizer import accepted
 from bilevax._core.precision import asked_by, under
-from bilevax.base import Bound, Hypergradient, Linear, LinearSolver, PyTree
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Linear, LinearSolver, Lower, Objective, Pullback, PyTree, Scalar
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.linear import Preconditioner
@@ -145,69 +146,99 @@ def _init(inner, *, linear, warm_start):
     return ImplicitState(tree.zeros_like(inner) if warm_start else None, None if held is None else held.init(inner), jnp.int32(0))
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, linear, damping, warm_start, max_residual, low_memory, refresh, follow, precision):
+def _vjp(
+    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: ImplicitState, *, precision: str | None, **settings: Any
+) -> tuple[InnerState, Pullback]:
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
-    if lower.solver.optimality is not None:
-        return solution, partial(_through_mapping, lower, solution, outer, ctx, info, state, warm_start, max_residual)
-
-    def pullback(w):
-        def gradients(inner):
-            (value, _), grads = jax.value_and_grad(lower.objective, (0, 1), has_aux=True)(inner, outer, ctx)
-            return grads, value
-
-        # One linear form serves the Hessian (its first part) and the mixed product (its second); the unused part is dead code.
-        if low_memory:
-            (inner_grad, _), inner_value = gradients(solution.params)
-
-            def products(v):
-                return jax.jvp(gradients, (solution.params,), (v,), has_aux=True)[1]
-
-        else:
-            (inner_grad, _), products, inner_value = jax.linearize(gradients, solution.params, has_aux=True)
-
-        def hvp(v):
-            hv = products(v)[0]
-            return hv if damping is None else tree.axpy(damping, v, hv)
-
-        inner_grad_norm, w_norm = tree.norm(inner_grad), tree.norm(w)
-        solver, sketch, sketching = linear, state.preconditioner, jnp.int32(0)
-        held = _preconditioner(linear)
-        if held is not None:
-            due = state.calls % refresh == 0
-            sketch = lax.cond(due, lambda s: held.refresh(hvp, s), lambda s: s, sketch)
-            solver, sketching = linear_solvers.precondition(linear, sketch), jnp.where(due, held.cost(w), 0)
-        if follow is not None:
-            asked = follow * inner_grad_norm.astype(w_norm.dtype) / jnp.where(w_norm > 0, w_norm, 1)
-            tol = jnp.maximum(jnp.minimum(asked, CEILING), jnp.asarray(solver.tol, w_norm.dtype))
-            solver = solver._replace(tol=tol)
-
-        q, linear_info = solver(hvp, w, state.adjoint if warm_start else tree.zeros_like(w))
-        hq, mixed = products(q)
-        residual = linear_info.residual
-        if damping is not None:  # what was solved is another system: say how far q is from the adjoint of this one
-            residual = tree.norm(tree.sub(hq, w)) / jnp.where(w_norm > 0, w_norm, 1)
-        iterations = jnp.asarray(linear_info.iterations, jnp.int32)
-        entries = {
-            "inner_value": inner_value,  # here it is free; the solve then need not take the value at each of its steps
-            "inner_grad_norm": inner_grad_norm,
-            "cotangent_norm": w_norm,
-            "adjoint_residual": residual,
-            "hvps": iterations + sketching.astype(jnp.int32),
-        }
-        held_back = _held_back(lower.solver, solution, inner_value, inner_grad, outer)
-        said = {**info, "warnings": info["warnings"] | held_back}
-        new_state = ImplicitState(q if warm_start else None, sketch, state.calls + 1)
-        return tree.neg(mixed), None, new_state, _adjoint.report(said, linear_info, max_residual, **entries)
-
-    return solution, under(precision, pullback)
+    pullback = _pullback if lower.solver.optimality is None else _through_mapping
+    return solution, under(precision, partial(pullback, lower, solution, outer, ctx, info, state, **settings))
 
 
-def _through_mapping(lower, solution, outer, ctx, info, state, warm_start, max_residual, w):
+def _pullback(
+    lower: Lower, solution: InnerState, outer: PyTree, ctx: Ctx, info: dict[str, Scalar], state: ImplicitState, w: PyTree, *, linear: Linear,
+    damping: Any, warm_start: bool, max_residual: Any, low_memory: bool, refresh: int, follow: Any,
+) -> tuple[PyTree, None, ImplicitState, dict[str, Scalar]]:  # fmt: skip
+    """The implicit function theorem: ``(∇²_yy g + ρI) q = w``, and the cotangent ``−∇²_xy g q``."""
+    point = _linearized(lower.objective, solution.params, outer, ctx, low_memory)
+    hessian = _damped_products(point.products, damping)
+    solver, sketch, spent = _prepared(linear, state, refresh, follow, hessian, tree.norm(point.grad), w)
+    q, said = solver(hessian, w, state.adjoint if warm_start else tree.zeros_like(w))
+    hq, mixed = point.products(q)
+
+    if damping is not None:  # what was solved is another system: say how far q is from the adjoint of this one
+        said = said._replace(residual=_relative(tree.norm(tree.sub(hq, w)), tree.norm(w)))
+    entries = {
+        "inner_value": point.value,  # here it is free; the solve then need not take the value at each of its steps
+        "inner_grad_norm": tree.norm(point.grad),
+        "cotangent_norm": tree.norm(w),
+        "hvps": jnp.asarray(said.iterations, jnp.int32) + spent.astype(jnp.int32),
+    }
+    held_back = _held_back(lower.solver, solution, point.value, point.grad, outer)
+    info = {**info, "warnings": info["warnings"] | held_back}
+    after = ImplicitState(q if warm_start else None, sketch, state.calls + 1)
+    return tree.neg(mixed), None, after, _adjoint.report(info, said, max_residual, **entries)
+
+
+class _Point(NamedTuple):
+    """The inner objective linearised at a point: its value and gradient, and ``v -> (∇²_yy g v, ∇²_xy g v)``."""
+
+    value: Scalar
+    grad: PyTree
+    products: Callable[[PyTree], tuple[PyTree, PyTree]]
+
+
+def _linearized(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, low_memory: bool) -> _Point:
+    """One linear form serves the Hessian (its first part) and the mixed product (its second); the unused part is dead code."""
+
+    def gradients(inner):
+        (value, _), grads = jax.value_and_grad(objective, (0, 1), has_aux=True)(inner, outer, ctx)
+        return grads, value
+
+    if low_memory:
+        (grad, _), value = gradients(params)
+        return _Point(value, grad, lambda v: jax.jvp(gradients, (params,), (v,), has_aux=True)[1])
+    (grad, _), products, value = jax.linearize(gradients, params, has_aux=True)
+    return _Point(value, grad, products)
+
+
+def _damped_products(products: Callable, damping: Any) -> Callable[[PyTree], PyTree]:
+    """``v -> (∇²_yy g + ρI) v``."""
+    if damping is None:
+        return lambda v: products(v)[0]
+    return lambda v: tree.axpy(damping, v, products(v)[0])
+
+
+def _prepared(
+    linear: Linear, state: ImplicitState, refresh: int, follow: Any, hessian: Callable, grad_norm: Scalar, w: PyTree
+) -> tuple[Linear, PyTree, Scalar]:
+    """The linear solver with its preconditioner, refreshed where that is due, and the tolerance that follows; the sketch, and its cost."""
+    held, sketch, spent = _preconditioner(linear), state.preconditioner, jnp.int32(0)
+    if held is not None:
+        due = state.calls % refresh == 0
+        sketch = lax.cond(due, lambda s: held.refresh(hessian, s), lambda s: s, sketch)
+        linear, spent = linear_solvers.precondition(linear, sketch), jnp.where(due, held.cost(w), 0)
+    if follow is not None:
+        w_norm = tree.norm(w)
+        asked = _relative(follow * grad_norm.astype(w_norm.dtype), w_norm)
+        linear = linear._replace(tol=jnp.maximum(jnp.minimum(asked, CEILING), jnp.asarray(linear.tol, w_norm.dtype)))
+    return linear, sketch, spent
+
+
+def _relative(part: Scalar, whole: Scalar) -> Scalar:
+    return part / jnp.where(whole > 0, whole, 1)
+
+
+def _through_mapping(
+    lower: Lower, solution: InnerState, outer: PyTree, ctx: Ctx, info: dict[str, Scalar], state: ImplicitState, w: PyTree, *, warm_start: bool,
+    max_residual: Any, **_: Any,
+) -> tuple[PyTree, None, ImplicitState, dict[str, Scalar]]:  # fmt: skip
     """The pullback where the solver's solutions are fixed points of a mapping and no stationary points: that mapping's own rule."""
+    mapping = lower.solver.optimality
+    assert mapping is not None
 
     def image(inner, outer):
-        return lower.solver.optimality(lower.objective, inner, outer, ctx)
+        return mapping(lower.objective, inner, outer, ctx)
 
     start = state.adjoint if warm_start else tree.zeros_like(w)
     found, q, report = _adjoint.through_fixed_point(image, linear_solvers.gmres(), solution.params, outer, info, w, start, max_residual)

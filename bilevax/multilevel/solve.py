@@ -23,11 +23,12 @@ from bilevax.multilevel.statistics import divided
 from bilevax.multilevel.sweep import sweep
 from bilevax.multilevel.system import System, as_solver, as_system
 from bilevax.results import RESULTS
-from bilevax.run.chunk import RunState
-from bilevax.run.driver import launch
+from bilevax.run.chunk import drive
+from bilevax.run.driver import ready
 from bilevax.run.metrics import Metrics, check_metrics
 from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
+from bilevax.run.state import RunState
 from bilevax.run.watch import Callback
 from bilevax.run.window import first_context, needs_key, refuse_one_pass, source_draw
 from bilevax.sharding import Sharding
@@ -137,6 +138,9 @@ def solve_multilevel(
         num_steps, metrics, tol, keep, callbacks, progress, throw,
         on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict, name="solve_multilevel",
     )  # fmt: skip
+    if sharding is not None and (sharding.apart or sharding.mean):
+        got = "tasks()" if sharding.apart else "mean=True"
+        raise ValueError(f"sharding: got {got} for more than two levels; expected data_parallel(), fsdp() or by_path(...) there.")
     if state is not None and not isinstance(state, RunState):
         raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")
     if project is not None and not callable(project):
@@ -183,7 +187,7 @@ def solve_multilevel(
         f"objective of level {name!r}": (system.objectives[name], (floats, None, contexts[name]._replace(model=now.get(name)))) for name in names
     }
     named = {f"data[{name!r}]": source for name, source in sources.items()}
-    return launch(system, algorithm, named, start, floats[upper], leaves, key, state, value.dtype, options, functions)
+    return drive(ready(system, algorithm, named, start, floats[upper], leaves, key, state, value.dtype, options, functions))
 
 
 def _draw_of(level: Level, source: Any) -> Any:

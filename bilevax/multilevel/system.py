@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +13,7 @@ from jax import lax
 from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax._captured import hoisted
-from bilevax.base import Bound, Draw, Hypergradient, InnerSolver, Objective, PyTree, objective
+from bilevax.base import Bound, Draw, Feed, Hypergradient, InnerSolver, Objective, PyTree, objective
 from bilevax.hypergradient.one_step import one_step
 from bilevax.hypergradient.parts import over
 from bilevax.multilevel import statistics
@@ -34,6 +34,19 @@ class System(NamedTuple):
     owners: tuple[str, ...]  # levels whose model state others may read
     seen: tuple[str, ...]  # those among them whose statistics are differentiated
     still: PyTree  # the top level's own model state, which no step moves
+
+    @property
+    def stream_draws(self) -> tuple[Draw | None, ...]:
+        """The draw of each level's stream, where it may find out its order beforehand: a level may be solved more than once in a step."""
+        return (None,) * len(self.graph.names)
+
+    def with_objectives(self, change: Callable[[Objective], Objective]) -> System:
+        """The same levels with changed objectives."""
+        return self._replace(objectives={name: change(fn) for name, fn in self.objectives.items()})
+
+    def feeds(self, streams: tuple[Feed, ...], key: Any, step: Any, done: Any) -> tuple[Feed, ...]:
+        """A step's streams as the sweep takes them: one a level."""
+        return streams
 
 
 def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[str, Draw], contexts: dict, models: dict) -> System:

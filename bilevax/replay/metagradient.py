@@ -145,7 +145,7 @@ def _constant(outer, *, transformation):
 def _check_sharding(sharding: Any, inner: Any) -> None:
     if sharding is None:
         return
-    if not isinstance(sharding, Sharding) or sharding.kind == "tasks" or sharding.dry:
+    if not isinstance(sharding, Sharding) or sharding.apart or sharding.dry:
         raise TypeError(f"sharding: got {check.describe(sharding)}; expected sharding.data_parallel(), fsdp() or by_path(...), or None.")
     if isinstance(inner, Gradients):
         raise TypeError(

@@ -1,66 +1,50 @@
-"""The compiled part of a driver: a chunk of steps of an algorithm as one program."""
+"""A run: chunks of steps of an algorithm, each one compiled program, and what the host does between them."""
 
 from __future__ import annotations
 
 import functools
+import signal
+import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bilevax import results, tree
-from bilevax._core.showing import screenful
-from bilevax.base import Algorithm, Draws, Feed, Feeds, PyTree, join
-from bilevax.data.draws import ordered
+from bilevax._core.peers import Peers
+from bilevax._core.refusal import undifferentiable
+from bilevax.base import Feed, join
+from bilevax.data.draws import knows_order, ordered
 from bilevax.data.episodes import drawn
-from bilevax.results import RESULTS, as_warning, first, strictly, warning
-from bilevax.run.judging import Watch, diverging, improves, lost, settled, undone, watched
-from bilevax.run.metrics import Metrics
+from bilevax.results import RESULTS, SolveError, as_warning, failed, first, strictly, warning
+from bilevax.run import store as store_lib
+from bilevax.run import watch
+from bilevax.run.ending import attach, closed
+from bilevax.run.history import History
+from bilevax.run.judging import diverging, improves, lost, settled, undone, watched
+from bilevax.run.options import Options
+from bilevax.run.recovery import Recovery
+from bilevax.run.rows import packing, row_of, write
+from bilevax.run.signals import Signals
+from bilevax.run.solution import Solution
+from bilevax.run.state import CHUNK, Best, Plan, RunState
+from bilevax.run.window import Window, stream_of
+from bilevax.sharding.report import Compiled
 
-CHUNK = 256  # steps of a run's first compiled call, and between two looks at the host for whoever asks for nothing else
 MOST_VALUES = 2**18  # a call takes more steps only where their history is that small
+LONGEST, QUICK = 4096, 0.1  # a call takes at most so many steps in about so many seconds: a failure or a signal is to be seen soon
+GROWTH = 16  # the first calls are of one step, whose time nobody knows; each later one is at most so many times longer
 
 
-class Best(NamedTuple):
-    """The kept iterate: its score (smaller is better), the step it belongs to, its parameters and model state."""
-
-    score: Any
-    step: Any
-    inner: PyTree
-    model: PyTree
-    outer: PyTree
+# ---- one step, and many of them as one program
 
 
-class RunState(NamedTuple):
-    """All that the next step needs; saved, it is a full checkpoint. `skipped` of the `step` steps so far left no trace: passed over or taken back."""
-
-    algorithm: PyTree
-    key: Any
-    step: Any
-    skipped: Any
-    code: Any
-    first_norm: Any
-    best: Best | None
-    watch: Watch
-
-    def __repr__(self) -> str:
-        return screenful(self)
-
-
-class Plan(NamedTuple):
-    """What a compiled chunk is made of: a pytree whose functions and integers are static and whose numbers are leaves."""
-
-    problem: Any  # what the algorithm takes: a `Problem`, or the levels of a multilevel one
-    algorithm: Algorithm
-    metrics: Metrics | None
-    tol: float | None
-    layout: Any = None  # where the state lives on several devices: the `Layout` of a sharding
-    strict: int = 0  # the mask of the warnings that end the run
-
-
-def feeds(state: RunState, data: tuple, draws: Draws | tuple, orders: tuple | None = None) -> Any:
+def feeds(plan: Plan, state: RunState, data: tuple, orders: tuple | None = None) -> Any:
     """The streams of the next step; `orders` has this step's row of what `orders` below found out, a stream each."""
+    draws = plan.algorithm.draws
     orders = (None,) * len(data) if orders is None else orders
 
     def key(i):
@@ -68,27 +52,22 @@ def feeds(state: RunState, data: tuple, draws: Draws | tuple, orders: tuple | No
 
     data = tuple(drawn(d, state.key, state.step) for d in data)
     streams = tuple(Feed(d, key(i), state.step * n, order) for i, (d, n, order) in enumerate(zip(data, draws, orders, strict=True)))
-    if not isinstance(draws, Draws):  # a stream a level
-        return streams
-    inner, hyper, outer = streams
-    own = None if state.key is None else jax.random.fold_in(key(3), state.step)
-    return Feeds(inner, hyper, outer, own, state.step, state.step - state.skipped)
+    return plan.problem.feeds(streams, state.key, state.step, state.step - state.skipped)
 
 
 def orders(plan: Plan, state: RunState, data: tuple, steps: int) -> tuple:
     """What the draws of the next `steps` steps can know of before the loop, a stream each: None, or an array with a row a step."""
-    draws, problem = plan.algorithm.draws, plan.problem
-    if not isinstance(draws, Draws):
+    if not any(map(knows_order, plan.problem.stream_draws)):
         return (None,) * len(data)
-    streams = feeds(state, data, draws)[:3]
-    pairs = zip((problem.inner_draw, problem.hyper_draw, problem.outer_draw), streams, draws, strict=True)
+    streams = feeds(plan, state, data)[: len(data)]
+    pairs = zip(plan.problem.stream_draws, streams, plan.algorithm.draws, strict=True)
     found = ((ordered(draw, feed, steps * count) if count else None, count) for draw, feed, count in pairs)
     return tuple(None if order is None else order.reshape(steps, count) for order, count in found)
 
 
 def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = None) -> tuple[RunState, dict]:
     """One step of the algorithm and what the driver adds to it: the row of the history, the kept iterate, the stop and the undo."""
-    algorithm, info = plan.algorithm.step(plan.problem, state.algorithm, feeds(state, data, plan.algorithm.draws, known))
+    algorithm, info = plan.algorithm.step(plan.problem, state.algorithm, feeds(plan, state, data, known))
     inner, outer = info.point
     code, warned = as_warning(info.code)
     warnings = warned | info.warnings | diverging(state.watch, info, state.step)
@@ -147,11 +126,11 @@ def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, 
         return state, {name: value for name, value in row.items() if name not in same}
 
     step = jax.jit(moving)  # traced once, for the shapes and for the loop
-    shapes = jax.eval_shape(lambda: step(state, dynamic, data, _row_of(orders(plan, state, data, 1), 0)))[1]
+    shapes = jax.eval_shape(lambda: step(state, dynamic, data, row_of(orders(plan, state, data, 1), 0)))[1]
     if most_values is not None:
         capacity = min(capacity, max(CHUNK, most_values // sum(leaf.size for leaf in jax.tree.leaves(shapes))))
     known, first = orders(plan, state, data, capacity), state.step
-    pack, unpack = _packing(shapes)
+    pack, unpack = packing(shapes)
     rows = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), jax.eval_shape(pack, shapes))
 
     def unfinished(carry):
@@ -160,8 +139,8 @@ def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, 
 
     def body(carry):
         i, state, rows = carry
-        state, row = step(state._replace(step=first + i), dynamic, data, _row_of(known, i))
-        rows = jax.tree.map(lambda buffer, value: _write(buffer, value, i), rows, pack(row))
+        state, row = step(state._replace(step=first + i), dynamic, data, row_of(known, i))
+        rows = jax.tree.map(lambda buffer, value: write(buffer, value, i), rows, pack(row))
         return i + 1, state._replace(step=None), rows  # one counter is enough
 
     count, state, rows = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state._replace(step=None), rows))
@@ -182,56 +161,238 @@ def _afterwards(plan: Plan, state: RunState, rows: dict, count, data: tuple) -> 
     look = plan.algorithm.finite
     if look is not None:
         failed, last, draws = results.failed(state.code), jnp.maximum(count - 1, 0), plan.algorithm.draws
-        streams = feeds(state, data, draws)
+        streams = feeds(plan, state, data)
         finite = lax.cond(failed, lambda: look(plan.problem, streams, draws), lambda: jnp.asarray(True))
         state = state._replace(code=jnp.where(finite, state.code, jnp.int32(RESULTS.nonfinite_batch)))
         rows = {**rows, "code": rows["code"].at[last].set(jnp.where(failed, state.code, rows["code"][last]))}
     return state, rows
 
 
-# Slices at a counter that is never negative, which a plain index would ask about.
-
-
-def _row_of(known: tuple, i) -> tuple:
-    at = jnp.asarray(i, jnp.int32)
-    return jax.tree.map(lambda a: lax.dynamic_slice(a, (at, jnp.zeros_like(at)), (1, a.shape[1]), allow_negative_indices=False)[0], known)
-
-
-def _write(buffer, value, i):
-    return lax.dynamic_update_slice(buffer, value[None], (i, *[jnp.zeros_like(i)] * value.ndim), allow_negative_indices=False)
-
-
-_WORDS = tuple(map(jnp.dtype, (jnp.float32, jnp.int32, jnp.uint32)))  # travel as integers
-
-
-def _as(value, dtype):
-    return value if value.dtype == dtype else lax.bitcast_convert_type(value, dtype)
-
-
-def _packing(shapes: dict) -> tuple:
-    """Scalars of one size as one vector, and back: one write of the history, not one a column, which short steps feel."""
-    leaves, treedef = jax.tree.flatten(shapes)
-    groups: dict = {}
-    for place, leaf in enumerate(leaves):
-        if not leaf.shape and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            groups.setdefault(jnp.dtype(jnp.int32) if leaf.dtype in _WORDS else leaf.dtype, []).append(place)
-    rest = [place for place, leaf in enumerate(leaves) if not any(place in places for places in groups.values())]
-
-    def pack(row):
-        row = jax.tree.leaves(row)
-        return [jnp.stack([_as(row[place], dtype) for place in places]) for dtype, places in groups.items()], [row[place] for place in rest]
-
-    def unpack(packed):
-        out: list = [None] * len(leaves)
-        for vector, places in zip(packed[0], groups.values(), strict=True):
-            for i, place in enumerate(places):
-                out[place] = _as(vector[i], leaves[place].dtype)
-        for value, place in zip(packed[1], rest, strict=True):
-            out[place] = value
-        return treedef.unflatten(out)
-
-    return pack, unpack
-
-
 run_chunk = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))(functools.partial(_chunk, most_values=MOST_VALUES))
 run_traced = _chunk  # the same inside another program
+
+
+# ---- the host
+
+
+class Ready(NamedTuple):
+    """A run that can begin.
+
+    Attributes:
+      plan: what a step is made of.
+      static: its static half, and
+      dynamic: its numbers, as compiled code takes them.
+      run: where it begins.
+      sources: of the data, a stream each.
+      solution: ``(run state, result, history, stats) -> Solution``.
+      options: what was asked.
+      fingerprint: ``() -> parts`` that a checkpoint tells other problems by.
+    """
+
+    plan: Plan
+    static: Any
+    dynamic: tuple
+    run: RunState
+    sources: tuple
+    solution: Callable[..., Solution]
+    options: Options
+    fingerprint: Callable[[], dict[str, Any]]
+
+    @property
+    def traced(self) -> bool:
+        """Whether the run stands inside a JAX transformation."""
+        held = [source.data for source in self.sources if stream_of(source) is None]
+        return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.run, self.dynamic, held)))
+
+
+def drive(ready: Ready) -> Solution:
+    """Chunk after chunk until the steps are done, a failure, the tolerance, or a word from outside."""
+    options, error = ready.options, None
+    if ready.traced:
+        return _whole(ready)
+    if options.sharding is not None and options.sharding.dry:
+        raise _compiled(ready)
+    loop = Loop(ready)
+    numbers = (signal.SIGINT,) if options.checkpoint is None else (signal.SIGINT, signal.SIGTERM)
+    with Signals(numbers) as heard:
+        try:
+            loop.open()
+            while not loop.over:
+                loop.steps()
+                loop.look(heard)
+                loop.save()
+        except BaseException as first:
+            error = first
+        error = closed(loop, error)
+    if error is None and loop.result is RESULTS.interrupted and options.throw:
+        error = KeyboardInterrupt()
+    if error is not None:
+        attach(loop, error)
+        raise error
+    result = loop.result
+    if result is RESULTS.success and options.tol is not None:
+        result = RESULTS.tolerance_not_met
+    out = loop.finish(result)
+    if options.throw and result.failed:
+        raise SolveError(result, out, f" at step {out.stats['total_steps']}")
+    return out
+
+
+def _compiled(ready: Ready) -> Compiled:
+    """One step, compiled and not run."""
+    put = ready.plan.layout.put_window
+    data, _ = Window(ready.sources, 1, 1, put).read(0, 1)
+    step = jax.jit(lambda dynamic, run, data: one_step(join(ready.static, dynamic), run, data), donate_argnums=(1,))
+    return Compiled(step.lower(ready.dynamic, ready.run, data).compile(), ready.run)
+
+
+def _whole(ready: Ready) -> Solution:
+    """All steps as a part of somebody's own program."""
+    options, run = ready.options, ready.run
+    if any(map(stream_of, ready.sources)) or options.watchers:
+        raise ValueError(
+            "callbacks, progress and iterables of batches: got one under a JAX transformation; expected none, since nothing of the host runs there."
+        )
+    if options.checkpoint is not None or options.sharding is not None or options.on_failure != "stop":
+        raise ValueError(
+            "checkpoint, sharding and on_failure: got one under a JAX transformation; expected their defaults there, since nothing of the host runs. "
+            "Shard the arrays that are passed in, and save solution.state from outside."
+        )
+    steps, first = options.num_steps, run.step
+    why = (
+        f"{options.name}: got a derivative through a whole run, which is a loop until it is told to stop and has none; expected one of its "
+        "solution or of one step. Try argmin for the solution map, or value_and_hypergrad in a loop of your own."
+    )
+    run, dynamic, data = undifferentiable(why, (run, ready.dynamic, tuple(s.data for s in ready.sources)))
+    run, rows, count = run_traced(ready.static, steps, run, dynamic, data, steps)
+    if options.metrics is not None:
+        rows = options.metrics.read(rows, first, jnp)
+    return ready.solution(run, run.code, rows, {"steps": count, "best_step": run.best.step if run.best is not None else run.step})
+
+
+class Loop:
+    """A run on its way: where it stands, and how it goes on."""
+
+    def __init__(self, ready: Ready):
+        plan, static, dynamic, run, sources, solution, options, fingerprint = ready
+        self.plan, self.static, self.dynamic, self.options = plan, static, dynamic, options
+        self.run, self._solution, self._fingerprint = run, solution, fingerprint
+        self.begin, self.start, self.first_chunk = time.perf_counter(), int(run.step), 0.0
+        put = None if plan.layout is None else plan.layout.put_window
+        self.window = Window(sources, options.num_steps, options.read_ahead, put)
+        self.capacity = self.window.capacity if self.window.streaming else LONGEST if plan.layout is None else CHUNK
+        self.length, self.each = 1, None  # steps of the next call, seconds a step
+        self.history, self.recovery = History(), Recovery(options.on_failure)
+        self.store: store_lib.Store | None = None
+        self.peers, self.result, self.done, self.resumed = Peers(), RESULTS.success, 0, self.start
+        self.called = dict.fromkeys(range(len(options.watchers)), 0)  # steps done when each watcher was called last
+
+    # ---- the parts of a round
+
+    def open(self) -> None:
+        """Go on from a checkpoint where there is one."""
+        options = self.options
+        for watcher in options.watchers:
+            if watcher.begin is not None:
+                watcher.begin()
+        if options.checkpoint is not None:
+            self.store = store_lib.Store(options.checkpoint, self.start, self._fingerprint())
+            if (found := self.store.restore(self.run, self.recovery.state(self.run))) is not None:
+                self.run, recovery, rows = found
+                self.history = History(rows)
+                self.recovery.resume(recovery)
+        self.resumed, self.result = int(self.run.step), RESULTS(int(self.run.code))
+        self.done = self.resumed - self.start
+        if self.store is not None and self.done > options.num_steps:
+            raise ValueError(
+                f"num_steps: got {options.num_steps}, fewer than the {self.done} steps that {self.store.spec.directory!r} has of this run; "
+                "expected at least as many. Give this run a directory of its own."
+            )
+        self.called = dict.fromkeys(self.called, self.done)
+        self.window.seek(self.resumed)
+
+    @property
+    def over(self) -> bool:
+        return self.done >= self.options.num_steps or self.result is not RESULTS.success
+
+    def steps(self) -> None:
+        """One call of compiled steps: up to where somebody wants to look."""
+        due = [every - self.done % every for every in map(self._every, self.options.watchers) if every]
+        if self.store is not None:
+            due.append(self.store.spec.every - (self.start + self.done) % self.store.spec.every)
+        due.append(self.recovery.before(self.run, self.done))
+        n = min([self.length, self.capacity, self.options.num_steps - self.done, *due])
+        data, steps = self.window.read(self.start + self.done, n)
+        if steps:
+            since, first = time.perf_counter(), self.start + self.done
+            self.run, rows, count = run_chunk(self.static, self.capacity, self.run, self.dynamic, data, steps)
+            self.window.prefetch(self.length, self.start + self.options.num_steps)
+            self.peers.wait(count)
+            count = int(count)
+            if self.plan.metrics is not None:
+                rows = self.plan.metrics.read(jax.tree.map(np.asarray, rows), first, np)
+            self.history.append(rows, count)
+            self.done += count
+            self._pace((time.perf_counter() - since) / max(count, 1))
+            self.run, self.result = self.recovery.after(self.run, count)
+            self.window.done(count)
+        if self.window.exhausted and not self.over:
+            self.result = RESULTS.data_exhausted
+
+    def _every(self, watcher: watch.Callback) -> int | None:
+        """Steps between two calls that a chunk is cut short for."""
+        return (watcher.every or min(self.capacity, CHUNK)) if watcher.exact else None
+
+    def _pace(self, each: float) -> None:
+        """The length of the next call, by the time of this one. That of the first is mostly compilation."""
+        if not self.first_chunk:
+            self.first_chunk = time.perf_counter() - self.begin
+            return
+        self.length = max(1, min(int(QUICK / each), GROWTH * self.length))
+
+    def look(self, heard: Signals) -> None:
+        """Callbacks, signals, and what the other processes say of theirs."""
+        over, stop = self.over, False
+        event = None
+        for i, watcher in enumerate(self.options.watchers):
+            since, every = self.done - self.called[i], watcher.every or min(self.capacity, CHUNK)
+            if over or (self.done % every == 0 if watcher.exact else since >= every):
+                self.called[i] = self.done
+                step, steps = int(self.run.step), self.options.num_steps
+                resumed = self.resumed - self.start
+                event = event or watch.Event(step, self.done, steps, self.history.all(), self.run, self.start, resumed)
+                stop = bool(watcher.fn(event)) or stop
+        said = self.peers.gather([stop, heard.terminate, heard.interrupt, self.length])
+        stop, terminate, interrupt = (any(one[i] for one in said) for i in range(3))
+        self.length = min(one[3] for one in said)
+        if not over and (stop or terminate or interrupt):
+            self.result = RESULTS.interrupted if interrupt else RESULTS.preempted if terminate else RESULTS.stopped
+
+    def save(self) -> None:
+        """Save the run where that is due."""
+        step = self.start + self.done
+        if self.store is None:
+            return
+        self.store.renew()
+        due = self.over or step % self.store.spec.every == 0
+        if due and self.store.saved != step and not self.result.failed:
+            self.store.save(self.run, self.recovery.state(self.run), self.history.flat(), step)
+
+    def finish(self, result: RESULTS) -> Solution:
+        """What the run has come to."""
+        rows = self.history.copy()
+        stats: dict[str, Any] = {
+            "steps": int(self.run.step) - self.start,
+            "total_steps": int(self.run.step),
+            "seconds": time.perf_counter() - self.begin,
+            "first_chunk_seconds": self.first_chunk,
+            "best_step": int(self.run.step) if self.run.best is None else int(self.run.best.step),
+            "failed_steps": int(failed(rows["code"]).sum()) if rows else 0,
+            "resumed_from": self.resumed,
+            "algorithm": getattr(self.plan.algorithm.step, "name", getattr(self.plan.algorithm.step, "__name__", "")),
+        }
+        if self.store is not None:
+            stats["checkpoint_seconds"] = self.store.seconds
+            if self.store.continued is not None:
+                stats["continued"] = self.store.continued
+        return self._solution(self.run, result, rows, stats)

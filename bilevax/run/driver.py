@@ -11,18 +11,17 @@ import numpy as np
 
 from bilevax import check, tree
 from bilevax._core import peers
-from bilevax._core.refusal import undifferentiable
 from bilevax.base import InnerState, PyTree, join, split
-from bilevax.run import dry, fingerprint, layout
-from bilevax.run.chunk import Best, Plan, RunState, one_step, run_traced
+from bilevax.run import fingerprint, layout
+from bilevax.run.chunk import Ready, one_step
 from bilevax.run.judging import first_watch
-from bilevax.run.loop import Loop, drive
 from bilevax.run.options import Options
 from bilevax.run.solution import Solution
+from bilevax.run.state import Best, Plan, RunState
 from bilevax.run.window import first_data, stream_of
 
 
-def launch(
+def ready(
     problem,
     algorithm,
     named: dict[str, Any],
@@ -34,8 +33,8 @@ def launch(
     value_dtype,
     options: Options,
     functions: dict[str, tuple],
-) -> Solution:
-    """Run `algorithm` on `problem` from `start`, or on from `state`.
+) -> Ready:
+    """`algorithm` on `problem`, about to begin at `start`, or to go on from `state`.
 
     All parameters are floating-point leaves; `fixed` holds the others, of the inner and of the outer ones. `named` are
     the sources by argument. `functions` are those that the problem is made of, each with arguments to trace it on: what
@@ -80,11 +79,7 @@ def launch(
             kept_inner, model, kept_outer = tree.where(best.step >= 0, (best.inner, best.model, best.outer), last)
         return Solution(tree.combine(kept_inner, inner_fixed), tree.combine(kept_outer, outer_fixed), model, result, history, run, stats)
 
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((run, dynamic, [s.data for s in sources if stream_of(s) is None]))):
-        return _traced(static, dynamic, run, sources, solution, options)
-    if options.sharding is not None and options.sharding.dry:
-        return dry.of_step(static, dynamic, run, sources)  # type: ignore[return-value]
-    return drive(Loop(plan, static, dynamic, run, sources, solution, options), print_of)
+    return Ready(plan, static, dynamic, run, sources, solution, options, print_of)
 
 
 def _agree(options: Options, parts: dict[str, str]) -> None:
@@ -138,26 +133,3 @@ def _first_state(plan: Plan, start: InnerState, outer: PyTree, key, score_dtype,
 def _placed_first_state(static, score_dtype, keep: str, dynamic: tuple, start: InnerState, outer: PyTree, key) -> RunState:
     plan = join(static, dynamic)
     return plan.layout.pin(_first_state(plan, start, outer, key, score_dtype, keep))
-
-
-def _traced(static, dynamic, run, sources, solution, options: Options) -> Solution:
-    if any(map(stream_of, sources)) or options.watchers:
-        raise ValueError(
-            "callbacks, progress and iterables of batches: got one under a JAX transformation; expected none, since nothing of the host runs there."
-        )
-    if options.checkpoint is not None or options.sharding is not None or options.on_failure != "stop":
-        raise ValueError(
-            "checkpoint, sharding and on_failure: got one under a JAX transformation; expected their defaults there, since nothing of the host runs. "
-            "Shard the arrays that are passed in, and save solution.state from outside."
-        )
-    steps = options.num_steps
-    why = (
-        f"{options.name}: got a derivative through a whole run, which is a loop until it is told to stop and has none; expected one of its "
-        "solution or of one step. Try argmin for the solution map, or value_and_hypergrad in a loop of your own."
-    )
-    run, dynamic, data = undifferentiable(why, (run, dynamic, tuple(s.data for s in sources)))
-    first = run.step
-    run, rows, count = run_traced(static, steps, run, dynamic, data, steps)
-    if options.metrics is not None:
-        rows = options.metrics.read(rows, first, jnp)
-    return solution(run, run.code, rows, {"steps": count, "best_step": run.best.step if run.best is not None else run.step})

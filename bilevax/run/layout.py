@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import re
 from typing import Any
 
 import jax
@@ -63,36 +62,11 @@ def put_leaf(leaf, where: NamedSharding):
     return jax.device_put(leaf, where)
 
 
-def _largest(sharding: Sharding, shape: tuple[int, ...]) -> PartitionSpec:
-    devices = sharding.mesh.shape[sharding.axis]
-    divisible = [i for i, length in enumerate(shape) if length % devices == 0 and length]
-    if not divisible or int(np.prod(shape, dtype=np.int64)) < sharding.min_size:
-        return PartitionSpec()
-    chosen = max(divisible, key=lambda i: shape[i])
-    return PartitionSpec(*[sharding.axis if i == chosen else None for i in range(chosen + 1)])
-
-
-def _ruled(sharding: Sharding, path: str) -> PartitionSpec:
-    for pattern, spec in sharding.rules:
-        if re.search(pattern, path):
-            return spec
-    return PartitionSpec()
-
-
 def param_specs(sharding: Sharding, params: PyTree, level: str) -> PyTree:
     """The partition spec of each leaf of `params`, which are the "inner" or the "outer" ones."""
 
     def spec(path, leaf):
-        if sharding.kind == "largest":
-            return _largest(sharding, leaf.shape)
-        if sharding.kind == "tasks" and level == "inner":
-            return PartitionSpec(sharding.axis)
-        found = _ruled(sharding, level + jax.tree_util.keystr(path))
-        if len(found) > len(leaf.shape):
-            raise ValueError(
-                f"rules: got {found} for {level}{jax.tree_util.keystr(path)} of shape {list(leaf.shape)}; expected at most that many axes."
-            )
-        return found
+        return sharding.spec(level + jax.tree_util.keystr(path), leaf.shape)
 
     return jax.tree_util.tree_map_with_path(spec, params)
 
@@ -101,18 +75,17 @@ def of_run(sharding: Sharding, shapes: PyTree, start: InnerState, outer: PyTree,
     """The layout of a run state of these shapes; `spec` is what `place` has found of the algorithm's."""
     if spec is not None:
         return Layout(sharding, over_tasks.run_specs(spec, shapes))
-    if sharding.kind == "replicated":
-        return Layout(sharding, (PartitionSpec(),) * len(jax.tree.leaves(shapes)))
     params = []
     for level, value in (("inner", start.params), ("outer", outer)):
         leaves = jax.tree_util.tree_leaves_with_path(value)
-        params += [(level, jax.tree_util.keystr(path), leaf.shape, _ruled(sharding, level + jax.tree_util.keystr(path))) for path, leaf in leaves]
+        named = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves]
+        params += [(level, name, shape, sharding.spec(level + name, shape)) for name, shape in named]
 
     def found_for(path, leaf) -> PartitionSpec:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             return PartitionSpec()
-        if sharding.kind == "largest":
-            return _largest(sharding, leaf.shape)
+        if not sharding.mirrors:
+            return sharding.spec("", leaf.shape)
         text = jax.tree_util.keystr(path)
         near = "outer" if "outer" in text else "inner"  # of equal names and shapes in both levels
         same = []
@@ -123,7 +96,7 @@ def of_run(sharding: Sharding, shapes: PyTree, start: InnerState, outer: PyTree,
         if not same:
             return PartitionSpec()
         _, _, extra, found = max(same, key=lambda item: item[:2])
-        return PartitionSpec(*[None] * extra, *found)
+        return PartitionSpec(*[None] * extra, *found) if found else found
 
     return Layout(sharding, tuple(found_for(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(shapes)))
 
@@ -133,11 +106,8 @@ def of_run(sharding: Sharding, shapes: PyTree, start: InnerState, outer: PyTree,
 
 def rows_spec(sharding: Sharding, leaf, axis: int = 0) -> tuple:
     """Split along `axis` where there is one that the devices divide."""
-    devices = sharding.row_devices
-    where = sharding.axis if sharding.kind == "tasks" else sharding.rows
-    if sharding.kind == "tasks":
-        devices = sharding.mesh.shape[sharding.axis]
-    if where is None or jnp.ndim(leaf) <= axis or leaf.shape[axis] % devices or not leaf.shape[axis]:
+    where = sharding.leading
+    if where is None or jnp.ndim(leaf) <= axis or leaf.shape[axis] % sharding.leading_devices or not leaf.shape[axis]:
         return ()
     return (*[None] * axis, where)
 
@@ -187,16 +157,12 @@ def wrap(sharding: Sharding, objective: Objective) -> Objective:
 def place(sharding: Sharding, plan: Any, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> tuple:
     """The plan, the data and the starting point as they lie on the mesh, and the specs of the algorithm's state where they are known."""
     problem, spec = plan.problem, None
-    if sharding.kind == "tasks":
+    if sharding.apart:
         plan, spec = over_tasks.distribute(sharding, plan, sources, start, outer)
     elif sharding.rows is not None:
         if sharding.mean:
             _check_mean(sharding, problem, sources, start, outer, key)
-        if isinstance(problem, Problem):
-            problem = problem._replace(inner=wrap(sharding, problem.inner), outer=wrap(sharding, problem.outer))
-        else:
-            problem = problem._replace(objectives={name: wrap(sharding, objective) for name, objective in problem.objectives.items()})
-        plan = plan._replace(problem=problem)
+        plan = plan._replace(problem=problem.with_objectives(lambda objective: wrap(sharding, objective)))
     everywhere = sharding.named()
 
     def put(params, level):
@@ -224,10 +190,8 @@ def _beside(inner: PyTree, outer: PyTree) -> tuple[PyTree, PyTree]:
     return moved(inner, 0), moved(outer, 1)
 
 
-def _check_mean(sharding: Sharding, problem: Any, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> None:
+def _check_mean(sharding: Sharding, problem: Problem, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> None:
     """Means over rows, by value and gradient on the first batch, at the start and beside it: at zero many a sum is zero, too."""
-    if not isinstance(problem, Problem):
-        raise ValueError("sharding: got mean=True for more than two levels; expected data_parallel() there.")
     for name, objective, source in (("inner_objective", problem.inner, sources[0]), ("outer_objective", problem.outer, sources[2])):
         if objective.has_aux or objective.stateful or objective.keyed:
             raise ValueError(

@@ -27,8 +27,6 @@ def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTr
     """
     problem, algorithm = plan.problem, plan.algorithm
     devices = sharding.mesh.shape[sharding.axis]
-    if not isinstance(problem, Problem):
-        raise ValueError("sharding: got tasks() for more than two levels; expected data_parallel(), fsdp() or by_path(...) there.")
     lengths = {int(leaf.shape[0]) if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(start.params)}
     if len(lengths) != 1 or 0 in lengths or (count := lengths.pop()) % devices:
         shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves(start.params)]

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax.results import RESULTS
-from bilevax.run.chunk import CHUNK, RunState
+from bilevax.run.state import CHUNK, RunState
 
 SPACING = 32  # steps between two states that a failure may go back to
 PATIENCE = 10  # failures in a row after which a run that passes over failures ends all the same

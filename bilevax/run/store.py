@@ -25,8 +25,8 @@ from bilevax import tree
 from bilevax.base import PyTree
 from bilevax.checkpoint import Checkpointing
 from bilevax.run import digest, fingerprint
-from bilevax.run.chunk import Best
 from bilevax.run.lock import Lock
+from bilevax.run.state import Best
 
 FORMAT = 2  # 1 had no fingerprint
 LISTING = "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete

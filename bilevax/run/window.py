@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax._core.settings import wrapped
 from bilevax.base import Bound, Ctx, Draws, Feed, Problem, PyTree, join, split
 from bilevax.data.draws import count_steps, last_windowed, windowed
 from bilevax.data.episodes import Episodes, drawn, episode
@@ -306,7 +307,7 @@ def needs_key(source: Any) -> bool:
     parent = source.parent if isinstance(source, Episodes) else source
     if isinstance(parent, Stream):
         return False
-    fn = getattr(parent.draw, "settings", {}).get("fn")
+    fn = wrapped(parent.draw)
     if not parent.keyed or fn is None:
         return parent.keyed
     like = jax.eval_shape(lambda: jax.random.key(0))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,6 +16,29 @@ from bilevax._core import numbers, peers
 from bilevax.base import PyTree
 
 
+def _largest(sharding: Sharding, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Split along the largest axis that the devices divide."""
+    devices = sharding.mesh.shape[sharding.axis]
+    divisible = [i for i, length in enumerate(shape) if length % devices == 0 and length]
+    if not divisible or int(np.prod(shape, dtype=np.int64)) < sharding.min_size:
+        return PartitionSpec()
+    chosen = max(divisible, key=lambda i: shape[i])
+    return PartitionSpec(*[sharding.axis if i == chosen else None for i in range(chosen + 1)])
+
+
+def _ruled(sharding: Sharding, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """As the first rule says whose pattern is found in the path."""
+    found = next((spec for pattern, spec in sharding.rules if re.search(pattern, path)), PartitionSpec())
+    if len(found) > len(shape):
+        raise ValueError(f"rules: got {found} for {path} of shape {list(shape)}; expected at most that many axes.")
+    return found
+
+
+def _by_task(sharding: Sharding, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+    """Inner parameters by their leading axis, outer ones on every device."""
+    return PartitionSpec(sharding.axis) if path.startswith("inner") else PartitionSpec()
+
+
 @dataclasses.dataclass(frozen=True)
 class Sharding:
     """A mesh and how a run is laid over it; made by `data_parallel`, `fsdp`, `tasks` or `by_path`.
@@ -22,12 +46,15 @@ class Sharding:
     Attributes:
       mesh: the devices.
       rows: the mesh axis (or axes) that the rows of batches are split over, None for none.
-      kind: "replicated", "largest" (each leaf over its largest divisible axis), "rules" or "tasks": where the state lies.
+      kind: "replicated", "largest" (each leaf over its largest divisible axis), "rules" or "tasks": where the state lies, for people.
       axis: the mesh axis of "largest" and "tasks".
       rules: pairs of a pattern of paths and a partition spec, for "rules".
       min_size: entries below which "largest" leaves a leaf whole.
       mean: the objectives are means over rows, and each device may take its own rows' mean.
-      dry: report instead of running.
+      dry: compile the step, and go no further.
+      lies: ``(sharding, path, shape) -> PartitionSpec``: where a leaf of the parameters lies. None: on every device.
+      mirrors: what the state has beside parameters lies as those that it mirrors; otherwise as `lies` says of its own shape.
+      apart: each device runs the algorithm on entries of its own of the leading axis, without the others.
     """
 
     mesh: Mesh
@@ -38,12 +65,32 @@ class Sharding:
     min_size: int = 0
     mean: bool = False
     dry: bool = False
+    lies: Callable[[Sharding, str, tuple[int, ...]], PartitionSpec] | None = dataclasses.field(default=None, repr=False)
+    mirrors: bool = dataclasses.field(default=True, repr=False)
+    apart: bool = dataclasses.field(default=False, repr=False)
+
+    @property
+    def leading(self) -> Any:
+        """The mesh axis (or axes) that leading axes of data are split over, None for none."""
+        return self.axis if self.apart else self.rows
 
     @property
     def row_devices(self) -> int:
         """Over how many devices the rows of a batch are split."""
-        names = () if self.rows is None else (self.rows,) if isinstance(self.rows, str) else tuple(self.rows)
+        return self._devices(self.rows)
+
+    @property
+    def leading_devices(self) -> int:
+        """Over how many devices leading axes of data are split."""
+        return self._devices(self.leading)
+
+    def _devices(self, axes: Any) -> int:
+        names = () if axes is None else (axes,) if isinstance(axes, str) else tuple(axes)
         return int(np.prod([self.mesh.shape[name] for name in names], dtype=np.int64))
+
+    def spec(self, path: str, shape: tuple[int, ...]) -> PartitionSpec:
+        """Where a leaf of the parameters lies."""
+        return PartitionSpec() if self.lies is None else self.lies(self, path, shape)
 
     def named(self, *spec) -> NamedSharding:
         """A sharding on this mesh."""
@@ -135,7 +182,8 @@ def fsdp(devices: Any = None, *, axis: str = "data", min_size: int = 1024) -> Sh
 
     Source: Rajbhandari et al., "ZeRO: memory optimizations toward training trillion parameter models" (SC 2020), stage 3.
     """
-    return Sharding(_line(devices, axis), rows=axis, kind="largest", axis=axis, min_size=numbers.count(min_size, "min_size"))
+    least = numbers.count(min_size, "min_size")
+    return Sharding(_line(devices, axis), rows=axis, kind="largest", axis=axis, min_size=least, lies=_largest, mirrors=False)
 
 
 def tasks(devices: Any = None, *, axis: str = "tasks") -> Sharding:
@@ -160,7 +208,7 @@ def tasks(devices: Any = None, *, axis: str = "tasks") -> Sharding:
       >>> bx.sharding.tasks().axis
       'tasks'
     """
-    return Sharding(_line(devices, axis), kind="tasks", axis=axis)
+    return Sharding(_line(devices, axis), kind="tasks", axis=axis, lies=_by_task, apart=True)
 
 
 def by_path(mesh: Mesh, rules: Mapping[str, PartitionSpec], *, rows: Any = None) -> Sharding:
@@ -203,7 +251,7 @@ def by_path(mesh: Mesh, rules: Mapping[str, PartitionSpec], *, rows: Any = None)
         if name not in mesh.shape:
             raise ValueError(f"rules and rows: got the axis {check.describe(name)}; expected axes of the mesh, {tuple(mesh.shape)}.")
     compiled = tuple((pattern, spec) for pattern, spec in rules.items())
-    return Sharding(_auto(mesh), rows=tuple(rows) if isinstance(rows, list) else rows, kind="rules", rules=compiled)
+    return Sharding(_auto(mesh), rows=tuple(rows) if isinstance(rows, list) else rows, kind="rules", rules=compiled, lies=_ruled)
 
 
 def from_process(sharding: Sharding, arrays: PyTree) -> PyTree:

@@ -7,8 +7,11 @@ import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
+from bilevax._core import numbers
 from bilevax.sharding.placement import Sharding
 
 KINDS = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
@@ -79,6 +82,14 @@ def _size(amount: float | None) -> str:
     return f"{amount:.4g} {('B', 'KiB', 'MiB', 'GiB')[power]}"
 
 
+class Compiled(Exception):
+    """How a dry run leaves a driver: with the compiled step, and the state that it would have begun with."""
+
+    def __init__(self, program: Any, state: Any):
+        super().__init__("a dry run ends before its first step")
+        self.program, self.state = program, state
+
+
 def dry_run(driver: Callable, *args, **kwargs) -> Report:
     """Compile one step of `solve_bilevel` or `solve_multilevel` and say what it holds and sends, without running it.
 
@@ -108,7 +119,33 @@ def dry_run(driver: Callable, *args, **kwargs) -> Report:
     sharding = kwargs.pop("sharding", None)
     if not isinstance(sharding, Sharding):
         raise TypeError(f"sharding: got {sharding!r}; expected one of sharding's factories. Try sharding.data_parallel().")
-    return driver(*args, **kwargs, sharding=dataclasses.replace(sharding, dry=True))
+    try:
+        driver(*args, **kwargs, sharding=dataclasses.replace(sharding, dry=True))
+    except Compiled as step:
+        return _report(step)
+    raise TypeError(f"driver: got {numbers.describe(driver)}; expected solve_bilevel or solve_multilevel.")
+
+
+def _report(step: Compiled) -> Report:
+    pieces = tuple(_piece(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(step.state))
+    device, total = sum(p.device_bytes for p in pieces), sum(p.total_bytes for p in pieces)
+    return Report(pieces, collectives(step.program.as_text() or ""), device, total, _peak(step.program))
+
+
+def _peak(compiled: Any) -> int | None:
+    memory = compiled.memory_analysis()
+    if memory is None:
+        return None
+    return int(memory.argument_size_in_bytes + memory.output_size_in_bytes + memory.temp_size_in_bytes - memory.alias_size_in_bytes)
+
+
+def _piece(path: Any, leaf: jax.Array) -> Piece:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    local = leaf.sharding.shard_shape(leaf.shape)
+    size = leaf.dtype.itemsize
+    device, total = (int(np.prod(shape, dtype=np.int64)) * size for shape in (local, leaf.shape))
+    return Piece(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype), getattr(leaf.sharding, "spec", None), device, total)
 
 
 # ---- reading the compiled program

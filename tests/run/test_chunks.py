@@ -11,7 +11,7 @@ import pytest
 import bilevax as bx
 from bilevax import check
 from bilevax.base import Feed, Feeds, InnerState
-from bilevax.run import chunk, loop
+from bilevax.run import chunk, rows
 from bilevax.run.chunk import MOST_VALUES
 
 WIDE = MOST_VALUES // 300  # numbers in a row of the history: more than 256 steps of them are held, fewer than 600
@@ -53,16 +53,16 @@ def test_long_chunks_are_short_ones(monkeypatch):
     monkeypatch.setattr(chunk, "run_chunk", spy)
     run(300)  # compiles
     lengths.clear()
-    monkeypatch.setattr(loop, "QUICK", 1e3)
+    monkeypatch.setattr(chunk, "QUICK", 1e3)
     long = run(3000)
     assert lengths == [1, 1, 16, 256, 2726]
     lengths.clear()
-    monkeypatch.setattr(loop, "QUICK", 0.0)
+    monkeypatch.setattr(chunk, "QUICK", 0.0)
     short = run(40)
     assert lengths == [1] * 40
     same(run(40), short)
     lengths.clear()
-    monkeypatch.setattr(loop, "QUICK", 1e3)
+    monkeypatch.setattr(chunk, "QUICK", 1e3)
     watched = run(3000, callbacks=[lambda event: None, bx.callbacks.every(100, lambda event: None)])
     assert max(lengths) == 100 and np.cumsum(lengths)[-1] == 3000
     assert {100, 256, 300, 512, 2900} <= set(np.cumsum(lengths).tolist())  # each is called at its steps
@@ -70,11 +70,11 @@ def test_long_chunks_are_short_ones(monkeypatch):
 
 
 def test_a_wide_history_takes_shorter_chunks_and_all_steps(monkeypatch):
-    monkeypatch.setattr(loop, "QUICK", 1e3)
+    monkeypatch.setattr(chunk, "QUICK", 1e3)
     objective = bx.objective(wide, has_aux=True)
     out = run(600, objective)
     assert out.stats["steps"] == 600 and out.history["aux"].shape == (600, WIDE)
-    monkeypatch.setattr(loop, "QUICK", 0.0)
+    monkeypatch.setattr(chunk, "QUICK", 0.0)
     same(out, run(600, objective))
     traced = jax.jit(
         lambda x: bx.solve_bilevel(inner, objective, jnp.zeros(2), x, inner_data=ROWS, algorithm=ALGORITHM, key=jax.random.key(0), num_steps=600)
@@ -133,7 +133,7 @@ def test_columns_of_32_bits_are_one_vector_and_come_back_to_the_bit():
         "d": jnp.zeros((), jax.dtypes.canonicalize_dtype(jnp.float64)) + 0.1,
         "v": jnp.arange(3.0, dtype=jnp.float32),
     }
-    pack, unpack = chunk._packing(jax.eval_shape(lambda: row))
+    pack, unpack = rows.packing(jax.eval_shape(lambda: row))
     packed = jax.jit(pack)(row)
     wide = row["d"].dtype != jnp.float32
     assert sorted(vector.shape for vector in packed[0]) == ([(1,), (4,)] if wide else [(5,)]) and len(packed[1]) == 1

@@ -12,7 +12,8 @@ from jax.ad_checkpoint import checkpoint_name
 import bilevax as bx
 from bilevax import tree
 from bilevax.base import Ctx, split
-from bilevax.run.chunk import Plan, run_chunk
+from bilevax.run.chunk import run_chunk
+from bilevax.run.state import Plan
 from tests.closed_form import flatten
 from tests.test_protocols import FORM, KEY, METHODS
 

@@ -1,0 +1,49 @@
+"""What a run is made of: its plan, and the state that goes from step to step."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from bilevax._core.showing import screenful
+from bilevax.base import Algorithm, PyTree
+from bilevax.run.judging import Watch
+from bilevax.run.metrics import Metrics
+
+CHUNK = 256  # steps between two looks at the host for whoever asks for nothing else
+
+
+class Best(NamedTuple):
+    """The kept iterate: its score (smaller is better), the step it belongs to, its parameters and model state."""
+
+    score: Any
+    step: Any
+    inner: PyTree
+    model: PyTree
+    outer: PyTree
+
+
+class RunState(NamedTuple):
+    """All that the next step needs; saved, it is a full checkpoint. `skipped` of the `step` steps so far left no trace: passed over or taken back."""
+
+    algorithm: PyTree
+    key: Any
+    step: Any
+    skipped: Any
+    code: Any
+    first_norm: Any
+    best: Best | None
+    watch: Watch
+
+    def __repr__(self) -> str:
+        return screenful(self)
+
+
+class Plan(NamedTuple):
+    """What a compiled chunk is made of: a pytree whose functions and integers are static and whose numbers are leaves."""
+
+    problem: Any  # what the algorithm takes: a `Problem`, or the levels of a multilevel one
+    algorithm: Algorithm
+    metrics: Metrics | None
+    tol: float | None
+    layout: Any = None  # where the state lives on several devices: the `Layout` of a sharding
+    strict: int = 0  # the mask of the warnings that end the run
