@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import _derivative, check, tree
+from bilevax._call import Call, prepared
 from bilevax._core.transfers import by_intent
 from bilevax._estimate import estimate, guarded
 from bilevax.base import Ctx, Draw, Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, objective
@@ -69,36 +70,36 @@ class HypergradFn:
         key: jax.Array | None = None,
     ) -> Estimate:
         """Value and hypergradient at ``(inner_params, outer_params)``; see `value_and_hypergrad`."""
-        problem = self.problem
-        inner_params, outer_params = check.arrays(inner_params, "inner_params"), check.arrays(outer_params, "outer_params")
-        check.params(inner_params, "inner_params")
-        check.params(outer_params, "outer_params")
-        check.key(key, problem, sampled=False)
+        call = prepared(self.problem, inner_params, outer_params, None, key, finite=False)
         if state is None:
             state = self.init(inner_params, outer_params)
-        (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)
-        problem = check.bind_fixed(problem, inner_fixed, outer_fixed)
-        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
-        inner_batch, outer_batch = check.batch(inner_batch, "inner_batch"), check.batch(outer_batch, "outer_batch")
-        inner_feed = Feed(inner_batch, keys[0], jnp.zeros((), jnp.int32))
-        if hyper_batch is None:
-            hyper_ctx_feed = inner_feed._replace(key=keys[1])
-        else:
-            hyper_ctx_feed, problem = Feed(check.batch(hyper_batch, "hyper_batch"), keys[1], 0), problem._replace(hyper_draw=same)
-        check_stacked(problem.inner_draw, inner_batch, self.solver.steps)
-        problem = count_steps(problem, self.solver.steps)
-        feeds = Feeds(inner_feed, hyper_ctx_feed, Feed(outer_batch, keys[2], 0), None if key is None else jax.random.fold_in(key, 3), state.step)
-        contexts = _context(problem.inner_draw, inner_feed), _context(same, feeds.outer)
-        check.objectives(problem, inner, outer, state.model, *contexts, steps=self.solver.steps)
-        problem = check.captured(problem, inner, outer, state.model, *contexts, steps=self.solver.steps)
-        start = InnerState(inner, state.opt, state.model)
-        solution, out = _derivative.differentiable(problem, self.solver, self.method, start, outer, feeds, state.method)
+        call = call._replace(model=state.model)
+        call, feeds = self._fed(call, inner_batch, outer_batch, hyper_batch, key, state.step)
+        contexts = _context(call.problem.inner_draw, feeds.inner), _context(same, feeds.outer)
+        problem, _ = call.traced(*contexts, steps=self.solver.steps)
+        start = InnerState(call.inner, state.opt, state.model)
+        solution, out = _derivative.differentiable(problem, self.solver, self.method, start, call.outer, feeds, state.method)
         new_state = EstimateState(solution.opt, solution.model, out.state, state.step + 1)
         out = guarded(out._replace(state=new_state), state, self.strict)
+        inner_fixed, outer_fixed = call.fixed
         return out._replace(
             grad=tree.combine(out.grad, jax.tree.map(lambda a: None, outer_fixed)),
             inner_params=tree.combine(solution.params, inner_fixed),
         )
+
+    def _fed(self, call: Call, inner_batch: PyTree, outer_batch: PyTree, hyper_batch: PyTree, key: jax.Array | None, step: Any) -> tuple[Call, Feeds]:
+        """The call with its draws, and its batches as streams of them."""
+        keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
+        inner_batch, outer_batch = check.batch(inner_batch, "inner_batch"), check.batch(outer_batch, "outer_batch")
+        problem, inner_feed = call.problem, Feed(inner_batch, keys[0], jnp.zeros((), jnp.int32))
+        if hyper_batch is None:
+            hyper_feed = inner_feed._replace(key=keys[1])
+        else:
+            hyper_feed, problem = Feed(check.batch(hyper_batch, "hyper_batch"), keys[1], 0), problem._replace(hyper_draw=same)
+        check_stacked(problem.inner_draw, inner_batch, self.solver.steps)
+        own = None if key is None else jax.random.fold_in(key, 3)
+        feeds = Feeds(inner_feed, hyper_feed, Feed(outer_batch, keys[2], 0), own, step)
+        return call._replace(problem=count_steps(problem, self.solver.steps)), feeds
 
 
 def _context(draw: Draw, feed: Feed) -> Ctx:

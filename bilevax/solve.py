@@ -9,6 +9,7 @@ import jax
 
 from bilevax import check, tree
 from bilevax import checkpoint as checkpoint_lib
+from bilevax._call import prepared
 from bilevax._core.transfers import by_intent
 from bilevax.base import Algorithm, InnerState, PyTree
 from bilevax.data.draws import with_number
@@ -131,29 +132,19 @@ def solve_bilevel(
     sources = numbered((inner_source, hyper_source, outer_source))
     inner_draw, hyper_draw, outer_draw = (source_draw(s) for s in sources)
     problem = check.problem(inner_objective, outer_objective, inner_draw, hyper_draw, outer_draw, inner_init, project)
-    check.key(key if state is None else state.key, problem, state is None and key is None and any(map(needs_key, sources)))
-    inner_params, outer_params = check.arrays(inner_params, "inner_params"), check.arrays(outer_params, "outer_params")
-    model_state = None if model_state is None else check.arrays(model_state, "model_state")
-    for value, name in ((inner_params, "inner_params"), (outer_params, "outer_params")):
-        check.params(value, name)
-        check.finite(value, name)
-    if model_state is not None:
-        check.finite(model_state, "model_state")
+    run_key = key if state is None else state.key
+    sampled = run_key is None and any(map(needs_key, sources))
+    call = prepared(problem, inner_params, outer_params, model_state, run_key, sampled=sampled)
     if state is not None:
         refuse_one_pass(sources)
-
-    (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)
-    problem = check.bind_fixed(problem, inner_fixed, outer_fixed)
-    contexts = [first_context(s, key if state is None else state.key) for s in (sources[0], sources[2])]
-    contexts[0] = with_number(problem.inner, contexts[0])
-    model = model_state if state is None else state.algorithm.inner.model
-    steps = 1 if algorithm is None else algorithm.draws.inner
-    value_dtype = check.objectives(problem, inner, outer, model, contexts[0], contexts[1], steps)
-    problem = check.captured(problem, inner, outer, model, contexts[0], contexts[1], steps)
+        call = call._replace(model=state.algorithm.inner.model)
+    inner, outer, model = call.inner, call.outer, call.model
+    inner_ctx, outer_ctx = (first_context(source, run_key) for source in (sources[0], sources[2]))
+    problem, value_dtype = call.traced(inner_ctx, outer_ctx, 1 if algorithm is None else algorithm.draws.inner)
     if options.metrics is not None:
         measured = check_metrics(options.metrics, inner, outer, model, {"value", "grad_norm", "code", "warnings", "aux"})
         options = options._replace(metrics=measured)
-    start = InnerState(inner, (), model_state)
+    start = InnerState(inner, (), model)
     if problem.project is not None and state is None:
         outer = problem.project(outer)  # where the run starts, and what it may return, is inside
     if algorithm is None:
@@ -162,9 +153,9 @@ def solve_bilevel(
         algorithm = default_algorithm(problem, sources, start, outer, key, None if state is None else state.algorithm)
     problem = reading(problem, algorithm.draws, sources)
     functions = {
-        "inner_objective": (problem.inner, (inner, outer, contexts[0]._replace(model=model))),
-        "outer_objective": (problem.outer, (inner, outer, contexts[1]._replace(model=model))),
-        "project": (project or (lambda x: x), (outer_params,)),
+        "inner_objective": (problem.inner, (inner, outer, with_number(problem.inner, inner_ctx)._replace(model=model))),
+        "outer_objective": (problem.outer, (inner, outer, outer_ctx._replace(model=model))),
+        "project": (project or (lambda x: x), (tree.combine(call.outer, call.fixed[1]),)),
     }
     named = dict(zip(("inner_data", "hyper_data", "outer_data"), sources, strict=True))
-    return drive(ready(problem, algorithm, named, start, outer, (inner_fixed, outer_fixed), key, state, value_dtype, options, functions))
+    return drive(ready(problem, algorithm, named, start, outer, call.fixed, key, state, value_dtype, options, functions))

@@ -19,6 +19,7 @@ FLOORS = [
     ["_captured", "starts"],
     ["check"],
     ["linear", "inner", "data", "checkpoint", "tasks", "_estimate"],
+    ["_call"],
     ["certificate", "hypergradient", "_traced", "_equations"],
     ["argmin", "root", "sharding"],
     ["_derivative"],

@@ -12,9 +12,10 @@ import numpy as np
 from jax.flatten_util import ravel_pytree
 
 from bilevax import check, tree
+from bilevax._call import prepared
 from bilevax._core import numbers
 from bilevax.base import Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
-from bilevax.data.draws import count_steps, with_number
+from bilevax.data.draws import count_steps
 from bilevax.diagnostics import _reference
 from bilevax.diagnostics._reference import Point, Reference, frozen
 from bilevax.estimate import estimate
@@ -142,11 +143,11 @@ def check_hypergradient(
             f"reference: got {reference!r} with inner_init; expected 'solver', since an exact solution does not depend on where it was started."
         )
     check.pieces(solver, hypergradient)
-    prepared = prepare(inner_objective, outer_objective, inner_params, outer_params, inner_batch, outer_batch, model_state, inner_init, key)
-    kind = reference_kind(reference, tree.size(prepared.inner))
-    solution, est = jax.jit(prepared.run(solver, hypergradient))(*prepared.arguments(solver, hypergradient))
+    ready = prepare(inner_objective, outer_objective, inner_params, outer_params, inner_batch, outer_batch, model_state, inner_init, key)
+    kind = reference_kind(reference, tree.size(ready.inner))
+    solution, est = jax.jit(ready.run(solver, hypergradient))(*ready.arguments(solver, hypergradient))
     key = jax.random.key(0) if key is None else key
-    ref = _reference.reference(prepared.problem, solver, prepared.point(solution), kind, directions, key)
+    ref = _reference.reference(ready.problem, solver, ready.point(solution), kind, directions, key)
     return _report(hypergradient, est, ref, tol)
 
 
@@ -182,14 +183,8 @@ class Prepared(NamedTuple):
 def prepare(inner_objective, outer_objective, inner_params, outer_params, inner_batch, outer_batch, model_state, inner_init, key) -> Prepared:
     """Check what was given, by its names, and freeze batches and randomness."""
     problem = check.problem(inner_objective, outer_objective, frozen, frozen, frozen, inner_init=inner_init)
-    inner_params, outer_params = check.arrays(inner_params, "inner_params"), check.arrays(outer_params, "outer_params")
-    for value, name in ((inner_params, "inner_params"), (outer_params, "outer_params")):
-        check.params(value, name)
-        check.finite(value, name)
-    check.key(key, problem, sampled=False)
-    (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)
-    problem = check.bind_fixed(problem, inner_fixed, outer_fixed)
-    inner_batch, outer_batch, model = (jax.tree.map(jnp.asarray, b) for b in (inner_batch, outer_batch, model_state))
+    call = prepared(problem, inner_params, outer_params, model_state, key)
+    inner_batch, outer_batch = check.batch(inner_batch, "inner_batch"), check.batch(outer_batch, "outer_batch")
     keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
     inner_feed, outer_feed = Feed(inner_batch, keys[0], 0), Feed(outer_batch, keys[1], 0)
     feeds = Feeds(inner_feed, inner_feed, outer_feed, keys[2], 0)
@@ -197,8 +192,8 @@ def prepare(inner_objective, outer_objective, inner_params, outer_params, inner_
         raise ValueError(
             f"outer_objective: got {problem.outer!r}; expected an objective of the inner point. Try objective(fn) of the last step alone."
         )
-    check.objectives(problem, inner, outer, model, with_number(problem.inner, frozen(inner_feed, 0)), frozen(outer_feed, 0))
-    return Prepared(problem, inner, outer, feeds, model)
+    problem, _ = call.traced(frozen(inner_feed, 0), frozen(outer_feed, 0))
+    return Prepared(problem, call.inner, call.outer, feeds, call.model)
 
 
 def reference_kind(reference: str, size: int) -> str:
