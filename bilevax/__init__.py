@@ -1,7 +1,8 @@
 """Optimization problems nested in each other, in JAX."""
 
 import importlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING as _TYPE_CHECKING
+from typing import Any as _Any
 
 from bilevax import callbacks, checkpoint, data, hypergradient, inner, linear, sharding
 from bilevax._core.showing import tidy, tidy_class
@@ -17,7 +18,7 @@ from bilevax.run.solution import Solution
 from bilevax.solve import solve_bilevel
 from bilevax.tasks import task_copies, tasks
 
-if TYPE_CHECKING:
+if _TYPE_CHECKING:
     from bilevax import algorithms, attribution, diagnostics, nn, plots, replay, testing
     from bilevax.diagnostics import check_hypergradient, compare_hypergradients, error_bound
     from bilevax.multilevel import Level, solve_multilevel, value_and_multilevel_grad
@@ -31,7 +32,7 @@ _LATER = {
 }
 
 
-def __getattr__(name: str):
+def __getattr__(name: str) -> _Any:
     """The names that are imported when they are first used."""
     if name not in _LATER:
         raise AttributeError(f"module 'bilevax' has no attribute {name!r}")

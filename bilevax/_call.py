@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
-import jax
-
 from bilevax import check, tree
+from bilevax._core.types import Key
 from bilevax.base import Ctx, Problem, PyTree
 from bilevax.data.draws import with_number
 
@@ -40,7 +39,7 @@ def prepared(
     inner_params: PyTree,
     outer_params: PyTree,
     model_state: PyTree,
-    key: jax.Array | None,
+    key: Key | None,
     *,
     sampled: bool = False,
     finite: bool = True,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -27,7 +28,7 @@ def hoisted(objective: Objective, *args: Any) -> Objective:
     return dataclasses.replace(objective, fn=fn)
 
 
-def _constants(objective: Objective, *args) -> list:
+def _constants(objective: Objective, *args: Any) -> list[Any]:
     try:
         hash(objective)
     except TypeError:
@@ -35,7 +36,7 @@ def _constants(objective: Objective, *args) -> list:
     return jax.make_jaxpr(objective)(*args).consts
 
 
-def _with_captured(*args, fn, ids, captured, **kwargs):
+def _with_captured(*args: Any, fn: Callable[..., Any], ids: Any, captured: Any, **kwargs: Any) -> Any:
     closed, shape = jax.make_jaxpr(lambda args, kwargs: fn(*args, **kwargs), return_shape=True)(args, kwargs)
     given = dict(zip(ids, captured, strict=True))
     consts = [given.get(id(const), const) for const in closed.consts]

@@ -14,6 +14,7 @@ point among them, and nothing is done here.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -30,6 +31,7 @@ from bilevax.base import (
     Bound,
     Ctx,
     Estimate,
+    Feed,
     Feeds,
     Hypergradient,
     InnerState,
@@ -51,14 +53,14 @@ class Theta(NamedTuple):
     """All that a value depends on and that may move: outer parameters, what the problem's functions are bound to, the data of the three streams."""
 
     outer: PyTree
-    problem: tuple
-    data: tuple
+    problem: tuple[Any, ...]
+    data: tuple[Any, ...]
 
 
 class Given(NamedTuple):
     """What an estimate starts from, and its pieces' numbers: constants to every derivative."""
 
-    pieces: tuple
+    pieces: tuple[Any, ...]
     inner: InnerState
     method: PyTree
     feeds: Feeds
@@ -66,14 +68,14 @@ class Given(NamedTuple):
 
 class _Out(NamedTuple):
     value: Any
-    grads: list  # with respect to the leaves of `Theta` that were asked for
+    grads: list[Any]  # with respect to the leaves of `Theta` that were asked for
     params: PyTree
     aux: PyTree
-    rest: tuple  # optimizer's, model's and method's state; info
+    rest: tuple[Any, ...]  # optimizer's, model's and method's state; info
 
 
 def differentiable(
-    problem: Problem, solver, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds, state: PyTree
+    problem: Problem, solver: Any, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds, state: PyTree
 ) -> tuple[InnerState, Estimate]:
     """`estimate`, as one compiled program and with the derivatives above."""
     bound, captured = split(problem)
@@ -85,7 +87,7 @@ def differentiable(
 
 
 @partial(jax.jit, static_argnums=0)
-def _run(static: tuple, given: Given, theta: Theta) -> tuple[InnerState, Estimate]:
+def _run(static: tuple[Any, ...], given: Given, theta: Theta) -> tuple[InnerState, Estimate]:
     problem, solver, method, feeds = _parts(static, given, theta)
     starts.structure(problem, solver, method, given.inner, theta.outer, feeds)
     if method.order > 1 and method.linear is None:
@@ -98,7 +100,7 @@ def _run(static: tuple, given: Given, theta: Theta) -> tuple[InnerState, Estimat
     return InnerState(out.params, opt, model), Estimate(out.value, grad, out.params, state, info, out.aux)
 
 
-def _parts(static: tuple, given: Given, theta: Theta) -> tuple:
+def _parts(static: tuple[Any, ...], given: Given, theta: Theta) -> tuple[Any, ...]:
     bound, pieces, shared = static
     problem = join(bound, theta.problem)
     solver, method = join(pieces, given.pieces)
@@ -110,7 +112,7 @@ def _parts(static: tuple, given: Given, theta: Theta) -> tuple:
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _pulled(static: tuple, which: tuple, given: Given, theta: Theta) -> _Out:
+def _pulled(static: tuple[Any, ...], which: tuple[Any, ...], given: Given, theta: Theta) -> _Out:
     """An estimate, with its gradients in the leaves `which` of `theta`; all of the outer parameters are among these."""
     problem, solver, method, feeds = _parts(static, given, theta)
     count = len(jax.tree.leaves(theta.outer))
@@ -125,14 +127,14 @@ def _pulled(static: tuple, which: tuple, given: Given, theta: Theta) -> _Out:
     return _out(solution, est, tree.nan_where(bad, [*jax.tree.leaves(grads), *extra]), info)
 
 
-def _out(solution: InnerState, est: Estimate, grads: list, info: dict) -> _Out:
+def _out(solution: InnerState, est: Estimate, grads: list[Any], info: dict[Any, Any]) -> _Out:
     return _Out(est.value, grads, solution.params, est.aux, (solution.opt, solution.model, est.state, info))
 
 
 # ---- a problem whose outer parameters are joined by batches and captured arrays
 
 
-def _extended(static: tuple, which: tuple, problem: Problem, theta: Theta) -> tuple[Problem, PyTree]:
+def _extended(static: tuple[Any, ...], which: tuple[Any, ...], problem: Problem, theta: Theta) -> tuple[Problem, PyTree]:
     """The same problem with outer parameters ``(outer, [further leaves of theta])``."""
     leaves, count = jax.tree.leaves(theta), len(jax.tree.leaves(theta.outer))
     extra = [leaf for leaf, flag in zip(leaves[count:], which[count:], strict=True) if flag]
@@ -152,7 +154,7 @@ def _extended(static: tuple, which: tuple, problem: Problem, theta: Theta) -> tu
     return problem._replace(inner=inner, outer=outer, **draws), (theta.outer, extra)
 
 
-def _begun(outer, key=None, *, fn):
+def _begun(outer: PyTree, key: Any = None, *, fn: Callable[..., Any]) -> Any:
     return fn(outer[0], key)
 
 
@@ -163,16 +165,16 @@ class _How:
 
     problem: Any
     shared: bool
-    moving: tuple
+    moving: tuple[Any, ...]
     structure: Any
 
-    def theta(self, outer: tuple, rest: list) -> Theta:
+    def theta(self, outer: tuple[Any, ...], rest: list[Any]) -> Theta:
         own, extra = outer
         moved = iter(extra)
         leaves = [next(moved) if flag else leaf for leaf, flag in zip(rest, self.moving, strict=True)]
         return jax.tree.unflatten(self.structure, [*jax.tree.leaves(own), *leaves])
 
-    def context(self, theta: Theta, batch: tuple, model: PyTree) -> Ctx:
+    def context(self, theta: Theta, batch: tuple[Any, ...], model: PyTree) -> Ctx:
         """The context of a draw, from the data that `theta` holds now."""
         _, (feed, i, stream) = batch
         problem = join(self.problem, theta.problem)
@@ -186,24 +188,24 @@ class _Stream:
     name: str
 
 
-def _placed(feed, i, *, draw, stream):
+def _placed(feed: Feed, i: Any, *, draw: Any, stream: Any) -> Any:
     """A draw that says where it was made, so that it can be made again from data that moves."""
     ctx = draw(feed, i)
     return ctx._replace(batch=(ctx.batch, (feed._replace(data=None), i, _Stream(stream))))
 
 
-def _moved(inner, outer, batch, model, *, key, how, rest, level):
+def _moved(inner: PyTree, outer: PyTree, batch: PyTree, model: PyTree, *, key: Any, how: Any, rest: Any, level: Any) -> Any:
     theta = how.theta(outer, rest)
     objective = getattr(join(how.problem, theta.problem), level)
     value, (model, aux) = objective(inner, theta.outer, how.context(theta, batch, model))
     return value, (model, aux)
 
 
-def _adapted(mapping, *, how, rest):
+def _adapted(mapping: Any, *, how: Any, rest: Any) -> Any:
     return Objective(Bound(mapping.name, _mapped, mapping=mapping, how=how, rest=rest), True, True, True)
 
 
-def _mapped(inner, outer, batch, model, *, key, mapping, how, rest):
+def _mapped(inner: PyTree, outer: PyTree, batch: PyTree, model: PyTree, *, key: Any, mapping: Any, how: Any, rest: Any) -> Any:
     theta = how.theta(outer, rest)
     like = join(how.problem, theta.problem).inner
     mapping = mapping if like.adapt is None else like.adapt(mapping)
@@ -214,7 +216,7 @@ def _mapped(inner, outer, batch, model, *, key, mapping, how, rest):
 # ---- the rule
 
 
-def _pulled_jvp(static: tuple, which: tuple, primals: tuple, tangents: tuple):
+def _pulled_jvp(static: tuple[Any, ...], which: tuple[Any, ...], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     given, theta = primals
     moves = jax.tree.leaves(tangents[1], is_leaf=_is_zero)
     moving = tuple(not _is_zero(t) for t in moves)
@@ -248,22 +250,22 @@ _pulled.defjvp(_pulled_jvp, symbolic_zeros=True)
 
 
 class _At(NamedTuple):
-    static: tuple
-    moving: tuple
-    which: tuple
+    static: tuple[Any, ...]
+    moving: tuple[Any, ...]
+    which: tuple[Any, ...]
 
 
-def _is_zero(tangent) -> bool:
+def _is_zero(tangent: PyTree) -> bool:
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
 
 
-def _still(leaf):
+def _still(leaf: Any) -> Any:
     """A tangent of zero."""
     leaf = jnp.asarray(leaf)
     return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-def _along(grads: list, directions: list):
+def _along(grads: list[Any], directions: list[Any]) -> Any:
     """What a real value changes by; gradients in complex arrays are as ``jax.grad`` has them."""
     pairs = list(zip(grads, directions, strict=True))
     real = [pair for pair in pairs if not jnp.iscomplexobj(pair[0])]
@@ -276,18 +278,18 @@ class _Number:
         return "..."
 
 
-def _shown(static: tuple, given: Given) -> str:
+def _shown(static: tuple[Any, ...], given: Given) -> str:
     """The method, without its numbers, which may be traced."""
     return repr(join(static[1], (_Number(),) * len(given.pieces))[1])
 
 
-def _with(theta: Theta, flags: tuple, moved: list) -> Theta:
+def _with(theta: Theta, flags: tuple[Any, ...], moved: list[Any]) -> Theta:
     values = iter(moved)
     leaves, structure = jax.tree.flatten(theta)
     return structure.unflatten([next(values) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)])
 
 
-def _exact(at: _At, given: Given, theta: Theta, out: _Out, directions: list) -> tuple[PyTree, list]:
+def _exact(at: _At, given: Given, theta: Theta, out: _Out, directions: list[Any]) -> tuple[PyTree, list[Any]]:
     """Tangents of the solution and of the gradients, by the implicit function theorem at the solved point."""
     model = out.rest[1]
     _, _, method, _ = _parts(at.static, given, theta)
@@ -314,14 +316,14 @@ def _exact(at: _At, given: Given, theta: Theta, out: _Out, directions: list) -> 
     return params, grads
 
 
-def _refuse(method: str, residuals, cotangent):
+def _refuse(method: str, residuals: Any, cotangent: PyTree) -> None:
     raise ValueError(
         f"hypergradient: got {method}, whose derivative is right once only, and a derivative of Estimate.grad was asked for; expected a method "
         "of order 2, such as hypergradient.implicit(linear.cg()) or unrolled(). Estimate.value may be differentiated as it is."
     )
 
 
-def _pull_solution(at: _At, residuals, cotangent) -> list:
+def _pull_solution(at: _At, residuals: Any, cotangent: PyTree) -> list[Any]:
     """The method's own pullback of a cotangent on the solution, after a solve of its own."""
     given, theta = residuals
     problem, solver, method, feeds = _parts(at.static, given, theta)
@@ -336,7 +338,7 @@ def _pull_solution(at: _At, residuals, cotangent) -> list:
     return [g for g, flag in zip(found, [m for m, f in zip(at.moving, flags, strict=True) if f], strict=True) if flag]
 
 
-def _aux(at: _At, given: Given, theta: Theta, out: _Out, params: PyTree, directions: list) -> PyTree:
+def _aux(at: _At, given: Given, theta: Theta, out: _Out, params: PyTree, directions: list[Any]) -> PyTree:
     if not any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(out.aux)):
         return jax.tree.map(_still, out.aux)
     model = out.rest[1]

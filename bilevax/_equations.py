@@ -27,7 +27,7 @@ class Reached(NamedTuple):
     code: Any
 
 
-def _verdict(point: PyTree, solved) -> jax.Array:
+def _verdict(point: PyTree, solved: Any) -> jax.Array:
     code = jnp.where(solved, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
     return jnp.where(tree.all_finite(point), code, jnp.int32(RESULTS.inner_nonfinite))
 
@@ -42,7 +42,7 @@ class _Newton(NamedTuple):
     stuck: Any
 
 
-def newton(residual: Callable[[PyTree], PyTree], start: PyTree, solve: Callable, *, maxiter: int, tol: Any) -> Reached:
+def newton(residual: Callable[[PyTree], PyTree], start: PyTree, solve: Callable[..., Any], *, maxiter: int, tol: Any) -> Reached:
     r"""Newton's method with step lengths 1, 1/2, 1/4, 1/8, and from there tenths, of which the first that shrinks the residual is taken.
 
     It ends when the error that is left, :math:`\theta/(1-\theta)` times the last step with the ratio :math:`\theta` of the last two, is below

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -47,7 +47,7 @@ class Begun(NamedTuple):
     """A hypergradient about to be taken: ``method.vjp(*call)``, and the pullback of a start that depends on outer parameters (or None)."""
 
     call: Call
-    from_start: Callable | None
+    from_start: Callable[..., Any] | None
 
 
 def begun(problem: Problem, solver: InnerSolver, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds, state: PyTree) -> Begun:
@@ -115,7 +115,7 @@ def pulled(
     return solution, Estimate(value, grad, solution.params, state, info, aux)
 
 
-def _constant_statistics(problem: Problem, method: Hypergradient, solution: InnerState, outer: PyTree, ctx: Ctx):
+def _constant_statistics(problem: Problem, method: Hypergradient, solution: InnerState, outer: PyTree, ctx: Ctx) -> Any:
     """The warning that a method leaves out the path through the model's state, where the outer objective takes it."""
     floats, rest = tree.partition(solution.model)
     if method.sees_model or not problem.inner.stateful or not jax.tree.leaves(floats):
@@ -130,7 +130,7 @@ def _constant_statistics(problem: Problem, method: Hypergradient, solution: Inne
 _NONFINITE = (RESULTS.inner_nonfinite, RESULTS.outer_nonfinite, RESULTS.adjoint_nonfinite, RESULTS.hypergradient_nonfinite)
 
 
-def _blame_batch(problem: Problem, solver: InnerSolver, feeds: Feeds, code):
+def _blame_batch(problem: Problem, solver: InnerSolver, feeds: Feeds, code: Any) -> Any:
     """After something became non-finite, and only then, look whether a batch already was: its draws are pure, so they can be drawn again."""
 
     def finite(ctx):

@@ -21,8 +21,8 @@ class Outer(NamedTuple):
 
     fixed: PyTree  # non-float leaves of the inner parameters
     args: PyTree
-    dynamic: tuple  # dynamic leaves of the function's own configuration
-    captured: list  # arrays that the function closes over
+    dynamic: tuple[Any, ...]  # dynamic leaves of the function's own configuration
+    captured: list[Any]  # arrays that the function closes over
 
 
 class Traceable:
@@ -32,7 +32,7 @@ class Traceable:
     ``jax.closure_convert`` hoists floating-point tracers only; the constants of a jaxpr are all that is captured, keys and integers too.
     """
 
-    def __init__(self, fn: Callable, linear_solver: Any):
+    def __init__(self, fn: Callable[..., Any], linear_solver: Any):
         # What is solved and what is differentiated are one program, so one precision serves both.
         self._precision = "highest" if linear_solver is None else asked_by(base.as_linear(linear_solver))
         plain = fn.fn if isinstance(fn, Objective) else fn
@@ -40,11 +40,11 @@ class Traceable:
         self._static, self._dynamic = base.split(plain)
         self._flat = self._function()
 
-    def _function(self) -> Callable:
+    def _function(self) -> Callable[..., Any]:
         static = self._static
         return lambda inner, args, settings: base.join(static, settings)(inner, *args)
 
-    def traced(self, inner: PyTree, args: tuple) -> tuple[Any, PyTree, Outer, Any]:
+    def traced(self, inner: PyTree, args: tuple[Any, ...]) -> tuple[Any, PyTree, Outer, Any]:
         """The closed jaxpr, the float leaves of `inner`, what else is read, and the structure of the outputs with their shapes."""
         inner, args = tree.strong(checked("inner_init", inner)), jax.tree.map(jnp.asarray, checked("args", args))
         params, fixed = tree.partition(inner)
@@ -78,12 +78,12 @@ def checked(name: str, values: PyTree) -> PyTree:
 # ---- what a rule of differentiation needs
 
 
-def constant(leaf):
+def constant(leaf: Any) -> Any:
     """Cut off from differentiation, functions and Python numbers left alone."""
     return lax.stop_gradient(leaf) if isinstance(leaf, (jax.Array, np.ndarray)) else leaf
 
 
-def is_zero(tangent) -> bool:
+def is_zero(tangent: PyTree) -> bool:
     """Whether a tangent is none: symbolically zero, or of a leaf that is no real number."""
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
 

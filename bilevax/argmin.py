@@ -38,7 +38,7 @@ class ArgminInfo(NamedTuple):
 
 
 def argmin(
-    objective: Callable,
+    objective: Callable[..., Any],
     solver: InnerSolver,
     *,
     linear_solver: LinearSolver | None = None,
@@ -108,7 +108,7 @@ def argmin(
     return Argmin(_Traceable(objective, linear_solver), solver, _linear(linear_solver, max_residual), tol, throw, strictness(strict))
 
 
-def attach(objective: Callable, linear_solver: LinearSolver | None = None, *, max_residual: float = 1e-2) -> Callable:
+def attach(objective: Callable[..., Any], linear_solver: LinearSolver | None = None, *, max_residual: float = 1e-2) -> Callable[..., Any]:
     r"""The identity on a solved point, with the implicit derivative of the point.
 
     .. math::
@@ -147,7 +147,7 @@ def attach(objective: Callable, linear_solver: LinearSolver | None = None, *, ma
 class Argmin:
     """What `argmin` returns: call it for the solution, or `with_info` for the solution and how the solve ended."""
 
-    def __init__(self, traceable: _Traceable, solver: InnerSolver, linear: _Linear, tol, throw: bool, strict: int):
+    def __init__(self, traceable: _Traceable, solver: InnerSolver, linear: _Linear, tol: Any, throw: bool, strict: int):
         self._traceable, self._solver, self._linear, self._tol, self._throw = traceable, solver, linear, tol, throw
         self._strict = strict
 
@@ -188,14 +188,14 @@ class _Traced(NamedTuple):
 class _Traceable(Traceable):
     """A user's objective, traced to a scalar whose captured arrays are operands."""
 
-    def __init__(self, objective: Callable, linear_solver: LinearSolver | None):
+    def __init__(self, objective: Callable[..., Any], linear_solver: LinearSolver | None):
         if isinstance(objective, Objective) and (objective.has_aux or objective.stateful or objective.keyed):
             raise TypeError(f"objective: got {objective!r}; expected a plain function (inner, *args) -> scalar. Pass state and keys as arguments.")
         if not callable(objective):
             raise TypeError(f"objective: got {type(objective).__name__}; expected a function (inner, *args) -> scalar.")
         super().__init__(objective, linear_solver)
 
-    def trace(self, inner: PyTree, args: tuple) -> _Traced:
+    def trace(self, inner: PyTree, args: tuple[Any, ...]) -> _Traced:
         closed, params, outer, _ = self.traced(inner, args)
         if not jax.tree.leaves(params):
             raise ValueError(f"inner_init: got {inner!r}, which has no floating-point leaf; expected something to minimize over.")
@@ -205,7 +205,7 @@ class _Traceable(Traceable):
         return _Traced(Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr)), params, outer)
 
 
-def _evaluate(inner, outer: Outer, batch, *, jaxpr):
+def _evaluate(inner: PyTree, outer: Outer, batch: PyTree, *, jaxpr: Any) -> Any:
     return outputs(jaxpr, inner, outer)[0]
 
 
@@ -213,7 +213,7 @@ def _evaluate(inner, outer: Outer, batch, *, jaxpr):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple, inner: PyTree, outer: Outer) -> tuple[PyTree, ArgminInfo]:
+def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple[Any, ...], inner: PyTree, outer: Outer) -> tuple[PyTree, ArgminInfo]:
     value, solver, linear, tol = base.join(static, dynamic)
     start, given, solver, tol = jax.tree.map(constant, (inner, outer, solver, tol))
     state, report = Lower(value, solver, _no_batch).run(InnerState(start, solver.init(start)), given, Feed())
@@ -244,11 +244,11 @@ def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple, i
     return _solution(*base.split((value, linear)), y, outer), info
 
 
-def _no_batch(feed: Feed, i) -> Ctx:
+def _no_batch(feed: Feed, i: Any) -> Ctx:
     return Ctx()
 
 
-def _raise(codes, grad_norms, *, name: str):
+def _raise(codes: Any, grad_norms: Any, *, name: str) -> Any:
     codes, grad_norms = np.asarray(codes), np.asarray(grad_norms)
     if np.any(failed(codes)):
         worst_code = RESULTS(int(np.max(codes)))
@@ -265,23 +265,23 @@ class _Linear(NamedTuple):
     max_residual: Any
 
 
-def _linear(solver, max_residual) -> _Linear:
+def _linear(solver: Any, max_residual: Any) -> _Linear:
     if not (solver is None or callable(solver)):
         raise TypeError(f"linear_solver: got {numbers.shown(solver)}; expected (matvec, b, x0) -> (x, info), such as linear.cg().")
     return _Linear(solver, numbers.positive(max_residual, "max_residual", infinite=True))
 
 
 @partial(jax.jit, static_argnums=(0,))
-def _attached(static: Static, dynamic: tuple, inner: PyTree, outer: Outer) -> PyTree:
+def _attached(static: Static, dynamic: tuple[Any, ...], inner: PyTree, outer: Outer) -> PyTree:
     return _solution(static, dynamic, lax.stop_gradient(inner), outer)
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _solution(static: Static, dynamic: tuple, inner: PyTree, outer: Outer) -> PyTree:
+def _solution(static: Static, dynamic: tuple[Any, ...], inner: PyTree, outer: Outer) -> PyTree:
     return inner
 
 
-def _solution_jvp(static: Static, primals, tangents):
+def _solution_jvp(static: Static, primals: Any, tangents: Any) -> Any:
     dynamic, inner, outer = primals
     inner = _solution(static, dynamic, inner, outer)  # through the rule again: derivatives of the derivative move the point, too
     value, linear = base.join(static, dynamic)
@@ -302,7 +302,7 @@ def _solution_jvp(static: Static, primals, tangents):
     return inner, derive(objective, partial(_linear_solve, linear), inner, moved, direction)
 
 
-def _by_transposition(objective, solve, inner, moved, direction):
+def _by_transposition(objective: Callable[..., Any], solve: Any, inner: PyTree, moved: Any, direction: Any) -> Any:
     """``-H⁻¹ M ẋ``, whose reverse mode transposes the product with the mixed derivative ``M``."""
     still, held = tree.zeros_like(inner), tree.zeros_like(moved)
     # The gradient holds the solves of all levels below, so it is written into the program once.
@@ -313,7 +313,7 @@ def _by_transposition(objective, solve, inner, moved, direction):
     return together(lax.custom_linear_solve(lambda v: together(hvp(v)), together(tree.neg(mixed)), solve, symmetric=True))
 
 
-def _by_symmetry(objective, solve, inner, moved, direction):
+def _by_symmetry(objective: Callable[..., Any], solve: Any, inner: PyTree, moved: Any, direction: Any) -> Any:
     r"""``-H⁻¹ M ẋ``, whose reverse mode is a forward product, too.
 
     The symmetric system ``(H, M, 0; M', 0, 1; 0, 1, 0) (u, s, n) = (0, 0, ẋ)`` has ``u = -H⁻¹ M ẋ``, and with the cotangent of ``u`` on its
@@ -341,7 +341,7 @@ def _by_symmetry(objective, solve, inner, moved, direction):
 _solution.defjvp(_solution_jvp, symbolic_zeros=True)
 
 
-def _linear_solve(linear: _Linear, matvec, b):
+def _linear_solve(linear: _Linear, matvec: Callable[[PyTree], PyTree], b: PyTree) -> Any:
     # A default near the rounding unit: what is differentiated again should not carry a looser error than it must.
     unit = numbers.rounding_unit(b)
     # In half precision that is no accuracy at all: there the solve goes on to where rounding stops it.

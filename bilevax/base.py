@@ -76,13 +76,13 @@ class Objective:
     value combines those of independent tasks along a leading axis ("sum" or "mean"), where it does.
     """
 
-    fn: Callable
+    fn: Callable[..., Any]
     has_aux: bool = False
     stateful: bool = False
     keyed: bool = False
     indexed: bool = False
     trajectory: bool = False
-    adapt: Callable | None = None
+    adapt: Callable[..., Any] | None = None
     tasks: str = ""
 
     def __call__(self, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[Scalar, tuple[PyTree, PyTree]]:
@@ -95,7 +95,7 @@ class Objective:
             return out, (ctx.model, None)
         value, rest = out
         if self.has_aux and self.stateful:
-            return value, tuple(rest)  # type: ignore[return-value]
+            return value, tuple(rest)
         return value, ((rest, None) if self.stateful else (ctx.model, rest))
 
     @property
@@ -111,7 +111,7 @@ class Objective:
 
 
 def objective(
-    fn: Callable,
+    fn: Callable[..., Any],
     *,
     has_aux: bool = False,
     stateful: bool = False,

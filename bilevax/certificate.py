@@ -11,6 +11,7 @@ from jax import lax
 
 from bilevax import check, tree
 from bilevax._core import numbers
+from bilevax._core.types import Key
 from bilevax.base import Ctx, Problem, PyTree, Scalar, objective
 
 if TYPE_CHECKING:
@@ -150,8 +151,8 @@ def error_bound(info: Mapping[str, Scalar], constants: Constants) -> ErrorBound:
 
 
 def estimate_constants(
-    inner_objective: Callable,
-    outer_objective: Callable,
+    inner_objective: Callable[..., Any],
+    outer_objective: Callable[..., Any],
     inner_params: PyTree,
     outer_params: PyTree,
     inner_batch: PyTree = None,
@@ -159,7 +160,7 @@ def estimate_constants(
     *,
     iterations: int = 50,
     radius: float = 1e-2,
-    key: jax.Array | None = None,
+    key: Key | None = None,
 ) -> Constants:
     """Measure the constants of the error bound around a point: power iteration for norms, differences of products for Lipschitz constants.
 
@@ -263,7 +264,7 @@ def _unit(v: PyTree) -> PyTree:
     return tree.scale(1 / jnp.where(size == 0, jnp.ones_like(size), size), v)
 
 
-def power(image: Callable, start: PyTree, rounds: Any) -> tuple[Any, PyTree]:
+def power(image: Callable[..., Any], start: PyTree, rounds: Any) -> tuple[Any, PyTree]:
     """Power iteration: ``image(v) -> (what is measured at a unit v, where to go on)``; the last measure, and the last direction."""
 
     def body(_, carry):

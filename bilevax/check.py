@@ -92,15 +92,15 @@ def bind_fixed(problem: Problem, inner_fixed: PyTree, outer_fixed: PyTree) -> Pr
     return problem
 
 
-def _with_fixed(inner, outer, *args, fn, inner_fixed, outer_fixed, **kwargs):
+def _with_fixed(inner: PyTree, outer: PyTree, *args: Any, fn: Callable[..., Any], inner_fixed: PyTree, outer_fixed: PyTree, **kwargs: Any) -> Any:
     return fn(tree.combine(inner, inner_fixed), tree.combine(outer, outer_fixed), *args, **kwargs)
 
 
-def _adapted(mapping: Objective, **fixed) -> Objective:
+def _adapted(mapping: Objective, **fixed: Any) -> Objective:
     return dataclasses.replace(mapping, fn=Bound(mapping.name, _with_fixed, fn=mapping.fn, **fixed))
 
 
-def _init_with_fixed(outer, *, fn, outer_fixed):
+def _init_with_fixed(outer: PyTree, *, fn: Callable[..., Any], outer_fixed: PyTree) -> Any:
     return tree.partition(fn(tree.combine(outer, outer_fixed)))[0]
 
 
@@ -123,13 +123,13 @@ def seen_by_outer(problem: Problem, inner: PyTree, steps: int) -> PyTree:
 
 
 def problem(
-    inner_objective: Callable,
-    outer_objective: Callable,
+    inner_objective: Callable[..., Any],
+    outer_objective: Callable[..., Any],
     inner_draw: Draw,
     hyper_draw: Draw,
     outer_draw: Draw,
-    inner_init: Callable | None = None,
-    project: Callable | None = None,
+    inner_init: Callable[..., Any] | None = None,
+    project: Callable[..., Any] | None = None,
 ) -> Problem:
     """A `Problem` of these functions, each refused by name if it is none."""
     for name, fn in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):

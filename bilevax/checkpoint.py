@@ -18,7 +18,7 @@ class Checkpointing(NamedTuple):
     resume: str = "refuse"
 
 
-def every(n: int, directory: str | os.PathLike, *, keep: int = 3, resume: str = "refuse") -> Checkpointing:
+def every(n: int, directory: str | os.PathLike[str], *, keep: int = 3, resume: str = "refuse") -> Checkpointing:
     """Save the run every `n` steps, and resume from what is there.
 
     A run that is started again with the same arguments and directory goes on from its newest checkpoint, the order of its data included, and ends
@@ -63,9 +63,9 @@ def every(n: int, directory: str | os.PathLike, *, keep: int = 3, resume: str = 
       >>> outer = lambda y, x, batch: 0.5 * jnp.sum((y - 3.0) ** 2)
       >>> algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.1))
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     keywords = dict(algorithm=algorithm, checkpoint=bx.checkpoint.every(10, folder))
-      ...     first = bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.zeros(2), num_steps=20, **keywords)
-      ...     more = bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.zeros(2), num_steps=30, **keywords)  # does the last ten steps
+      ...     saved = bx.checkpoint.every(10, folder)
+      ...     run = lambda steps: bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.zeros(2), algorithm=algorithm, num_steps=steps, checkpoint=saved)
+      ...     first, more = run(20), run(30)  # does the last ten steps
       >>> first.stats["resumed_from"], more.stats["resumed_from"], len(more.history["value"])
       (0, 20, 30)
     """

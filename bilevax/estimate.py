@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bilevax import _derivative, check, tree
 from bilevax._call import Call, prepared
 from bilevax._core.transfers import by_intent
+from bilevax._core.types import Key
 from bilevax._estimate import estimate, guarded
 from bilevax.base import Ctx, Draw, Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree, objective
 from bilevax.data import same
@@ -67,7 +68,7 @@ class HypergradFn:
         *,
         hyper_batch: PyTree = None,
         state: EstimateState | None = None,
-        key: jax.Array | None = None,
+        key: Key | None = None,
     ) -> Estimate:
         """Value and hypergradient at ``(inner_params, outer_params)``; see `value_and_hypergrad`."""
         call = prepared(self.problem, inner_params, outer_params, None, key, finite=False)
@@ -87,7 +88,7 @@ class HypergradFn:
             inner_params=tree.combine(solution.params, inner_fixed),
         )
 
-    def _fed(self, call: Call, inner_batch: PyTree, outer_batch: PyTree, hyper_batch: PyTree, key: jax.Array | None, step: Any) -> tuple[Call, Feeds]:
+    def _fed(self, call: Call, inner_batch: PyTree, outer_batch: PyTree, hyper_batch: PyTree, key: Key | None, step: Any) -> tuple[Call, Feeds]:
         """The call with its draws, and its batches as streams of them."""
         keys = (None,) * 3 if key is None else tuple(jax.random.split(key, 3))
         inner_batch, outer_batch = check.batch(inner_batch, "inner_batch"), check.batch(outer_batch, "outer_batch")
@@ -107,8 +108,8 @@ def _context(draw: Draw, feed: Feed) -> Ctx:
 
 
 def value_and_hypergrad(
-    inner_objective: Callable,
-    outer_objective: Callable,
+    inner_objective: Callable[..., Any],
+    outer_objective: Callable[..., Any],
     *,
     solver: InnerSolver,
     hypergradient: Hypergradient,

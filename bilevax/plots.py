@@ -88,7 +88,7 @@ def history(run: Any) -> dict[str, np.ndarray]:
     return out
 
 
-def _of_log(path: Path) -> dict[str, list]:
+def _of_log(path: Path) -> dict[str, list[Any]]:
     """The columns of a log, which may be one that is being written: its last row may be cut off."""
     if not path.is_file():
         raise FileNotFoundError(f"run: got {str(path)!r}, which is not there; expected a file that callbacks.jsonl or callbacks.csv wrote.")

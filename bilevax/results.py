@@ -180,12 +180,12 @@ _SMALL_WARNINGS = tuple(int(code) for code in WARNINGS if code < _FIRST_FAILURE)
 class SolveError(RuntimeError):
     """A run failed. `solution` holds all that it reached: the kept iterate, the state before the failing step, the history."""
 
-    def __init__(self, result: RESULTS, solution, where: str = ""):
+    def __init__(self, result: RESULTS, solution: Any, where: str = ""):
         self.result, self.solution = result, solution
         super().__init__(f"{result.name}{where}: {result.message} (throw=False returns the solution instead; it is also in this error's .solution.)")
 
 
-def worst(*codes):
+def worst(*codes: Any) -> Any:
     """The largest of some codes, as int32: failures win over successes, and the order of the enum decides among failures."""
     out = jnp.asarray(codes[0], jnp.int32)
     for code in codes[1:]:
@@ -193,7 +193,7 @@ def worst(*codes):
     return out
 
 
-def first(*codes):
+def first(*codes: Any) -> Any:
     """The first failure among some codes, in the order in which a step meets them; otherwise the largest."""
     out = worst(*codes)
     for code in reversed(codes):
@@ -202,7 +202,7 @@ def first(*codes):
     return out
 
 
-def ladder(*said, inner=True, value=True, adjoint=True, grad=True):
+def ladder(*said: Any, inner: Any = True, value: Any = True, adjoint: Any = True, grad: Any = True) -> Any:
     """The code of a step: its quantities in the order in which it meets them, and the first that no number came of names it.
 
     Args:
@@ -222,7 +222,7 @@ def ladder(*said, inner=True, value=True, adjoint=True, grad=True):
     return out
 
 
-def failed(code):
+def failed(code: Any) -> Any:
     """Whether a code (an integer, an array of them) is a failure: no number could come, or ``strict=`` forbade the one that did.
 
     A warning stands in a mask and not in a code; where it stands in a code, it was made a failure.
@@ -233,12 +233,12 @@ def failed(code):
     return out
 
 
-def warning(condition, code: RESULTS):
+def warning(condition: Any, code: RESULTS) -> Any:
     """The bit mask of one warning: `code`'s bit where `condition` (a traced scalar) holds, else 0."""
     return jnp.where(condition, jnp.int32(1 << WARNINGS.index(code)), jnp.int32(0))
 
 
-def warnings_in(masks) -> dict[RESULTS, Any]:
+def warnings_in(masks: Any) -> dict[RESULTS, Any]:
     """How often each warning stands in an array of bit masks, along its last axis; those that never do are left out.
 
     Counts are integers for one axis and arrays for more (a lane each). Traced masks give a traced count of every warning.
@@ -250,7 +250,7 @@ def warnings_in(masks) -> dict[RESULTS, Any]:
     return {code: int(n) if n.ndim == 0 else n for code, n in counts.items() if np.any(n)}
 
 
-def as_warning(code):
+def as_warning(code: Any) -> Any:
     """A code as ``(code, mask)``: what is a warning moves from the one to the other, failures and ends stay.
 
     Inner solvers say in one code how they ended; of their words, that they were not content is a warning to those above.
@@ -262,7 +262,7 @@ def as_warning(code):
     return jnp.where(rough, jnp.int32(RESULTS.success), code), mask
 
 
-def strictness(strict, argument: str = "strict") -> int:
+def strictness(strict: Any, argument: str = "strict") -> int:
     """The mask of the warnings that are to be failures: none for False, all for True, else those of a set of `RESULTS`."""
     if isinstance(strict, bool):
         return (1 << len(WARNINGS)) - 1 if strict else 0
@@ -277,7 +277,7 @@ def strictness(strict, argument: str = "strict") -> int:
     return mask
 
 
-def strictly(code, warnings, mask: int):
+def strictly(code: Any, warnings: Any, mask: int) -> Any:
     """`code`, or the first of the `warnings` that `mask` makes a failure, where nothing has failed already."""
     found = jnp.asarray(code, jnp.int32)
     chosen = jnp.int32(RESULTS.success)
@@ -287,6 +287,6 @@ def strictly(code, warnings, mask: int):
     return jnp.where(failed(found) | (chosen == RESULTS.success), found, chosen)
 
 
-def unless(condition, code: RESULTS):
+def unless(condition: Any, code: RESULTS) -> Any:
     """`code` where `condition` (a traced scalar) is false, success where it holds."""
     return jnp.where(condition, jnp.int32(RESULTS.success), jnp.int32(code))

@@ -38,7 +38,7 @@ class RootInfo(NamedTuple):
 
 
 def root(
-    equation: Callable,
+    equation: Callable[..., Any],
     *,
     maxiter: int = 50,
     tol: float | None = None,
@@ -90,7 +90,7 @@ def root(
 
 
 def fixed_point(
-    mapping: Callable,
+    mapping: Callable[..., Any],
     *,
     maxiter: int = 1000,
     tol: float | None = None,
@@ -138,7 +138,7 @@ def fixed_point(
     return Root("fixed_point", traceable, Bound("anderson", _anderson, maxiter=maxiter, memory=memory), _left, linear, tol, strict)
 
 
-def _settings(fn, name, tol, linear_solver, max_residual, strict) -> tuple:
+def _settings(fn: Callable[..., Any], name: str, tol: Any, linear_solver: Any, max_residual: Any, strict: Any) -> tuple[Any, ...]:
     if not callable(fn):
         raise TypeError(f"{name}: got {numbers.shown(fn)}; expected a function (inner, *args) -> a pytree like inner.")
     if not (linear_solver is None or callable(linear_solver)):
@@ -149,11 +149,11 @@ def _settings(fn, name, tol, linear_solver, max_residual, strict) -> tuple:
 
 
 class _Equations(Traceable):
-    def __init__(self, fn: Callable, linear_solver: Any, argument: str):
+    def __init__(self, fn: Callable[..., Any], linear_solver: Any, argument: str):
         super().__init__(fn, linear_solver)
         self._argument = argument
 
-    def trace(self, inner: PyTree, args: tuple) -> tuple[Bound, PyTree, Outer]:
+    def trace(self, inner: PyTree, args: tuple[Any, ...]) -> tuple[Bound, PyTree, Outer]:
         closed, params, outer, shapes = self.traced(inner, args)
         like = jax.eval_shape(lambda: tree.strong(inner))
         same = jax.tree.structure(shapes) == jax.tree.structure(like)
@@ -165,7 +165,7 @@ class _Equations(Traceable):
         return Bound(self.name, _floats, jaxpr=closed.jaxpr), params, outer
 
 
-def _floats(inner: PyTree, outer: Outer, *, jaxpr) -> PyTree:
+def _floats(inner: PyTree, outer: Outer, *, jaxpr: Any) -> PyTree:
     """The outputs in the places of float leaves, in their dtypes."""
     whole = tree.combine(inner, outer.fixed)
     found = jax.tree.unflatten(jax.tree.structure(whole), outputs(jaxpr, inner, outer))
@@ -179,7 +179,7 @@ def _at_floats(inner: PyTree, whole: PyTree) -> PyTree:
 class Root:
     """What `root` and `fixed_point` return: call it for the solution, or `with_info` for the solution and how the solve ended."""
 
-    def __init__(self, kind: str, traceable: _Equations, solver: Bound, residual: Callable, linear: _Linear, tol: Any, strict: bool):
+    def __init__(self, kind: str, traceable: _Equations, solver: Bound, residual: Callable[..., Any], linear: _Linear, tol: Any, strict: bool):
         self._kind, self._traceable, self._solver, self._residual = kind, traceable, solver, residual
         self._linear, self._tol, self._strict = linear, tol, strict
 
@@ -197,22 +197,22 @@ class Root:
         y, info, fixed = self._solve(inner_init, args)
         return tree.combine(y, fixed), info
 
-    def _solve(self, inner_init: PyTree, args: tuple) -> tuple[PyTree, RootInfo, PyTree]:
+    def _solve(self, inner_init: PyTree, args: tuple[Any, ...]) -> tuple[PyTree, RootInfo, PyTree]:
         fn, inner, outer = self._traceable.trace(inner_init, args)
         static, dynamic = base.split((fn, self._solver, self._linear, self._tol))
         y, info = _solved(static, self._residual, dynamic, inner, outer)
         return y, info, outer.fixed
 
 
-def _residual(fn: Callable, inner: PyTree, outer: Outer) -> PyTree:
+def _residual(fn: Callable[..., Any], inner: PyTree, outer: Outer) -> PyTree:
     return fn(inner, outer)
 
 
-def _left(fn: Callable, inner: PyTree, outer: Outer) -> PyTree:
+def _left(fn: Callable[..., Any], inner: PyTree, outer: Outer) -> PyTree:
     return tree.sub(inner, fn(inner, outer))
 
 
-def _newton(fn, start, outer, linear: _Linear, tol, *, maxiter) -> Reached:
+def _newton(fn: Callable[..., Any], start: Any, outer: PyTree, linear: _Linear, tol: Any, *, maxiter: int) -> Reached:
     tol = 10 * numbers.rounding_unit(start) if tol is None else tol
 
     def solve(products, right):
@@ -222,14 +222,14 @@ def _newton(fn, start, outer, linear: _Linear, tol, *, maxiter) -> Reached:
     return newton(lambda y: fn(y, outer), start, solve, maxiter=maxiter, tol=tol)
 
 
-def _anderson(fn, start, outer, linear: _Linear, tol, *, maxiter, memory) -> Reached:
+def _anderson(fn: Callable[..., Any], start: Any, outer: PyTree, linear: _Linear, tol: Any, *, maxiter: int, memory: Any) -> Reached:
     unit = numbers.rounding_unit(start)
     tol = (2 if unit > 1e-4 else 100) * unit if tol is None else tol
     return anderson(lambda y: fn(y, outer), start, memory=memory, maxiter=maxiter, tol=tol)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _solved(static: Static, residual: Callable, dynamic: tuple, inner: PyTree, outer: Outer) -> tuple[PyTree, RootInfo]:
+def _solved(static: Static, residual: Callable[..., Any], dynamic: tuple[Any, ...], inner: PyTree, outer: Outer) -> tuple[PyTree, RootInfo]:
     fn, solver, linear, tol = base.join(static, dynamic)
     start, given, tol = jax.tree.map(constant, (inner, outer, tol))
     reached = lax.stop_gradient(solver(fn, start, given, linear, tol))
@@ -247,11 +247,11 @@ class _Linear(NamedTuple):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _solution(static: Static, residual: Callable, dynamic: tuple, inner: PyTree, outer: Outer) -> PyTree:
+def _solution(static: Static, residual: Callable[..., Any], dynamic: tuple[Any, ...], inner: PyTree, outer: Outer) -> PyTree:
     return inner
 
 
-def _solution_jvp(static: Static, residual: Callable, primals, tangents):
+def _solution_jvp(static: Static, residual: Callable[..., Any], primals: Any, tangents: Any) -> Any:
     dynamic, inner, outer = primals
     inner = _solution(static, residual, dynamic, inner, outer)  # through the rule again: derivatives of the derivative move the point, too
     fn, linear = base.join(static, dynamic)
@@ -287,7 +287,7 @@ def _default(linear: _Linear, b: PyTree) -> Any:
     return lu() if tree.size(b) <= _FEW else gmres(maxiter=1000, tol=unit / 2 if unit > 1e-4 else 100 * unit, restart=50)
 
 
-def _linear_solve(linear: _Linear, matvec, b):
+def _linear_solve(linear: _Linear, matvec: Callable[[PyTree], PyTree], b: PyTree) -> Any:
     unit = numbers.rounding_unit(b)
     x, info = _default(linear, b)(matvec, b, tree.zeros_like(b))
     bound = jnp.maximum(linear.max_residual, min(20 * unit, 0.2)) if unit > 1e-4 else linear.max_residual

@@ -5,12 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-import jax
-
 from bilevax import check, tree
 from bilevax import checkpoint as checkpoint_lib
 from bilevax._call import prepared
 from bilevax._core.transfers import by_intent
+from bilevax._core.types import Key
 from bilevax.base import Algorithm, InnerState, PyTree
 from bilevax.data.draws import with_number
 from bilevax.data.episodes import numbered
@@ -29,8 +28,8 @@ from bilevax.sharding import placement
 
 @by_intent
 def solve_bilevel(
-    inner_objective: Callable,
-    outer_objective: Callable,
+    inner_objective: Callable[..., Any],
+    outer_objective: Callable[..., Any],
     inner_params: PyTree,
     outer_params: PyTree,
     *,
@@ -39,15 +38,15 @@ def solve_bilevel(
     hyper_data: Any = None,
     algorithm: Algorithm | None = None,
     num_steps: int = 100,
-    key: jax.Array | None = None,
+    key: Key | None = None,
     inner_init: Callable[[PyTree], PyTree] | None = None,
     project: Callable[[PyTree], PyTree] | None = None,
     model_state: PyTree = None,
-    metrics: Metrics | Callable | None = None,
+    metrics: Metrics | Callable[..., Any] | None = None,
     tol: float | None = None,
     keep: str = "best",
     state: RunState | None = None,
-    callbacks: Sequence[Callable | Callback] = (),
+    callbacks: Sequence[Callable[..., Any] | Callback] = (),
     progress: bool = False,
     checkpoint: checkpoint_lib.Checkpointing | None = None,
     sharding: placement.Sharding | None = None,

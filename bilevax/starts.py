@@ -28,13 +28,13 @@ class Start(NamedTuple):
         return self.run(outer, key)
 
 
-def as_start(fn: Callable, outer_fixed: PyTree, inner_fixed: PyTree) -> Start:
+def as_start(fn: Callable[..., Any], outer_fixed: PyTree, inner_fixed: PyTree) -> Start:
     """The start that a user's function makes."""
     keyed = takes_key(fn)
     return Start(Bound("inner_init", _start, fn=fn, keyed=keyed, outer_fixed=outer_fixed, like=_structure(inner_fixed)), keyed)
 
 
-def takes_key(fn: Callable | None) -> bool:
+def takes_key(fn: Callable[..., Any] | None) -> bool:
     """Whether a start draws: a user's function has a parameter named ``key``."""
     if fn is None or isinstance(fn, Start):
         return fn is not None and fn.keyed
@@ -48,7 +48,7 @@ def _structure(value: PyTree) -> Any:
     return jax.tree.structure(value, is_leaf=lambda a: a is None)
 
 
-def _start(outer, key=None, *, fn, keyed, outer_fixed, like):
+def _start(outer: PyTree, key: Any = None, *, fn: Callable[..., Any], keyed: bool, outer_fixed: PyTree, like: Any) -> Any:
     given = tree.combine(outer, outer_fixed)
     out = fn(given, key=key) if keyed else fn(given)
     model = None
@@ -57,7 +57,7 @@ def _start(outer, key=None, *, fn, keyed, outer_fixed, like):
     return tree.partition(out)[0], model
 
 
-def started(problem: Problem, solver: InnerSolver, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds):
+def started(problem: Problem, solver: InnerSolver, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds) -> Any:
     """The state that a solve begins with, and the pullback of its cotangent to the outer parameters (or None)."""
     init = problem.inner_init
     if init is None:

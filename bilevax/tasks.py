@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from bilevax._core import numbers
 from bilevax.base import Bound, Objective, PyTree, objective
 
 
-def tasks(fn: Callable, reduce: str = "mean") -> Objective:
+def tasks(fn: Callable[..., Any], reduce: str = "mean") -> Objective:
     r"""An objective over a batch of tasks, from the objective of one task.
 
     .. math::
@@ -52,7 +53,19 @@ def tasks(fn: Callable, reduce: str = "mean") -> Objective:
     return Objective(Bound(f"tasks({one.name})", _over_tasks, **settings), one.has_aux, one.stateful, one.keyed, one.indexed, tasks=reduce)
 
 
-def _over_tasks(inner, outer, batch, *model, fn, has_aux, stateful, keyed, reduce, key=None, **number):
+def _over_tasks(
+    inner: PyTree,
+    outer: PyTree,
+    batch: PyTree,
+    *model: Any,
+    fn: Callable[..., Any],
+    has_aux: bool,
+    stateful: bool,
+    keyed: bool,
+    reduce: Any,
+    key: Any = None,
+    **number: Any,
+) -> Any:
     lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((inner, batch, model))}
     if len(lengths) != 1 or () in lengths:
         shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves((inner, batch))]
@@ -72,7 +85,7 @@ def _over_tasks(inner, outer, batch, *model, fn, has_aux, stateful, keyed, reduc
     return (value, rest) if has_aux or stateful else value
 
 
-def _keys_of(key, count: int):
+def _keys_of(key: Any, count: int) -> Any:
     """A key for each task; those of some tasks among more come made."""
     one = 0 if jnp.issubdtype(key.dtype, jax.dtypes.prng_key) else 1
     return key if jnp.ndim(key) > one else jax.random.split(key, count)
@@ -104,6 +117,6 @@ def task_copies(num_tasks: int, model_state: PyTree = None) -> Callable[[PyTree]
     return Bound("task_copies", _copies, num_tasks=numbers.count(num_tasks, "num_tasks"), model_state=model_state)
 
 
-def _copies(outer, *, num_tasks, model_state):
+def _copies(outer: PyTree, *, num_tasks: Any, model_state: Any) -> Any:
     both = outer if model_state is None else (outer, model_state)
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (num_tasks, *jnp.shape(a))), both)

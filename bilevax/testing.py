@@ -12,6 +12,7 @@ import optax
 
 from bilevax import check
 from bilevax._core import numbers
+from bilevax._core.types import Key
 from bilevax.base import Hypergradient, InnerSolver, PyTree
 from bilevax.estimate import value_and_hypergrad
 from bilevax.inner import optax as optax_solver
@@ -29,8 +30,8 @@ class Quadratic(NamedTuple):
       largest: the largest eigenvalue of ``A``, whose smallest is 1.
     """
 
-    inner_objective: Callable
-    outer_objective: Callable
+    inner_objective: Callable[..., Any]
+    outer_objective: Callable[..., Any]
     inner_params: PyTree
     outer_params: PyTree
     solution: Callable[[PyTree], PyTree]
@@ -38,7 +39,7 @@ class Quadratic(NamedTuple):
     largest: float
 
 
-def quadratic(key: jax.Array, *, inner_size: int = 6, outer_size: int = 4, condition: float = 3.0, dtype: Any = float) -> Quadratic:
+def quadratic(key: Key, *, inner_size: int = 6, outer_size: int = 4, condition: float = 3.0, dtype: Any = float) -> Quadratic:
     """A random quadratic bilevel problem whose hypergradient is known.
 
     Args:

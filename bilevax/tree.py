@@ -6,7 +6,7 @@ Inner products are leafwise ``sum(a * b)``: unlike ``jnp.vdot`` they never resha
 from __future__ import annotations
 
 from functools import reduce
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +17,12 @@ if TYPE_CHECKING:
     from bilevax._core.types import PyTree
 
 
-def accumulator(*leaves) -> jnp.dtype:
+def accumulator(*leaves: Any) -> jnp.dtype:
     """The dtype that sums over these leaves are taken in: their own, and float32 for the half precisions."""
     return reduce(_wider, (jnp.result_type(u) for u in leaves), jnp.dtype(jnp.float32))
 
 
-def _wider(a, b) -> jnp.dtype:
+def _wider(a: Any, b: PyTree) -> jnp.dtype:
     """The dtype that holds both; numpy's rule, since jnp's refuses two dtypes under strict promotion."""
     return np.promote_types(a, b)
 
@@ -38,7 +38,8 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
     if not parts:
         return jnp.zeros(())
     dtype = reduce(_wider, (p.dtype for p in parts))
-    return sum(p.astype(dtype) for p in parts)  # type: ignore[return-value]
+    total: jax.Array = sum(p.astype(dtype) for p in parts)
+    return total
 
 
 def norm(a: PyTree) -> jax.Array:
@@ -70,7 +71,7 @@ def neg(a: PyTree) -> PyTree:
     return jax.tree.map(jnp.negative, a)
 
 
-def scale(s, a: PyTree) -> PyTree:
+def scale(s: Any, a: PyTree) -> PyTree:
     """Leafwise ``s * a``, each leaf keeping its dtype."""
 
     def leaf(u):
@@ -80,7 +81,7 @@ def scale(s, a: PyTree) -> PyTree:
     return jax.tree.map(leaf, a)
 
 
-def axpy(s, a: PyTree, b: PyTree) -> PyTree:
+def axpy(s: Any, a: PyTree, b: PyTree) -> PyTree:
     """Leafwise ``s * a + b``, each leaf keeping the dtype of ``b``."""
 
     def leaf(u, v):
@@ -111,13 +112,13 @@ def zeros_like(a: PyTree) -> PyTree:
     return jax.tree.map(jnp.zeros_like, a)
 
 
-def where(condition, a: PyTree, b: PyTree) -> PyTree:
+def where(condition: Any, a: PyTree, b: PyTree) -> PyTree:
     """Leafwise ``a`` if ``condition`` (a scalar) else ``b``; PRNG keys included."""
     return jax.tree.map(lambda u, v: jnp.where(condition, u, v), a, b)
 
 
 @jax.jit
-def nan_where(condition, a: PyTree) -> PyTree:
+def nan_where(condition: Any, a: PyTree) -> PyTree:
     """NaN in the floating-point leaves of ``a`` if ``condition`` (a scalar), else ``a``.
 
     One program, so that eager code that looks for NaN after each operation meets none where there is none.
@@ -137,7 +138,7 @@ def size(a: PyTree) -> int:
     return sum(int(np.prod(jnp.shape(u))) for u in jax.tree.leaves(a))
 
 
-def is_float(leaf) -> bool:
+def is_float(leaf: Any) -> bool:
     """Whether a leaf is a real floating-point array or number: what gradients are taken with respect to."""
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
@@ -158,7 +159,7 @@ def agreed(flag: jax.Array, like: jax.Array) -> jax.Array:
     return lax.pmin(flag.astype(jnp.int32), tuple(sorted(axes))) > 0 if axes else flag
 
 
-def _differing(value) -> frozenset:
+def _differing(value: Any) -> frozenset[Any]:
     return frozenset(getattr(getattr(jax.typeof(value), "manual_axis_type", None), "varying", ()))
 
 

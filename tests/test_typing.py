@@ -1,11 +1,20 @@
-"""The Protocols, as a user's own type checker sees them: a right piece passes, a wrong one is pointed at."""
+"""Types: a user's type checkers accept what the documentation shows, and point at what is wrong."""
 
+import doctest
+import importlib
+import inspect
+import json
+import os
 import subprocess
 import sys
+import textwrap
+from pathlib import Path
 
 import pytest
 
-pytest.importorskip("mypy")
+from tests.test_public import SPACES
+
+ROOT = Path(__file__).resolve().parents[1]
 
 GOOD = """
 from typing import Any
@@ -50,15 +59,62 @@ solver = InnerSolver(init=init, step=step, steps="three")
 """
 
 
-def check(code: str, folder) -> str:
-    file = folder / "user.py"
-    file.write_text(code)
-    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--follow-imports=silent", "--cache-dir", str(folder / "cache"), str(file)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=folder).stdout
+# ---- a user's script
+
+
+def mypy(file: Path) -> str:
+    pytest.importorskip("mypy")
+    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--follow-imports=silent", "--ignore-missing-imports"]
+    command += ["--cache-dir", str(file.parent / "cache"), str(file)]
+    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent, env=paths()).stdout
+
+
+def pyright(file: Path) -> str:
+    pytest.importorskip("pyright")
+    settings = {"include": [str(file)], "extraPaths": [str(ROOT)], "pythonVersion": "3.11", "reportMissingImports": "warning"}
+    (file.parent / "pyrightconfig.json").write_text(json.dumps(settings))
+    command = [sys.executable, "-m", "pyright", "-p", str(file.parent), "--pythonpath", sys.executable]
+    said = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent).stdout
+    return "\n".join(line for line in said.splitlines() if "error:" in line)
+
+
+def paths() -> dict[str, str]:
+    return {**os.environ, "MYPYPATH": str(ROOT)}
+
+
+def documented() -> str:
+    """The examples of all public names, each in a function."""
+    seen, out = set(), []
+
+    def add(value, name):
+        examples = doctest.DocTestParser().get_examples(inspect.getdoc(value) or "")
+        if id(value) in seen or not examples:
+            return
+        seen.add(id(value))
+        body = "".join(example.source for example in examples)
+        out.append(f"def example_{len(out)}() -> None:  # {name}\n{textwrap.indent(body, '    ')}")
+        if inspect.isclass(value):
+            for key, method in vars(value).items():
+                if not key.startswith("_") and inspect.isfunction(method):
+                    add(method, f"{name}.{key}")
+
+    for space in ("", *SPACES):
+        module = importlib.import_module(f"bilevax.{space}".rstrip("."))
+        for name in module.__all__:
+            value = getattr(module, name)
+            if not inspect.ismodule(value):
+                add(value, f"{space}.{name}".lstrip("."))
+    assert len(out) > 100
+    return "\n\n".join(out)
 
 
 @pytest.mark.slow
-def test_user_code(tmp_path):
-    assert check(GOOD, tmp_path) == ""
-    found = check(BAD, tmp_path)
-    assert 'incompatible type "Callable[[InnerState], InnerState]"' in found and 'expected "int"' in found
+@pytest.mark.parametrize("checker", [mypy, pyright])
+def test_user_code(checker, tmp_path):
+    for name, code in {"good": GOOD, "documented": documented()}.items():
+        (tmp_path / f"{name}.py").write_text(code)
+        assert checker(tmp_path / f"{name}.py") == ""
+    (tmp_path / "bad.py").write_text(BAD)
+    found = checker(tmp_path / "bad.py")
+    assert "InnerState" in found and "steps" in found if checker is pyright else 'expected "int"' in found
+    assert found.count("error:") >= 2

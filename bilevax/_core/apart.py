@@ -25,7 +25,7 @@ def large(params: PyTree) -> bool:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(params)) >= LARGE
 
 
-def apart(fn: Callable, params: PyTree, *args: Any) -> Any:
+def apart(fn: Callable[..., Any], params: PyTree, *args: Any) -> Any:
     """``fn(params, *args)``, in a branch of its own where `params` are large."""
     if not large(params):
         return fn(params, *args)

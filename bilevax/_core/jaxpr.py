@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def reads(fn: Callable, argument: Any) -> list[bool]:
+def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
     """Of each leaf of `argument`, whether the outputs of ``fn(argument)`` depend on it: what is left when dead code is dropped."""
     import jax
     from jax.interpreters import partial_eval

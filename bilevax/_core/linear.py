@@ -56,6 +56,6 @@ class Linear(NamedTuple):
         return shown(self.solve, **self._given())
 
 
-def as_linear(solver: Callable) -> Linear:
+def as_linear(solver: Callable[..., Any]) -> Linear:
     """A linear solver as a `Linear`."""
     return solver if isinstance(solver, Linear) else Linear(solver)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from bilevax._core.settings import parameters
 from bilevax._core.types import PyTree
 
 
-def _lenient():
+def _lenient() -> Any:
     """Optax raises decays to integer counts and adds Python-scalar state, which strict promotion forbids; the user's own code stays strict."""
     return jax.numpy_dtype_promotion("standard")
 
@@ -26,14 +27,14 @@ def init(opt: optax.GradientTransformation, params: PyTree) -> PyTree:
         return tree.strong(opt.init(params))
 
 
-def update(opt: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree, **extra) -> tuple[PyTree, PyTree]:
+def update(opt: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
     """``opt.update``, given those of `extra` (``value``, ``grad``, ``value_fn``, ``grad_fn``) that it accepts."""
     with _lenient():
         updates, new = opt.update(grads, state, params, **accepted(opt.update, extra))
     return updates, jax.tree.map(_like, new, state)
 
 
-def accepted(fn: Callable, extra: dict) -> dict:
+def accepted(fn: Callable[..., Any], extra: dict[Any, Any]) -> dict[Any, Any]:
     """The entries of `extra` that `fn` has parameters for."""
     named = parameters(fn)
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
@@ -61,7 +62,12 @@ def apply(params: PyTree, updates: PyTree) -> PyTree:
 
 
 def moved(
-    opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree, project: Callable[[PyTree], PyTree] | None = None, **extra
+    opt: optax.GradientTransformation,
+    direction: PyTree,
+    state: PyTree,
+    params: PyTree,
+    project: Callable[[PyTree], PyTree] | None = None,
+    **extra: Any,
 ) -> tuple[PyTree, PyTree]:
     """How each step of a level ends: updated along `direction`, applied, put into the feasible set; the parameters, and the optimizer's state."""
     updates, state = update(opt, direction, state, params, **extra)
@@ -69,7 +75,7 @@ def moved(
     return params if project is None else project(params), state
 
 
-def _like(new, old):
+def _like(new: Any, old: Any) -> Any:
     """State keeps its dtypes from step to step: a loop's carry may not drift to a wider or a weak type."""
     new = jnp.asarray(new)
     return new if new.dtype == old.dtype and not new.weak_type else lax.convert_element_type(new, old.dtype)

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import jax
+
+F = TypeVar("F", bound=Callable[..., Any])
 
 LOOSE = 1e-3  # tolerances from here on are met by products in a shorter format
 
@@ -30,16 +32,18 @@ def asked_by(linear: Any) -> str | None:
     return None if linear.tol is None else needed(linear.tol)
 
 
-def under(precision: str | None, fn: Callable) -> Callable:
+def under(precision: str | None, fn: F) -> F:
     """`fn`, traced with that precision. A precision that the user has set, for all of JAX or around the call, stands."""
     if precision is None:
         return fn
 
+    config: Any = jax.config  # its flags are attributes that no type checker knows
+
     @functools.wraps(fn)
-    def traced(*args, **kwargs):
-        if jax.config.jax_default_matmul_precision is not None:
+    def traced(*args: Any, **kwargs: Any) -> Any:
+        if config.jax_default_matmul_precision is not None:
             return fn(*args, **kwargs)
         with jax.default_matmul_precision(precision):
             return fn(*args, **kwargs)
 
-    return traced
+    return cast(F, traced)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import lru_cache
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from bilevax._core.types import PyTree
 
 
-def known_backwards(pull: Callable, like: PyTree, residuals: PyTree, directions: PyTree) -> PyTree:
+def known_backwards(pull: Callable[..., Any], like: PyTree, residuals: PyTree, directions: PyTree) -> PyTree:
     """``L(directions)``, of the structure of `like`, with ``pull(residuals, cotangent) = L' cotangent``.
 
     `pull` is called when, and only where, a cotangent comes back; it may raise. Going forwards all is NaN, and so is a
@@ -21,7 +22,7 @@ def known_backwards(pull: Callable, like: PyTree, residuals: PyTree, directions:
     given, wanted = jax.tree.flatten(directions)
     wished, made = jax.tree.flatten(like)
 
-    def flat(held: list, cotangents: list) -> list:
+    def flat(held: list[Any], cotangents: list[Any]) -> list[Any]:
         out = pull(structure.unflatten(held), made.unflatten(cotangents))
         return _once(wanted.flatten_up_to(out), [*held, *cotangents])
 
@@ -31,12 +32,12 @@ def known_backwards(pull: Callable, like: PyTree, residuals: PyTree, directions:
 
 
 @jax.custom_jvp
-def _once(out: list, given: list) -> list:
+def _once(out: list[Any], given: list[Any]) -> list[Any]:
     """`out`, which depends on `given` in a way that is not to be differentiated."""
     return out
 
 
-def _once_jvp(primals, tangents):
+def _once_jvp(primals: Any, tangents: Any) -> Any:
     moves = [t for t in tangents[1] if not _is_zero(t)]
     out = _once(*primals)
     zero = jax.tree.map(jnp.zeros_like, out)
@@ -46,19 +47,19 @@ def _once_jvp(primals, tangents):
 _once.defjvp(_once_jvp, symbolic_zeros=True)
 
 
-def _refused(residuals, cotangent):
+def _refused(residuals: Any, cotangent: PyTree) -> None:
     raise ValueError(
         "hypergradient: got a method whose derivative is right once only, and a second derivative through the solution was asked for; expected "
         "a method of order 2, such as hypergradient.implicit(linear.cg()) or unrolled()."
     )
 
 
-def _is_zero(tangent) -> bool:
+def _is_zero(tangent: PyTree) -> bool:
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
 
 
 @lru_cache(maxsize=1)
-def _primitive():
+def _primitive() -> Any:
     from jax.extend.core import Primitive  # here: a tenth of a second that importing the package should not take
     from jax.interpreters import ad, batching, mlir
 

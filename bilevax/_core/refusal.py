@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any, NoReturn
 
 import jax
 
@@ -16,5 +17,5 @@ def undifferentiable(why: str, value: PyTree) -> PyTree:
 
 
 @undifferentiable.defjvp
-def _refuse(why, primals, tangents):
+def _refuse(why: str, primals: Any, tangents: Any) -> NoReturn:
     raise ValueError(why)

@@ -21,29 +21,29 @@ class Bound:
     equal settings compare equal as static structure. `name` and the settings are what `repr` shows.
     """
 
-    def __init__(self, name: str, fn: Callable, /, **settings):
+    def __init__(self, name: str, fn: Callable[..., Any], /, **settings: Any):
         self.name, self.fn, self.settings = name, fn, settings
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self.fn(*args, **self.settings, **kwargs)
 
-    def rebound(self, **settings) -> Bound:
+    def rebound(self, **settings: Any) -> Bound:
         """The same function with some of its settings replaced."""
         return Bound(self.name, self.fn, **{**self.settings, **settings})
 
     def __repr__(self) -> str:
         return shown(self)
 
-    def tree_flatten(self):
+    def tree_flatten(self) -> Any:
         return tuple(self.settings.values()), (self.name, self.fn, tuple(self.settings))
 
     @classmethod
-    def tree_unflatten(cls, aux, children):
+    def tree_unflatten(cls, aux: Any, children: Any) -> Any:
         name, fn, keys = aux
         return cls(name, fn, **dict(zip(keys, children, strict=True)))
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     if isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value):
         return f"<{value.dtype}{list(value.shape)}>"
     if callable(value) and hasattr(value, "__name__"):
@@ -63,7 +63,7 @@ def name_of(piece: Any) -> str:
     return getattr(piece, "__name__", None) or type(piece).__name__
 
 
-def shown(piece: Any, **more) -> str:
+def shown(piece: Any, **more: Any) -> str:
     """A function's name with its settings, and `more`."""
     settings = piece.settings if isinstance(piece, Bound) else {}
     return f"{name_of(piece)}({', '.join(f'{k}={_short(v)}' for k, v in {**settings, **more}.items())})"
@@ -89,20 +89,20 @@ def parameters(fn: Any) -> Any:
 class _Same:
     """A callable without a hash (an instance of a dataclass, say), which is equal to itself alone."""
 
-    def __init__(self, value: Callable):
+    def __init__(self, value: Callable[..., Any]):
         self.value = value
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return id(self.value)
 
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         return isinstance(other, _Same) and self.value is other.value
 
 
 class Static:
     """The hashable half of `split`."""
 
-    def __init__(self, treedef, leaves: tuple):
+    def __init__(self, treedef: Any, leaves: tuple[Any, ...]):
         self.treedef, self.leaves = treedef, leaves
         self._keys = tuple(leaf if _hashable(leaf) or not callable(leaf) else _Same(leaf) for leaf in leaves)
         try:
@@ -114,14 +114,14 @@ class Static:
                 "Try a tuple in place of a list, or pass the value as data."
             ) from error
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return self._hash
 
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         return isinstance(other, Static) and self.treedef == other.treedef and self._keys == other._keys
 
 
-def _hashable(leaf) -> bool:
+def _hashable(leaf: Any) -> bool:
     try:
         hash(leaf)
     except TypeError:
@@ -130,14 +130,14 @@ def _hashable(leaf) -> bool:
 
 
 class _Hole:
-    def __repr__(self):
+    def __repr__(self) -> str:
         return "<dynamic>"
 
 
 _HOLE = _Hole()
 
 
-def split(tree: PyTree) -> tuple[Static, tuple]:
+def split(tree: PyTree) -> tuple[Static, tuple[Any, ...]]:
     """Separate configuration into a hashable static part and its dynamic leaves (floats and arrays).
 
     Concrete scalars become Python floats, hence weakly typed when traced: a float32 step size does not promote bfloat16 parameters.
@@ -153,14 +153,14 @@ def split(tree: PyTree) -> tuple[Static, tuple]:
     return Static(treedef, tuple(static)), tuple(dynamic)
 
 
-def _weak(leaf):
+def _weak(leaf: Any) -> Any:
     scalar = isinstance(leaf, (float, np.floating)) or (
         not isinstance(leaf, jax.core.Tracer) and jnp.ndim(leaf) == 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
     )
     return float(leaf) if scalar else leaf
 
 
-def join(static: Static, dynamic: tuple) -> PyTree:
+def join(static: Static, dynamic: tuple[Any, ...]) -> PyTree:
     """Undo `split`."""
     values = iter(dynamic)
     return static.treedef.unflatten([next(values) if leaf is _HOLE else leaf for leaf in static.leaves])

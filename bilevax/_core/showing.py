@@ -6,6 +6,7 @@ from types import ModuleType
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 LEAVES = 8  # of one field that are listed; a larger field is counted
@@ -38,13 +39,13 @@ def leaf(value: Any) -> str:
     """An array's type and shape; a number's value, where it has one."""
     if not hasattr(value, "dtype"):
         return repr(value) if isinstance(value, (int, float, str, type(None))) else getattr(value, "__name__", type(value).__name__)
-    number = np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer) and not jax.dtypes.issubdtype(value.dtype, jax.dtypes.extended)
+    number = np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer) and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
     if number and getattr(value, "is_fully_addressable", True) and not getattr(value, "is_deleted", bool)():
         return f"{np.asarray(value).item():.6g}" if np.issubdtype(value.dtype, np.floating) else str(np.asarray(value).item())
     return f"{value.dtype}{list(value.shape)}"
 
 
-def _bytes(leaves: list) -> str:
+def _bytes(leaves: list[Any]) -> str:
     size: float = sum(np.size(a) * getattr(getattr(a, "dtype", None), "itemsize", 8) for a in leaves)
     for unit in ("B", "kB", "MB"):
         if size < 1000:

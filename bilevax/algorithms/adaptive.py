@@ -9,6 +9,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import Numeric
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import (
     Directions,
@@ -34,7 +35,7 @@ class TfboState(NamedTuple):
     squares: Any
 
 
-def s_tfbo(initial: float = 1.0) -> Algorithm:
+def s_tfbo(initial: Numeric = 1.0) -> Algorithm:
     """S-TFBO: a single loop whose steps are inverse accumulated gradient norms; nothing needs tuning.
 
     ``β² += ‖D_y‖²``, ``γ² += ‖D_v‖²``, ``α² += ‖D_x‖²``; ``y −= D_y / β``, ``v −= D_v / max(β, γ)``,
@@ -60,13 +61,13 @@ def s_tfbo(initial: float = 1.0) -> Algorithm:
     return Algorithm(Bound("s_tfbo", _init, name="s_tfbo", **settings), Bound("s_tfbo", _single, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
-def _init(problem: Problem, inner: InnerState, outer: PyTree, *, name, initial, **_) -> TfboState:
+def _init(problem: Problem, inner: InnerState, outer: PyTree, *, name: str, initial: Any, **_: Any) -> TfboState:
     _steps.warm_only(problem, name)
     dtype = tree.norm((inner.params, outer)).dtype
     return TfboState(inner, outer, tree.zeros_like(inner.params), jnp.full((3,), initial, dtype) ** 2)
 
 
-def _single(problem: Problem, state: TfboState, feeds: Feeds, *, initial) -> tuple[TfboState, StepInfo]:
+def _single(problem: Problem, state: TfboState, feeds: Feeds, *, initial: Any) -> tuple[TfboState, StepInfo]:
     (y, _, model), x, v = state.inner, state.outer, state.adjoint
     inner_ctx = problem.inner_draw(feeds.inner, 0)._replace(model=model)
     outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=model)
@@ -81,7 +82,7 @@ def _single(problem: Problem, state: TfboState, feeds: Feeds, *, initial) -> tup
     return TfboState(inner, _steps.projected(problem, moved), descend(v, 1 / both, d.v), squares), info
 
 
-def d_tfbo(initial: float = 1.0, *, inner_tol: float = 1e-3, adjoint_tol: float = 1e-3, maxiter: int = 1000) -> Algorithm:
+def d_tfbo(initial: Numeric = 1.0, *, inner_tol: Numeric = 1e-3, adjoint_tol: Numeric = 1e-3, maxiter: int = 1000) -> Algorithm:
     """D-TFBO: two loops whose steps are inverse accumulated gradient norms; nothing needs tuning.
 
     ``β² += ‖∇_y g‖²``, ``y −= ∇_y g / β`` until ``‖∇_y g‖ ≤ inner_tol``; ``γ² += ‖D_v‖²``, ``v −= D_v / γ`` until ``‖D_v‖ ≤ adjoint_tol``; then
@@ -115,7 +116,9 @@ def d_tfbo(initial: float = 1.0, *, inner_tol: float = 1e-3, adjoint_tol: float 
     return Algorithm(Bound("d_tfbo", _init, name="d_tfbo", **settings), Bound("d_tfbo", _double, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
-def _double(problem: Problem, state: TfboState, feeds: Feeds, *, initial, inner_tol, adjoint_tol, maxiter) -> tuple[TfboState, StepInfo]:
+def _double(
+    problem: Problem, state: TfboState, feeds: Feeds, *, initial: Any, inner_tol: Any, adjoint_tol: Any, maxiter: int
+) -> tuple[TfboState, StepInfo]:
     x, dtype = state.outer, state.squares.dtype
     start = jnp.asarray(initial).astype(dtype) ** 2
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -34,7 +35,7 @@ def _any() -> Algorithm:
     return double_loop(adam, hypergradient.unrolled(), inner.tunable(optax.adam, learning_rate=1e-2))
 
 
-def default_algorithm(problem: Problem, sources, start: InnerState, outer: PyTree, key: Any = None, state: Any = None) -> Algorithm:
+def default_algorithm(problem: Problem, sources: Any, start: InnerState, outer: PyTree, key: Any = None, state: Any = None) -> Algorithm:
     """The algorithm for a problem on these data sources.
 
     Where every stream gives the same batch each time (or None), the start is not a function of the outer parameters, and the lower level looks
@@ -94,7 +95,7 @@ def looks_convex(problem: Problem, feed: Feed, start: InnerState, outer: PyTree)
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _grams(static, dynamic, feed: Feed, start: InnerState, outer: PyTree) -> jax.Array:
+def _grams(static: Any, dynamic: Any, feed: Feed, start: InnerState, outer: PyTree) -> jax.Array:
     """The inner Hessian on two Krylov spaces, ``(2, PRODUCTS, PRODUCTS)``."""
     problem = join(static, dynamic)
     ctx: Ctx = problem.inner_draw(feed, 0)._replace(model=start.model)
@@ -110,7 +111,7 @@ def _product(problem: Problem, y: PyTree, x: PyTree, v: PyTree, ctx: Ctx) -> PyT
     return jax.jvp(lambda y: jax.grad(problem.inner, has_aux=True)(y, x, ctx)[0], (y,), (v,))[1]
 
 
-def _gram(matvec, start: PyTree) -> jax.Array:
+def _gram(matvec: Callable[[PyTree], PyTree], start: PyTree) -> jax.Array:
     """``V'HV`` for an orthonormal basis V of the Krylov space of `start`; rows beyond an invariant space are zero."""
     dtype = tree.norm(start).dtype
     tiny = float(jnp.finfo(dtype).eps)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import optax
@@ -58,18 +58,32 @@ def double_loop(inner_solver: InnerSolver, hypergradient: Hypergradient, outer_o
     return Algorithm(init, step, draws, finite=drawn_finite, around=around)
 
 
-def _around(wrap, *, inner_solver, hypergradient, outer_optimizer):
+def _around(wrap: Any, *, inner_solver: InnerSolver, hypergradient: Hypergradient, outer_optimizer: optax.GradientTransformation) -> Any:
     return double_loop(inner_solver, wrap(hypergradient), outer_optimizer)
 
 
-def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, hypergradient, outer_optimizer) -> DoubleLoopState:
+def _init(
+    problem: Problem,
+    inner: InnerState,
+    outer: PyTree,
+    *,
+    inner_solver: InnerSolver,
+    hypergradient: Hypergradient,
+    outer_optimizer: optax.GradientTransformation,
+) -> DoubleLoopState:
     check.trajectory(problem, hypergradient)
     inner = inner._replace(opt=inner_solver.first(inner.params, outer))
     return DoubleLoopState(inner, outer, optimizer.init(outer_optimizer, outer), hypergradient.init(inner.params))
 
 
 def _step(
-    problem: Problem, state: DoubleLoopState, feeds: Feeds, *, inner_solver, hypergradient, outer_optimizer
+    problem: Problem,
+    state: DoubleLoopState,
+    feeds: Feeds,
+    *,
+    inner_solver: InnerSolver,
+    hypergradient: Hypergradient,
+    outer_optimizer: optax.GradientTransformation,
 ) -> tuple[DoubleLoopState, StepInfo]:
     starts.structure(problem, inner_solver, hypergradient, state.inner, state.outer, feeds)
 
@@ -90,7 +104,7 @@ def _step(
     return DoubleLoopState(inner, outer, outer_opt, est.state), info
 
 
-def _value_fn(solve):
+def _value_fn(solve: Any) -> Any:
     """The outer value at other outer parameters, solved again, with the hypergradient as its derivative: for optimizers that search."""
 
     @jax.custom_vjp

@@ -11,6 +11,7 @@ from jax import lax
 
 from bilevax import check, tree
 from bilevax._core import numbers, optimizer
+from bilevax._core.types import Numeric
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerSolver, InnerState, Lower, Problem, PyTree, StepInfo
 from bilevax.results import ladder
 from bilevax.starts import takes_key
@@ -43,7 +44,7 @@ def persistent_es(
     outer_optimizer: optax.GradientTransformation,
     *,
     samples: int = 16,
-    scale: float = 1e-2,
+    scale: Numeric = 1e-2,
     unrolls: int = 10,
     persistent: bool = True,
     chunk: int | None = None,
@@ -104,7 +105,9 @@ def _copies(state: InnerState, samples: int) -> InnerState:
     return jax.tree.map(lambda a: jnp.broadcast_to(a, (2, samples, *jnp.shape(a))), state)
 
 
-def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, outer_optimizer, samples) -> EvolutionState:
+def _init(
+    problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver: InnerSolver, outer_optimizer: optax.GradientTransformation, samples: int
+) -> EvolutionState:
     if problem.outer.trajectory or takes_key(problem.inner_init):
         raise ValueError("algorithm: got persistent_es with trajectory=True or a start that draws; expected neither. Try double_loop.")
     params = inner.params if problem.inner_init is None else problem.inner_init(outer, None)[0]
@@ -116,7 +119,17 @@ def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, o
 
 
 def _step(
-    problem: Problem, state: EvolutionState, feeds: Feeds, *, inner_solver, outer_optimizer, samples, scale, unrolls, persistent, chunk
+    problem: Problem,
+    state: EvolutionState,
+    feeds: Feeds,
+    *,
+    inner_solver: InnerSolver,
+    outer_optimizer: optax.GradientTransformation,
+    samples: int,
+    scale: Any,
+    unrolls: Any,
+    persistent: Any,
+    chunk: Any,
 ) -> tuple[EvolutionState, StepInfo]:
     if feeds.key is None:
         raise ValueError("key: got None although algorithms.persistent_es draws perturbations; expected a PRNG key. Try key=jax.random.key(0).")

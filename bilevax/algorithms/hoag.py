@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import Numeric
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import outer_pass
 from bilevax.algorithms._parts.solving import adjoint_to, check_solver, curvature, full_batch_only, solve_to
@@ -27,10 +28,10 @@ class HoagState(NamedTuple):
     outer: PyTree
     adjoint: PyTree
     lipschitz: Any
-    last: tuple
+    last: tuple[Any, ...]
 
 
-def hoag(inner_solver: InnerSolver | None = None, *, epsilon: float = 0.1, rate: float = 0.9) -> Algorithm:
+def hoag(inner_solver: InnerSolver | None = None, *, epsilon: Numeric = 0.1, rate: Numeric = 0.9) -> Algorithm:
     """HOAG: inner and adjoint solves to accuracies on a summable schedule, and a step from an estimate of the Lipschitz constant.
 
     At step k: ``‖y − y*(x)‖ ≤ ε_k ‖y‖``, by the solver's estimate, and ``‖Hq − ∇_y f‖ ≤ ε_k ‖∇_y f‖``, with ``ε_k = epsilon rate^k``;
@@ -65,7 +66,7 @@ def hoag(inner_solver: InnerSolver | None = None, *, epsilon: float = 0.1, rate:
     return Algorithm(Bound("hoag", _init, **settings), Bound("hoag", _step, **settings), Draws(1, 0, 1))
 
 
-def _init(problem: Problem, inner: InnerState, outer: PyTree, *, solver, **_) -> HoagState:
+def _init(problem: Problem, inner: InnerState, outer: PyTree, *, solver: Any, **_: Any) -> HoagState:
     _steps.warm_only(problem, "hoag")
     full_batch_only(problem, "hoag")
     zero = jnp.zeros((), tree.norm((inner.params, outer)).dtype)
@@ -73,7 +74,7 @@ def _init(problem: Problem, inner: InnerState, outer: PyTree, *, solver, **_) ->
     return HoagState(inner, outer, tree.zeros_like(inner.params), zero, (outer, jnp.full_like(zero, jnp.inf), zero))
 
 
-def _step(problem: Problem, state: HoagState, feeds: Feeds, *, solver, epsilon, rate) -> tuple[HoagState, StepInfo]:
+def _step(problem: Problem, state: HoagState, feeds: Feeds, *, solver: Any, epsilon: Any, rate: Any) -> tuple[HoagState, StepInfo]:
     x, dtype = state.outer, state.lipschitz.dtype
     unit = numbers.rounding_unit(dtype)
     inner_ctx, outer_ctx = problem.inner_draw(feeds.inner, 0), problem.outer_draw(feeds.outer, 0)

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers, optimizer
+from bilevax._core.types import Numeric, Transformation
 from bilevax.algorithms._parts import memory
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import Directions, counts, data_finite, descend, drawn_finite, inner_grad, outer_pass, report
 from bilevax.algorithms._parts.series import Contexts, adjoint_hypergradient, neumann, neumann_settings, truncated
 from bilevax.algorithms._parts.steps import StepSize
-from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
+from bilevax.base import Algorithm, Bound, Ctx, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 from bilevax.data.draws import num_batches, whole
 
 
@@ -24,18 +25,18 @@ class MomentumState(NamedTuple):
     inner: InnerState
     outer: PyTree
     outer_opt: PyTree
-    directions: tuple
-    previous: tuple
+    directions: tuple[Any, ...]
+    previous: tuple[Any, ...]
 
 
 def mrbo(
     inner_step: StepSize,
     outer_step: StepSize,
     *,
-    momentum: float = 0.5,
-    neumann_step: float | None = None,
+    momentum: Numeric = 0.5,
+    neumann_step: Numeric | None = None,
     neumann_steps: int = 10,
-    decay: float = 1 / 3,
+    decay: Numeric = 1 / 3,
 ) -> Algorithm:
     """MRBO: STORM on the inner and the outer direction, the latter from a Neumann series at the new and the old point on shared batches.
 
@@ -71,10 +72,10 @@ def sustain(
     inner_step: StepSize,
     outer_step: StepSize,
     *,
-    momentum: float = 0.5,
-    neumann_step: float | None = None,
+    momentum: Numeric = 0.5,
+    neumann_step: Numeric | None = None,
     neumann_steps: int = 10,
-    decay: float = 1 / 3,
+    decay: Numeric = 1 / 3,
 ) -> Algorithm:
     """SUSTAIN: STORM on the inner and the outer direction, the latter from one random term of the Neumann series. The run needs a key.
 
@@ -104,7 +105,7 @@ def sustain(
     return _storm("sustain", inner_step, outer_step, momentum, neumann_step, neumann_steps, decay)
 
 
-def _storm(name, inner_step, outer_step, momentum, neumann_step, neumann_steps, decay) -> Algorithm:
+def _storm(name: str, inner_step: Any, outer_step: Any, momentum: Any, neumann_step: Any, neumann_steps: Any, decay: Any) -> Algorithm:
     settings = dict(
         name=name,
         inner=_steps.transformation(inner_step, "inner_step"),
@@ -116,7 +117,16 @@ def _storm(name, inner_step, outer_step, momentum, neumann_step, neumann_steps, 
     return Algorithm(Bound(name, _storm_init, **settings), Bound(name, _storm_step, **settings), Draws(1, neumann_steps + 1, 1), finite=drawn_finite)
 
 
-def _storm_init(problem: Problem, state: InnerState, outer_params: PyTree, *, name, inner, outer, **_) -> MomentumState:
+def _storm_init(
+    problem: Problem,
+    state: InnerState,
+    outer_params: PyTree,
+    *,
+    name: str,
+    inner: Transformation,
+    outer: Transformation,
+    **_: Any,
+) -> MomentumState:
     _steps.warm_only(problem, name)
     y, x = state.params, outer_params
     zeros = (tree.zeros_like(y), tree.zeros_like(x))
@@ -124,7 +134,17 @@ def _storm_init(problem: Problem, state: InnerState, outer_params: PyTree, *, na
 
 
 def _storm_step(
-    problem: Problem, state: MomentumState, feeds: Feeds, *, name, inner, outer, momentum, decay, size, terms
+    problem: Problem,
+    state: MomentumState,
+    feeds: Feeds,
+    *,
+    name: str,
+    inner: Transformation,
+    outer: Transformation,
+    momentum: Any,
+    decay: Any,
+    size: Any,
+    terms: int,
 ) -> tuple[MomentumState, StepInfo]:
     y, x = here = (state.inner.params, state.outer)
     y_old, x_old = there = state.previous
@@ -155,12 +175,12 @@ def _storm_step(
 
 
 def vrbo(
-    inner_step: float,
+    inner_step: Numeric,
     outer_step: StepSize,
     *,
     period: int,
     steps: int = 10,
-    neumann_step: float | None = None,
+    neumann_step: Numeric | None = None,
     neumann_steps: int = 10,
 ) -> Algorithm:
     """VRBO: SARAH on the inner and the outer direction along an inner loop, refreshed on the full data every `period` outer steps.
@@ -206,7 +226,7 @@ def vrbo(
     )
 
 
-def _vrbo_init(problem: Problem, state: InnerState, outer_params: PyTree, *, outer, **_) -> MomentumState:
+def _vrbo_init(problem: Problem, state: InnerState, outer_params: PyTree, *, outer: Transformation, **_: Any) -> MomentumState:
     _steps.warm_only(problem, "vrbo")
     for draw in (problem.inner_draw, problem.hyper_draw, problem.outer_draw):
         num_batches(draw, "vrbo")
@@ -214,18 +234,29 @@ def _vrbo_init(problem: Problem, state: InnerState, outer_params: PyTree, *, out
     return MomentumState(state, x, optimizer.init(outer, x), (tree.zeros_like(y), tree.zeros_like(x)), ())
 
 
-def _vrbo_step(problem: Problem, state: MomentumState, feeds: Feeds, *, step_size, outer, period, num, size, terms) -> tuple[MomentumState, StepInfo]:
+def _vrbo_step(
+    problem: Problem,
+    state: MomentumState,
+    feeds: Feeds,
+    *,
+    step_size: Any,
+    outer: Transformation,
+    period: Any,
+    num: int,
+    size: Any,
+    terms: int,
+) -> tuple[MomentumState, StepInfo]:
     y, x, model = state.inner.params, state.outer, state.inner.model
     draws = (problem.inner_draw, problem.hyper_draw, problem.outer_draw)
 
-    def estimates(points, inner_ctx, hyper, outer_ctx):
+    def estimates(points: Any, inner_ctx: Ctx, hyper: Contexts, outer_ctx: Ctx) -> tuple[Any, Any, Any]:
         """``(∇_y g, D)`` at each point, on shared batches."""
-        gradients = [inner_grad(problem, *point, inner_ctx) for point in points]
-        passes = [outer_pass(problem, *point, outer_ctx) for point in points]
+        gradients = [inner_grad(problem, y, x, inner_ctx) for y, x in points]
+        passes = [outer_pass(problem, y, x, outer_ctx) for y, x in points]
         adjoints = neumann(problem, points, tuple(f.y for f in passes), hyper, terms, size)
         last = hyper.at(terms)
         found = [
-            (u, adjoint_hypergradient(problem, *point, q, f.x, last)) for (u, _), point, q, f in zip(gradients, points, adjoints, passes, strict=True)
+            (u, adjoint_hypergradient(problem, y, x, q, f.x, last)) for (u, _), (y, x), q, f in zip(gradients, points, adjoints, passes, strict=True)
         ]
         return found, gradients[0][1], passes[0].value
 
@@ -255,7 +286,7 @@ def _vrbo_step(problem: Problem, state: MomentumState, feeds: Feeds, *, step_siz
     return MomentumState(state.inner._replace(params=new_y, model=model), moved, x_opt, d, ()), info
 
 
-def _shifted(stream, i):
+def _shifted(stream: Any, i: Any) -> Any:
     draw, feed, offset = stream
     return draw(feed, offset + i)
 

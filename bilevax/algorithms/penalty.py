@@ -11,6 +11,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers, optimizer
+from bilevax._core.types import Numeric, Transformation
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import Directions, Outer, counts, descend, drawn_finite, inner_grad, report
 from bilevax.algorithms._parts.steps import StepSize
@@ -50,15 +51,15 @@ def difference(order: int) -> tuple[tuple[int, ...], tuple[float, ...]]:
 
 
 def f2sa(
-    inner_step: float,
+    inner_step: Numeric,
     outer_step: StepSize,
     *,
-    penalty: float = 10.0,
-    growth: float = 1 / 7,
+    penalty: Numeric = 10.0,
+    growth: Numeric = 1 / 7,
     order: int = 1,
     steps: int = 10,
-    inner_decay: float = 4 / 7,
-    outer_decay: float = 5 / 7,
+    inner_decay: Numeric = 4 / 7,
+    outer_decay: Numeric = 5 / 7,
 ) -> Algorithm:
     """F2SA: a finite difference, in the weight of f, of the derivative of ``min_y g + νf``. Gradients only.
 
@@ -109,7 +110,7 @@ def f2sa(
     )
 
 
-def _f2sa_init(problem: Problem, inner: InnerState, x: PyTree, *, outer, order, **_) -> F2saState:
+def _f2sa_init(problem: Problem, inner: InnerState, x: PyTree, *, outer: Transformation, order: Any, **_: Any) -> F2saState:
     _steps.warm_only(problem, "f2sa")
     places = difference(order)[0]
     points = jax.tree.map(lambda a: jnp.broadcast_to(a, (len(places), *a.shape)), inner.params)
@@ -117,7 +118,18 @@ def _f2sa_init(problem: Problem, inner: InnerState, x: PyTree, *, outer, order, 
 
 
 def _f2sa_step(
-    problem: Problem, state: F2saState, feeds: Feeds, *, step_size, outer, penalty, growth, order, num, inner_decay, outer_decay
+    problem: Problem,
+    state: F2saState,
+    feeds: Feeds,
+    *,
+    step_size: Any,
+    outer: Transformation,
+    penalty: Any,
+    growth: Any,
+    order: Any,
+    num: int,
+    inner_decay: Any,
+    outer_decay: Any,
 ) -> tuple[F2saState, StepInfo]:
     places, coefficients = difference(order)
     x = state.outer
@@ -180,7 +192,7 @@ class BomeState(NamedTuple):
     opt: PyTree
 
 
-def bome(inner_step: float, outer_step: StepSize, *, steps: int = 10, barrier: float = 0.5) -> Algorithm:
+def bome(inner_step: Numeric, outer_step: StepSize, *, steps: int = 10, barrier: Numeric = 0.5) -> Algorithm:
     """BOME: descend f while a dynamic barrier drives the optimality gap of the lower level to zero. Gradients only.
 
     ``ŷ`` is K gradient steps from y; ``q(y, x) = g(y, x) − g(ŷ, x)`` with ŷ held fixed;
@@ -214,12 +226,14 @@ def bome(inner_step: float, outer_step: StepSize, *, steps: int = 10, barrier: f
     return Algorithm(Bound("bome", _bome_init, **settings), Bound("bome", _bome_step, **settings), Draws(steps + 1, 0, 1), finite=drawn_finite)
 
 
-def _bome_init(problem: Problem, inner: InnerState, x: PyTree, *, outer, **_) -> BomeState:
+def _bome_init(problem: Problem, inner: InnerState, x: PyTree, *, outer: Transformation, **_: Any) -> BomeState:
     _steps.warm_only(problem, "bome")
     return BomeState(inner, x, optimizer.init(outer, (inner.params, x)))
 
 
-def _bome_step(problem: Problem, state: BomeState, feeds: Feeds, *, step_size, outer, num, barrier) -> tuple[BomeState, StepInfo]:
+def _bome_step(
+    problem: Problem, state: BomeState, feeds: Feeds, *, step_size: Any, outer: Transformation, num: int, barrier: Any
+) -> tuple[BomeState, StepInfo]:
     y, x = state.inner.params, state.outer
 
     def body(i, carry):

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import Numeric
 from bilevax.algorithms._parts import memory, steps
 from bilevax.algorithms._parts.directions import Directions, combined, counts, drawn_finite, inner_grad, inner_pass, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
@@ -15,7 +16,7 @@ from bilevax.algorithms._parts.triple import SingleLoopState, advance, as_moves,
 from bilevax.base import Algorithm, Bound, Draws, Feeds, InnerState, Problem, PyTree, StepInfo
 
 
-def soba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, decay: float = 0.5) -> Algorithm:
+def soba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, decay: Numeric = 0.5) -> Algorithm:
     """SOBA: stochastic gradient steps on all three variables at once.
 
     ``y −= a_t D_y``, ``v −= a_t D_v``, ``x −= b_t D_x``, all at the old point, with ``a_t, b_t ∝ t^{−decay}``. One batch of the inner data serves
@@ -49,11 +50,11 @@ def soba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     return Algorithm(Bound("soba", _soba_init, **settings), Bound("soba", _soba_step, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
-def _soba_init(problem, inner, outer, *, moves, decay) -> SingleLoopState:
+def _soba_init(problem: Problem, inner: PyTree, outer: PyTree, *, moves: Any, decay: Any) -> SingleLoopState:
     return start(problem, inner, outer, moves, "soba")
 
 
-def _soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, decay) -> tuple[SingleLoopState, StepInfo]:
+def _soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves: Any, decay: Any) -> tuple[SingleLoopState, StepInfo]:
     inner_ctx, outer_ctx, g, f = passes(problem, state, feeds)
     d = combined(g, f)
     info = report(state.inner, state.outer, f, d, counts(1, 2, 1))
@@ -61,7 +62,7 @@ def _soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves,
 
 
 def ma_soba(
-    inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, momentum: float = 0.1, decay: float = 0.0
+    inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, momentum: Numeric = 0.1, decay: Numeric = 0.0
 ) -> Algorithm:
     """MA-SOBA: SOBA with a moving average of the outer direction and constant steps.
 
@@ -94,11 +95,13 @@ def ma_soba(
     return Algorithm(Bound("ma_soba", _ma_soba_init, **settings), Bound("ma_soba", _ma_soba_step, **settings), Draws(1, 0, 1), finite=drawn_finite)
 
 
-def _ma_soba_init(problem, inner, outer, *, moves, momentum, decay) -> SingleLoopState:
+def _ma_soba_init(problem: Problem, inner: PyTree, outer: PyTree, *, moves: Any, momentum: Any, decay: Any) -> SingleLoopState:
     return start(problem, inner, outer, moves, "ma_soba", tree.zeros_like(outer))
 
 
-def _ma_soba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, momentum, decay) -> tuple[SingleLoopState, StepInfo]:
+def _ma_soba_step(
+    problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves: Any, momentum: Any, decay: Any
+) -> tuple[SingleLoopState, StepInfo]:
     inner_ctx, outer_ctx, g, f = passes(problem, state, feeds)
     d = combined(g, f)
     mean = memory.momentum(state.memory, d.x, jnp.where(feeds.done == 0, 1.0, momentum))
@@ -112,7 +115,9 @@ class _Previous(NamedTuple):
     outer: PyTree
 
 
-def fsla(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, momentum: float = 0.5, decay: float = 0.5) -> Algorithm:
+def fsla(
+    inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize | None = None, momentum: Numeric = 0.5, decay: Numeric = 0.5
+) -> Algorithm:
     """FSLA: stochastic gradient steps on ``y`` and ``v``, then STORM on ``x``.
 
     ``y⁺ = y − a_t ∇_y g(y, x)``, ``v⁺ = v − a_t D_v(y⁺, x, v)``, ``d = D_x(y⁺, x, v⁺) + (1 − η_t)(d − D_x(y, x⁻, v))``, ``x⁺ = x − b_t d``,
@@ -147,11 +152,11 @@ def fsla(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     return Algorithm(Bound("fsla", _fsla_init, **settings), Bound("fsla", _fsla_step, **settings), Draws(1, 2, 2), finite=drawn_finite)
 
 
-def _fsla_init(problem, inner, outer, *, moves, momentum, decay) -> SingleLoopState:
+def _fsla_init(problem: Problem, inner: PyTree, outer: PyTree, *, moves: Any, momentum: Any, decay: Any) -> SingleLoopState:
     return start(problem, inner, outer, moves, "fsla", _Previous(tree.zeros_like(outer), outer))
 
 
-def _fsla_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, momentum, decay) -> tuple[SingleLoopState, StepInfo]:
+def _fsla_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves: Any, momentum: Any, decay: Any) -> tuple[SingleLoopState, StepInfo]:
     y_old, x, v_old = state.inner.params, state.outer, state.adjoint
     model = state.inner.model
     inner_ctx = problem.inner_draw(feeds.inner, 0)._replace(model=model)

@@ -9,6 +9,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers, optimizer
+from bilevax._core.types import Numeric, Transformation
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import (
     Directions,
@@ -30,11 +31,11 @@ class TwoLoopState(NamedTuple):
     inner: InnerState
     outer: PyTree
     outer_opt: PyTree
-    adjoint: tuple = ()
+    adjoint: tuple[Any, ...] = ()
 
 
 def descent(
-    problem: Problem, state: InnerState, outer: PyTree, feed: Feed, opt, num: int, decayed: Callable = lambda i: 1.0
+    problem: Problem, state: InnerState, outer: PyTree, feed: Feed, opt: Any, num: int, decayed: Callable[..., Any] = lambda i: 1.0
 ) -> tuple[InnerState, PyTree]:
     """`num` stochastic steps on the inner parameters, a fresh batch each, and the last direction; the i-th is taken ``decayed(i)`` times."""
 
@@ -47,11 +48,11 @@ def descent(
     return _loop(num, body, (state, tree.zeros_like(state.params)))
 
 
-def _loop(num, body, carry):
+def _loop(num: int, body: Any, carry: Any) -> Any:
     return body(0, carry) if isinstance(num, int) and num == 1 else lax.fori_loop(0, num, body, carry)
 
 
-def _settings(inner_step, outer_step, num):
+def _settings(inner_step: Any, outer_step: Any, num: int) -> Any:
     return dict(
         inner=_steps.transformation(inner_step, "inner_step"),
         outer=_steps.transformation(outer_step, "outer_step"),
@@ -59,12 +60,12 @@ def _settings(inner_step, outer_step, num):
     )
 
 
-def _start(problem: Problem, state: InnerState, outer_params: PyTree, inner, outer, name: str) -> TwoLoopState:
+def _start(problem: Problem, state: InnerState, outer_params: PyTree, inner: PyTree, outer: PyTree, name: str) -> TwoLoopState:
     _steps.warm_only(problem, name)
     return TwoLoopState(state._replace(opt=optimizer.init(inner, state.params)), outer_params, optimizer.init(outer, outer_params))
 
 
-def _outer_move(problem: Problem, state: TwoLoopState, opt, d_x: PyTree, decayed: Any = 1.0) -> tuple[PyTree, PyTree]:
+def _outer_move(problem: Problem, state: TwoLoopState, opt: Any, d_x: PyTree, decayed: Any = 1.0) -> tuple[PyTree, PyTree]:
     return _steps.move(opt, d_x, state.outer_opt, state.outer, decayed, problem.project)
 
 
@@ -113,12 +114,31 @@ def amigo(
     )
 
 
-def _amigo_init(problem, state, outer_params, *, inner, outer, adjoint, **_) -> TwoLoopState:
+def _amigo_init(
+    problem: Problem,
+    state: Any,
+    outer_params: PyTree,
+    *,
+    inner: Transformation,
+    outer: Transformation,
+    adjoint: Transformation,
+    **_: Any,
+) -> TwoLoopState:
     q = tree.zeros_like(state.params)
     return _start(problem, state, outer_params, inner, outer, "amigo")._replace(adjoint=(q, optimizer.init(adjoint, q)))
 
 
-def _amigo_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, outer, num, adjoint, adjoint_num):
+def _amigo_step(
+    problem: Problem,
+    state: TwoLoopState,
+    feeds: Feeds,
+    *,
+    inner: Transformation,
+    outer: Transformation,
+    num: int,
+    adjoint: Transformation,
+    adjoint_num: Any,
+) -> Any:
     x = state.outer
     point, d_y = descent(problem, state.inner, x, feeds.inner, inner, num)
     y = point.params
@@ -147,7 +167,7 @@ def stocbio(
     outer_step: StepSize,
     *,
     steps: int = 10,
-    neumann_step: float | None = None,
+    neumann_step: Numeric | None = None,
     neumann_steps: int = 10,
 ) -> Algorithm:
     """StocBiO: stochastic steps on the inner parameters, a Neumann series with fresh batches, one outer step.
@@ -183,11 +203,30 @@ def stocbio(
     )
 
 
-def _two_loop_init(problem, state, outer_params, *, name, inner, outer, **_) -> TwoLoopState:
+def _two_loop_init(
+    problem: Problem,
+    state: Any,
+    outer_params: PyTree,
+    *,
+    name: str,
+    inner: Transformation,
+    outer: Transformation,
+    **_: Any,
+) -> TwoLoopState:
     return _start(problem, state, outer_params, inner, outer, name)
 
 
-def _stocbio_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, outer, num, size, terms):
+def _stocbio_step(
+    problem: Problem,
+    state: TwoLoopState,
+    feeds: Feeds,
+    *,
+    inner: Transformation,
+    outer: Transformation,
+    num: int,
+    size: Any,
+    terms: int,
+) -> Any:
     x = state.outer
     point, d_y = descent(problem, state.inner, x, feeds.inner, inner, num)
     y = point.params
@@ -209,10 +248,10 @@ def bsa(
     outer_step: StepSize,
     *,
     steps: int = 10,
-    neumann_step: float | None = None,
+    neumann_step: Numeric | None = None,
     neumann_steps: int = 10,
-    inner_decay: float = 0.5,
-    outer_decay: float = 0.5,
+    inner_decay: Numeric = 0.5,
+    outer_decay: Numeric = 0.5,
 ) -> Algorithm:
     """BSA: stochastic steps on the inner parameters, one random term of the Neumann series, one outer step.
 
@@ -256,10 +295,10 @@ def ttsa(
     inner_step: StepSize,
     outer_step: StepSize,
     *,
-    neumann_step: float | None = None,
+    neumann_step: Numeric | None = None,
     neumann_steps: int = 10,
-    inner_decay: float = 0.4,
-    outer_decay: float = 0.6,
+    inner_decay: Numeric = 0.4,
+    outer_decay: Numeric = 0.6,
 ) -> Algorithm:
     """TTSA: one stochastic inner step, one random term of the Neumann series, one slower outer step.
 
@@ -298,7 +337,19 @@ def ttsa(
     )
 
 
-def _bsa_step(problem: Problem, state: TwoLoopState, feeds: Feeds, *, inner, outer, num, size, terms, inner_decay, outer_decay):
+def _bsa_step(
+    problem: Problem,
+    state: TwoLoopState,
+    feeds: Feeds,
+    *,
+    inner: Transformation,
+    outer: Transformation,
+    num: int,
+    size: Any,
+    terms: int,
+    inner_decay: Any,
+    outer_decay: Any,
+) -> Any:
     x = state.outer
     point, d_y = descent(problem, state.inner, x, feeds.inner, inner, num, lambda i: _steps.decayed(num * feeds.done + i, inner_decay))
     y = point.params

@@ -9,11 +9,12 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import Numeric
 from bilevax.algorithms._parts import memory, steps
 from bilevax.algorithms._parts.directions import Directions, Inner, Outer, combined, counts, data_finite, drawn_finite, inner_pass, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
 from bilevax.algorithms._parts.triple import SingleLoopState, advance, as_moves, passes, start
-from bilevax.base import Algorithm, Bound, Draws, Feeds, Problem, PyTree, StepInfo
+from bilevax.base import Algorithm, Bound, Ctx, Draws, Feeds, Problem, PyTree, StepInfo
 from bilevax.data.draws import num_batches, whole
 from bilevax.results import failed
 
@@ -56,13 +57,13 @@ def saba(inner_step: StepSize, outer_step: StepSize, *, adjoint_step: StepSize |
     return Algorithm(Bound("saba", _saba_init, **settings), Bound("saba", _saba_step, **settings), Draws(1, 0, 1), undoes=True, finite=drawn_finite)
 
 
-def _saba_init(problem, inner, outer, *, moves) -> SingleLoopState:
+def _saba_init(problem: Problem, inner: PyTree, outer: PyTree, *, moves: Any) -> SingleLoopState:
     y, counts_ = inner.params, [num_batches(draw, "saba") for draw in (problem.inner_draw, problem.outer_draw)]
     tables = Tables(memory.saga_init((y, y, outer), counts_[0]), memory.saga_init((y, outer), counts_[1]))
     return start(problem, inner, outer, moves, "saba", tables)
 
 
-def _saba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves) -> tuple[SingleLoopState, StepInfo]:
+def _saba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves: Any) -> tuple[SingleLoopState, StepInfo]:
     inner_ctx, outer_ctx, g, f = passes(problem, state, feeds)
     tables, i, j = state.memory, _index(inner_ctx), _index(outer_ctx)
     inner_parts, outer_parts = (g.grad, g.product, g.cross), (f.y, f.x)
@@ -78,7 +79,7 @@ def _saba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves)
     return moved._replace(memory=Tables(inner_table, outer_table)), info
 
 
-def _index(ctx) -> Any:
+def _index(ctx: Ctx) -> Any:
     return jnp.int32(0) if ctx.index is None else ctx.index
 
 
@@ -125,7 +126,7 @@ def srba(inner_step: StepSize, outer_step: StepSize, *, period: int, adjoint_ste
     )
 
 
-def _recursive_init(problem, inner, outer, *, name, moves, **_) -> SingleLoopState:
+def _recursive_init(problem: Problem, inner: PyTree, outer: PyTree, *, name: str, moves: Any, **_: Any) -> SingleLoopState:
     for draw in (problem.inner_draw, problem.outer_draw):
         num_batches(draw, name)
     y = inner.params
@@ -133,11 +134,11 @@ def _recursive_init(problem, inner, outer, *, name, moves, **_) -> SingleLoopSta
     return start(problem, inner, outer, moves, name, Recursive(Directions(zero, zero, tree.zeros_like(outer)), y, zero, outer))
 
 
-def _srba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, period) -> tuple[SingleLoopState, StepInfo]:
+def _srba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves: Any, period: Any) -> tuple[SingleLoopState, StepInfo]:
     return _recursive_step(problem, state, feeds, moves, feeds.done % period == 0, "srba")
 
 
-def spaba(inner_step: StepSize, outer_step: StepSize, *, probability: float, adjoint_step: StepSize | None = None) -> Algorithm:
+def spaba(inner_step: StepSize, outer_step: StepSize, *, probability: Numeric, adjoint_step: StepSize | None = None) -> Algorithm:
     """SPABA: SOBA with PAGE's directions: refreshed on the full data with a probability, recursive otherwise.
 
     ``d = D_full(u_t)`` with probability p and at the first step, else ``d += D_ij(u_t) − D_ij(u_{t−1})``, for ``u = (y, v, x)``;
@@ -171,12 +172,12 @@ def spaba(inner_step: StepSize, outer_step: StepSize, *, probability: float, adj
     )
 
 
-def _spaba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves, probability) -> tuple[SingleLoopState, StepInfo]:
+def _spaba_step(problem: Problem, state: SingleLoopState, feeds: Feeds, *, moves: Any, probability: Any) -> tuple[SingleLoopState, StepInfo]:
     key = steps.random_key(feeds, "spaba")
     return _recursive_step(problem, state, feeds, moves, (feeds.done == 0) | jax.random.bernoulli(key, probability), "spaba")
 
 
-def _recursive_step(problem: Problem, state: SingleLoopState, feeds: Feeds, moves, refresh, name) -> tuple[SingleLoopState, StepInfo]:
+def _recursive_step(problem: Problem, state: SingleLoopState, feeds: Feeds, moves: Any, refresh: Any, name: str) -> tuple[SingleLoopState, StepInfo]:
     old, model = state.memory, state.inner.model
 
     def evaluate(y, v, x, at):

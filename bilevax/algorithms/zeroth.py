@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,6 +10,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers, optimizer
+from bilevax._core.types import Numeric, Transformation
 from bilevax.algorithms._parts import steps as _steps
 from bilevax.algorithms._parts.directions import Directions, counts, descend, drawn_finite, inner_grad, outer_pass, report
 from bilevax.algorithms._parts.steps import StepSize
@@ -24,7 +25,7 @@ class PzoboState(NamedTuple):
     outer_opt: PyTree
 
 
-def pzobo(inner_step: float, outer_step: StepSize, *, steps: int = 10, samples: int = 1, smoothing: float = 1e-2) -> Algorithm:
+def pzobo(inner_step: Numeric, outer_step: StepSize, *, steps: int = 10, samples: int = 1, smoothing: Numeric = 1e-2) -> Algorithm:
     """PZOBO: K inner steps, the same from perturbed outer parameters, and their difference as a Jacobian-vector product. Gradients only.
 
     ``δ_j = (y_K(x + μu_j) − y_K(x)) / μ`` with ``u_j ~ N(0, I)``, all solves from the last inner point and on the same batches;
@@ -62,12 +63,14 @@ def pzobo(inner_step: float, outer_step: StepSize, *, steps: int = 10, samples: 
     return Algorithm(Bound("pzobo", _init, **settings), Bound("pzobo", _step, **settings), Draws(steps, 0, 1), finite=drawn_finite)
 
 
-def _init(problem: Problem, inner: InnerState, x: PyTree, *, outer, **_) -> PzoboState:
+def _init(problem: Problem, inner: InnerState, x: PyTree, *, outer: Transformation, **_: Any) -> PzoboState:
     _steps.warm_only(problem, "pzobo")
     return PzoboState(inner, x, optimizer.init(outer, x))
 
 
-def _step(problem: Problem, state: PzoboState, feeds: Feeds, *, step_size, outer, num, samples, smoothing) -> tuple[PzoboState, StepInfo]:
+def _step(
+    problem: Problem, state: PzoboState, feeds: Feeds, *, step_size: Any, outer: Transformation, num: int, samples: int, smoothing: Any
+) -> tuple[PzoboState, StepInfo]:
     x = state.outer
     keys = jax.random.split(_steps.random_key(feeds, "pzobo"), samples)
     noise = jax.vmap(lambda key: tree.normal_like(key, x))(keys)

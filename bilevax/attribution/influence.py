@@ -158,7 +158,7 @@ def implicit(
     return Influence(scores, value, info._asdict())
 
 
-def _gradients(measure, params, measured) -> tuple[jax.Array, PyTree]:
+def _gradients(measure: Any, params: PyTree, measured: Any) -> tuple[jax.Array, PyTree]:
     """The measured quantity and its gradient, with an axis in front for a vector of queries."""
     value, pull = jax.vjp(lambda p: measure(p, measured), params)
     if value.ndim == 0:

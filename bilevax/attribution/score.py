@@ -11,6 +11,7 @@ import numpy as np
 
 from bilevax import check
 from bilevax._core import numbers
+from bilevax._core.types import Key
 
 _RESAMPLES = 1000  # of the bootstrap
 
@@ -36,7 +37,7 @@ class Score(NamedTuple):
 def linear_datamodeling_score(
     scores: Any,
     retrain: Callable[[jax.Array], Any],
-    key: jax.Array,
+    key: Key,
     *,
     subsets: int = 50,
     fraction: float = 0.5,

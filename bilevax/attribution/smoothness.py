@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -90,7 +90,7 @@ def metasmoothness(
     return found._replace(variants=tried, advice=ADVICE if found.score < 0.9 else ())
 
 
-def _measured(train: Callable, at: PyTree, direction: PyTree, step: float) -> Smoothness:
+def _measured(train: Callable[..., Any], at: PyTree, direction: PyTree, step: float) -> Smoothness:
     points = [tree.partition(train(tree.axpy(k * step, direction, at)))[0] for k in range(3)]
     start, middle, end = (_flat(point) for point in points)
     if not all(np.isfinite(point).all() for point in (start, middle, end)):

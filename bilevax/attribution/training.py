@@ -21,7 +21,7 @@ from bilevax.data.sources import check_arrays
 class Training:
     """A training of weighted examples; made by `training`."""
 
-    def __init__(self, losses, optimizer, params, data, order, regularizer):
+    def __init__(self, losses: Any, optimizer: Any, params: PyTree, data: Any, order: Any, regularizer: Any):
         self.losses, self.optimizer, self.params, self.data = losses, optimizer, params, data
         self.order, self.regularizer = order, regularizer
         self.examples = int(jax.tree.leaves(data)[0].shape[0])
@@ -69,13 +69,13 @@ class Training:
         return pick(0) if checkpoints is None else [pick(i) for i in range(at.shape[0])]
 
 
-def _weighted(losses, regularizer, params, weights, batch):
+def _weighted(losses: Any, regularizer: Any, params: PyTree, weights: Any, batch: PyTree) -> Any:
     total = weighted_mean(weights[batch["index"]], losses(params, batch["rows"]))
     return total if regularizer is None else total + regularizer(params)
 
 
 @functools.partial(jax.jit, static_argnums=0)  # here, so that trainings that differ in numbers only are compiled once
-def _retrained(functions, params, weights, data, order, at) -> PyTree:
+def _retrained(functions: Any, params: PyTree, weights: Any, data: Any, order: Any, at: Any) -> PyTree:
     """The parameters after each of the steps `at`, for one row of weights or for many."""
     if weights.ndim == 2:
         return lax.map(lambda one: _retrained(functions, params, one, data, order, at), weights)

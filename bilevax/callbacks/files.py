@@ -77,7 +77,7 @@ def logger(
     return Callback(call, every_n, close, begin, exact=False)
 
 
-def as_path(path: str | os.PathLike, argument: str = "path") -> Path:
+def as_path(path: str | os.PathLike[str], argument: str = "path") -> Path:
     """A place on this machine's file system."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{argument}: got {check.describe(path)}; expected a file name.")
@@ -87,7 +87,7 @@ def as_path(path: str | os.PathLike, argument: str = "path") -> Path:
     return Path(place)
 
 
-def _target(path: str | os.PathLike) -> Path:
+def _target(path: str | os.PathLike[str]) -> Path:
     place = as_path(path)
     if place.is_dir():
         raise IsADirectoryError(f"path: got {str(path)!r}, which is a folder; expected the name of a file.")
@@ -124,7 +124,7 @@ def _checked(path: Path, read: Callable[[Path], logfile.Rows]) -> Callable[[], N
     return begin
 
 
-def jsonl(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
+def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
     """Write the history to a file as it grows, a JSON object a step.
 
     Args:
@@ -148,8 +148,7 @@ def jsonl(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
       >>> algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.5))
       >>> outer = lambda y, x, batch: jnp.sum(y**2)
       >>> log = bx.callbacks.jsonl("run.jsonl")
-      >>> keywords = dict(algorithm=algorithm, num_steps=3, callbacks=[log])
-      >>> solution = bx.solve_bilevel(quadratic, outer, jnp.zeros(2), jnp.ones(2), **keywords)
+      >>> solution = bx.solve_bilevel(quadratic, outer, jnp.zeros(2), jnp.ones(2), algorithm=algorithm, num_steps=3, callbacks=[log])
       >>> len(pathlib.Path("run.jsonl").read_text().splitlines())
       3
     """
@@ -172,7 +171,7 @@ def jsonl(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
 
 
-def _plain(value) -> Any:
+def _plain(value: Any) -> Any:
     """What JSON can hold, whose standard has no NaN."""
     value = np.asarray(value)
     if np.issubdtype(value.dtype, np.inexact) or value.dtype.name == "bfloat16":
@@ -185,7 +184,7 @@ def _plain(value) -> Any:
     return value.tolist()
 
 
-def csv(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
+def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
     """Write the scalar columns of the history to a file as it grows, a line a step under one header.
 
     Args:
@@ -239,7 +238,7 @@ def csv(path: str | os.PathLike, *, flush_every: int = 32) -> Callback:
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
 
 
-def _line(cells: list) -> str:
+def _line(cells: list[Any]) -> str:
     out = io.StringIO()
     csv_lib.writer(out, lineterminator="").writerow(cells)
     return out.getvalue()

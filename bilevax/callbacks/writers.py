@@ -73,7 +73,7 @@ def scalars(writer: ScalarWriter, *, flush_every: int = 32) -> Callback:
     return logger(lambda step: log, numbers.count(flush_every, "flush_every"), restored=False)
 
 
-def tensorboard(directory: str | os.PathLike, *, flush_every: int = 32) -> Callback:
+def tensorboard(directory: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
     """Write the scalar columns of the history for TensorBoard, by tensorboardX (extra ``tensorboard``).
 
     Args:
@@ -196,7 +196,7 @@ def mlflow(run_id: str | None = None, *, flush_every: int = 32, **settings: Any)
         package = _package("mlflow")
         client = package.MlflowClient()
         own = run_id or client.create_run(**{"experiment_id": "0", **settings}).info.run_id
-        waiting: list = []
+        waiting: list[Any] = []
 
         def write_scalars(step, row):
             now = int(time.time() * 1000)

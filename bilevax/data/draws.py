@@ -12,17 +12,17 @@ from bilevax.base import Bound, Ctx, Draw, Feed, Objective, Problem
 from bilevax.data.permutation import permuted, round_keys, walk
 
 
-def draw_number(feed: Feed, i) -> jax.Array:
+def draw_number(feed: Feed, i: Any) -> jax.Array:
     """The number of the i-th draw from here, counted from the run's start: what draws are keyed by."""
     return jnp.asarray(feed.step, jnp.int32) + jnp.asarray(i, jnp.int32)
 
 
-def draw_key(feed: Feed, i) -> Any:
+def draw_key(feed: Feed, i: Any) -> Any:
     """The key of the i-th draw from here; None where the stream has none."""
     return None if feed.key is None else jax.random.fold_in(feed.key, draw_number(feed, i))
 
 
-def same(feed: Feed, i) -> Ctx:
+def same(feed: Feed, i: Any) -> Ctx:
     """Draw: the whole of the feed's data, every time.
 
     Args:
@@ -40,7 +40,7 @@ def same(feed: Feed, i) -> Ctx:
     return Ctx(feed.data, draw_key(feed, i))
 
 
-def stacked(feed: Feed, i) -> Ctx:
+def stacked(feed: Feed, i: Any) -> Ctx:
     """Draw: the data's leading axis counts draws, and entry ``feed.step + i`` is the batch.
 
     Args:
@@ -69,28 +69,28 @@ def check_stacked(draw: Draw, batches: Any, steps: int) -> None:
         )
 
 
-def windowed(feed: Feed, i) -> Ctx:
+def windowed(feed: Feed, i: Any) -> Ctx:
     """Draw: as `stacked`, from a window ``(start, batches)`` of a longer stream."""
     return _in_window(feed, i, draw_number(feed, i))
 
 
-def last_windowed(feed: Feed, i, *, take: int) -> Ctx:
+def last_windowed(feed: Feed, i: Any, *, take: int) -> Ctx:
     """Draw: the last of the `take` batches that another stream takes from the window in each step."""
     return _in_window(feed, i, (draw_number(feed, i) + 1) * take - 1)
 
 
-def level_windowed(feed: Feed, i, *, take: int, every: int) -> Ctx:
+def level_windowed(feed: Feed, i: Any, *, take: int, every: int) -> Ctx:
     """Draw: of `take` batches in every `every`-th step; the draw after them and those of other steps are the last again."""
     step, place = draw_number(feed, i) // (take + 1), draw_number(feed, i) % (take + 1)
     return _in_window(feed, i, (step // every) * take + jnp.minimum(place, take - 1))
 
 
-def _in_window(feed: Feed, i, number) -> Ctx:
+def _in_window(feed: Feed, i: Any, number: Any) -> Ctx:
     start, batches = feed.data
     return Ctx(jax.tree.map(lambda a: a[number - start], batches), draw_key(feed, i))
 
 
-def counted(feed: Feed, i, *, draw: Draw, last: int | None = None) -> Ctx:
+def counted(feed: Feed, i: Any, *, draw: Draw, last: int | None = None) -> Ctx:
     """Draw: `draw`'s, with the number of the inner step; `last`: that one, whichever the draw."""
     return draw(feed, i)._replace(inner_step=jnp.asarray(i if last is None else last, jnp.int32))
 
@@ -110,7 +110,7 @@ def with_number(objective: Objective, ctx: Ctx) -> Ctx:
     return ctx._replace(inner_step=jax.ShapeDtypeStruct((), jnp.int32)) if objective.indexed else ctx
 
 
-def sampled(feed: Feed, i, *, batch_size: int) -> Ctx:
+def sampled(feed: Feed, i: Any, *, batch_size: int) -> Ctx:
     """Draw: rows chosen independently, with replacement."""
     key = draw_key(feed, i)
     total = jax.tree.leaves(feed.data)[0].shape[0]
@@ -118,7 +118,7 @@ def sampled(feed: Feed, i, *, batch_size: int) -> Ctx:
     return Ctx(jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(key, 1))
 
 
-def by_epoch(feed: Feed, i, *, batch_size: int) -> Ctx:
+def by_epoch(feed: Feed, i: Any, *, batch_size: int) -> Ctx:
     """Draw: rows in an order of their own for each epoch."""
     total = jax.tree.leaves(feed.data)[0].shape[0]
     per_epoch = total // batch_size
@@ -129,7 +129,7 @@ def by_epoch(feed: Feed, i, *, batch_size: int) -> Ctx:
     return Ctx(jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(draw_key(feed, i), 1))
 
 
-def _chosen(feed: Feed, i, num_batches: int, replace: bool) -> jax.Array:
+def _chosen(feed: Feed, i: Any, num_batches: int, replace: bool) -> jax.Array:
     """The number of the batch that the i-th draw from here takes."""
     number = draw_number(feed, i)
     if num_batches == 1:
@@ -165,7 +165,7 @@ class Batches(NamedTuple):
     batches: int
     order: Callable[[Feed, int], jax.Array] | None = None
 
-    def __call__(self, feed: Feed, i) -> Ctx:
+    def __call__(self, feed: Feed, i: Any) -> Ctx:
         return self.draw(feed, i)
 
     def __repr__(self) -> str:
@@ -185,7 +185,7 @@ def partition_order(feed: Feed, count: int, *, num_batches: int, replace: bool) 
     return order.astype(jnp.int32)
 
 
-def partition(feed: Feed, i, *, batch_size: int, num_batches: int, replace: bool) -> Ctx:
+def partition(feed: Feed, i: Any, *, batch_size: int, num_batches: int, replace: bool) -> Ctx:
     """Draw: one of the fixed batches that the data is divided into."""
     index = _chosen(feed, i, num_batches, replace) if feed.order is None else feed.order[i]
     batch = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index * batch_size, batch_size), feed.data)
@@ -215,7 +215,7 @@ def whole(draw: Draw, algorithm: str) -> Draw:
     return same
 
 
-def generated(feed: Feed, i, *, fn: Callable) -> Ctx:
+def generated(feed: Feed, i: Any, *, fn: Callable[..., Any]) -> Ctx:
     """Draw: what a user's ``fn(key, step)`` makes. A run without a key has a function that reads none."""
     key = draw_key(feed, i)
     if key is None:

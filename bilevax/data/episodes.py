@@ -23,7 +23,7 @@ class Episodes(NamedTuple):
     """
 
     parent: Source | Stream
-    maps: tuple[Callable, ...] = ()
+    maps: tuple[Callable[..., Any], ...] = ()
     number: int = 0
 
     @property
@@ -68,7 +68,7 @@ class Episodes(NamedTuple):
         """The same where it is one, read as far as `data`."""
         return self.of(windowed, data)
 
-    def of(self, draw, data) -> Episode:
+    def of(self, draw: Any, data: Any) -> Episode:
         """The draw, the data that it reads, and the maps, as arguments of compiled code."""
         static, dynamic = split((draw, self.maps))
         return Episode(data, dynamic, static, self.number)
@@ -112,9 +112,9 @@ def episodes(source: Any) -> Episodes:
     return Episodes(as_source(source, "source"))
 
 
-def numbered(sources: tuple) -> tuple:
+def numbered(sources: tuple[Any, ...]) -> tuple[Any, ...]:
     """`sources` with a number for each parent of episodes, in order of appearance."""
-    parents: list = []
+    parents: list[Any] = []
     out = []
     for source in sources:
         if isinstance(source, Episodes):
@@ -132,7 +132,7 @@ class Episode:
     """The data of an episodes' stream before the step's batch is drawn from it."""
 
     data: PyTree
-    dynamic: tuple
+    dynamic: tuple[Any, ...]
     static: Any = dataclasses.field(metadata=dict(static=True))
     number: int = dataclasses.field(metadata=dict(static=True))
 
@@ -149,6 +149,6 @@ def drawn(data: PyTree, key: Any, step: Any) -> PyTree:
     return batch
 
 
-def episode(feed: Feed, i) -> Ctx:
+def episode(feed: Feed, i: Any) -> Ctx:
     """Draw: the step's batch, which is in the feed already."""
     return Ctx(feed.data, draw_key(feed, i))

@@ -22,7 +22,7 @@ class Stream:
     array, with `argument`'s name and the batch's number.
     """
 
-    def __init__(self, iterable: Iterable, argument: str = "data"):
+    def __init__(self, iterable: Iterable[Any], argument: str = "data"):
         self.iterable, self.argument = iterable, argument
         self.one_pass = hasattr(iterable, "__next__")
         self.take = self.every = 1
@@ -103,7 +103,7 @@ def _as_array(a: Any) -> Any:
     return np.asarray(a) if hasattr(a, "__array__") else a
 
 
-def _is_numeric(dtype) -> bool:
+def _is_numeric(dtype: Any) -> bool:
     return dtype.kind in "biufc" or jnp.issubdtype(dtype, jnp.inexact)
 
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
+from bilevax._core.types import Key
 
-def permuted(key: jax.Array, places: jax.Array, total: int) -> jax.Array:
+
+def permuted(key: Key, places: jax.Array, total: int) -> jax.Array:
     """Images of `places` (uint32, below `total`) under a pseudo-random permutation of ``range(total)`` chosen by `key`.
 
     A six-round Feistel network on as many bits as `total` needs, walked along its cycle until it lands below `total`. It reaches any
@@ -32,7 +34,7 @@ def permuted(key: jax.Array, places: jax.Array, total: int) -> jax.Array:
     return walk(round_keys(key), places, total)
 
 
-def round_keys(key: jax.Array) -> jax.Array:
+def round_keys(key: Key) -> jax.Array:
     """The six keys of one permutation."""
     return jax.random.bits(key, (6,), jnp.uint32)
 

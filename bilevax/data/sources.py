@@ -41,7 +41,8 @@ def full(arrays: PyTree) -> Source:
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> full({"x": jnp.ones((5, 2)), "prior": jnp.float32(0.1)}).keyed
+      >>> from bilevax import data
+      >>> data.full({"x": jnp.ones((5, 2)), "prior": jnp.float32(0.1)}).keyed
       False
     """
     numbers.arrays(arrays, "arrays")
@@ -65,7 +66,8 @@ def minibatches(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> source = minibatches((jnp.ones((10, 3)), jnp.zeros(10)), 4)
+      >>> from bilevax import data
+      >>> source = data.minibatches((jnp.ones((10, 3)), jnp.zeros(10)), 4)
       >>> source.keyed
       True
     """
@@ -78,7 +80,7 @@ def minibatches(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
     return Source(draw, jax.tree.map(jnp.asarray, arrays), True)
 
 
-def _batch_size(value, total: int) -> int:
+def _batch_size(value: Any, total: int) -> int:
     return numbers.count(value, "batch_size", most=total, why=", the arrays' leading axis")
 
 
@@ -101,7 +103,8 @@ def partitioned(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> partitioned((jnp.ones((10, 3)), jnp.zeros(10)), 4).data[0].shape
+      >>> from bilevax import data
+      >>> data.partitioned((jnp.ones((10, 3)), jnp.zeros(10)), 4).data[0].shape
       (8, 3)
     """
     check_arrays(arrays, "arrays")

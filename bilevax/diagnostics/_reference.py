@@ -15,6 +15,7 @@ from jax.flatten_util import ravel_pytree
 from bilevax import inner as inner_solvers
 from bilevax import linear, tree
 from bilevax._core import numbers
+from bilevax._core.types import Key
 from bilevax.base import Ctx, Feed, InnerSolver, InnerState, Lower, Problem, PyTree
 from bilevax.data import same
 
@@ -80,12 +81,12 @@ def widen(values: PyTree) -> PyTree:
     return jax.tree.map(leaf, values)
 
 
-def frozen(feed: Feed, i) -> Ctx:
+def frozen(feed: Feed, i: Any) -> Ctx:
     """Draw: the same batch and the same key every time, since a derivative needs a function."""
     return Ctx(feed.data, feed.key)
 
 
-def reference(problem: Problem, solver: InnerSolver, point: Point, kind: str, directions: int | None, key: jax.Array) -> Reference:
+def reference(problem: Problem, solver: InnerSolver, point: Point, kind: str, directions: int | None, key: Key) -> Reference:
     """The reference of a kind, in double precision if the objectives can be evaluated there, else in their own."""
 
     def compute(point):
@@ -104,7 +105,7 @@ def reference(problem: Problem, solver: InnerSolver, point: Point, kind: str, di
     return compute(point)
 
 
-def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, directions: int | None, key) -> Reference:
+def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, directions: int | None, key: Any) -> Reference:
     x, unravel_x = ravel_pytree(point.outer)
     y_given, unravel_y = ravel_pytree(point.solution)
     dtype = jnp.promote_types(x.dtype, y_given.dtype)
@@ -214,7 +215,7 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
     )  # fmt: skip
 
 
-def newton(g: Callable, y: jax.Array) -> jax.Array:
+def newton(g: Callable[..., Any], y: jax.Array) -> jax.Array:
     """Minimize a small smooth function down to rounding: Newton steps with the absolute Hessian, halved until they descend."""
     gradient = jax.grad(g)
     unit = numbers.rounding_unit(y.dtype)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,7 @@ from jax.flatten_util import ravel_pytree
 from bilevax import check, tree
 from bilevax._call import prepared
 from bilevax._core import numbers
+from bilevax._core.types import Key
 from bilevax.base import Estimate, Feed, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
 from bilevax.data.draws import count_steps
 from bilevax.diagnostics import _reference
@@ -72,8 +73,8 @@ class HypergradientReport(NamedTuple):
 
 
 def check_hypergradient(
-    inner_objective: Callable,
-    outer_objective: Callable,
+    inner_objective: Callable[..., Any],
+    outer_objective: Callable[..., Any],
     inner_params: PyTree,
     outer_params: PyTree,
     *,
@@ -82,11 +83,11 @@ def check_hypergradient(
     inner_batch: PyTree = None,
     outer_batch: PyTree = None,
     model_state: PyTree = None,
-    inner_init: Callable | None = None,
+    inner_init: Callable[..., Any] | None = None,
     reference: str = "auto",
     directions: int | None = None,
     tol: float = 1e-3,
-    key: jax.Array | None = None,
+    key: Key | None = None,
 ) -> HypergradientReport:
     r"""Compare a solver and a method with a hypergradient known to be right, and say what explains the difference.
 
@@ -160,12 +161,12 @@ class Prepared(NamedTuple):
     feeds: Feeds
     model: PyTree
 
-    def arguments(self, solver: InnerSolver, method: Hypergradient) -> tuple:
+    def arguments(self, solver: InnerSolver, method: Hypergradient) -> tuple[Any, ...]:
         """What the function of `run` takes."""
         opt, state = tree.strong((solver.first(self.inner, self.outer), method.init(self.inner)))
         return self.inner, self.outer, self.feeds, opt, state, self.model
 
-    def run(self, solver: InnerSolver, method: Hypergradient) -> Callable:
+    def run(self, solver: InnerSolver, method: Hypergradient) -> Callable[..., Any]:
         """The estimate as one function, to be compiled."""
         problem = count_steps(self.problem, solver.steps)
 
@@ -180,7 +181,17 @@ class Prepared(NamedTuple):
         return Point(self.inner, solution.params, self.outer, inner_ctx, outer_ctx, self.model)
 
 
-def prepare(inner_objective, outer_objective, inner_params, outer_params, inner_batch, outer_batch, model_state, inner_init, key) -> Prepared:
+def prepare(
+    inner_objective: Any,
+    outer_objective: Any,
+    inner_params: PyTree,
+    outer_params: PyTree,
+    inner_batch: Any,
+    outer_batch: Any,
+    model_state: Any,
+    inner_init: Any,
+    key: Any,
+) -> Prepared:
     """Check what was given, by its names, and freeze batches and randomness."""
     problem = check.problem(inner_objective, outer_objective, frozen, frozen, frozen, inner_init=inner_init)
     call = prepared(problem, inner_params, outer_params, model_state, key)
@@ -284,7 +295,9 @@ def _doubts(ref: Reference) -> list[str]:
     return said
 
 
-def _advice(method: Hypergradient, ok: bool, total: Comparison, ref: Reference, residual, method_error, solve_error, tol, constant) -> str:
+def _advice(
+    method: Hypergradient, ok: bool, total: Comparison, ref: Reference, residual: Any, method_error: Any, solve_error: Any, tol: Any, constant: Any
+) -> str:
     """Causes in the order in which to cure them."""
     if not math.isfinite(total.relative_error):
         return "The hypergradient or its reference is not finite: look at both objectives, and at the inner solve, at this point."

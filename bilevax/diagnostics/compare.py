@@ -13,6 +13,7 @@ import numpy as np
 from bilevax import check, linear, tree
 from bilevax import hypergradient as methods_of
 from bilevax._core import numbers
+from bilevax._core.types import Key
 from bilevax.base import Hypergradient, InnerSolver, PyTree
 from bilevax.diagnostics import _reference
 from bilevax.diagnostics.checking import compared, flat, prepare, reference_kind
@@ -104,7 +105,7 @@ class HypergradientComparison(NamedTuple):
         return plots.comparison(self, ax)
 
 
-def default_methods(solver: InnerSolver, key: jax.Array | None = None) -> dict[str, Hypergradient]:
+def default_methods(solver: InnerSolver, key: Key | None = None) -> dict[str, Hypergradient]:
     """The methods that `compare_hypergradients` takes when none are given: those that work with this solver."""
     out = {
         "implicit, CG": methods_of.implicit(linear.cg(maxiter=200, tol=1e-8), max_residual=math.inf),
@@ -128,8 +129,8 @@ def default_methods(solver: InnerSolver, key: jax.Array | None = None) -> dict[s
 
 
 def compare_hypergradients(
-    inner_objective: Callable,
-    outer_objective: Callable,
+    inner_objective: Callable[..., Any],
+    outer_objective: Callable[..., Any],
     inner_params: PyTree,
     outer_params: PyTree,
     *,
@@ -141,7 +142,7 @@ def compare_hypergradients(
     reference: str = "auto",
     directions: int | None = None,
     repeats: int = 5,
-    key: jax.Array | None = None,
+    key: Key | None = None,
 ) -> HypergradientComparison:
     """Run several hypergradient methods on your problem, and compare accuracy, cost, time and memory.
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Linear, LinearInfo, LinearSolver, Scalar, as_linear
+from bilevax.base import Linear, LinearInfo, LinearSolver, PyTree, Scalar, as_linear
 from bilevax.results import RESULTS, first, warning
 
 ROUGH = 0.1  # residual above which an adjoint is called rough where its solver has no tolerance of its own
@@ -25,7 +25,7 @@ def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tup
     return as_linear(linear), max_residual
 
 
-def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual, **entries) -> dict[str, Scalar]:
+def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual: Any, **entries: Any) -> dict[str, Scalar]:
     """The info of a pullback: a rough adjoint is a warning, and one that no number came of a failure."""
     code, warnings = verdict(linear_info, max_residual)
     iterations = jnp.asarray(linear_info.iterations, jnp.int32)
@@ -40,7 +40,9 @@ def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual, **ent
     return {**info, **given, **entries, **said}
 
 
-def through_fixed_point(mapping, linear: LinearSolver, solution, outer, info, w, start, max_residual) -> tuple:
+def through_fixed_point(
+    mapping: Any, linear: LinearSolver, solution: Any, outer: PyTree, info: Any, w: Any, start: Any, max_residual: Any
+) -> tuple[Any, ...]:
     """The pullback of a fixed point of ``mapping(inner, outer)``: the outer cotangent, the adjoint, the info."""
 
     def image(inner, outer):
@@ -52,7 +54,7 @@ def through_fixed_point(mapping, linear: LinearSolver, solution, outer, info, w,
     return products(q)[1], q, report(info, linear_info, max_residual, inner_grad_norm=moved)
 
 
-def verdict(linear_info: LinearInfo, max_residual) -> tuple[Scalar, Scalar]:
+def verdict(linear_info: LinearInfo, max_residual: Any) -> tuple[Scalar, Scalar]:
     """A linear solver's word as ``(code, warnings)``.
 
     Failures: a residual that is not finite, and a breakdown that left nothing better than a zero adjoint.

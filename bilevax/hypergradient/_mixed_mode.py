@@ -34,7 +34,7 @@ def mixed(objective: Objective) -> Objective:
     return Objective(Bound(objective.name, _evaluate, objective=objective), True, True, True, indexed=True)
 
 
-def _evaluate(inner, outer, batch, model, *, key, inner_step, objective):
+def _evaluate(inner: PyTree, outer: PyTree, batch: PyTree, model: PyTree, *, key: Any, inner_step: Any, objective: Objective) -> Any:
     ctx = Ctx(batch, key, model, inner_step=inner_step)
     # A fresh function each time: JAX remembers traces by function, and a remembered one may have captured tracers of a trace that has ended.
     closed, shape = jax.make_jaxpr(lambda inner, outer, ctx: objective(inner, outer, ctx), return_shape=True)(inner, outer, ctx)
@@ -49,44 +49,44 @@ class _Static(NamedTuple):
     jaxpr: Any
     structure: Any
 
-    def __call__(self, inner, rest):
+    def __call__(self, inner: PyTree, rest: Any) -> Any:
         outer, ctx, captured = rest
         out = evaluate(self.jaxpr, captured, jax.tree.leaves((inner, outer, ctx)))
         return jax.tree.unflatten(self.structure, out)
 
 
 @jax.tree_util.register_static
-class _Flags(tuple):
+class _Flags(tuple[Any, ...]):
     """Which leaves are being differentiated; rides along with the residuals without becoming an array."""
 
 
-def _is_zero(a) -> bool:
+def _is_zero(a: Any) -> bool:
     return isinstance(a, jax.custom_derivatives.SymbolicZero)
 
 
-def _unwrap(primals) -> tuple[PyTree, _Flags]:
+def _unwrap(primals: Any) -> tuple[PyTree, _Flags]:
     """Values and flags of what a forward rule is given under ``symbolic_zeros``."""
     is_primal = lambda a: isinstance(a, jax.custom_derivatives.CustomVJPPrimal)  # by type: an nnx.Variable answers hasattr for its value
     wrapped = jax.tree.leaves(primals, is_leaf=is_primal)
     return jax.tree.map(lambda a: a.value, primals, is_leaf=is_primal), _Flags(a.perturbed for a in wrapped)
 
 
-def _choose(flags, a: PyTree) -> list:
+def _choose(flags: Any, a: PyTree) -> list[Any]:
     return [leaf for leaf, flag in zip(jax.tree.leaves(a), flags, strict=True) if flag]
 
 
-def _place(flags, like: PyTree, chosen: list) -> PyTree:
+def _place(flags: Any, like: PyTree, chosen: list[Any]) -> PyTree:
     """`chosen` at the flagged leaves of `like`, None (a zero cotangent) at the others."""
     values = iter(chosen)
     leaves, treedef = jax.tree.flatten(like)
     return treedef.unflatten([next(values) if flag else None for flag, _ in zip(flags, leaves, strict=True)])
 
 
-def _moving(rule: _Static, operands: PyTree, flags):
+def _moving(rule: _Static, operands: PyTree, flags: Any) -> Any:
     """The objective as a function of its flagged leaves only; and those leaves."""
     leaves, treedef = jax.tree.flatten(operands)
 
-    def fn(moved: list):
+    def fn(moved: list[Any]):
         values = iter(moved)
         return rule(*treedef.unflatten([next(values) if flag else leaf for flag, leaf in zip(flags, leaves, strict=True)]))
 
@@ -97,17 +97,17 @@ def _moving(rule: _Static, operands: PyTree, flags):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _gradient(rule, inner, rest):
+def _gradient(rule: Any, inner: PyTree, rest: Any) -> Any:
     return jax.value_and_grad(rule, has_aux=True)(inner, rest)
 
 
-def _gradient_fwd(rule, inner, rest):
+def _gradient_fwd(rule: Any, inner: PyTree, rest: Any) -> Any:
     (inner, rest), flags = _unwrap((inner, rest))
     out, gradient = jax.value_and_grad(rule, has_aux=True)(inner, rest)
     return (out, checkpoint_name(gradient, GRADIENT)), (inner, rest, flags)
 
 
-def _gradient_bwd(rule, residuals, cotangents):
+def _gradient_bwd(rule: Any, residuals: Any, cotangents: Any) -> Any:
     inner, rest, flags = residuals
     (value_cotangent, extras_cotangent), u = cotangents
     count = len(jax.tree.leaves(inner))
@@ -136,7 +136,7 @@ def _gradient_bwd(rule, residuals, cotangents):
 _gradient.defvjp(_gradient_fwd, _gradient_bwd, symbolic_zeros=True)
 
 
-def _directional(rule, inner, rest, flags, u, extras_cotangent):
+def _directional(rule: Any, inner: PyTree, rest: Any, flags: Any, u: Any, extras_cotangent: Any) -> Any:
     """``∇ g`` with respect to all that moves, the inner parameters included, and its derivative along `u`.
 
     The pullback of model state and aux is added to the latter: they are weighed into the value by an amount that grows
@@ -157,20 +157,20 @@ def _directional(rule, inner, rest, flags, u, extras_cotangent):
     return jax.jvp(gradients, (inner, amount), (u, jnp.ones_like(amount)))
 
 
-def _moved_extras(cotangent):
+def _moved_extras(cotangent: PyTree) -> Any:
     """Which leaves of model state and aux have a cotangent, and those cotangents."""
     leaves = jax.tree.leaves(cotangent, is_leaf=_is_zero)
     keep = [not _is_zero(c) and c.dtype != jax.dtypes.float0 for c in leaves]
     return keep, [c for c, k in zip(leaves, keep, strict=True) if k]
 
 
-def _instantiate(a):
+def _instantiate(a: Any) -> Any:
     if not _is_zero(a):
         return a
     return jnp.zeros(a.shape, a.dtype)
 
 
-def _pull_extras(rule, inner, rest, flags, cotangent):
+def _pull_extras(rule: Any, inner: PyTree, rest: Any, flags: Any, cotangent: PyTree) -> Any:
     """Reverse mode through model state and aux: what a stateful objective hands to its next step."""
     fn, moved = _moving(rule, (inner, rest), flags)
     keep, chosen = _moved_extras(cotangent)
@@ -182,17 +182,17 @@ def _pull_extras(rule, inner, rest, flags, cotangent):
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _objective(rule, inner, rest):
+def _objective(rule: Any, inner: PyTree, rest: Any) -> Any:
     return rule(inner, rest)
 
 
-def _objective_fwd(rule, inner, rest):
+def _objective_fwd(rule: Any, inner: PyTree, rest: Any) -> Any:
     (inner, rest), flags = _unwrap((inner, rest))
     out, gradient = _gradient(rule, inner, rest)
     return out, (gradient, inner, rest, flags)
 
 
-def _objective_bwd(rule, residuals, cotangents):
+def _objective_bwd(rule: Any, residuals: Any, cotangents: Any) -> Any:
     gradient, inner, rest, flags = residuals
     value_cotangent, extras_cotangent = cotangents
     count = len(jax.tree.leaves(inner))

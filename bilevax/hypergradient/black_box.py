@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Hypergradient
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
 from bilevax.hypergradient._solve import forward
 from bilevax.inner.black_box import minimize
 
 
-def black_box(minimizer: Callable, interpolation: float = 1.0, *, host: bool = False) -> Hypergradient:
+def black_box(minimizer: Callable[..., Any], interpolation: Numeric = 1.0, *, host: bool = False) -> Hypergradient:
     r"""The gradient of a piecewise affine interpolation of a piecewise constant solution map.
 
     .. math::
@@ -52,11 +54,22 @@ def black_box(minimizer: Callable, interpolation: float = 1.0, *, host: bool = F
     return Hypergradient(init=_init, vjp=Bound("black_box", _vjp, **settings), order=1, extends=False)
 
 
-def _init(inner):
+def _init(inner: PyTree) -> Any:
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, minimizer, interpolation, host):
+def _vjp(
+    lower: Lower,
+    inner_state: InnerState,
+    outer: PyTree,
+    feed: Feed,
+    ctx: Ctx,
+    state: PyTree,
+    *,
+    minimizer: Callable[..., Any],
+    interpolation: Any,
+    host: bool,
+) -> tuple[InnerState, Pullback]:
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Hypergradient
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
 
 
-def finite_difference(scale: float = 1.0, *, radius: float = 0.01) -> Hypergradient:
+def finite_difference(scale: Numeric = 1.0, *, radius: Numeric = 0.01) -> Hypergradient:
     """As `one_step`, its mixed product from two gradients.
 
     ``dx = −scale · [∇_x g(y + εw) − ∇_x g(y − εw)] / 2ε`` with ``ε = radius / ‖w‖``. Truncation is of order ``radius²``, rounding of order
@@ -45,15 +48,17 @@ def finite_difference(scale: float = 1.0, *, radius: float = 0.01) -> Hypergradi
     return Hypergradient(init=_init, vjp=Bound("finite_difference", _vjp, **settings), order=1, cost=_cost)
 
 
-def _cost(solver) -> dict:
+def _cost(solver: Any) -> dict[Any, Any]:
     return {"gradients": 2, "hvps": 0, "mixed_products": 0}
 
 
-def _init(inner):
+def _init(inner: PyTree) -> Any:
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, scale, radius):
+def _vjp(
+    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree, *, scale: Any, radius: Any
+) -> tuple[InnerState, Pullback]:
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 

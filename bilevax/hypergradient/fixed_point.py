@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
 from bilevax._core.precision import asked_by, under
-from bilevax.base import Bound, Hypergradient, LinearSolver
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Linear, LinearSolver, Lower, Pullback, PyTree
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.inner.parts import apply, as_mapping
 
 
 def fixed_point(
-    mapping: Callable, linear: LinearSolver | None = None, *, warm_start: bool = True, max_residual: float | None = None
+    mapping: Callable[..., Any], linear: LinearSolver | None = None, *, warm_start: bool = True, max_residual: Numeric | None = None
 ) -> Hypergradient:
     r"""Implicit differentiation of ``y = T(y, x)``.
 
@@ -68,11 +70,24 @@ def fixed_point(
     )
 
 
-def _init(inner, *, warm_start):
+def _init(inner: PyTree, *, warm_start: bool) -> Any:
     return tree.zeros_like(inner) if warm_start else ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, mapping, linear, warm_start, max_residual, precision):
+def _vjp(
+    lower: Lower,
+    inner_state: InnerState,
+    outer: PyTree,
+    feed: Feed,
+    ctx: Ctx,
+    state: PyTree,
+    *,
+    mapping: Any,
+    linear: Linear,
+    warm_start: bool,
+    max_residual: float | None,
+    precision: str | None,
+) -> tuple[InnerState, Pullback]:
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 

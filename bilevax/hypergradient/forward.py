@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from bilevax import tree
-from bilevax.base import Bound, Hypergradient, PyTree
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
 from bilevax.hypergradient._solve import summary
 
 LARGEST = 1024  # outer parameters: as many tangents of inner parameters and optimizer state are carried
@@ -45,11 +47,11 @@ def forward() -> Hypergradient:
     return Hypergradient(init=_init, vjp=Bound("forward", _vjp), order=2, sees_model=True, sees_settings=True, sees_steps=True, batches=0)
 
 
-def _init(inner):
+def _init(inner: PyTree) -> Any:
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state):
+def _vjp(lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree) -> tuple[InnerState, Pullback]:
     count = tree.size(outer)
     if count > LARGEST:
         raise ValueError(

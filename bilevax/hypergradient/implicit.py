@@ -15,6 +15,7 @@ from bilevax import tree
 from bilevax._core import numbers
 from bilevax._core.optimizer import accepted
 from bilevax._core.precision import asked_by, under
+from bilevax._core.types import Numeric
 from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Linear, LinearSolver, Lower, Objective, Pullback, PyTree, Scalar
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
@@ -41,12 +42,12 @@ class ImplicitState(NamedTuple):
 def implicit(
     linear: LinearSolver | None = None,
     *,
-    damping: float = 0.0,
+    damping: Numeric = 0.0,
     warm_start: bool = True,
-    max_residual: float | None = None,
+    max_residual: Numeric | None = None,
     low_memory: bool = False,
     refresh: int = 1,
-    follow: float | None = None,
+    follow: Numeric | None = None,
 ) -> Hypergradient:
     r"""Implicit differentiation of the optimality condition ``∇_y g(y, x) = 0``.
 
@@ -128,11 +129,11 @@ def implicit(
     )
 
 
-def _cost(solver, *, products) -> dict:
+def _cost(solver: Any, *, products: Any) -> dict[Any, Any]:
     return {"gradients": 1, "hvps": products, "mixed_products": 1}
 
 
-def _damped(matvec, b, x0, *, solve, damping, **settings):
+def _damped(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree, *, solve: Any, damping: Any, **settings: Any) -> Any:
     return solve(lambda v: tree.axpy(damping, v, matvec(v)), b, x0, **settings)
 
 
@@ -141,7 +142,7 @@ def _preconditioner(linear: Linear) -> Preconditioner | None:
     return held if isinstance(held, Preconditioner) else None
 
 
-def _init(inner, *, linear, warm_start):
+def _init(inner: PyTree, *, linear: Linear, warm_start: bool) -> Any:
     held = _preconditioner(linear)
     return ImplicitState(tree.zeros_like(inner) if warm_start else None, None if held is None else held.init(inner), jnp.int32(0))
 
@@ -202,7 +203,7 @@ def _linearized(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, l
     return _Point(value, grad, products)
 
 
-def _damped_products(products: Callable, damping: Any) -> Callable[[PyTree], PyTree]:
+def _damped_products(products: Callable[..., Any], damping: Any) -> Callable[[PyTree], PyTree]:
     """``v -> (∇²_yy g + ρI) v``."""
     if damping is None:
         return lambda v: products(v)[0]
@@ -210,7 +211,7 @@ def _damped_products(products: Callable, damping: Any) -> Callable[[PyTree], PyT
 
 
 def _prepared(
-    linear: Linear, state: ImplicitState, refresh: int, follow: Any, hessian: Callable, grad_norm: Scalar, w: PyTree
+    linear: Linear, state: ImplicitState, refresh: int, follow: Any, hessian: Callable[..., Any], grad_norm: Scalar, w: PyTree
 ) -> tuple[Linear, PyTree, Scalar]:
     """The linear solver with its preconditioner, refreshed where that is due, and the tolerance that follows; the sketch, and its cost."""
     held, sketch, spent = _preconditioner(linear), state.preconditioner, jnp.int32(0)
@@ -245,7 +246,7 @@ def _through_mapping(
     return found, None, state._replace(adjoint=q if warm_start else None, calls=state.calls + 1), report
 
 
-def _held_back(solver, solution, value, grads, outer):
+def _held_back(solver: Any, solution: Any, value: Any, grads: Any, outer: PyTree) -> Any:
     """The warning that an optimizer keeps parameters where they are against their gradient, as projections do.
 
     Such a coordinate does not move, and would if its gradient had the other sign (and were larger than what momentum remembers).

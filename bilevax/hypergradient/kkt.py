@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,8 @@ import jax.numpy as jnp
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core.precision import asked_by, under
-from bilevax.base import Bound, Hypergradient, LinearSolver
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Linear, LinearSolver, Lower, Pullback, PyTree
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.inner.parts import as_mapping, bound_like
@@ -19,7 +21,7 @@ from bilevax.results import RESULTS, warning
 OFF = 1e-3  # distance from the constraint, relative to the solution, above which the conditions do not hold
 
 
-def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residual: float | None = None) -> Hypergradient:
+def kkt(constraint: Callable[..., Any], linear: LinearSolver | None = None, *, max_residual: Numeric | None = None) -> Hypergradient:
     r"""Implicit differentiation of ``y* = argmin_y g(y, x) subject to c(y, x) = 0``, through its optimality conditions.
 
     .. math::
@@ -64,11 +66,23 @@ def kkt(constraint: Callable, linear: LinearSolver | None = None, *, max_residua
     return Hypergradient(init=_init, vjp=Bound("kkt", _vjp, **settings), order=1, precision=asked_by(linear), mapping=condition)
 
 
-def _init(inner):
+def _init(inner: PyTree) -> Any:
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, constraint, linear, max_residual, precision):
+def _vjp(
+    lower: Lower,
+    inner_state: InnerState,
+    outer: PyTree,
+    feed: Feed,
+    ctx: Ctx,
+    state: PyTree,
+    *,
+    constraint: Any,
+    linear: Linear,
+    max_residual: float | None,
+    precision: str | None,
+) -> tuple[InnerState, Pullback]:
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
     inner, limited = solution.params, bound_like(constraint, lower.objective)

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Hypergradient
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
 
 
-def one_step(scale: float = 1.0) -> Hypergradient:
+def one_step(scale: Numeric = 1.0) -> Hypergradient:
     """The adjoint is the cotangent itself, times a number: ``dx = −∇²_xy g · (scale · w)``.
 
     The derivative of a single gradient step of size `scale` taken at the solution: the first term of the Neumann series. Its error does not go
@@ -47,16 +50,18 @@ def one_step(scale: float = 1.0) -> Hypergradient:
     return Hypergradient(_init, exact, order=1, cost=Bound("cost", _cost, product="exact"), first_order_form=by_difference)
 
 
-def _cost(solver, *, product) -> dict:
+def _cost(solver: Any, *, product: Any) -> dict[Any, Any]:
     exact = product == "exact"
     return {"gradients": 0 if exact else 2, "hvps": 0, "mixed_products": 1 if exact else 0}
 
 
-def _init(inner):
+def _init(inner: PyTree) -> Any:
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, scale, product):
+def _vjp(
+    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree, *, scale: Any, product: str
+) -> tuple[InnerState, Pullback]:
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 

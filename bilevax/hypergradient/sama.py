@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,13 +12,14 @@ from jax import lax
 from bilevax import tree
 from bilevax._core import numbers, optimizer
 from bilevax._core.apart import apart, large
-from bilevax.base import Bound, Hypergradient, PyTree, Scalar
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree, Scalar
 from bilevax.hypergradient import _product
 from bilevax.hypergradient._solve import forward
 from bilevax.results import RESULTS, warning
 
 
-def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -> Hypergradient:
+def sama(*, product: str = "exact", nudge: bool = False, radius: Numeric = 0.01) -> Hypergradient:
     """One-step differentiation with the cotangent adapted to the inner optimizer.
 
     ``q = D w`` and ``dx = −∇²_xy g · q``, where ``y − u(∇_y g)`` is what the optimizer makes of `y` and ``D = (∂u/∂∇_y g)'``. The step that D belongs
@@ -71,18 +73,20 @@ def sama(*, product: str = "exact", nudge: bool = False, radius: float = 0.01) -
     return Hypergradient(init, Bound("sama", _vjp, **settings), order=1, cost=Bound("cost", _cost, product=product), first_order_form=form)
 
 
-def _cost(solver, *, product) -> dict:
+def _cost(solver: Any, *, product: Any) -> dict[Any, Any]:
     exact = product == "exact"
     return {"gradients": 1 if exact else 3, "hvps": 0, "mixed_products": 1 if exact else 0}
 
 
-def _init(inner, *, nudge):
+def _init(inner: PyTree, *, nudge: Any) -> Any:
     return tree.zeros_like(inner) if nudge else ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, product, nudge, radius):
-    solver = lower.solver
-    if solver.update is None:
+def _vjp(
+    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree, *, product: str, nudge: bool, radius: Any
+) -> tuple[InnerState, Pullback]:
+    solver, update = lower.solver, lower.solver.update
+    if update is None:
         raise ValueError(
             f"solver: got {solver!r}, which is not a gradient transformation, so that there is no update to differentiate; expected one built by "
             "inner.optax. Try hypergradient.implicit(), which needs no update."
@@ -100,7 +104,7 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, product, nudge, radius)
         value, grads = apart(inner_gradient, _after(w, solution.params))
         extra = {"value": value, "grad": grads, "value_fn": lambda params: lower.objective(params, outer, ctx)[0]}
         extra |= {"outer": outer} if solver.sees_outer else {}
-        q, nonsmooth = adapt(_updates(solver.update, solution, extra), grads, w)
+        q, nonsmooth = adapt(_updates(update, solution, extra), grads, w)
         lost = (tree.dot(q, q) == 0) & (tree.dot(w, w) > 0)
         warnings = info["warnings"] | warning(lost, RESULTS.adaptation_zero)
         if product == "exact":
@@ -135,7 +139,7 @@ def _after(before: PyTree, params: PyTree) -> PyTree:
     return params if large(params) else tree.axpy(0.0, before, params)
 
 
-def _updates(update: Callable, solution, extra: dict) -> Callable[[PyTree], PyTree]:
+def _updates(update: Callable[..., Any], solution: Any, extra: dict[Any, Any]) -> Callable[[PyTree], PyTree]:
     """The optimizer's next update as a function of the gradient alone."""
     extra = optimizer.accepted(update, extra)
 
@@ -168,7 +172,7 @@ def adapt(updates: Callable[[PyTree], PyTree], grads: PyTree, w: PyTree) -> tupl
     return lax.cond(tree.all_finite(q), smooth, kinked)
 
 
-def _pull(updates, grads, w):
+def _pull(updates: Any, grads: Any, w: Any) -> Any:
     try:
         return tree.neg(jax.vjp(updates, grads)[1](w)[0])
     except ValueError as error:
@@ -180,7 +184,7 @@ def _pull(updates, grads, w):
         ) from error
 
 
-def _tiny(dtype) -> float:
+def _tiny(dtype: Any) -> float:
     """Small beside any gradient, and its square times 1e-3 still a normal number."""
     return float(jnp.finfo(dtype).smallest_normal) ** 0.4
 

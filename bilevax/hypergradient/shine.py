@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -9,13 +11,14 @@ from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
 from bilevax._core.precision import needed, under
-from bilevax.base import Bound, Hypergradient, LinearInfo
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, LinearInfo, Lower, Pullback, PyTree
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.results import RESULTS
 
 
-def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float | None = None) -> Hypergradient:
+def shine(refine: int = 0, *, tol: Numeric = 1e-6, max_residual: Numeric | None = None) -> Hypergradient:
     r"""Implicit differentiation with the inverse Hessian estimate that L-BFGS leaves behind.
 
     .. math::
@@ -55,11 +58,23 @@ def shine(refine: int = 0, *, tol: float = 1e-6, max_residual: float | None = No
     return Hypergradient(init=_init, vjp=vjp, order=1, precision=precision)
 
 
-def _init(inner):
+def _init(inner: PyTree) -> Any:
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, refine, tol, max_residual, precision):
+def _vjp(
+    lower: Lower,
+    inner_state: InnerState,
+    outer: PyTree,
+    feed: Feed,
+    ctx: Ctx,
+    state: PyTree,
+    *,
+    refine: Any,
+    tol: Any,
+    max_residual: float | None,
+    precision: str | None,
+) -> tuple[InnerState, Pullback]:
     product = lower.solver.inverse_hessian
     if product is None:
         raise TypeError(f"solver: got {lower.solver!r}, which keeps no inverse Hessian; expected inner.lbfgs(). Try hypergradient.implicit().")
@@ -88,5 +103,5 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, refine, tol, max_residu
     return solution, under(precision, pullback)
 
 
-def _apply(v, *, product, memory):
+def _apply(v: Any, *, product: Any, memory: Any) -> Any:
     return product(memory, v)

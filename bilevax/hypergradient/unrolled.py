@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,7 +12,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Feed, Hypergradient, InnerState, Lower, PyTree
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
 from bilevax.hypergradient._mixed_mode import GRADIENT, mixed
 from bilevax.hypergradient._solve import summary
 
@@ -82,16 +83,18 @@ def unrolled(last: int | None = None, *, checkpoint: str = "mixed") -> Hypergrad
     )
 
 
-def _cost(solver, *, last, checkpoint) -> dict:
+def _cost(solver: Any, *, last: Any, checkpoint: Any) -> dict[Any, Any]:
     taken = solver.steps if last is None else last
     return {"gradients": taken if checkpoint in ("step", "sqrt") else 0, "hvps": taken, "mixed_products": taken}
 
 
-def _init(inner):
+def _init(inner: PyTree) -> Any:
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, last, checkpoint):
+def _vjp(
+    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree, *, last: Any, checkpoint: Any
+) -> tuple[InnerState, Pullback]:
     solver, steps = lower.solver, lower.solver.steps
     if not solver.reversible:
         raise ValueError(
@@ -129,29 +132,29 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, last, checkpoint):
 # ---- the solve, with what is kept of it
 
 
-def _body(lower: Lower, checkpointed: bool = True) -> Callable:
+def _body(lower: Lower, checkpointed: bool = True) -> Callable[..., Any]:
     # Inside a scan nothing can be merged across the loop's boundary, so merging need not be prevented.
     policy = jax.checkpoint_policies.save_only_these_names(GRADIENT)
-    return jax.checkpoint(lower.step, prevent_cse=False, policy=policy) if checkpointed else lower.step  # type: ignore[no-any-return]
+    return jax.checkpoint(lower.step, prevent_cse=False, policy=policy) if checkpointed else lower.step
 
 
-def _steps(body: Callable, state: InnerState, outer: PyTree, feed: Feed, indices) -> tuple[InnerState, PyTree]:
+def _steps(body: Callable[..., Any], state: InnerState, outer: PyTree, feed: Feed, indices: Any) -> tuple[InnerState, PyTree]:
     return lax.scan(lambda state, i: body(state, i, outer, feed), state, indices)
 
 
-def _all(lower, state, outer, feed, lo, hi):
+def _all(lower: Lower, state: Any, outer: PyTree, feed: Feed, lo: Any, hi: Any) -> Any:
     return lower.run(state, outer, feed, lo, hi)
 
 
-def _each(lower, state, outer, feed, lo, hi):
+def _each(lower: Lower, state: Any, outer: PyTree, feed: Feed, lo: Any, hi: Any) -> Any:
     return _steps(_body(lower), state, outer, feed, jnp.arange(lo, hi))
 
 
-def _mixed(lower, state, outer, feed, lo, hi):
+def _mixed(lower: Lower, state: Any, outer: PyTree, feed: Feed, lo: Any, hi: Any) -> Any:
     return _each(lower._replace(objective=mixed(lower.objective)), state, outer, feed, lo, hi)
 
 
-def _sqrt(lower, state, outer, feed, lo, hi):
+def _sqrt(lower: Lower, state: Any, outer: PyTree, feed: Feed, lo: Any, hi: Any) -> Any:
     """Segments of about √K steps: the states at their starts are kept, those inside one are rebuilt when the way back comes to it."""
     body = _body(lower._replace(objective=mixed(lower.objective)))
     length = math.isqrt(hi - lo)

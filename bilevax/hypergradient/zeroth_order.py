@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Hypergradient
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
 from bilevax.hypergradient._solve import forward
 
 
-def zeroth_order(samples: int = 16, scale: float = 1e-2, *, antithetic: bool = True, chunk: int | None = None) -> Hypergradient:
+def zeroth_order(samples: int = 16, scale: Numeric = 1e-2, *, antithetic: bool = True, chunk: int | None = None) -> Hypergradient:
     r"""The derivative of a Gaussian-smoothed solution map, by solves at perturbed outer parameters.
 
     .. math::
@@ -57,12 +60,25 @@ def zeroth_order(samples: int = 16, scale: float = 1e-2, *, antithetic: bool = T
     return Hypergradient(init=_init, vjp=Bound("zeroth_order", _vjp, **settings), order=1, extends=False, sees_settings=True, batches=0)
 
 
-def _init(inner):
+def _init(inner: PyTree) -> Any:
     return ()
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, samples, scale, antithetic, chunk):
-    if ctx.key is None:
+def _vjp(
+    lower: Lower,
+    inner_state: InnerState,
+    outer: PyTree,
+    feed: Feed,
+    ctx: Ctx,
+    state: PyTree,
+    *,
+    samples: int,
+    scale: Any,
+    antithetic: bool,
+    chunk: int | None,
+) -> tuple[InnerState, Pullback]:
+    key = ctx.key
+    if key is None:
         raise ValueError("key: got None although hypergradient.zeroth_order draws directions; expected a PRNG key. Try key=jax.random.key(0).")
     solution, info = forward(lower, inner_state, outer, feed)
 
@@ -70,14 +86,14 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, samples, scale, antithe
         return lower.run(inner_state, tree.axpy(sign * scale, direction, outer), feed)[0].params
 
     def pullback(w):
-        def one(key):
-            direction = tree.normal_like(key, outer)
+        def one(own):
+            direction = tree.normal_like(own, outer)
             ahead = solve(direction, 1.0)
             behind = solve(direction, -1.0) if antithetic else solution.params
             slope = tree.dot(w, tree.sub(ahead, behind)) / (2 * scale if antithetic else scale)
             return tree.scale(slope, direction)
 
-        keys = jax.random.split(jax.random.fold_in(ctx.key, 0x5A), samples)
+        keys = jax.random.split(jax.random.fold_in(key, 0x5A), samples)
         terms = lax.map(one, keys, batch_size=min(samples, chunk or samples))
         mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), terms)
         squares = jnp.mean(jax.vmap(lambda term: tree.dot(term, term))(terms)) - tree.dot(mean, mean)

@@ -13,12 +13,12 @@ import jax.numpy as jnp
 
 from bilevax import base, tree
 from bilevax._core import numbers
-from bilevax.base import PyTree
+from bilevax.base import Ctx, Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 from bilevax.inner._adapter import ended, lenient, own_rules
 
 
-def jaxopt(solver: Any, **settings) -> base.InnerSolver:
+def jaxopt(solver: Any, **settings: Any) -> base.InnerSolver:
     """Solve the lower level with a jaxopt solver, given as its class and keyword arguments.
 
     jaxopt binds the objective when a solver is built, so the solver is built inside, with the lower level's objective and with jaxopt's own
@@ -104,7 +104,7 @@ def _refused(solver: Any) -> None:
         )
 
 
-def _optimality(settings: dict, runtime: dict) -> base.Bound | None:
+def _optimality(settings: dict[Any, Any], runtime: dict[Any, Any]) -> base.Bound | None:
     """The mapping whose fixed points the solutions of a projected, proximal or bounded solver are."""
     if settings.get("prox") is not None:
         return base.Bound("prox", _prox_step, prox=settings["prox"], hyperparams=runtime.get("hyperparams_prox"))
@@ -115,25 +115,25 @@ def _optimality(settings: dict, runtime: dict) -> base.Bound | None:
     return None
 
 
-def _clip(params: PyTree, bounds: tuple) -> PyTree:
+def _clip(params: PyTree, bounds: tuple[Any, ...]) -> PyTree:
     return jax.tree.map(jnp.clip, params, *bounds)
 
 
-def _descent(objective, params: PyTree, outer: PyTree, ctx: base.Ctx) -> PyTree:
+def _descent(objective: Objective, params: PyTree, outer: PyTree, ctx: base.Ctx) -> PyTree:
     return tree.sub(params, jax.grad(objective, has_aux=True)(params, outer, ctx)[0])
 
 
-def _prox_step(objective, params, outer, ctx, *, prox, hyperparams):
+def _prox_step(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, *, prox: Any, hyperparams: Any) -> Any:
     with _lenient():
         return prox(_descent(objective, params, outer, ctx), hyperparams, 1.0)
 
 
-def _projected_step(objective, params, outer, ctx, *, projection, hyperparams):
+def _projected_step(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, *, projection: Any, hyperparams: Any) -> Any:
     with _lenient():
         return projection(_descent(objective, params, outer, ctx), hyperparams)
 
 
-def _init(params: PyTree) -> tuple:
+def _init(params: PyTree) -> tuple[Any, ...]:
     return ()
 
 
@@ -146,7 +146,9 @@ def _lenient() -> Iterator[None]:
         yield
 
 
-def _solve(objective: base.Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver: Any, settings: dict, runtime: dict):
+def _solve(
+    objective: base.Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver: Any, settings: dict[Any, Any], runtime: dict[Any, Any]
+) -> tuple[base.InnerState, dict[str, Scalar]]:
     value = own_rules(lambda params, outer, ctx: objective(params, outer, ctx)[0])
     taken = inspect.signature(solver).parameters
     off = {name: False for name in ("implicit_diff", "unroll") if name in taken}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import optax as _optax
 
 from bilevax import base, tree
 from bilevax._core import numbers, optimizer
-from bilevax.base import PyTree
+from bilevax.base import Objective, PyTree, Scalar
 
 
 def optax(opt: _optax.GradientTransformation | Callable[[PyTree], _optax.GradientTransformation], steps: int) -> base.InnerSolver:
@@ -67,39 +68,39 @@ def optax(opt: _optax.GradientTransformation | Callable[[PyTree], _optax.Gradien
     )
 
 
-def _is_transformation(opt) -> bool:
+def _is_transformation(opt: Any) -> bool:
     return callable(getattr(opt, "init", None)) and callable(getattr(opt, "update", None))
 
 
-def _built(opt, outer: PyTree):
+def _built(opt: Any, outer: PyTree) -> Any:
     made = opt(outer)
     if not _is_transformation(made):
         raise TypeError(f"opt: the function of the outer parameters returned {type(made).__name__}; expected an optax.GradientTransformation.")
     return made
 
 
-def _init(params: PyTree, *, opt) -> PyTree:
+def _init(params: PyTree, *, opt: Any) -> PyTree:
     return optimizer.init(opt, params)
 
 
-def _init_learned(params: PyTree, outer: PyTree, *, opt) -> PyTree:
+def _init_learned(params: PyTree, outer: PyTree, *, opt: Any) -> PyTree:
     return optimizer.init(_built(opt, outer), params)
 
 
-def _update(grads: PyTree, state: PyTree, params: PyTree, *, opt, **extra) -> tuple[PyTree, PyTree]:
+def _update(grads: PyTree, state: PyTree, params: PyTree, *, opt: Any, **extra: Any) -> tuple[PyTree, PyTree]:
     return optimizer.update(opt, grads, state, params, **extra)
 
 
-def _led_to(grads: PyTree, state: PyTree, params: PyTree, *, opt, **extra) -> tuple[PyTree, PyTree]:
+def _led_to(grads: PyTree, state: PyTree, params: PyTree, *, opt: Any, **extra: Any) -> tuple[PyTree, PyTree]:
     return optimizer.update(optimizer.leading(opt), grads, state, params, **extra)
 
 
-def _update_learned(grads: PyTree, state: PyTree, params: PyTree, *, opt, outer, **extra) -> tuple[PyTree, PyTree]:
+def _update_learned(grads: PyTree, state: PyTree, params: PyTree, *, opt: Any, outer: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
     made = _built(opt, outer)
     return optimizer.update(made, grads, _current(made, state, params), params, **extra)
 
 
-def _current(opt, state: PyTree, params: PyTree) -> PyTree:
+def _current(opt: Any, state: PyTree, params: PyTree) -> PyTree:
     """`state` with the settings that an optimizer keeps in it (``optax.inject_hyperparams``) as they are now."""
     keeps = lambda a: hasattr(a, "hyperparams") and hasattr(a, "_replace")
     if not any(map(keeps, jax.tree.leaves(state, is_leaf=keeps))):
@@ -108,7 +109,9 @@ def _current(opt, state: PyTree, params: PyTree) -> PyTree:
     return jax.tree.map(lambda old, new: old._replace(hyperparams=new.hyperparams) if keeps(old) else old, state, fresh, is_leaf=keeps)
 
 
-def _step(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, opt, learned):
+def _step(
+    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, opt: Any, learned: Any
+) -> tuple[base.InnerState, dict[str, Scalar]]:
     def evaluate(params):
         return objective(params, outer, ctx)
 

@@ -6,7 +6,7 @@ from typing import Any
 
 from bilevax import base
 from bilevax._core import numbers
-from bilevax.base import PyTree
+from bilevax.base import PyTree, Scalar
 from bilevax.inner._adapter import ended, lenient, own_rules
 
 
@@ -52,7 +52,7 @@ def optimistix(solver: Any, *, maxiter: int = 256) -> base.InnerSolver:
     return base.InnerSolver(base.Bound("init", _init), base.Bound(name, _solve, solver=solver, maxiter=maxiter), 1, None, False)
 
 
-def _library():
+def _library() -> Any:
     try:
         import optimistix
     except ImportError as error:
@@ -60,11 +60,13 @@ def _library():
     return optimistix
 
 
-def _init(params: PyTree) -> tuple:
+def _init(params: PyTree) -> tuple[Any, ...]:
     return ()
 
 
-def _solve(objective: base.Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver: Any, maxiter: int):
+def _solve(
+    objective: base.Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver: Any, maxiter: int
+) -> tuple[base.InnerState, dict[str, Scalar]]:
     library = _library()
     value = own_rules(lambda params, args: objective(params, args[0], base.Ctx(*args[1]))[0])
     with lenient():

@@ -26,7 +26,8 @@ import jax.numpy as jnp
 
 from bilevax import base, tree
 from bilevax._core import numbers
-from bilevax.base import PyTree, Scalar
+from bilevax._core.types import Numeric
+from bilevax.base import Objective, PyTree, Scalar
 from bilevax.results import RESULTS
 
 PATIENCE = 20
@@ -58,7 +59,7 @@ def unevaluated(params: PyTree, model: PyTree) -> Point:
     return Point(params, jnp.asarray(jnp.inf, dtype), tree.zeros_like(params), jnp.asarray(jnp.inf, dtype), model)
 
 
-def evaluate(objective, params: PyTree, outer: PyTree, ctx: base.Ctx) -> Point:
+def evaluate(objective: Objective, params: PyTree, outer: PyTree, ctx: base.Ctx) -> Point:
     """One value and gradient. The scalars are in the dtype that sums are taken in."""
     (value, (model, _)), grads = jax.value_and_grad(lambda y: objective(y, outer, ctx), has_aux=True)(params)
     model = jax.tree.map(like, model, ctx.model)
@@ -69,12 +70,12 @@ def is_finite(point: Point) -> Scalar:
     return jnp.isfinite(point.value) & jnp.isfinite(point.grad_norm)
 
 
-def scalar_dtype(params: PyTree):
+def scalar_dtype(params: PyTree) -> Any:
     """The dtype of inner products of `params`."""
     return jax.eval_shape(tree.norm, params).dtype
 
 
-def like(new, old):
+def like(new: Any, old: Any) -> Any:
     """`new` with the dtype of `old`: a loop's carry may not drift."""
     if jnp.issubdtype(old.dtype, jax.dtypes.extended):
         return new
@@ -94,7 +95,7 @@ def update_best(best: Best, point: Point, accepted: Scalar) -> Best:
     return tree.where(accepted, new, best)
 
 
-def least(tol, params: PyTree):
+def least(tol: Any, params: PyTree) -> Any:
     """`tol`, but not below what the dtype can tell apart."""
     dtype = scalar_dtype(params)
     return jnp.maximum(jnp.asarray(tol).astype(dtype), 4 * numbers.rounding_unit(params))
@@ -120,7 +121,7 @@ def no_bend(params: PyTree) -> Bend:
     return Bend(zero, zero + jnp.inf)
 
 
-def update_bend(bend: Bend, su: Scalar, ss: Scalar, uu: Scalar, point_norm: Scalar, unit: float, counts: Scalar) -> Bend:
+def update_bend(bend: Bend, su: Scalar, ss: Scalar, uu: Scalar, point_norm: Scalar, unit: Numeric, counts: Scalar) -> Bend:
     """`bend` after a step ``s`` that changed the gradient by ``u``, where `counts`; changes that may be rounding tell nothing."""
     met = su / jnp.where(ss > 0, ss, jnp.ones_like(ss))
     counts = counts & (ss > 0)
@@ -151,7 +152,7 @@ def at_rounding(point: Point, bend: Bend) -> tuple[Scalar, Scalar]:
     return point.grad_norm <= ROUNDING * unit * bend.largest * norm, distance <= unit**REACH * norm
 
 
-def verdict(point: Point, converged: Scalar, bend: Bend, diverged=False) -> Scalar:
+def verdict(point: Point, converged: Scalar, bend: Bend, diverged: Any = False) -> Scalar:
     """The `RESULTS` code of the returned point."""
     level, near = at_rounding(point, bend)
     code = jnp.where(jnp.where(level, near, converged), jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))

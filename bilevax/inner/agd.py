@@ -9,7 +9,8 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax._core import numbers, precision
-from bilevax.base import PyTree
+from bilevax._core.types import Numeric
+from bilevax.base import Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 
 SEARCH = 60  # rejected trials in a row before the solve is given up
@@ -21,7 +22,7 @@ class AgdState(NamedTuple):
     step_size: Any
 
 
-def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
+def agd(*, maxiter: int = 1000, tol: Numeric = 1e-6) -> base.InnerSolver:
     """Nesterov's accelerated gradient descent with adaptive restart, to a tolerance, with stall detection.
 
     ``y⁺ = z − t ∇_y g(z, x)``, ``z⁺ = y⁺ + (θ − 1)/θ⁺ (y⁺ − y)``, ``θ⁺ = (1 + √(1 + 4θ²))/2``; restarted (θ = 1) when ``⟨∇g(z), y⁺ − y⟩ > 0``.
@@ -71,7 +72,7 @@ def agd(*, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
     )
 
 
-def _to_tolerance(tol, maxiter: int) -> base.InnerSolver:
+def _to_tolerance(tol: Any, maxiter: int) -> base.InnerSolver:
     return agd(maxiter=maxiter, tol=tol)
 
 
@@ -96,7 +97,9 @@ class _Carry(NamedTuple):
     stop: Any
 
 
-def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol, products: str | None):
+def _solve(
+    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol: Any, products: str | None
+) -> tuple[base.InnerState, dict[str, Scalar]]:
     objective = precision.under(products, objective)
     params = state.params
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)

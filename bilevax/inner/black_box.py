@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,10 @@ import numpy as np
 
 from bilevax import base, tree
 from bilevax._core import numbers
-from bilevax.base import PyTree
+from bilevax.base import Objective, PyTree, Scalar
 
 
-def black_box(minimizer: Callable, *, host: bool = False) -> base.InnerSolver:
+def black_box(minimizer: Callable[..., Any], *, host: bool = False) -> base.InnerSolver:
     r"""Solve a lower level that is linear in the inner parameters over a set that only `minimizer` knows.
 
     .. math::
@@ -45,7 +46,7 @@ def black_box(minimizer: Callable, *, host: bool = False) -> base.InnerSolver:
     )
 
 
-def minimize(minimizer: Callable, host: bool, costs: PyTree) -> PyTree:
+def minimize(minimizer: Callable[..., Any], host: bool, costs: PyTree) -> PyTree:
     """The minimizer's answer for these costs, in their shapes and dtypes."""
     if not host:
         return jax.tree.map(lambda y, c: jnp.asarray(y).astype(c.dtype), minimizer(costs), costs)
@@ -57,11 +58,13 @@ def minimize(minimizer: Callable, host: bool, costs: PyTree) -> PyTree:
     return jax.pure_callback(call, shapes, costs, vmap_method="sequential")
 
 
-def _init(params):
+def _init(params: PyTree) -> Any:
     return ()
 
 
-def _step(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, minimizer, host):
+def _step(
+    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, minimizer: Any, host: Any
+) -> tuple[base.InnerState, dict[str, Scalar]]:
     (_, (model, _)), costs = jax.value_and_grad(objective, has_aux=True)(state.params, outer, ctx)
     params = minimize(minimizer, host, costs)
     value = tree.dot(costs, params)

@@ -11,13 +11,14 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax._core import numbers
-from bilevax.base import Objective, PyTree
+from bilevax._core.types import Numeric
+from bilevax.base import Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 from bilevax.inner._mapping import apply, as_mapping
 from bilevax.results import RESULTS
 
 
-def fixed_point(mapping: Callable, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
+def fixed_point(mapping: Callable[..., Any], maxiter: int = 1000, tol: Numeric = 1e-6) -> base.InnerSolver:
     """Iterate a mapping until it stands still: lower levels that are constrained or not smooth, and equilibria.
 
     ``y_{t+1} = T(y_t, x)`` until ``‖T(y) − y‖ ≤ tol · max(‖y‖, ‖T(y_0) − y_0‖)``.
@@ -59,7 +60,7 @@ def _image(objective: Objective, params: PyTree, outer: PyTree, ctx: base.Ctx, *
     return apply(mapping, objective, params, outer, ctx)
 
 
-def proximal_map(smooth: Callable, prox: Callable, step: float) -> base.Bound:
+def proximal_map(smooth: Callable[..., Any], prox: Callable[..., Any], step: Numeric) -> base.Bound:
     r"""The mapping of one proximal gradient step, whose fixed points minimize a smooth function plus one with a known proximal operator.
 
     .. math::
@@ -93,13 +94,13 @@ def proximal_map(smooth: Callable, prox: Callable, step: float) -> base.Bound:
     return base.Bound("proximal_map", _proximal, smooth=smooth, prox=prox, step=numbers.positive(step, "step"))
 
 
-def _proximal(inner, outer, batch, *, smooth, prox, step):
+def _proximal(inner: PyTree, outer: PyTree, batch: PyTree, *, smooth: Any, prox: Any, step: Any) -> Any:
     floats, fixed = tree.partition(inner)
     grads = jax.grad(lambda floats: smooth(tree.combine(floats, fixed), outer, batch))(floats)
     return prox(tree.combine(tree.axpy(-step, grads, floats), fixed), outer, step)
 
 
-def _init(params: PyTree) -> tuple:
+def _init(params: PyTree) -> tuple[Any, ...]:
     return ()
 
 
@@ -110,7 +111,9 @@ class _Carry(NamedTuple):
     iterations: Any
 
 
-def _solve(objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, mapping: Objective, maxiter: int, tol):
+def _solve(
+    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, mapping: Objective, maxiter: int, tol: Any
+) -> tuple[base.InnerState, dict[str, Scalar]]:
     dtype, unit = tolerance.scalar_dtype(state.params), numbers.rounding_unit(state.params)
     infinite = jnp.asarray(jnp.inf, dtype)
 

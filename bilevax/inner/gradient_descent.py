@@ -9,7 +9,8 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax._core import numbers, precision
-from bilevax.base import PyTree
+from bilevax._core.types import Numeric
+from bilevax.base import Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 
 SUFFICIENT, GROW, SHRINK = 0.3, 1.25, 0.5
@@ -21,7 +22,7 @@ class DescentState(NamedTuple):
     step_size: Any
 
 
-def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol: float = 1e-6) -> base.InnerSolver:
+def gradient_descent(step_size: Numeric | None = None, *, maxiter: int = 1000, tol: Numeric = 1e-6) -> base.InnerSolver:
     """Gradient descent to a tolerance, with a fixed or a backtracked step and stall detection.
 
     ``y⁺ = y − t ∇_y g(y, x)``
@@ -72,7 +73,7 @@ def gradient_descent(step_size: float | None = None, *, maxiter: int = 1000, tol
     )
 
 
-def _to_tolerance(tol, maxiter: int, *, step_size) -> base.InnerSolver:
+def _to_tolerance(tol: Any, maxiter: int, *, step_size: Any) -> base.InnerSolver:
     return gradient_descent(step_size, maxiter=maxiter, tol=tol)
 
 
@@ -94,7 +95,9 @@ class _Carry(NamedTuple):
     stop: Any
 
 
-def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, step_size, maxiter: int, tol, products: str | None):
+def _solve(
+    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, step_size: Any, maxiter: int, tol: Any, products: str | None
+) -> tuple[base.InnerState, dict[str, Scalar]]:
     objective = precision.under(products, objective)
     params = state.params
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)

@@ -10,7 +10,8 @@ from jax import lax
 
 from bilevax import base, tree
 from bilevax._core import numbers, precision
-from bilevax.base import PyTree, Scalar
+from bilevax._core.types import Numeric
+from bilevax.base import Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 
 SUFFICIENT, CURVATURE = 1e-4, 0.9  # weak Wolfe conditions
@@ -40,7 +41,7 @@ class LbfgsState(NamedTuple):
     curvature: Any
 
 
-def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.InnerSolver:
+def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.InnerSolver:
     """L-BFGS to ``‖H ∇_y g‖ <= tol · ‖y‖``, with a weak Wolfe line search and stall detection.
 
     ``y⁺ = y − t H ∇_y g(y, x)``, with ``H`` the inverse BFGS matrix of the last `memory` pairs ``s = y⁺ − y``, ``u = ∇g(y⁺) − ∇g(y)``.
@@ -97,7 +98,7 @@ def lbfgs(*, maxiter: int = 500, tol: float = 1e-6, memory: int = 10) -> base.In
     )
 
 
-def _to_tolerance(tol, maxiter: int, *, memory: int) -> base.InnerSolver:
+def _to_tolerance(tol: Any, maxiter: int, *, memory: int) -> base.InnerSolver:
     return lbfgs(maxiter=maxiter, tol=tol, memory=memory)
 
 
@@ -223,7 +224,9 @@ class _Carry(NamedTuple):
     stop: Any
 
 
-def _solve(objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol, products: str | None):
+def _solve(
+    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol: Any, products: str | None
+) -> tuple[base.InnerState, dict[str, Scalar]]:
     objective = precision.under(products, objective)
     params, memory = state.params, state.opt
     dtype, unit = tolerance.scalar_dtype(params), numbers.rounding_unit(params)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import optax
 
@@ -11,7 +12,7 @@ from bilevax._core import numbers
 from bilevax.base import PyTree
 
 
-def tunable(factory: Callable[..., optax.GradientTransformation], /, **hyperparams) -> optax.GradientTransformation:
+def tunable(factory: Callable[..., optax.GradientTransformation], /, **hyperparams: Any) -> optax.GradientTransformation:
     """Build ``factory(**hyperparams)`` so that other numbers do not compile again.
 
     ``optax.sgd(0.1)`` is a closure over its number: a second one is another function, and whatever it is part of compiles again. Here the
@@ -53,9 +54,9 @@ def tunable(factory: Callable[..., optax.GradientTransformation], /, **hyperpara
     )
 
 
-def _init(params: PyTree, *, factory, hyperparams) -> PyTree:
+def _init(params: PyTree, *, factory: Any, hyperparams: Any) -> PyTree:
     return factory(**hyperparams).init(params)
 
 
-def _update(updates: PyTree, state: PyTree, params: PyTree = None, *, factory, hyperparams, **extra) -> tuple[PyTree, PyTree]:
+def _update(updates: PyTree, state: PyTree, params: PyTree = None, *, factory: Any, hyperparams: Any, **extra: Any) -> tuple[PyTree, PyTree]:
     return optax.with_extra_args_support(factory(**hyperparams)).update(updates, state, params, **extra)

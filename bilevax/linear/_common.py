@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -18,17 +20,17 @@ def prepare(b: PyTree, x0: PyTree | None) -> tuple[PyTree, PyTree]:
     return b, tree.zeros_like(b) if x0 is None else tree.strong(x0)
 
 
-def singular(a_norm, x_norm, b_norm):
+def singular(a_norm: Any, x_norm: Any, b_norm: Any) -> Any:
     """Whether x is so large that rounding in A x leaves less than a digit of b: the matrix is singular to working precision."""
     return numbers.rounding_unit(b_norm.dtype) * a_norm * x_norm > 0.1 * b_norm
 
 
-def relative(residual_norm, b_norm):
+def relative(residual_norm: Any, b_norm: Any) -> Any:
     """``residual_norm / b_norm``, and 0 where both vanish."""
     return residual_norm / jnp.where(b_norm == 0, jnp.ones_like(b_norm), b_norm)
 
 
-def info(iterations, residual, failure, tol=None) -> LinearInfo:
+def info(iterations: Any, residual: Any, failure: Any, tol: Any = None) -> LinearInfo:
     """A `LinearInfo` with its verdict: a failure met on the way, else nonfinite, else whether `residual` is at most `tol`.
 
     Methods without a tolerance (None) succeed where they beat x = 0.

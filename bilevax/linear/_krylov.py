@@ -47,7 +47,16 @@ class _Carry(NamedTuple):
 
 
 def run(
-    matvec: Callable, b: PyTree, x0: PyTree | None, start: Callable, step: Callable, finish: Callable | None = None, *, maxiter, tol, progress
+    matvec: Callable[..., Any],
+    b: PyTree,
+    x0: PyTree | None,
+    start: Callable[..., Any],
+    step: Callable[..., Any],
+    finish: Callable[..., Any] | None = None,
+    *,
+    maxiter: int,
+    tol: Any,
+    progress: Any,
 ) -> tuple[PyTree, LinearInfo]:
     """Solve with a method.
 

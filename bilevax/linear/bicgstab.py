@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -9,12 +10,12 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax._core.types import PyTree
+from bilevax._core.types import Numeric, PyTree
 from bilevax.base import Bound, Linear
 from bilevax.linear import _krylov
 
 
-def bicgstab(maxiter: int = 100, tol: float = 1e-6) -> Linear:
+def bicgstab(maxiter: int = 100, tol: Numeric = 1e-6) -> Linear:
     r"""BiCGSTAB for systems without symmetry, such as ``(I − ∂T)' q = w`` of a fixed point, in short recurrences.
 
     .. math::
@@ -59,19 +60,19 @@ class _State(NamedTuple):
     second: Any  # which half
 
 
-def _start(r, r_norm):
+def _start(r: Any, r_norm: Any) -> Any:
     return _State(r, r, r, tree.zeros_like(r), r_norm**2, jnp.zeros_like(r_norm), jnp.asarray(False)), r
 
 
-def _nearly_zero(value, scale):
+def _nearly_zero(value: Any, scale: Any) -> Any:
     return ~(jnp.abs(value) > numbers.rounding_unit(value.dtype) * scale) & ~jnp.isnan(value)
 
 
-def _step(x, s: _State, p, ap, a_norm):
+def _step(x: Any, s: _State, p: Any, ap: Any, a_norm: Any) -> Any:
     return lax.cond(s.second, _second, _first, x, s, p, ap)
 
 
-def _first(x, s: _State, p, ap):
+def _first(x: Any, s: _State, p: Any, ap: Any) -> Any:
     against = tree.dot(s.shadow, ap)
     breakdown = _nearly_zero(against, tree.norm(s.shadow) * tree.norm(ap))
     alpha = jnp.where(breakdown, 0, s.rho / jnp.where(breakdown, 1, against))
@@ -80,7 +81,7 @@ def _first(x, s: _State, p, ap):
     return x, s._replace(r=r, ap=ap, alpha=alpha, second=jnp.asarray(True)), r, _krylov.Step(tree.norm(r), jnp.asarray(False), breakdown)
 
 
-def _second(x, s: _State, p, ap):
+def _second(x: Any, s: _State, p: Any, ap: Any) -> Any:
     squared = tree.dot(ap, ap)
     along = tree.dot(p, ap)
     flat = _nearly_zero(along, tree.norm(p) * jnp.sqrt(squared))
@@ -95,5 +96,5 @@ def _second(x, s: _State, p, ap):
     return x, _State(s.shadow, r, direction, s.ap, rho, s.alpha, jnp.asarray(False)), direction, _krylov.Step(r_norm, jnp.asarray(False), breakdown)
 
 
-def _bicgstab(matvec, b, x0=None, *, maxiter, tol):
+def _bicgstab(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, maxiter: int, tol: Any) -> Any:
     return _krylov.run(matvec, b, x0, _start, _step, maxiter=2 * maxiter, tol=tol, progress=0.5)

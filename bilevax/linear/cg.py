@@ -10,14 +10,14 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax._core.types import PyTree
+from bilevax._core.types import Numeric, PyTree
 from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
 from bilevax.linear.preconditioner import Preconditioner, applied
 from bilevax.results import RESULTS
 
 
-def cg(maxiter: int = 100, tol: float = 1e-6, *, preconditioner: Callable[[PyTree], PyTree] | Preconditioner | None = None) -> Linear:
+def cg(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyTree], PyTree] | Preconditioner | None = None) -> Linear:
     r"""Conjugate gradients for symmetric positive definite systems.
 
     .. math::
@@ -87,7 +87,9 @@ class _Counts(NamedTuple):
     done: Any
 
 
-def _cg(matvec, b, x0=None, *, maxiter, tol, preconditioner=None) -> tuple[PyTree, LinearInfo]:
+def _cg(
+    matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, maxiter: int, tol: Any, preconditioner: Any = None
+) -> tuple[PyTree, LinearInfo]:
     b, x0 = _common.prepare(b, x0)
     setup = 0
     precondition = preconditioner
@@ -161,5 +163,5 @@ def _cg(matvec, b, x0=None, *, maxiter, tol, preconditioner=None) -> tuple[PyTre
     return x, _common.info(count.matvecs, _common.relative(jnp.sqrt(rr), b_norm), count.code, tol)
 
 
-def _vector(scalars: tuple, dtype) -> Any:
+def _vector(scalars: tuple[Any, ...], dtype: Any) -> Any:
     return jnp.stack([jnp.asarray(scalar).astype(dtype) for scalar in scalars])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
@@ -74,7 +77,7 @@ def lu() -> Linear:
     return Linear(Bound("lu", _lu), exact=True, indefinite=True)
 
 
-def _materialise(matvec, b: PyTree, name: str):
+def _materialise(matvec: Callable[[PyTree], PyTree], b: PyTree, name: str) -> Any:
     """The matrix and the right-hand side in one dtype wide enough for LAPACK, and the way back to a pytree."""
     n = tree.size(b)
     if n > LIMIT:
@@ -96,7 +99,7 @@ def _materialise(matvec, b: PyTree, name: str):
     return columns.T, flat(b), unflat
 
 
-def _finished(a, x, rhs, x0, unflat, failure):
+def _finished(a: Any, x: Any, rhs: Any, x0: PyTree, unflat: Any, failure: Any) -> Any:
     x = jax.tree.map(lambda new, old: jnp.where(failure == 0, new, old), unflat(x), x0)
     flat = jnp.concatenate([jnp.ravel(u).astype(a.dtype) for u in jax.tree.leaves(x)])
     residual = _common.relative(jnp.linalg.norm(rhs - a @ flat), jnp.linalg.norm(rhs))
@@ -105,7 +108,7 @@ def _finished(a, x, rhs, x0, unflat, failure):
     return x, _common.info(rhs.size, residual, failure, numbers.rounding_unit(x0) ** 0.5)
 
 
-def _cholesky(matvec, b, x0=None):
+def _cholesky(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> Any:
     b, x0 = _common.prepare(b, x0)
     a, rhs, unflat = _materialise(matvec, b, "cholesky")
     factor = jnp.linalg.cholesky((a + a.T) / 2)
@@ -121,7 +124,7 @@ def _cholesky(matvec, b, x0=None):
     return _finished(a, x, rhs, x0, unflat, failure)
 
 
-def _extremes(a, definite):
+def _extremes(a: Any, definite: Any) -> Any:
     """Smallest and largest absolute eigenvalue, computed only where the matrix did not prove definite."""
 
     def measure(a):
@@ -132,7 +135,7 @@ def _extremes(a, definite):
     return jax.lax.cond(definite, lambda a: (zero, zero), measure, a)
 
 
-def _lu(matvec, b, x0=None):
+def _lu(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> Any:
     b, x0 = _common.prepare(b, x0)
     a, rhs, unflat = _materialise(matvec, b, "lu")
     factors = jax.scipy.linalg.lu_factor(a)

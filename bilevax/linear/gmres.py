@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -11,12 +12,12 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax._core.types import PyTree
+from bilevax._core.types import Numeric, PyTree
 from bilevax.base import Bound, Linear
 from bilevax.linear import _common, _krylov
 
 
-def gmres(maxiter: int = 100, tol: float = 1e-6, *, restart: int = 20) -> Linear:
+def gmres(maxiter: int = 100, tol: Numeric = 1e-6, *, restart: int = 20) -> Linear:
     r"""Restarted GMRES for any invertible system: the safest choice without symmetry, at the price of memory.
 
     .. math::
@@ -62,19 +63,19 @@ class _State(NamedTuple):
     j: Any
 
 
-def _placed(at, row, rows):
+def _placed(at: Any, row: Any, rows: Any) -> Any:
     """`rows` with `row` where `at` says; a select and no scatter, which would have to be told of the rows' sharding."""
     return jax.vmap(tree.where, in_axes=(0, None, 0))(at, row, rows)
 
 
-def _start(r, r_norm, *, m):
+def _start(r: Any, r_norm: Any, *, m: Any) -> Any:
     unit = tree.scale(1 / jnp.where(r_norm > 0, r_norm, 1), r)
     basis = jax.vmap(tree.where, in_axes=(0, None, None))(jnp.arange(m, dtype=jnp.int32) == 0, unit, tree.zeros_like(unit))
     zeros = jnp.zeros(m, r_norm.dtype)
     return _State(basis, jnp.eye(m, dtype=r_norm.dtype), zeros, zeros, zeros, r_norm, jnp.int32(0)), unit
 
 
-def _step(x, s: _State, v, w, a_norm, *, m):
+def _step(x: Any, s: _State, v: Any, w: Any, a_norm: Any, *, m: Any) -> Any:
     # Classical Gram-Schmidt done twice is as orthogonal as the modified form, and reads the basis in one pass. Unused rows are zero.
     h = tree.rows_dot(s.basis, w)
     w = tree.sub(w, tree.rows_sum(h, s.basis))
@@ -111,11 +112,11 @@ def _step(x, s: _State, v, w, a_norm, *, m):
     return x, state, p, _krylov.Step(jnp.abs(phi), restart=s.j + 1 == m, breakdown=breakdown)
 
 
-def _finish(x, s: _State):
+def _finish(x: Any, s: _State) -> Any:
     weights = jax.scipy.linalg.solve_triangular(s.triangle, s.rhs)
     return tree.add(x, tree.rows_sum(weights, s.basis))
 
 
-def _gmres(matvec, b, x0=None, *, maxiter, tol, restart):
+def _gmres(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, maxiter: int, tol: Any, restart: Any) -> Any:
     start, step = partial(_start, m=int(restart)), partial(_step, m=int(restart))
     return _krylov.run(matvec, b, x0, start, step, _finish, maxiter=maxiter, tol=tol, progress=0.999)

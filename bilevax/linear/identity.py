@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Linear, LinearInfo
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Linear, LinearInfo, PyTree
 from bilevax.linear import _common
 from bilevax.results import RESULTS
 
 
-def identity(scale: float = 1.0) -> Linear:
+def identity(scale: Numeric = 1.0) -> Linear:
     r"""The right-hand side itself, scaled: the adjoint of one-step and T1-T2 hypergradients.
 
     .. math::
@@ -43,7 +47,7 @@ def identity(scale: float = 1.0) -> Linear:
     return Linear(Bound("identity", _identity, scale=scale), products=1, approximate=True)
 
 
-def _identity(matvec, b, x0=None, *, scale):
+def _identity(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, scale: Any) -> Any:
     b, _ = _common.prepare(b, b)
     x = tree.scale(scale, b)
     residual = _common.relative(tree.norm(tree.sub(b, matvec(x))), tree.norm(b))

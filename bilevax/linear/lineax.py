@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Linear
+from bilevax.base import Bound, Linear, PyTree
 from bilevax.linear import _common
 from bilevax.results import RESULTS
 
@@ -51,7 +52,7 @@ def lineax(solver: Any, *, symmetric: bool = True) -> Linear:
     return Linear(Bound("lineax", _lineax, solver=solver, symmetric=_common.Size(numbers.flag(symmetric, "symmetric"))))
 
 
-def _import():
+def _import() -> Any:
     try:
         import lineax as lx
     except ImportError as error:
@@ -59,15 +60,15 @@ def _import():
     return lx
 
 
-def _wide(v):
+def _wide(v: Any) -> Any:
     return jax.tree.map(lambda u: u.astype(tree.accumulator(u)), v)
 
 
-def _like(v, b):
+def _like(v: Any, b: PyTree) -> Any:
     return jax.tree.map(lambda u, w: u.astype(w.dtype), v, b)
 
 
-def _lineax(matvec, b, x0=None, *, solver, symmetric):
+def _lineax(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, solver: Any, symmetric: Any) -> Any:
     lx = _import()
     b, x0 = _common.prepare(b, x0)
     # A tolerance that arrives as a traced float64 would promote float32 vectors.

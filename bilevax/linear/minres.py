@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax._core.types import PyTree
+from bilevax._core.types import Numeric, PyTree
 from bilevax.base import Bound, Linear
 from bilevax.linear import _krylov
 
 
-def minres(maxiter: int = 100, tol: float = 1e-6) -> Linear:
+def minres(maxiter: int = 100, tol: Numeric = 1e-6) -> Linear:
     r"""MINRES for symmetric systems, definite or not: a saddle of the lower level, or the Lagrangian system of several levels.
 
     .. math::
@@ -59,14 +60,14 @@ class _State(NamedTuple):
     phi: Any  # norm of the residual
 
 
-def _start(r, r_norm):
+def _start(r: Any, r_norm: Any) -> Any:
     zero = tree.zeros_like(r)
     none = jnp.zeros_like(r_norm)
     state = _State(zero, zero, zero, none, -jnp.ones_like(r_norm), none, none, none, r_norm)
     return state, tree.scale(1 / jnp.where(r_norm > 0, r_norm, 1), r)
 
 
-def _step(x, s: _State, v, av, a_norm):
+def _step(x: Any, s: _State, v: Any, av: Any, a_norm: Any) -> Any:
     alpha = tree.dot(v, av)
     u = tree.axpy(-s.beta, s.v_old, tree.axpy(-alpha, v, av))
     beta = tree.norm(u)
@@ -84,5 +85,5 @@ def _step(x, s: _State, v, av, a_norm):
     return x, state, p, _krylov.Step(jnp.where(breakdown, s.phi, state.phi), breakdown=breakdown)
 
 
-def _minres(matvec, b, x0=None, *, maxiter, tol):
+def _minres(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, maxiter: int, tol: Any) -> Any:
     return _krylov.run(matvec, b, x0, _start, _step, maxiter=maxiter, tol=tol, progress=0.5)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Linear
+from bilevax._core.types import Numeric
+from bilevax.base import Bound, Linear, PyTree
 from bilevax.linear import _common
 
 _POWER_STEPS = 10  # enough to be within a factor 2 of the largest of a million eigenvalues, which is what convergence asks for
 
 
-def neumann(terms: int = 10, step: float | None = None) -> Linear:
+def neumann(terms: int = 10, step: Numeric | None = None) -> Linear:
     r"""The first terms of the Neumann series: the inverse that stochastic bilevel methods estimate.
 
     .. math::
@@ -52,7 +56,7 @@ def neumann(terms: int = 10, step: float | None = None) -> Linear:
     )
 
 
-def largest_eigenvalue(matvec, like, steps: int = _POWER_STEPS):
+def largest_eigenvalue(matvec: Callable[[PyTree], PyTree], like: Any, steps: int = _POWER_STEPS) -> Any:
     """An estimate from below of the largest absolute eigenvalue of a symmetric operator, by power iteration from a fixed random vector."""
     v = tree.add(tree.normal_like(jax.random.key(0), like), tree.zeros_like(like))  # the sum has the sharding of `like`
 
@@ -64,7 +68,7 @@ def largest_eigenvalue(matvec, like, steps: int = _POWER_STEPS):
     return lax.fori_loop(0, steps, body, (v, tree.norm(v)))[1]
 
 
-def _neumann(matvec, b, x0=None, *, terms, step):
+def _neumann(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, terms: int, step: Any) -> Any:
     b, _ = _common.prepare(b, b)
     b_norm = tree.norm(b)
     cost = int(terms)

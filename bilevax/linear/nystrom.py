@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax._core.types import PyTree
+from bilevax._core.types import Key, Numeric, PyTree
 from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
 from bilevax.linear.preconditioner import Preconditioner
@@ -33,7 +34,7 @@ class Sketch(NamedTuple):
     code: jax.Array
 
 
-def nystrom(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) -> Linear:
+def nystrom(rank: int = 10, rho: Numeric = 1e-2, *, key: Key | None = None) -> Linear:
     r"""Solve with a randomized low-rank approximation in place of the matrix, for positive semidefinite A of fast decaying spectrum.
 
     .. math::
@@ -72,7 +73,7 @@ def nystrom(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) 
     return Linear(Bound("nystrom", _nystrom, rank=_common.Size(rank), rho=rho, key=key), products=rank + 1, approximate=True)
 
 
-def nystrom_preconditioner(rank: int = 10, rho: float = 1e-2, *, key: jax.Array | None = None) -> Preconditioner:
+def nystrom_preconditioner(rank: int = 10, rho: Numeric = 1e-2, *, key: Key | None = None) -> Preconditioner:
     r"""A preconditioner for `cg` from a randomized low-rank approximation, whose sketch can serve many solves.
 
     .. math::
@@ -116,18 +117,18 @@ def nystrom_preconditioner(rank: int = 10, rho: float = 1e-2, *, key: jax.Array 
     )
 
 
-def _cost(b, *, rank) -> int:
+def _cost(b: PyTree, *, rank: int) -> int:
     return min(int(rank), tree.size(b))
 
 
-def _init(b, *, rank, key) -> Sketch:
+def _init(b: PyTree, *, rank: int, key: Any) -> Sketch:
     r = _cost(b, rank=rank)
     vectors = jax.tree.map(lambda u: jnp.zeros((r, *u.shape), u.dtype), b)
     key = jax.random.key(0) if key is None else key
     return Sketch(vectors, jnp.zeros(r, tree.dot(b, b).dtype), key, jnp.int32(RESULTS.success))
 
 
-def _refresh(matvec, state: Sketch) -> Sketch:
+def _refresh(matvec: Callable[[PyTree], PyTree], state: Sketch) -> Sketch:
     key, draw = jax.random.split(state.key)
     like = jax.tree.map(lambda u: u[0], state.vectors)
     r = state.values.shape[0]
@@ -168,20 +169,20 @@ def _inverse_factor(gram: jax.Array) -> jax.Array:
     return jax.scipy.linalg.solve_triangular(factor, jnp.eye(gram.shape[0], dtype=gram.dtype), lower=True)
 
 
-def _split(state: Sketch, v: PyTree):
+def _split(state: Sketch, v: PyTree) -> Any:
     """Coordinates of `v` in the sketch, and the rest of it."""
     inside = tree.rows_dot(state.vectors, v).astype(state.values.dtype)
     return inside, tree.sub(v, tree.rows_sum(inside, state.vectors))
 
 
-def _apply(state: Sketch, v: PyTree, *, rho) -> PyTree:
+def _apply(state: Sketch, v: PyTree, *, rho: Any) -> PyTree:
     rho = jnp.asarray(rho, state.values.dtype)
     inside, outside = _split(state, v)
     lowest = state.values[0] + rho
     return tree.add(tree.rows_sum(inside * (lowest / (state.values + rho)), state.vectors), outside)
 
 
-def _nystrom(matvec, b, x0=None, *, rank, rho, key) -> tuple[PyTree, LinearInfo]:
+def _nystrom(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, rank: int, rho: Any, key: Any) -> tuple[PyTree, LinearInfo]:
     b, x0 = _common.prepare(b, x0)
     state = _refresh(matvec, _init(b, rank=rank, key=key))
     rho = jnp.asarray(rho, state.values.dtype)

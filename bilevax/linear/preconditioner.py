@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from bilevax._core.types import PyTree
 from bilevax.base import Bound, Linear
@@ -33,7 +33,7 @@ def applied(preconditioner: Preconditioner, state: PyTree) -> Bound:
     return Bound("applied", _applied, preconditioner=preconditioner, state=state)
 
 
-def _applied(v, *, preconditioner, state):
+def _applied(v: Any, *, preconditioner: Any, state: Any) -> Any:
     return preconditioner.apply(state, v)
 
 

@@ -30,7 +30,7 @@ class _Given(NamedTuple):
 
 
 class _Data(NamedTuple):
-    system: tuple  # numbers, and what the objectives capture
+    system: tuple[Any, ...]  # numbers, and what the objectives capture
     feeds: dict[str, Feed]
 
 
@@ -48,7 +48,7 @@ def _swept(static: Any, given: _Given, data: _Data, outer: PyTree) -> Sweep:
     return sweep(join(static, data.system), given.states, given.methods, outer, data.feeds)
 
 
-def _swept_jvp(static: Any, primals: tuple, tangents: tuple):
+def _swept_jvp(static: Any, primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
     given, data, outer = primals
     system = join(static, data.system)
     out = _swept(static, given, data, outer)
@@ -92,7 +92,7 @@ def _swept_jvp(static: Any, primals: tuple, tangents: tuple):
 _swept.defjvp(_swept_jvp, symbolic_zeros=True)
 
 
-def _total(system: System, out: Sweep, feeds: dict[str, Feed]):
+def _total(system: System, out: Sweep, feeds: dict[str, Feed]) -> Any:
     """The top objective as a function of its variable, with exact best responses, from the solved states on."""
     top = system.graph.top
     states = lax.stop_gradient(out.states)
@@ -110,14 +110,14 @@ def _floats(value: PyTree) -> PyTree:
     return tree.partition(value)[0]
 
 
-def _refuse(level: str, method: str, residuals, cotangent):
+def _refuse(level: str, method: str, residuals: Any, cotangent: PyTree) -> None:
     raise ValueError(
         f"hypergradient of level {level!r}: got {method}, whose derivative is right once only, and a derivative of Estimate.grad was asked for; "
         "expected methods of order 2 in all levels, such as hypergradient.implicit(linear.cg()). Estimate.value may be differentiated as it is."
     )
 
 
-def _solutions(residuals, cotangent):
+def _solutions(residuals: Any, cotangent: PyTree) -> None:
     raise ValueError(
         "value_and_multilevel_grad: got a derivative of Estimate.inner_params, state or aux; expected one of value or grad. Try argmin within the "
         "objectives, whose solutions are differentiable functions."
@@ -128,10 +128,10 @@ def _moves(tangents: PyTree) -> bool:
     return any(not _is_zero(t) for t in jax.tree.leaves(tangents, is_leaf=_is_zero))
 
 
-def _is_zero(tangent) -> bool:
+def _is_zero(tangent: PyTree) -> bool:
     return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
 
 
-def _still(leaf):
+def _still(leaf: Any) -> Any:
     leaf = jnp.asarray(leaf)
     return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else np.zeros(leaf.shape, jax.dtypes.float0)

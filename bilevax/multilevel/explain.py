@@ -89,7 +89,7 @@ class Explanation(NamedTuple):
             _, ax = plt.subplots(figsize=(6.5, 1.3 + 1.25 * len(self.levels)), layout="constrained")
         # Levels on a gently bent line, the arrows bowed to its outer side, so that none runs through a box.
         place = {name: (0.0, float(i)) for i, name in enumerate(self.levels)}
-        seen: Counter = Counter()
+        seen: Counter[Any] = Counter()
         for edge in self.edges:
             (x0, y0), (x1, y1) = place[edge.reads], place[edge.level]
             pair = (edge.reads, edge.level)
@@ -119,7 +119,12 @@ def _count(number: int | None, what: str) -> str:
 
 
 def explain(
-    levels: Sequence[Level], params: dict[str, PyTree], batches: dict[str, PyTree] | None = None, *, model_state: dict | None = None, key: Any = None
+    levels: Sequence[Level],
+    params: dict[str, PyTree],
+    batches: dict[str, PyTree] | None = None,
+    *,
+    model_state: dict[Any, Any] | None = None,
+    key: Any = None,
 ) -> Explanation:
     """The graph of these levels as their objectives make it: who reads whom, what is nested in what, which method differentiates which edge.
 
@@ -175,7 +180,7 @@ def explain(
             edges += [Edge(name, n, describe(system, name, sweep), None if sweep else holder) for n in moving]
         still = [n for n in graph[name].reads if not any(edge.level == name and edge.reads == n for edge in edges)]
         edges += [Edge(name, n, "") for n in still]
-    cost: Counter | None = Counter({(top, GRADIENTS): 1})
+    cost: Counter[Any] | None = Counter({(top, GRADIENTS): 1})
     for name in graph[top].nested:
         cost = _sum(cost, _solve(system, name), _pullback(system, name) if graph[name].live else Counter())
     by_level = [{n: None if cost is None else cost[n, what] for n in names} for what in (GRADIENTS, HVPS)]
@@ -194,8 +199,8 @@ def describe(system: System, name: str, sweep: bool) -> str:
 # ---- counting: (level, what) -> number, None where it is not known
 
 
-def _sum(*costs: Counter | None) -> Counter | None:
-    total: Counter = Counter()
+def _sum(*costs: Counter[Any] | None) -> Counter[Any] | None:
+    total: Counter[Any] = Counter()
     for cost in costs:
         if cost is None:
             return None
@@ -203,28 +208,28 @@ def _sum(*costs: Counter | None) -> Counter | None:
     return total
 
 
-def _times(n: int | None, cost: Counter | None) -> Counter | None:
+def _times(n: int | None, cost: Counter[Any] | None) -> Counter[Any] | None:
     return None if cost is None or n is None else Counter({key: n * value for key, value in cost.items()})
 
 
-def _solve(system: System, name: str) -> Counter | None:
+def _solve(system: System, name: str) -> Counter[Any] | None:
     solver = system.solvers[name]
     return None if solver.gradients is None else _times(solver.steps * solver.gradients, _gradient(system, name))
 
 
-def _gradient(system: System, name: str) -> Counter | None:
+def _gradient(system: System, name: str) -> Counter[Any] | None:
     """One gradient of the total objective: the levels inside are solved, and their solutions differentiated once."""
     inside = [_sum(_solve(system, i), _derivative(system, i)) for i in system.graph[name].nested]
     return _sum(Counter({(name, GRADIENTS): 1}), *inside)
 
 
-def _hvp(system: System, name: str) -> Counter | None:
+def _hvp(system: System, name: str) -> Counter[Any] | None:
     """One product with the total objective's Hessian: the solutions inside are differentiated forward and backward, at solved points."""
     inside = [_times(2, _derivative(system, i)) for i in system.graph[name].nested]
     return _sum(Counter({(name, HVPS): 1}), *inside)
 
 
-def _joint_hvp(system: System, name: str) -> Counter:
+def _joint_hvp(system: System, name: str) -> Counter[Any]:
     """One product with the joint system's matrix: a directional derivative more for each level inside."""
     out = Counter({(name, HVPS): 1})
     for i in system.graph[name].nested:
@@ -232,7 +237,7 @@ def _joint_hvp(system: System, name: str) -> Counter:
     return out
 
 
-def _derivative(system: System, name: str) -> Counter | None:
+def _derivative(system: System, name: str) -> Counter[Any] | None:
     """A solution's derivative applied once, at a point that is solved: what its method says that it takes."""
     method = system.methods[name]
     cost = {} if method.cost is None else method.cost(system.solvers[name])
@@ -241,7 +246,7 @@ def _derivative(system: System, name: str) -> Counter | None:
     return _sum(_times(gradients, _gradient(system, name)), _times(products, _hvp(system, name)))
 
 
-def _pullback(system: System, name: str) -> Counter | None:
+def _pullback(system: System, name: str) -> Counter[Any] | None:
     if not joint.is_adapted(system, name):
         return _derivative(system, name)
     # The levels inside are solved at the solution, the multipliers found, then one system is solved for all.

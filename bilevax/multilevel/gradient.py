@@ -10,6 +10,7 @@ import jax.numpy as jnp
 
 from bilevax import check, tree
 from bilevax._core.transfers import by_intent
+from bilevax._core.types import Key
 from bilevax._estimate import guarded
 from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree, objective
 from bilevax.data import same
@@ -63,7 +64,7 @@ class MultilevelGradFn:
         batches: dict[str, PyTree] | None = None,
         *,
         state: MultilevelEstimateState | None = None,
-        key: jax.Array | None = None,
+        key: Key | None = None,
     ) -> Estimate:
         """Value and gradient of the top level at `params`; see `value_and_multilevel_grad`."""
         floats, fixed = split_params(self.levels, params)
@@ -90,24 +91,24 @@ class MultilevelGradFn:
         before = MultilevelEstimateState({n: s.opt for n, s in states.items()}, models, methods, step)
         return guarded(found, before, self.strict)
 
-    def _completed(self, models: dict) -> dict:
+    def _completed(self, models: dict[Any, Any]) -> dict[Any, Any]:
         """An entry for each lower level, and for the top one where it has a state."""
         *lower, top = (level.name for level in self.levels)
         return {n: models.get(n) for n in (*lower, *([top] if top in models else []))}
 
-    def division(self, models: dict) -> Division:
+    def division(self, models: dict[Any, Any]) -> Division:
         """Whose model state is whose."""
         objectives = {level.name: objective(level.objective) for level in self.levels}
         return divided(list(objectives), objectives, models)
 
-    def system(self, floats: dict, fixed: dict, batches: dict, key: Any, models: dict) -> System:
+    def system(self, floats: dict[Any, Any], fixed: dict[Any, Any], batches: dict[Any, Any], key: Any, models: dict[Any, Any]) -> System:
         """The levels bound to these shapes, with the graph found from them."""
         check_key(self.levels, key, [])
         contexts = {level.name: with_number(objective(level.objective), Ctx(batches.get(level.name), key)) for level in self.levels}
         return as_system(self.levels, floats, fixed, {level.name: same for level in self.levels}, contexts, models)
 
 
-def first_states(levels: Sequence[Level], params: dict[str, PyTree], models: dict) -> tuple[dict[str, InnerState], dict[str, PyTree]]:
+def first_states(levels: Sequence[Level], params: dict[str, PyTree], models: dict[Any, Any]) -> tuple[dict[str, InnerState], dict[str, PyTree]]:
     """Fresh optimizer and method states of all levels but the top one."""
     states, methods = {}, {}
     for level in levels[:-1]:

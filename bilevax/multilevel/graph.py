@@ -18,6 +18,7 @@ import dataclasses
 import itertools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
+from typing import Any
 
 import jax
 from jax.interpreters import partial_eval
@@ -74,7 +75,7 @@ class Graph:
         return self.names.index(name)
 
 
-def dependencies(fn: Callable, params: dict[str, PyTree], *args) -> tuple[str, ...]:
+def dependencies(fn: Callable[..., Any], params: dict[str, PyTree], *args: Any) -> tuple[str, ...]:
     """The entries of `params` that ``fn(params, *args)`` depends on: those left in its jaxpr when dead code is dropped."""
     closed = jax.make_jaxpr(fn)(params, *args)
     _, used = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
@@ -89,7 +90,7 @@ def dependencies(fn: Callable, params: dict[str, PyTree], *args) -> tuple[str, .
 def find(
     objectives: dict[str, Objective],
     params: dict[str, PyTree],
-    contexts: dict,
+    contexts: dict[Any, Any],
     declared: Mapping[str, Sequence[str] | None],
     frozen: Sequence[str] = (),
 ) -> Graph:

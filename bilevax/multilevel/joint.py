@@ -18,7 +18,7 @@ import jax
 from jax import lax
 
 from bilevax import tree
-from bilevax.base import Bound, Hypergradient
+from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
 from bilevax.hypergradient.parts import forward, report
 from bilevax.multilevel import nested
 from bilevax.multilevel.system import System
@@ -44,7 +44,9 @@ def products(system: System, name: str) -> int | None:
     return given.products if not system.graph[name].nested or given.indefinite else nested.PRODUCTS
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, system: System, name: str):
+def _vjp(
+    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree, *, system: System, name: str
+) -> tuple[InnerState, Pullback]:
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 

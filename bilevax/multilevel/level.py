@@ -44,7 +44,7 @@ class Level:
     """
 
     name: str
-    objective: Callable
+    objective: Callable[..., Any]
     _: dataclasses.KW_ONLY
     solver: Any
     hypergradient: Hypergradient | None = None
@@ -53,7 +53,7 @@ class Level:
     look_ahead: bool = False
     freeze: bool = False
 
-    def __post_init__(self):
+    def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
             raise TypeError(f"name: got {self.name!r}; expected a non-empty string.")
         where = f"Level {self.name!r}"
@@ -81,7 +81,7 @@ class Level:
         return f"Level({', '.join(parts)})"
 
 
-def _short(value) -> str:
+def _short(value: Any) -> str:
     piece = value.step if isinstance(value, InnerSolver) else value.vjp if isinstance(value, Hypergradient) else value
     return f"{name_of(piece)}(...)" if callable(piece) else type(value).__name__
 
@@ -131,7 +131,7 @@ def split_params(levels: Sequence[Level], params: Any) -> tuple[dict[str, PyTree
     return {name: part[0] for name, part in parts.items()}, {name: part[1] for name, part in parts.items()}
 
 
-def check_names(given: Any, names: Sequence[str], argument: str) -> dict:
+def check_names(given: Any, names: Sequence[str], argument: str) -> dict[Any, Any]:
     """A dict by level name; None is an empty one."""
     if given is None:
         return {}
@@ -143,7 +143,7 @@ def check_names(given: Any, names: Sequence[str], argument: str) -> dict:
     return given
 
 
-def check_key(levels: Sequence[Level], key, sampled: list[str]) -> None:
+def check_key(levels: Sequence[Level], key: Any, sampled: list[str]) -> None:
     """A PRNG key where a level draws."""
     keyed = [level.name for level in levels if getattr(level.objective, "keyed", False)]
     if key is None and (keyed or sampled):

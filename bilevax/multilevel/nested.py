@@ -15,7 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -82,7 +82,7 @@ def hyper_context(side: Lower, feed: Feed) -> Ctx:
     return side.draw(feed, side.solver.steps)
 
 
-def level_feed(system: System, name: str, env: dict[str, PyTree], data: dict, key, step) -> Feed:
+def level_feed(system: System, name: str, env: dict[str, PyTree], data: dict[Any, Any], key: Any, step: Any) -> Feed:
     """The stream of one level: the data of all levels, and the variables that this one does not depend on."""
     wanted = {name, *given_to(system, name, system.graph[name].total, env)}
     return Feed((data, lax.stop_gradient({n: v for n, v in env.items() if n not in wanted})), key, step)
@@ -101,7 +101,7 @@ def inside(system: System, name: str, env: dict[str, PyTree], batch: LevelBatch)
     return side, level_feed(system, name, env, batch.data, key, batch.number * (side.solver.steps + 1))
 
 
-def _draw(feed: Feed, i, *, draw: Draw, index: int, name: str, steps: int) -> Ctx:
+def _draw(feed: Feed, i: Any, *, draw: Draw, index: int, name: str, steps: int) -> Ctx:
     data, rest = feed.data
     ctx = draw(feed._replace(data=data.get(name)), i)
     number = draw_number(feed, i)
@@ -112,7 +112,7 @@ def _draw(feed: Feed, i, *, draw: Draw, index: int, name: str, steps: int) -> Ct
 # ---- the total objective
 
 
-def _total(inner, outer, batch: LevelBatch, model: LevelModel, *, key, system: System, name: str):
+def _total(inner: PyTree, outer: PyTree, batch: LevelBatch, model: LevelModel, *, key: Any, system: System, name: str) -> Any:
     env, below = {**batch.rest, **outer, name: inner}, model.below
     if name in system.owners:
         env = entered(env, (name,), lax.stop_gradient({name: model.mine}))
@@ -127,7 +127,9 @@ def _total(inner, outer, batch: LevelBatch, model: LevelModel, *, key, system: S
     return value, (LevelModel(mine, below), aux)
 
 
-def _respond(system: System, reader: str, name: str, env: dict, batch: LevelBatch, below: dict) -> tuple[InnerState, dict]:
+def _respond(
+    system: System, reader: str, name: str, env: dict[Any, Any], batch: LevelBatch, below: dict[Any, Any]
+) -> tuple[InnerState, dict[Any, Any]]:
     """The best response of level `name`, differentiable in `env`, and the warm states after its solve."""
     method, (side, feed) = system.methods[name], inside(system, name, env, batch)
     start = lax.stop_gradient(start_state(system, name, below))
@@ -144,7 +146,7 @@ def _respond(system: System, reader: str, name: str, env: dict, batch: LevelBatc
     return solution, {**below, **lax.stop_gradient(end_states(name, solution))}
 
 
-def attached(system: System, name: str, side: Lower, solution: InnerState, given: dict, ctx: Ctx) -> PyTree:
+def attached(system: System, name: str, side: Lower, solution: InnerState, given: dict[Any, Any], ctx: Ctx) -> PyTree:
     """The solved variable of a level with its exact derivative in `given`."""
     if applies_jointly(system, name):
         return attached_jointly(system, name, solution, given, ctx)
@@ -180,7 +182,7 @@ class Unknowns(NamedTuple):
     below: dict[str, tuple[Any, Any]]
 
 
-def attached_jointly(system: System, name: str, solution: InnerState, given: dict, ctx: Ctx) -> PyTree:
+def attached_jointly(system: System, name: str, solution: InnerState, given: dict[Any, Any], ctx: Ctx) -> PyTree:
     """The solved variable of a level with its exact derivative in `given`."""
     u = lax.stop_gradient(point(system, name, solution.params, given, ctx))
 
@@ -190,14 +192,14 @@ def attached_jointly(system: System, name: str, solution: InnerState, given: dic
     return attach(value, joint_solver(system, name, u), max_residual=accepted(system.methods[name]))(u, given, ctx).y
 
 
-def _entered(system: System, name: str, env: dict, ctx: Ctx) -> dict:
+def _entered(system: System, name: str, env: dict[Any, Any], ctx: Ctx) -> dict[Any, Any]:
     """`env` with the statistics of this level and of those inside it, as constants."""
     if name in system.owners:
         env = entered(env, (name,), lax.stop_gradient({name: ctx.model.mine}))
     return constant(env, system.owners, ctx.model.below)
 
 
-def lagrangian(system: System, name: str, u: Unknowns, given: dict, ctx: Ctx):
+def lagrangian(system: System, name: str, u: Unknowns, given: dict[Any, Any], ctx: Ctx) -> Any:
     """``L_j`` at the unknowns `u` of level `name`."""
     env = _entered(system, name, {**ctx.batch.rest, **given, name: u.y} | {i: u_i.y for i, (u_i, _) in u.below.items()}, ctx)
     value = system.objectives[name](env, None, Ctx(ctx.batch.own, ctx.key, ctx.model.mine, inner_step=ctx.batch.inner_step))[0]
@@ -207,17 +209,17 @@ def lagrangian(system: System, name: str, u: Unknowns, given: dict, ctx: Ctx):
     return value
 
 
-def _inside(system: System, name: str, env: dict, ctx: Ctx) -> tuple[dict, Ctx]:
+def _inside(system: System, name: str, env: dict[Any, Any], ctx: Ctx) -> tuple[dict[Any, Any], Ctx]:
     """What a level inside another is given at `env`."""
     side, feed = inside(system, name, env, ctx.batch)
     model = start_state(system, name, ctx.model.below).model
     return given_to(system, name, system.graph[name].total, env), hyper_context(side, feed)._replace(model=model)
 
 
-def point(system: System, name: str, y: PyTree, given: dict, ctx: Ctx) -> Unknowns:
+def point(system: System, name: str, y: PyTree, given: dict[Any, Any], ctx: Ctx) -> Unknowns:
     """The unknowns at a solved `y`: the levels inside solved there, then the multipliers, each after those of the levels that read it."""
     env = _entered(system, name, {**ctx.batch.rest, **given, name: y}, ctx)
-    below: dict[str, tuple] = {}
+    below: dict[str, tuple[Any, ...]] = {}
     for i in system.graph[name].nested:
         side, feed = inside(system, i, env, ctx.batch)
         known, ctx_i = _inside(system, i, env, ctx)
@@ -238,7 +240,7 @@ def point(system: System, name: str, y: PyTree, given: dict, ctx: Ctx) -> Unknow
     return Unknowns(y, below)
 
 
-def joint_solver(system: System, name: str, u: Unknowns):
+def joint_solver(system: System, name: str, u: Unknowns) -> Any:
     """MINRES to the tolerance of the level's own method; a level with none inside keeps that method's solver."""
     given = system.methods[name].linear
     assert given is not None  # what `applies_jointly` asked for
@@ -268,7 +270,7 @@ def refused(why: str, value: PyTree, given: PyTree) -> PyTree:
 
 
 @refused.defjvp
-def _refuse(why, primals, tangents):
+def _refuse(why: str, primals: Any, tangents: Any) -> NoReturn:
     raise ValueError(why)
 
 
@@ -280,17 +282,17 @@ class _Code(NamedTuple):
     structure: Any
 
 
-def _guarded_solve(side, method, why, start, given, feed, ctx) -> InnerState:
+def _guarded_solve(side: Any, method: Any, why: Any, start: Any, given: Any, feed: Feed, ctx: Ctx) -> InnerState:
     static, dynamic = split((side, method, why))
     return _guarded(static, given, (dynamic, start, feed, ctx))
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _guarded(static, given, rest):
+def _guarded(static: Any, given: Any, rest: Any) -> Any:
     return _guarded_fwd(static, given, rest)[0]
 
 
-def _guarded_fwd(static, given, rest):
+def _guarded_fwd(static: Any, given: Any, rest: Any) -> Any:
     dynamic, start, feed, ctx = rest
     side, method, why = join(static, dynamic)
     solution, pullback = method.vjp(side, start, given, feed, ctx, method.init(start.params))
@@ -300,7 +302,7 @@ def _guarded_fwd(static, given, rest):
     return refused(why, solution, given), residuals
 
 
-def _guarded_bwd(static, residuals, cotangent):
+def _guarded_bwd(static: Any, residuals: Any, cotangent: PyTree) -> Any:
     captured, code, given, rest = residuals
     _, _, why = join(static, rest[0])
     out = evaluate(code.jaxpr, captured, jax.tree.leaves(cotangent.params))

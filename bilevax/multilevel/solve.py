@@ -10,6 +10,7 @@ import jax
 from bilevax import check, tree
 from bilevax._core import optimizer
 from bilevax._core.transfers import by_intent
+from bilevax._core.types import Key
 from bilevax._estimate import told
 from bilevax.base import Algorithm, Bound, Feed, InnerState, PyTree, StepInfo, objective
 from bilevax.checkpoint import Checkpointing
@@ -53,7 +54,7 @@ def _init(problem: System, inner: InnerState, outer: PyTree) -> MultilevelState:
     return MultilevelState(inner._replace(opt=opt), outer, optimizer.init(problem.optimizer, outer), methods)
 
 
-def _step(problem: System, state: MultilevelState, feeds: tuple[Feed, ...], *, project) -> tuple[MultilevelState, StepInfo]:
+def _step(problem: System, state: MultilevelState, feeds: tuple[Feed, ...], *, project: Any) -> tuple[MultilevelState, StepInfo]:
     states = {name: InnerState(*(part[name] for part in state.inner)) for name in problem.solvers}
     out = sweep(problem, states, state.method, state.outer, dict(zip(problem.graph.names, feeds, strict=True)))
     outer, opt = optimizer.moved(problem.optimizer, out.grad, state.outer_opt, state.outer, project, value=out.value, grad=out.grad)
@@ -67,14 +68,14 @@ def solve_multilevel(
     *,
     data: dict[str, Any] | None = None,
     num_steps: int = 100,
-    key: jax.Array | None = None,
+    key: Key | None = None,
     project: Callable[[PyTree], PyTree] | None = None,
     model_state: dict[str, PyTree] | None = None,
-    metrics: Metrics | Callable | None = None,
+    metrics: Metrics | Callable[..., Any] | None = None,
     tol: float | None = None,
     keep: str = "best",
     state: RunState | None = None,
-    callbacks: Sequence[Callable | Callback] = (),
+    callbacks: Sequence[Callable[..., Any] | Callback] = (),
     progress: bool = False,
     checkpoint: Checkpointing | None = None,
     sharding: Sharding | None = None,
@@ -201,5 +202,5 @@ def _draw_of(level: Level, source: Any) -> Any:
     return Bound("window", level_windowed, take=steps, every=level.every)
 
 
-def _projected(outer, *, fn, fixed):
+def _projected(outer: PyTree, *, fn: Callable[..., Any], fixed: Any) -> Any:
     return tree.partition(fn(tree.combine(outer, fixed)))[0]

@@ -54,9 +54,9 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
     if top.name in system.owners:
         env = entered(env, (top.name,), {top.name: system.still})
     ahead: dict[str, InnerState] = {}
-    pullbacks: dict[str, Callable] = {}
+    pullbacks: dict[str, Callable[..., Any]] = {}
     statistics: dict[str, PyTree] = {}  # the floating-point leaves of the solutions' model states
-    infos: dict[str, dict] = {}
+    infos: dict[str, dict[Any, Any]] = {}
     for name in top.nested:
         node, side = graph[name], nested.lower(system, name)
         given = nested.given_to(system, name, node.live, env, tuple(pullbacks))
@@ -101,7 +101,7 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
     return Sweep(value, grad, states, {**states, **ahead}, methods, _report(system, infos, value, grad), aux)
 
 
-def _report(system: System, infos: dict[str, dict], value, grad) -> dict[str, Any]:
+def _report(system: System, infos: dict[str, dict[Any, Any]], value: Any, grad: Any) -> dict[str, Any]:
     order = [name for name in system.graph.top.nested if name in infos]
     out = {f"{name}/{entry}": a for name in order for entry, a in infos[name].items() if entry != "code"}
     grad_norm = tree.norm(grad)

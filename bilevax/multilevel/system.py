@@ -13,7 +13,7 @@ from jax import lax
 from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax._captured import hoisted
-from bilevax.base import Bound, Draw, Feed, Hypergradient, InnerSolver, Objective, PyTree, objective
+from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerSolver, Objective, PyTree, objective
 from bilevax.hypergradient.one_step import one_step
 from bilevax.hypergradient.parts import over
 from bilevax.multilevel import statistics
@@ -49,7 +49,9 @@ class System(NamedTuple):
         return streams
 
 
-def as_system(levels: Sequence[Level], params: dict, fixed: dict, draws: dict[str, Draw], contexts: dict, models: dict) -> System:
+def as_system(
+    levels: Sequence[Level], params: dict[Any, Any], fixed: dict[Any, Any], draws: dict[str, Draw], contexts: dict[Any, Any], models: dict[Any, Any]
+) -> System:
     """The levels bound to their non-float leaves, with the graph of who reads whom found from these shapes."""
     wrapped = {level.name: objective(level.objective) for level in levels}
     division = statistics.divided(list(wrapped), wrapped, models)
@@ -93,7 +95,9 @@ def _first_order(method: Hypergradient) -> Hypergradient:
     return method if method.first_order_form is None else method.first_order_form
 
 
-def _two_arguments(params, _, batch, *model, fn, fixed, shared, own, has_aux, **keyed):
+def _two_arguments(
+    params: PyTree, _: Any, batch: PyTree, *model: Any, fn: Callable[..., Any], fixed: Any, shared: Any, own: Any, has_aux: bool, **keyed: Any
+) -> Any:
     variables = {name: tree.combine(params[name], fixed[name]) for name in fixed}
     if shared is None:
         return fn(variables, batch, *model, **keyed)
@@ -114,7 +118,7 @@ def as_solver(level: Level) -> InnerSolver:
     return solver._replace(step=step)
 
 
-def _every_nth(objective, state, outer, ctx, *, step, solves, every, seen):
+def _every_nth(objective: Objective, state: Any, outer: PyTree, ctx: Ctx, *, step: Any, solves: Any, every: Any, seen: Any) -> Any:
     """The solver's step in every n-th solve; in the others the level stands still.
 
     Where the method differentiates the steps (`seen`), standing still has the derivative of the step that would have been taken.

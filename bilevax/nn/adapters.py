@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bilevax.nn.net import Paths
+
 
 class GateParam(nnx.Param):
     """Rank gates, so that ``wrt=nn.GateParam`` finds them."""
@@ -39,7 +41,7 @@ class LoRALinear(nnx.Module):
     Source: Hu et al., "LoRA" (ICLR 2022); Zhang et al., "AutoLoRA" (NAACL 2024, arXiv 2403.09113), for the gates.
     """
 
-    def __init__(self, base: Callable, features: tuple[int, int], rank: int, *, gate: Callable = jax.nn.softmax, rngs: nnx.Rngs):
+    def __init__(self, base: Callable[..., Any], features: tuple[int, int], rank: int, *, gate: Callable[..., Any] = jax.nn.softmax, rngs: nnx.Rngs):
         inputs, outputs = features
         self.base, self.gate = base, gate
         self.a = nnx.LoRAParam(jax.random.normal(rngs.params(), (inputs, rank), jnp.float32) * inputs**-0.5)
@@ -56,7 +58,14 @@ class LoRALinear(nnx.Module):
         return self.base(x) + (x @ gated.astype(x.dtype)) @ self.b[...].astype(x.dtype)
 
 
-def add_lora(model: nnx.Module, chosen: Callable[[tuple, nnx.Module], bool], rank: int, *, gate: Callable = jax.nn.softmax, rngs: nnx.Rngs) -> int:
+def add_lora(
+    model: nnx.Module,
+    chosen: Callable[[tuple[Any, ...], nnx.Module], bool] | Paths,
+    rank: int,
+    *,
+    gate: Callable[..., Any] = jax.nn.softmax,
+    rngs: nnx.Rngs,
+) -> int:
     """Put a `LoRALinear` in the place of chosen ``nnx.Linear`` layers of a model, in place.
 
     Args:

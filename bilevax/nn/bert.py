@@ -142,7 +142,7 @@ def load_bert(folder: str | Path) -> Bert:
     config = BertConfig(**{name: content[name] for name in BertConfig._fields if name in content})
     weights = {name.removeprefix("bert."): value for name, value in load_file(folder / "model.safetensors").items()}
     model = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
-    names: dict[tuple, str] = {(*ours, part): f"{theirs}.{part}" for theirs, ours in _TOP.items() for part in ("weight", "bias")}
+    names: dict[tuple[Any, ...], str] = {(*ours, part): f"{theirs}.{part}" for theirs, ours in _TOP.items() for part in ("weight", "bias")}
     for number in range(config.num_hidden_layers):
         for theirs, ours in _LAYER.items():
             names |= {("layers", number, ours, part): f"encoder.layer.{number}.{theirs}.{part}" for part in ("weight", "bias")}
@@ -165,7 +165,7 @@ def load_bert(folder: str | Path) -> Bert:
     return model
 
 
-def _concrete(rest: nnx.State) -> nnx.State:
+def _concrete(rest: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
     """Random streams in the place of their shapes, each with a key of its own."""
     made = []
     for number, (path, variable) in enumerate(nnx.to_flat_state(rest)):
@@ -200,7 +200,9 @@ def tokenize(folder: str | Path, texts: Sequence[str], length: int = 128) -> tup
 
 
 @partial(jax.jit, static_argnums=0)
-def _sentences(graphdef, state, tokens, mask):  # weights are an argument: closed over, they would be folded as constants for a minute
+def _sentences(
+    graphdef: Any, state: Any, tokens: Any, mask: Any
+) -> Any:  # weights are an argument: closed over, they would be folded as constants for a minute
     return nnx.merge(graphdef, state, copy=True).sentence(tokens, mask)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,10 +11,11 @@ import numpy as np
 from flax import nnx
 
 from bilevax._core import numbers
+from bilevax._core.types import Key
 from bilevax.base import PyTree
 
 
-def soft_choice(logits: jax.Array, options: Sequence, *, temperature: float = 1.0, key: jax.Array | None = None, hard: bool = False) -> jax.Array:
+def soft_choice(logits: jax.Array, options: Sequence[Any], *, temperature: float = 1.0, key: Key | None = None, hard: bool = False) -> jax.Array:
     """A mixture of options, by softmax or by Gumbel noise.
 
     ``Σ_k p_k o_k`` with ``p = softmax((logits + noise) / temperature)``.
@@ -33,7 +35,8 @@ def soft_choice(logits: jax.Array, options: Sequence, *, temperature: float = 1.
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> soft_choice(jnp.zeros(2), [jnp.array([0.0]), jnp.array([4.0])]).tolist()
+      >>> from bilevax import nn
+      >>> nn.soft_choice(jnp.zeros(2), [jnp.array([0.0]), jnp.array([4.0])]).tolist()
       [2.0]
 
     Source: Liu, Simonyan and Yang, "DARTS" (ICLR 2019); Jang, Gu and Poole, "Categorical reparameterization with Gumbel-softmax" (ICLR 2017).
@@ -78,7 +81,13 @@ class SoftChoice(nnx.Module):
     """
 
     def __init__(
-        self, operations: Sequence[Callable], *, temperature: float = 1.0, gumbel: bool = False, hard: bool = False, rngs: nnx.Rngs | None = None
+        self,
+        operations: Sequence[Callable[..., Any]],
+        *,
+        temperature: float = 1.0,
+        gumbel: bool = False,
+        hard: bool = False,
+        rngs: nnx.Rngs | None = None,
     ):
         if gumbel and rngs is None:
             raise ValueError("rngs: got None with gumbel=True, which draws; expected nnx.Rngs.")
@@ -115,7 +124,8 @@ def straight_through(value: PyTree, surrogate: PyTree) -> PyTree:
 
     Examples:
       >>> import jax, jax.numpy as jnp
-      >>> value, grad = jax.value_and_grad(lambda x: straight_through(jnp.round(x), x**2))(0.7)
+      >>> from bilevax import nn
+      >>> value, grad = jax.value_and_grad(lambda x: nn.straight_through(jnp.round(x), x**2))(0.7)
       >>> float(value), round(float(grad), 6)
       (1.0, 1.4)
 
@@ -144,7 +154,8 @@ def mask(scores: PyTree, keep: float | None = None) -> PyTree:
 
     Examples:
       >>> import jax.numpy as jnp
-      >>> mask({"w": jnp.array([1.0, -2.0, 3.0, 0.5])}, keep=0.5)["w"].tolist()
+      >>> from bilevax import nn
+      >>> nn.mask({"w": jnp.array([1.0, -2.0, 3.0, 0.5])}, keep=0.5)["w"].tolist()
       [1.0, 0.0, 1.0, 0.0]
 
     Source: Ramanujan et al., "What's hidden in a randomly weighted neural network?" (CVPR 2020); Zhang et al., "Advancing model pruning via bi-level

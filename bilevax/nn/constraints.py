@@ -12,7 +12,9 @@ from bilevax import check
 from bilevax.base import Bound, PyTree
 
 
-def constrained(projection: Callable[..., PyTree], wrt: Callable[[tuple, Any], bool] | None = None, **settings) -> optax.GradientTransformation:
+def constrained(
+    projection: Callable[..., PyTree], wrt: Callable[[tuple[Any, ...], Any], bool] | None = None, **settings: Any
+) -> optax.GradientTransformation:
     """Keep parameters in a set: the last link of an optimizer's chain.
 
     ``u ← P(x + u) − x``
@@ -35,8 +37,8 @@ def constrained(projection: Callable[..., PyTree], wrt: Callable[[tuple, Any], b
       >>> opt = optax.chain(optax.sgd(1.0), nn.constrained(optax.projections.projection_simplex))
       >>> x = jnp.array([0.5, 0.5])
       >>> updates, _ = opt.update(jnp.array([0.2, 3.0]), opt.init(x), x)
-      >>> (x + updates).tolist()
-      [1.0, 0.0]
+      >>> print(optax.apply_updates(x, updates))
+      [1. 0.]
 
     Source: Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions" (ICML 2008), for the simplex.
     """
@@ -47,11 +49,11 @@ def constrained(projection: Callable[..., PyTree], wrt: Callable[[tuple, Any], b
     )
 
 
-def _init(params, *, projection):
+def _init(params: PyTree, *, projection: Any) -> Any:
     return optax.EmptyState()
 
 
-def _update(updates, state, params=None, *, projection, wrt, settings):
+def _update(updates: Any, state: Any, params: PyTree = None, *, projection: Any, wrt: Any, settings: Any) -> Any:
     if params is None:
         raise TypeError("params: got None; expected the parameters, which a projection depends on: opt.update(grads, state, params).")
 

@@ -16,7 +16,7 @@ from bilevax.nn.net import Form, Net, check_groups, divided, pack, unpack
 
 
 def from_linen(
-    module: linen.Module | Callable,
+    module: linen.Module | Callable[..., Any],
     variables: Mapping[str, PyTree],
     wrt: Any = True,
     *,
@@ -74,9 +74,9 @@ def from_linen(
     return Net(pack(groups, form), state, bind, Bound("merge", _merge, frozen=frozen, form=form, initial=state), bool(rngs), form)
 
 
-def _divide(params: PyTree, filters: tuple) -> tuple[tuple, PyTree]:
+def _divide(params: PyTree, filters: tuple[Any, ...]) -> tuple[tuple[Any, ...], PyTree]:
     """The parameters of each filter, and the rest."""
-    groups: list[dict] = [{} for _ in (*filters, None)]
+    groups: list[dict[Any, Any]] = [{} for _ in (*filters, None)]
     for path, value in flatten_dict(params).items():
         taken = (number for number, chosen in enumerate(filters) if _takes(chosen, path, value))
         groups[next(taken, len(filters))][path] = value
@@ -84,7 +84,7 @@ def _divide(params: PyTree, filters: tuple) -> tuple[tuple, PyTree]:
     return tuple(chosen), frozen
 
 
-def _takes(chosen, path, value) -> bool:
+def _takes(chosen: Any, path: Any, value: Any) -> bool:
     if chosen is True or chosen is ...:
         return True
     if not callable(chosen) or isinstance(chosen, type):
@@ -99,11 +99,11 @@ def _joined(*parts: PyTree) -> PyTree:
 class _Model:
     """A linen module with its variables, for the length of one evaluation of a loss."""
 
-    def __init__(self, apply: Callable, params: PyTree, state: PyTree, mode: dict, rngs: tuple[str, ...], key, train: bool):
+    def __init__(self, apply: Callable[..., Any], params: PyTree, state: PyTree, mode: dict[Any, Any], rngs: tuple[str, ...], key: Any, train: bool):
         self.apply, self.params, self.state, self.mode, self.rngs, self.key, self.train = apply, params, state, mode, rngs, key, train
         self.calls = 0
 
-    def __call__(self, *args, **kwargs):
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
         drawn = {}
         if self.key is not None:
             key = jax.random.fold_in(self.key, self.calls)
@@ -117,14 +117,16 @@ class _Model:
         return out
 
 
-def _bind(params: PyTree, state: PyTree, key, train: bool, *, module, frozen, form: Form, modes: tuple, rngs: tuple[str, ...]):
+def _bind(
+    params: PyTree, state: PyTree, key: Any, train: bool, *, module: Any, frozen: Any, form: Form, modes: tuple[Any, ...], rngs: tuple[str, ...]
+) -> Any:
     apply = module.apply if isinstance(module, linen.Module) else module
     whole = _joined(*unpack(params, form), frozen)
     model = _Model(apply, whole, state or {}, dict(modes[train]), rngs, key, train)
     return model, lambda: model.state
 
 
-def _merge(params: PyTree, state: PyTree = None, *, frozen, form: Form, initial):
+def _merge(params: PyTree, state: PyTree = None, *, frozen: Any, form: Form, initial: Any) -> Any:
     return {"params": _joined(*unpack(params, form), frozen), **(initial if state is None else state)}
 
 

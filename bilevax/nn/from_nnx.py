@@ -8,6 +8,7 @@ import jax
 from flax import nnx
 
 from bilevax import check
+from bilevax._core.types import Key
 from bilevax.base import Bound, PyTree
 from bilevax.nn.net import Form, Net, check_groups, divided, pack, unpack
 
@@ -64,7 +65,7 @@ def modules(model: Any) -> list[nnx.Module]:
     return [leaf for leaf in leaves if isinstance(leaf, nnx.Module)]
 
 
-def _among_params(chosen: Any):
+def _among_params(chosen: Any) -> Any:
     """A type says itself which variables it means; any other filter means parameters, so that no path takes BatchNorm's statistics along."""
     return chosen if isinstance(chosen, type) else nnx.All(nnx.Param, list(chosen) if isinstance(chosen, list) else chosen)
 
@@ -72,20 +73,20 @@ def _among_params(chosen: Any):
 class _Among:
     """The filter that takes the variables at these paths."""
 
-    def __init__(self, places: frozenset):
+    def __init__(self, places: frozenset[Any]):
         self.places = places
 
-    def __call__(self, path, value):
+    def __call__(self, path: Any, value: Any) -> Any:
         return tuple(path) in self.places
 
-    def __hash__(self):
+    def __hash__(self) -> int:
         return hash(self.places)
 
-    def __eq__(self, other):
+    def __eq__(self, other: Any) -> bool:
         return isinstance(other, _Among) and self.places == other.places
 
 
-def _bind(params: PyTree, state: PyTree, key, train: bool, *, graphdef, draws, frozen, form: Form, moving: _Among):
+def _bind(params: PyTree, state: PyTree, key: Any, train: bool, *, graphdef: Any, draws: Any, frozen: Any, form: Form, moving: _Among) -> Any:
     state = nnx.State({}) if state is None else state
     draws = draws if key is None else _reseeded(draws, key)
     model = nnx.merge(graphdef, draws, *unpack(params, form), frozen, state, copy=True)  # a copy: calling it must not touch what was passed in
@@ -112,7 +113,7 @@ def _switch(model: Any, train: bool) -> None:
 class _BatchNorm(nnx.BatchNorm):
     """BatchNorm whose running statistics have a derivative: flax stops it, and here it is part of the map."""
 
-    def __call__(self, x, use_running_average=None, *, mask=None):
+    def __call__(self, x: Any, use_running_average: Any = None, *, mask: Any = None) -> Any:
         given = self.use_running_average if use_running_average is None else use_running_average
         before = self.mean[...], self.var[...]
         out = super().__call__(x, use_running_average, mask=mask)
@@ -126,16 +127,16 @@ class _BatchNorm(nnx.BatchNorm):
                 variable[...] = variable[...] + (moved - jax.lax.stop_gradient(moved))  # flax's value, and our derivative
         return out
 
-    def _over(self, a, axes, mask):
+    def _over(self, a: Any, axes: Any, mask: Any) -> Any:
         mean = jax.numpy.mean(a, axes, where=mask)
         return mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name, axis_index_groups=self.axis_index_groups)
 
 
-def _merge(params: PyTree, state: PyTree = None, *, graphdef, draws, frozen, form: Form, initial):
+def _merge(params: PyTree, state: PyTree = None, *, graphdef: Any, draws: Any, frozen: Any, form: Form, initial: Any) -> Any:
     return nnx.merge(graphdef, draws, *unpack(params, form), frozen, initial if state is None else state, copy=True)
 
 
-def _reseeded(draws: nnx.State, key: jax.Array) -> nnx.State:
+def _reseeded(draws: nnx.State[Any, Any], key: Key) -> nnx.State[Any, Any]:
     """Every random stream from its beginning, with a key of its own."""
     if not jax.numpy.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)

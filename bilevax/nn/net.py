@@ -9,13 +9,14 @@ from typing import Any, NamedTuple, Protocol
 import jax
 
 from bilevax import tree
+from bilevax._core.types import Key
 from bilevax.base import PyTree
 
 
 class Bind(Protocol):
     """Put a model together: ``(params, state, key, train) -> (model, collect)``, with ``collect()`` its state after it was called."""
 
-    def __call__(self, params: PyTree, state: PyTree, key: jax.Array | None, train: bool) -> tuple[Any, Callable[[], PyTree]]: ...
+    def __call__(self, params: PyTree, state: PyTree, key: Key | None, train: bool) -> tuple[Any, Callable[[], PyTree]]: ...
 
 
 class Net(NamedTuple):
@@ -55,7 +56,7 @@ class Paths(NamedTuple):
 
     patterns: tuple[str, ...]
 
-    def __call__(self, path: tuple, value: Any = None) -> bool:
+    def __call__(self, path: tuple[Any, ...], value: Any = None) -> bool:
         whole = "/".join(map(str, path))
         return any(re.search(f"(^|/){pattern}(/|$)", whole) for pattern in self.patterns)
 
@@ -89,7 +90,7 @@ def paths(*patterns: str) -> Paths:
 Form = int | tuple[str, ...] | None  # of the learned parameters: one tree, a tuple of n, or a dict with these names
 
 
-def divided(wrt: Any) -> tuple[tuple, Form]:
+def divided(wrt: Any) -> tuple[tuple[Any, ...], Form]:
     """The filters in `wrt` and their form: one filter, a tuple of filters, or a dict of filters by level name."""
     if isinstance(wrt, dict):
         if not wrt or not all(isinstance(name, str) for name in wrt):
@@ -102,21 +103,21 @@ def divided(wrt: Any) -> tuple[tuple, Form]:
     return (wrt,), None
 
 
-def pack(groups: tuple, form: Form) -> PyTree:
+def pack(groups: tuple[Any, ...], form: Form) -> PyTree:
     """The groups in their form."""
     if form is None:
         return groups[0]
     return groups if isinstance(form, int) else dict(zip(form, groups, strict=True))
 
 
-def unpack(params: PyTree, form: Form) -> tuple:
+def unpack(params: PyTree, form: Form) -> tuple[Any, ...]:
     """Undo `pack`."""
     if form is None:
         return (params,)
     return tuple(params) if isinstance(form, int) else tuple(params[name] for name in form)
 
 
-def check_groups(groups: tuple, filters: tuple, names: list[str]) -> None:
+def check_groups(groups: tuple[Any, ...], filters: tuple[Any, ...], names: list[str]) -> None:
     """Every group holds something to learn."""
     for group, chosen in zip(groups, filters, strict=True):
         if not any(tree.is_float(leaf) for leaf in jax.tree.leaves(group)):

@@ -17,7 +17,7 @@ from bilevax.run.metrics import metrics as as_metrics
 
 
 def objective(
-    loss: Callable, *, inner: Any = None, outer: Any = None, model: Any = None, levels: Mapping[str, Any] | None = None, train: bool = True
+    loss: Callable[..., Any], *, inner: Any = None, outer: Any = None, model: Any = None, levels: Mapping[str, Any] | None = None, train: bool = True
 ) -> Objective:
     """An objective of parameters from a loss of models.
 
@@ -91,7 +91,7 @@ def as_net(value: Any, argument: str) -> Net:
     raise TypeError(f"{argument}: got {check.describe(value)}; expected a Net or an nnx.Module.{hint}")
 
 
-def _check_form(role: str, form, net: Net) -> None:
+def _check_form(role: str, form: Any, net: Net) -> None:
     if role == "model" and form is None:
         raise ValueError(f"model: got {net!r}, whose parameters are not divided; expected wrt=(inner filter, outer filter). Or give it as inner=.")
     if role == "model" and isinstance(form, int) and form != 2:
@@ -100,7 +100,18 @@ def _check_form(role: str, form, net: Net) -> None:
         raise ValueError(f"{role}: got {net!r}, whose parameters are divided between levels; expected it as model=.")
 
 
-def _evaluate(*args, key=None, fn, binds: dict[str, Part], form: str, train: bool, stateful: bool, has_aux: bool, keyed: bool, **number):
+def _evaluate(
+    *args: Any,
+    key: Any = None,
+    fn: Callable[..., Any],
+    binds: dict[str, Part],
+    form: str,
+    train: bool,
+    stateful: bool,
+    has_aux: bool,
+    keyed: bool,
+    **number: Any,
+) -> Any:
     *params, batch, state = args if stateful else (*args, {})
     if form == "pair":
         given = {"inner": params[0], "outer": params[1]}
@@ -159,7 +170,7 @@ class Bilevel(NamedTuple):
         params = {"inner": solution.inner_params, "outer": solution.outer_params}
         return tuple(self.nets[role].merge(value, state.get(role)) if role in self.nets else value for role, value in params.items())
 
-    def metrics(self, fn: Callable, data: PyTree = None, **settings) -> Metrics:
+    def metrics(self, fn: Callable[..., Any], data: PyTree = None, **settings: Any) -> Metrics:
         """`bilevax.metrics` of a function of models in evaluation mode: ``fn(inner, outer, data)``, or ``fn(model, data)``, to a dict of scalars."""
         binds = {role: Part(net.bind, net.keyed) for role, net in self.nets.items()}
         form = "divided" if "model" in self.nets else "pair"
@@ -167,7 +178,7 @@ class Bilevel(NamedTuple):
         return as_metrics(Bound(base.objective(fn).name, _measure, fn=fn, binds=binds, form=form), data, stateful=stateful, **settings)
 
 
-def _measure(inner, outer, data, state=None, *, fn, binds, form):
+def _measure(inner: PyTree, outer: PyTree, data: Any, state: Any = None, *, fn: Callable[..., Any], binds: Any, form: Any) -> Any:
     key = jax.random.key(0) if any(part.keyed for part in binds.values()) else None  # a model that draws is measured with one draw throughout
     args = (inner, outer, data) if state is None else (inner, outer, data, state)
     settings = dict(fn=fn, binds=binds, form=form, train=False, has_aux=False, keyed=False)
@@ -176,7 +187,13 @@ def _measure(inner, outer, data, state=None, *, fn, binds, form):
 
 
 def bilevel(
-    inner_loss: Callable, outer_loss: Callable, inner: Any = None, outer: Any = None, *, model: Any = None, train: tuple[bool, bool] = (True, False)
+    inner_loss: Callable[..., Any],
+    outer_loss: Callable[..., Any],
+    inner: Any = None,
+    outer: Any = None,
+    *,
+    model: Any = None,
+    train: tuple[bool, bool] = (True, False),
 ) -> Bilevel:
     """Both levels from two losses of models: what a training script has, as what `solve_bilevel` takes.
 

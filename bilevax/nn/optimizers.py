@@ -39,16 +39,16 @@ def going_on(training: Any) -> optax.GradientTransformation:
     return optax.GradientTransformationExtraArgs(Bound("going_on", _init, tx=training.tx, leaves=leaves), Bound("going_on", _update, tx=training.tx))
 
 
-def _init(params: PyTree, *, tx, leaves: tuple):
+def _init(params: PyTree, *, tx: Any, leaves: tuple[Any, ...]) -> Any:
     # nnx wraps each array of the state in a variable of its own; the arrays are the same ones in the same order.
     return _filled(jax.eval_shape(tx.init, params), leaves)
 
 
-def _update(updates: PyTree, state: PyTree, params: PyTree = None, *, tx, **extra):
+def _update(updates: PyTree, state: PyTree, params: PyTree = None, *, tx: Any, **extra: Any) -> Any:
     return optax.with_extra_args_support(tx).update(updates, state, params, **extra)
 
 
-def _filled(like: PyTree, leaves) -> PyTree:
+def _filled(like: PyTree, leaves: Any) -> PyTree:
     want, treedef = jax.tree.flatten(like)
     if [jax.numpy.shape(a) for a in leaves] != [jax.numpy.shape(a) for a in want]:
         raise ValueError(

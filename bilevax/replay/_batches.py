@@ -69,12 +69,12 @@ class Batches:
 
     def __init__(self, source: Source | Reader, num_steps: int, put: Callable[[PyTree], PyTree]):
         self.source, self.num_steps, self.put = source, num_steps, put
-        self._ahead: dict[int, Future] = {}
+        self._ahead: dict[int, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="replay-batches") if isinstance(source, Reader) else None
         self._whole = None if isinstance(source, Reader) else source.data
 
     @property
-    def draw(self):
+    def draw(self) -> Any:
         """The draw by which compiled code reads what `at` gives."""
         return same if isinstance(self.source, Reader) else self.source.draw
 

@@ -34,11 +34,11 @@ class Form:
     shape: tuple[int, ...]
     sharding: Any = None  # None for an array of the host
     committed: bool = False
-    devices: tuple = ()
+    devices: tuple[Any, ...] = ()
     key: Any = None
 
     @classmethod
-    def of(cls, leaf) -> Form:
+    def of(cls, leaf: Any) -> Form:
         """The form of an array."""
         if isinstance(leaf, (np.ndarray, np.generic)):
             return cls(leaf.shape)
@@ -60,7 +60,7 @@ def forms(value: PyTree) -> PyTree:
     return jax.tree.map(Form.of, value)
 
 
-def _parts(leaf) -> list[np.ndarray]:
+def _parts(leaf: Any) -> list[np.ndarray]:
     """A leaf's contents on this process."""
     if isinstance(leaf, (np.ndarray, np.generic)):
         return [np.asarray(leaf)]
@@ -96,13 +96,13 @@ def write(path: str, value: PyTree, **notes: Any) -> None:
     os.replace(beside, path)
 
 
-def notes(path: str) -> dict:
+def notes(path: str) -> dict[Any, Any]:
     """The notes of a file alone."""
     with open(path, "rb") as file:
         return _header(file)["notes"]
 
 
-def _header(file) -> dict:
+def _header(file: Any) -> dict[Any, Any]:
     try:
         length, check = file.readline().split()
         text = file.read(int(length))
@@ -113,7 +113,7 @@ def _header(file) -> dict:
     return json.loads(text)
 
 
-def read(path: str, like: PyTree) -> tuple[PyTree, dict]:
+def read(path: str, like: PyTree) -> tuple[PyTree, dict[Any, Any]]:
     """The value, placed as the forms `like` say, and the notes."""
     with open(path, "rb") as file:
         header = _header(file)
@@ -129,7 +129,7 @@ def read(path: str, like: PyTree) -> tuple[PyTree, dict]:
     return jax.tree.map(lambda form: _placed(form, arrays), like), header["notes"]
 
 
-def _placed(form: Form, arrays):
+def _placed(form: Form, arrays: Any) -> Any:
     if form.sharding is None:
         return next(arrays)
     if form.key is not None:

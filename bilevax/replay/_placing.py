@@ -34,7 +34,7 @@ class Placing:
     def __hash__(self) -> int:
         return hash(self._name())
 
-    def __eq__(self, other) -> bool:
+    def __eq__(self, other: Any) -> bool:
         return isinstance(other, Placing) and self._name() == other._name()
 
     # ---- traced values
@@ -79,5 +79,5 @@ class Placing:
         return outer if self.sharding is None else jax.tree.map(layout.put_leaf, outer, self.outer)
 
 
-def _hold(leaf, where: NamedSharding):
+def _hold(leaf: Any, where: NamedSharding) -> Any:
     return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else lax.with_sharding_constraint(leaf, where)

@@ -10,6 +10,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from bilevax.base import PyTree
 from bilevax.checkpoint import Checkpointing
@@ -30,8 +31,8 @@ def fingerprint(parts: list[str], arrays: PyTree) -> str:
     return total.hexdigest()
 
 
-def _is_key(leaf) -> bool:
-    return jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+def _is_key(leaf: Any) -> bool:
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
 
 
 class Progress:
@@ -44,7 +45,7 @@ class Progress:
         self.spec, self.name = spec, name
         _files.make(spec.directory)
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="replay-progress")
-        self._writing: deque[Future] = deque()
+        self._writing: deque[Future[Any]] = deque()
 
     def due(self, step: int) -> bool:
         """Whether this step is one that is saved."""
@@ -59,7 +60,7 @@ class Progress:
                 leaf.copy_to_host_async()
         self._writing.append(self._pool.submit(self._write, kind, step, value, notes))
 
-    def _write(self, kind: str, step: int, value: PyTree, notes: dict) -> None:
+    def _write(self, kind: str, step: int, value: PyTree, notes: dict[Any, Any]) -> None:
         _files.write(_files.path(self.spec.directory, kind, step), value, name=self.name, **notes)
         if kind == "back":
             backs = _files.names(self.spec.directory, "back")
@@ -72,7 +73,7 @@ class Progress:
         """Steps whose states are here."""
         return list(_files.names(self.spec.directory, "there"))
 
-    def newest(self, kind: str, like: PyTree) -> tuple[int, PyTree, dict] | None:
+    def newest(self, kind: str, like: PyTree) -> tuple[int, PyTree, dict[Any, Any]] | None:
         """The file that is furthest, read; damaged ones are reported and passed over."""
         found = _files.names(self.spec.directory, kind)
         for step in sorted(found, reverse=kind == "there"):
@@ -81,7 +82,7 @@ class Progress:
                 return step, *read
         return None
 
-    def read(self, kind: str, step: int, like: PyTree) -> tuple[PyTree, dict] | None:
+    def read(self, kind: str, step: int, like: PyTree) -> tuple[PyTree, dict[Any, Any]] | None:
         """One file; None where it is damaged, which is said."""
         path = _files.path(self.spec.directory, kind, step)
         try:

@@ -68,11 +68,11 @@ class Pieces:
         self.end = self._piece(_END)
         self.finish = self._piece(_FINISH)
 
-    def _piece(self, program: Callable) -> Callable:
+    def _piece(self, program: Callable[..., Any]) -> Callable[..., Any]:
         return functools.partial(program, self.static, self.numbers)
 
 
-def _program(fn: Callable, donate: tuple[int, ...] = ()) -> Callable:
+def _program(fn: Callable[..., Any], donate: tuple[int, ...] = ()) -> Callable[..., Any]:
     """A compiled piece of any training; `donate` counts its own arguments."""
 
     def run(static, numbers, *args):
@@ -114,7 +114,7 @@ class _End(NamedTuple):
 class Run:
     """One replay: where it stands on its way there or back."""
 
-    def __init__(self, fn: Any, pieces: Pieces, batches: Batches, given: Given, params, model, outer_batch):
+    def __init__(self, fn: Any, pieces: Pieces, batches: Batches, given: Given, params: PyTree, model: PyTree, outer_batch: Any):
         self.fn, self.batches, self.given, self.outer_batch = fn, batches, given, outer_batch
         self.params, self.model, self.pieces = params, model, pieces
         self.shelf = Host() if fn.states is None else Folder(fn.states)
@@ -122,8 +122,8 @@ class Run:
         self.owed: set[int] = set()  # states that the schedule has kept and a killed process has lost
         self.values: dict[int, Any] = {}
         self.norms: dict[int, Any] = {}
-        self.digests: dict[int, list] = {}
-        self.waiting: deque = deque()
+        self.digests: dict[int, list[Any]] = {}
+        self.waiting: deque[Any] = deque()
         self.executed = self.checked = 0
         self.again = fn.schedule.counts(fn.num_steps).executed > fn.num_steps
         self.rebuilt = False  # whether the current state was reached by steps done again
@@ -232,13 +232,13 @@ class Run:
     def _given(self, step: int, then: int) -> Given:
         return self.given._replace(data=self.batches.at(step, then))
 
-    def _measure(self, state: InnerState, step: int):
+    def _measure(self, state: InnerState, step: int) -> Any:
         at = self.fn.at
         weight = 1 / len(at) if step in at else 0.0
         key = None if self.given.key is None else jax.random.fold_in(self.given.key, self.fn.num_steps + 1)
         return tree.copy(self.pieces.end(state, self.given, self.outer_batch, key, weight))
 
-    def _throttle(self, marker) -> None:
+    def _throttle(self, marker: Any) -> None:
         """The host runs ahead of the devices by a few steps only: what waits takes memory."""
         self.waiting.append(marker)
         if len(self.waiting) > _RUN_AHEAD:
@@ -359,7 +359,7 @@ class Run:
 
     # ---- the end
 
-    def _report(self, outer: PyTree, init: PyTree, info: dict) -> Metagradient:
+    def _report(self, outer: PyTree, init: PyTree, info: dict[Any, Any]) -> Metagradient:
         steps = range(self.fn.num_steps)
         value = jax.device_get(self.end.value)
         info |= {"values": self._read(self.values, steps), "cotangent_norm": self._read(self.norms, steps)}
@@ -380,12 +380,12 @@ class Run:
         return found
 
 
-def _digest(node: _Node) -> list:
+def _digest(node: _Node) -> list[Any]:
     leaves = jax.tree.leaves((node.state, node.saved))
     return digest.words([leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)])
 
 
-def _code(info: dict, value, grad) -> tuple[RESULTS, str]:
+def _code(info: dict[Any, Any], value: Any, grad: Any) -> tuple[RESULTS, str]:
     """How it went, and where it went wrong."""
     bad = np.flatnonzero(~np.isfinite(info["values"]))
     if bad.size:

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from bilevax.base import PyTree
@@ -71,27 +73,27 @@ def bound(value: PyTree) -> PyTree:
     return jax.tree.map(lambda leaf: leaf if _on_host(leaf) else jax.device_put(leaf, leaf.sharding), value)
 
 
-def _on_host(leaf) -> bool:
+def _on_host(leaf: Any) -> bool:
     """Whether the device's memory is the host's, so that there is nothing to copy."""
     return all(device.platform == "cpu" for device in leaf.sharding.device_set)
 
 
-def _away(leaf) -> bool:
+def _away(leaf: Any) -> bool:
     return leaf.sharding.memory_kind == _HOST
 
 
-def _forth(leaf):
-    if _on_host(leaf) or jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+def _forth(leaf: Any) -> Any:
+    if _on_host(leaf) or jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf
     return jax.device_put(leaf, leaf.sharding.with_memory_kind(_HOST))
 
 
-def _back(leaf):
+def _back(leaf: Any) -> Any:
     return jax.device_put(leaf, leaf.sharding.with_memory_kind("device"))
 
 
-def _local_bytes(leaf) -> int:
-    if jax.dtypes.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+def _local_bytes(leaf: Any) -> int:
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf.size * 8
     return (
         sum(int(np.prod(part.data.shape)) for part in leaf.addressable_shards if part.replica_id == 0 or not leaf.is_fully_addressable)
@@ -106,9 +108,9 @@ class Folder:
         self.folder = folder
         _files.make(folder)
         _files.remove(list(_files.names(folder, "state").values()))  # of a process that was killed
-        self._writing: dict[int, Future] = {}
+        self._writing: dict[int, Future[Any]] = {}
         self._like: dict[int, PyTree] = {}
-        self._ahead: dict[int, Future] = {}
+        self._ahead: dict[int, Future[Any]] = {}
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="replay-states")
         self._sizes: dict[int, int] = {}
         self.bytes, self.most_bytes, self.most = 0, 0, 0

@@ -25,11 +25,11 @@ from bilevax.replay._placing import Placing
 class Gradients(NamedTuple):
     """A user's own gradient in place of an objective; made by `gradients`."""
 
-    fn: Callable
+    fn: Callable[..., Any]
     stateful: bool = False
     keyed: bool = False
 
-    def __call__(self, inner, outer, ctx: Ctx) -> tuple[PyTree, PyTree]:
+    def __call__(self, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[PyTree, PyTree]:
         args = (inner, outer, ctx.batch) + ((ctx.model,) if self.stateful else ())
         out = self.fn(*args, **({"key": ctx.key} if self.keyed else {}))
         return out if self.stateful else (out, ctx.model)
@@ -76,7 +76,7 @@ class Training(NamedTuple):
 # ---- one evaluation
 
 
-def _context(training: Training, given: Given, step, model) -> Ctx:
+def _context(training: Training, given: Given, step: Any, model: PyTree) -> Ctx:
     ctx = training.draw(Feed(given.data, given.key, step), 0)
     return ctx._replace(model=model, inner_step=step)
 
@@ -105,7 +105,7 @@ def _in_parts(training: Training, fn: Callable[[Ctx], PyTree], ctx: Ctx) -> PyTr
     return tree.scale(1 / count, total)
 
 
-def _objective(training: Training, given: Given, ctx: Ctx):
+def _objective(training: Training, given: Given, ctx: Ctx) -> Any:
     """The inner objective of parameters, outer parameters and the model state's floats."""
     moving, resting = tree.partition(ctx.model)
 
@@ -117,7 +117,7 @@ def _objective(training: Training, given: Given, ctx: Ctx):
     return fn, moving
 
 
-def _take_gradient(training: Training, given: Given, params, outer, ctx: Ctx):
+def _take_gradient(training: Training, given: Given, params: PyTree, outer: PyTree, ctx: Ctx) -> Any:
     """``(Saved, new model state)``."""
     if isinstance(training.objective, Gradients):
         full = tree.combine(params, given.inner_fixed), tree.combine(outer, given.outer_fixed)
@@ -136,7 +136,7 @@ def _take_gradient(training: Training, given: Given, params, outer, ctx: Ctx):
     return Saved(value, grads), model
 
 
-def _update(training: Training, given: Given, params, opt, outer, saved: Saved):
+def _update(training: Training, given: Given, params: PyTree, opt: Any, outer: PyTree, saved: Saved) -> Any:
     """The optimizer's step alone, as a function of all that it reads."""
     transformation = training.optimizer(tree.combine(outer, given.outer_fixed))
     updates, opt = optimizer.update(transformation, saved.grads, opt, params, value=saved.value, grad=saved.grads)
@@ -154,7 +154,7 @@ def begin(training: Training, params: PyTree, given: Given, model: PyTree) -> In
     return training.placing.hold_state(InnerState(params, optimizer.init(transformation, params), model))
 
 
-def advance(training: Training, state: InnerState, given: Given, step) -> tuple[InnerState, Saved]:
+def advance(training: Training, state: InnerState, given: Given, step: Any) -> tuple[InnerState, Saved]:
     """One training step, and what its pullback will ask for."""
     ctx = _context(training, given, step, state.model)
     saved, model = _take_gradient(training, given, state.params, given.outer, ctx)
@@ -169,10 +169,10 @@ def retreat(
     state: InnerState,
     saved: Saved,
     given: Given,
-    step,
+    step: Any,
     cotangent: InnerState,
     outer_cotangent: PyTree,
-):
+) -> Any:
     """The pullback of one training step; what it finds for the outer parameters is added up."""
     ctx = _context(training, given, step, state.model)
     if saved.grads is None:
@@ -199,7 +199,7 @@ def retreat(
     return jax.vmap(one)(cotangent, outer_cotangent)  # a query each
 
 
-def _pull_gradient(training, given, params, ctx, reads_value, direction: Saved, model_cotangent):
+def _pull_gradient(training: Any, given: Any, params: PyTree, ctx: Ctx, reads_value: Any, direction: Saved, model_cotangent: Any) -> Any:
     """Pulls the step's gradient and new model state back to parameters, outer and model state."""
     if isinstance(training.objective, Gradients):
         return _pull_own_gradient(training, given, params, ctx, direction.grads, model_cotangent)
@@ -225,7 +225,7 @@ def _pull_gradient(training, given, params, ctx, reads_value, direction: Saved, 
     return _in_parts(training, part, ctx)
 
 
-def _pull_own_gradient(training, given, params, ctx, direction, model_cotangent):
+def _pull_own_gradient(training: Any, given: Any, params: PyTree, ctx: Ctx, direction: Any, model_cotangent: Any) -> Any:
     moving, resting = tree.partition(ctx.model)
 
     def fn(params, outer, model):
@@ -236,7 +236,7 @@ def _pull_own_gradient(training, given, params, ctx, direction, model_cotangent)
     return jax.vjp(fn, params, given.outer, moving)[1]((direction, model_cotangent))
 
 
-def _reads_value(update: Callable, *args) -> bool:
+def _reads_value(update: Callable[..., Any], *args: Any) -> bool:
     """Whether the optimizer looks at the objective's value, as step rules do that ask for it."""
     jaxpr = jax.make_jaxpr(update)(*args).jaxpr
     _, used = partial_eval.dce_jaxpr(jaxpr, [True] * len(jaxpr.outvars))
@@ -249,9 +249,9 @@ def end(
     state: InnerState,
     given: Given,
     batch: PyTree,
-    key,
-    weight,
-):
+    key: Any,
+    weight: Any,
+) -> Any:
     """The outer objective at a state, times `weight`.
 
     ``(value, aux, cotangent of the state, cotangent of the outer parameters)``. A vector of values
@@ -288,7 +288,7 @@ def finish(
     model: PyTree,
     cotangent: InnerState,
     outer_cotangent: PyTree,
-):
+) -> Any:
     """The pullback of `begin`: cotangents of the outer and of the initial parameters."""
 
     def fn(outer, params):

@@ -13,6 +13,7 @@ import numpy as np
 
 from bilevax import check, tree
 from bilevax._core import numbers
+from bilevax._core.types import Key
 from bilevax.base import Bound, Draw, Objective, PyTree, objective
 from bilevax.checkpoint import Checkpointing
 from bilevax.data.sources import Source
@@ -48,7 +49,7 @@ class MetagradFn:
         outer_batch: PyTree = None,
         *,
         model_state: PyTree = None,
-        key: jax.Array | None = None,
+        key: Key | None = None,
     ) -> Metagradient:
         """Train, and go back; see `value_and_metagrad`."""
         _check_concrete(inner_params=inner_params, outer_params=outer_params, outer_batch=outer_batch, key=key)
@@ -96,7 +97,7 @@ class MetagradFn:
 # ---- the public face
 
 
-def gradients(fn: Callable, *, stateful: bool = False, keyed: bool = False) -> Gradients:
+def gradients(fn: Callable[..., Any], *, stateful: bool = False, keyed: bool = False) -> Gradients:
     """A gradient of your own in place of an inner objective.
 
     For gradients that are no objective's: clipped a row each, a policy gradient. Its pullback is
@@ -138,7 +139,7 @@ def _check_concrete(**arguments: PyTree) -> None:
             )
 
 
-def _constant(outer, *, transformation):
+def _constant(outer: PyTree, *, transformation: Any) -> Any:
     return transformation
 
 
@@ -155,8 +156,8 @@ def _check_sharding(sharding: Any, inner: Any) -> None:
 
 
 def value_and_metagrad(
-    inner_objective: Callable,
-    outer_objective: Callable,
+    inner_objective: Callable[..., Any] | Gradients,
+    outer_objective: Callable[..., Any],
     optimizer: Any,
     num_steps: int,
     *,
@@ -166,7 +167,7 @@ def value_and_metagrad(
     save_gradients: bool = True,
     microbatches: int = 1,
     sharding: Sharding | None = None,
-    states: str | os.PathLike | None = None,
+    states: str | os.PathLike[str] | None = None,
     checkpoint: Checkpointing | None = None,
     verify: bool = True,
     throw: bool = True,
@@ -251,7 +252,7 @@ def value_and_metagrad(
     steps = numbers.count(num_steps, "num_steps")
     inner = inner_objective if isinstance(inner_objective, Gradients) else objective(inner_objective)
     if isinstance(optimizer, tuple) and hasattr(optimizer, "update"):
-        factory: Callable = Bound("optimizer", _constant, transformation=optimizer)
+        factory: Callable[..., Any] = Bound("optimizer", _constant, transformation=optimizer)
     elif callable(optimizer):
         factory = optimizer
     else:

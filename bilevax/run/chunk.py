@@ -42,7 +42,7 @@ GROWTH = 16  # the first calls are of one step, whose time nobody knows; each la
 # ---- one step, and many of them as one program
 
 
-def feeds(plan: Plan, state: RunState, data: tuple, orders: tuple | None = None) -> Any:
+def feeds(plan: Plan, state: RunState, data: tuple[Any, ...], orders: tuple[Any, ...] | None = None) -> Any:
     """The streams of the next step; `orders` has this step's row of what `orders` below found out, a stream each."""
     draws = plan.algorithm.draws
     orders = (None,) * len(data) if orders is None else orders
@@ -55,7 +55,7 @@ def feeds(plan: Plan, state: RunState, data: tuple, orders: tuple | None = None)
     return plan.problem.feeds(streams, state.key, state.step, state.step - state.skipped)
 
 
-def orders(plan: Plan, state: RunState, data: tuple, steps: int) -> tuple:
+def orders(plan: Plan, state: RunState, data: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
     """What the draws of the next `steps` steps can know of before the loop, a stream each: None, or an array with a row a step."""
     if not any(map(knows_order, plan.problem.stream_draws)):
         return (None,) * len(data)
@@ -65,7 +65,7 @@ def orders(plan: Plan, state: RunState, data: tuple, steps: int) -> tuple:
     return tuple(None if order is None else order.reshape(steps, count) for order, count in found)
 
 
-def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = None) -> tuple[RunState, dict]:
+def one_step(plan: Plan, state: RunState, data: tuple[Any, ...], known: tuple[Any, ...] | None = None) -> tuple[RunState, dict[Any, Any]]:
     """One step of the algorithm and what the driver adds to it: the row of the history, the kept iterate, the stop and the undo."""
     algorithm, info = plan.algorithm.step(plan.problem, state.algorithm, feeds(plan, state, data, known))
     inner, outer = info.point
@@ -110,7 +110,9 @@ def one_step(plan: Plan, state: RunState, data: tuple, known: tuple | None = Non
     return (new, row) if plan.layout is None else (plan.layout.pin(new), plan.layout.everywhere(row))
 
 
-def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, n, most_values: int | None = None):
+def _chunk(
+    static: Any, capacity: int, state: RunState, dynamic: tuple[Any, ...], data: tuple[Any, ...], n: Any, most_values: int | None = None
+) -> Any:
     """At most `n` steps, fewer after a failure or at the tolerance. `n` is a value, so chunks of any length share one program.
 
     `capacity` is the most that `n` may be; where the history of so many steps had more than `most_values` numbers, fewer steps are done.
@@ -152,7 +154,7 @@ def _chunk(static, capacity: int, state: RunState, dynamic: tuple, data: tuple, 
     return (state, rows, count) if plan.layout is None else (plan.layout.pin(state), *plan.layout.everywhere((rows, count)))
 
 
-def _afterwards(plan: Plan, state: RunState, rows: dict, count, data: tuple) -> tuple[RunState, dict]:
+def _afterwards(plan: Plan, state: RunState, rows: dict[Any, Any], count: Any, data: tuple[Any, ...]) -> tuple[RunState, dict[Any, Any]]:
     """What short steps would feel if each of them found it out: the first norm, where no tolerance asks for it, and what a failure came from."""
     if plan.tol is None:
         counted = (jnp.arange(len(rows["code"]), dtype=count.dtype) < count) & ~results.failed(rows["code"]) & (rows["grad_norm"] != 0)
@@ -191,9 +193,9 @@ class Ready(NamedTuple):
 
     plan: Plan
     static: Any
-    dynamic: tuple
+    dynamic: tuple[Any, ...]
     run: RunState
-    sources: tuple
+    sources: tuple[Any, ...]
     solution: Callable[..., Solution]
     options: Options
     fingerprint: Callable[[], dict[str, Any]]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ import numpy as np
 from jax import lax
 
 
-def _bits(leaf):
+def _bits(leaf: Any) -> Any:
     """The leaf's bits as uint32, 64-bit entries as two along a last axis."""
     if leaf.dtype == jnp.bool_ or (jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 4):
         return leaf.astype(jnp.int32).astype(jnp.uint32)
@@ -20,16 +21,16 @@ def _bits(leaf):
     return lax.bitcast_convert_type(leaf, {1: jnp.uint8, 2: jnp.uint16}[size]).astype(jnp.uint32)
 
 
-def _mixed(value, constant: int):
+def _mixed(value: Any, constant: int) -> Any:
     value = (value ^ (value >> jnp.uint32(16))) * jnp.uint32(0x7FEB352D)
     value = (value ^ (value >> jnp.uint32(15))) * jnp.uint32(constant)
     return value ^ (value >> jnp.uint32(16))
 
 
 @jax.jit
-def _digests(leaves: list):
+def _digests(leaves: list[Any]) -> Any:
     """Two words a leaf: wrapping sums of a bijection of each entry's bits, chosen by its place. Sums do not care who holds which part."""
-    words: list = []
+    words: list[Any] = []
     for leaf in leaves:
         bits = _bits(leaf)
         place = jnp.zeros(bits.shape, jnp.uint32)
@@ -40,12 +41,12 @@ def _digests(leaves: list):
     return words
 
 
-def words(leaves: list) -> list[jax.Array]:
+def words(leaves: list[Any]) -> list[jax.Array]:
     """Two words a leaf as arrays, which nobody waits for."""
-    return _digests(leaves)  # type: ignore[no-any-return]
+    return _digests(leaves)
 
 
-def of_arrays(leaves: list) -> list[int]:
+def of_arrays(leaves: list[Any]) -> list[int]:
     """Two words a leaf, computed where the leaves are."""
     return [int(word) for word in jax.device_get(_digests(leaves))]
 

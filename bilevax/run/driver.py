@@ -11,7 +11,7 @@ import numpy as np
 
 from bilevax import check, tree
 from bilevax._core import peers
-from bilevax.base import InnerState, PyTree, join, split
+from bilevax.base import Algorithm, InnerState, PyTree, join, split
 from bilevax.run import fingerprint, layout
 from bilevax.run.chunk import Ready, one_step
 from bilevax.run.judging import first_watch
@@ -22,17 +22,17 @@ from bilevax.run.window import first_data, stream_of
 
 
 def ready(
-    problem,
-    algorithm,
+    problem: Any,  # a `Problem`, or the levels of a multilevel one
+    algorithm: Algorithm,
     named: dict[str, Any],
     start: InnerState,
-    outer,
-    fixed: tuple,
-    key,
+    outer: PyTree,
+    fixed: tuple[Any, ...],
+    key: Any,
     state: RunState | None,
-    value_dtype,
+    value_dtype: Any,
     options: Options,
-    functions: dict[str, tuple],
+    functions: dict[str, tuple[Any, ...]],
 ) -> Ready:
     """`algorithm` on `problem`, about to begin at `start`, or to go on from `state`.
 
@@ -71,7 +71,7 @@ def ready(
     else:
         run = tree.copy(_placed_first_state(static, score_dtype, options.keep, dynamic, start, outer, key))
 
-    def solution(run: RunState, result, history: dict, stats: dict) -> Solution:
+    def solution(run: RunState, result, history: dict[Any, Any], stats: dict[Any, Any]) -> Solution:
         best, last = run.best, (run.algorithm.inner.params, run.algorithm.inner.model, run.algorithm.outer)
         if best is None:
             kept_inner, model, kept_outer = last
@@ -94,12 +94,23 @@ def _agree(options: Options, parts: dict[str, str]) -> None:
     peers.agree(told, "processes", "Expected every process to make the same call. Try the same seed, files and arguments on all of them.")
 
 
-def score_dtype_of(value_dtype) -> Any:
+def score_dtype_of(value_dtype: Any) -> Any:
     """What values of the outer objective are compared in."""
     return np.promote_types(value_dtype, np.float32)
 
 
-def _fingerprint(problem, algorithm, sources: dict, start, outer, fixed, key, state, score_dtype, functions) -> dict[str, Any]:
+def _fingerprint(
+    problem: Any,  # a `Problem`, or the levels of a multilevel one
+    algorithm: Algorithm,
+    sources: dict[Any, Any],
+    start: Any,
+    outer: PyTree,
+    fixed: Any,
+    key: Any,
+    state: Any,
+    score_dtype: Any,
+    functions: Any,
+) -> dict[str, Any]:
     """The parts that make this problem, before anything of it is placed on devices: how a run lies there is no part of it."""
     traced = {name: fingerprint.of_function(fn, *args) for name, (fn, args) in functions.items()}
     plan = Plan(problem, algorithm, None, None)
@@ -122,7 +133,7 @@ def _fingerprint(problem, algorithm, sources: dict, start, outer, fixed, key, st
     return {"versions": fingerprint.versions(), "parts": parts, "traced": list(traced), "shown": shown}
 
 
-def _first_state(plan: Plan, start: InnerState, outer: PyTree, key, score_dtype, keep: str) -> RunState:
+def _first_state(plan: Plan, start: InnerState, outer: PyTree, key: Any, score_dtype: Any, keep: str) -> RunState:
     score = jnp.full((), jnp.inf, score_dtype)
     best = Best(score, jnp.zeros((), jnp.int32) - 1, start.params, start.model, outer) if keep == "best" else None
     zero = jnp.zeros((), jnp.int32)
@@ -130,6 +141,6 @@ def _first_state(plan: Plan, start: InnerState, outer: PyTree, key, score_dtype,
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _placed_first_state(static, score_dtype, keep: str, dynamic: tuple, start: InnerState, outer: PyTree, key) -> RunState:
+def _placed_first_state(static: Any, score_dtype: Any, keep: str, dynamic: tuple[Any, ...], start: InnerState, outer: PyTree, key: Any) -> RunState:
     plan = join(static, dynamic)
     return plan.layout.pin(_first_state(plan, start, outer, key, score_dtype, keep))

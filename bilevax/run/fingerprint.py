@@ -36,7 +36,7 @@ def of_values(values: PyTree) -> str:
     return _hash(structure, *shapes, *map(str, digest.of_arrays([a for a in plain if a.size])))
 
 
-def of_function(fn: Callable, *args: Any) -> str:
+def of_function(fn: Callable[..., Any], *args: Any) -> str:
     """A digest of what `fn` computes on arguments of these shapes, the values that it closes over included."""
     shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, weak_type=False) if hasattr(a, "dtype") else a, args)
     closed = jax.make_jaxpr(fn)(*shapes)
@@ -55,7 +55,7 @@ def shown(value: Any) -> str:
     return _ADDRESS.sub("", repr(value))[:600]
 
 
-def differing(saved: dict, now: dict) -> dict[str, str]:
+def differing(saved: dict[Any, Any], now: dict[Any, Any]) -> dict[str, str]:
     """The parts that differ, each with how it reads there and here where that tells anything.
 
     Parts that are digests of traced functions differ between versions of the libraries, too: there they are not compared.

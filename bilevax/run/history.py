@@ -26,7 +26,7 @@ class History:
     def __len__(self) -> int:
         return self._rows
 
-    def append(self, rows: dict, count: int) -> None:
+    def append(self, rows: dict[Any, Any], count: int) -> None:
         """Add the first `count` of these rows."""
         flat = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(rows)}
         if self._structure is None:
@@ -91,7 +91,7 @@ def _with_nan(dtype: np.dtype) -> np.dtype:
 
 def _nested(rows: dict[str, np.ndarray]) -> dict[str, Any]:
     """Columns by path as nested dicts, as far as the paths tell."""
-    out: dict = {}
+    out: dict[Any, Any] = {}
     for path, column in rows.items():
         keys = re.findall(r"\['([^']*)'\]", path)
         if "".join(f"['{key}']" for key in keys) != path:  # not dicts all the way

@@ -53,7 +53,7 @@ def watched(watch: Watch, info: StepInfo, step: Any) -> Watch:
     return watch._replace(typical=jnp.where(begun, faded, lag), most=jnp.fmax(watch.most, lag))
 
 
-def _size(number: Any, dtype) -> Any:
+def _size(number: Any, dtype: Any) -> Any:
     number = jnp.abs(jnp.asarray(number, dtype))
     return jnp.where(jnp.isfinite(number), number, jnp.zeros_like(number))
 

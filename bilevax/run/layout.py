@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -28,7 +29,7 @@ class Layout:
     sharding: Sharding
     specs: tuple[PartitionSpec, ...]
 
-    def _each(self, state: PyTree, fn) -> PyTree:
+    def _each(self, state: PyTree, fn: Callable[..., Any]) -> PyTree:
         leaves, structure = jax.tree.flatten(state)
         return structure.unflatten([fn(leaf, self.sharding.named(*spec)) for leaf, spec in zip(leaves, self.specs, strict=True)])
 
@@ -53,7 +54,7 @@ class Layout:
         return jax.tree.map(lambda a: put_leaf(a, self.sharding.named(*rows_spec(self.sharding, a, 1))), stacked)
 
 
-def put_leaf(leaf, where: NamedSharding):
+def put_leaf(leaf: Any, where: NamedSharding) -> Any:
     """`leaf` placed; an array of several processes is moved by a compiled identity, which is the only thing that may communicate."""
     if isinstance(leaf, jax.Array) and not leaf.is_fully_addressable:
         return leaf if leaf.sharding.is_equivalent_to(where, leaf.ndim) else jax.jit(lambda a: a, out_shardings=where)(leaf)
@@ -104,7 +105,7 @@ def of_run(sharding: Sharding, shapes: PyTree, start: InnerState, outer: PyTree,
 # ---- batches
 
 
-def rows_spec(sharding: Sharding, leaf, axis: int = 0) -> tuple:
+def rows_spec(sharding: Sharding, leaf: Any, axis: int = 0) -> tuple[Any, ...]:
     """Split along `axis` where there is one that the devices divide."""
     where = sharding.leading
     if where is None or jnp.ndim(leaf) <= axis or leaf.shape[axis] % sharding.leading_devices or not leaf.shape[axis]:
@@ -127,14 +128,14 @@ def _place_source(sharding: Sharding, source: Any) -> Any:
     return source._replace(data=jax.tree.map(lambda a: put_leaf(a, sharding.named(*rows_spec(sharding, a))), source.data))
 
 
-def _split_rows(inner, outer, batch, *args, fn, sharding, **kwargs):
+def _split_rows(inner: PyTree, outer: PyTree, batch: PyTree, *args: Any, fn: Callable[..., Any], sharding: Any, **kwargs: Any) -> Any:
     """The objective with its batch's rows split, wherever the batch was drawn from."""
     _check_rows(sharding, batch, "batch")
     batch = jax.tree.map(lambda a: lax.with_sharding_constraint(a, sharding.named(*rows_spec(sharding, a))), batch)
     return fn(inner, outer, batch, *args, **kwargs)
 
 
-def _own_rows(inner, outer, batch, *, fn, sharding):
+def _own_rows(inner: PyTree, outer: PyTree, batch: PyTree, *, fn: Callable[..., Any], sharding: Any) -> Any:
     """The mean over devices of the objective on each one's rows."""
     _check_rows(sharding, batch, "batch")
     names = (sharding.rows,) if isinstance(sharding.rows, str) else tuple(sharding.rows)
@@ -154,7 +155,7 @@ def wrap(sharding: Sharding, objective: Objective) -> Objective:
     return dataclasses.replace(objective, fn=Bound(objective.name, fn, fn=objective.fn, sharding=sharding))
 
 
-def place(sharding: Sharding, plan: Any, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> tuple:
+def place(sharding: Sharding, plan: Any, sources: tuple[Any, ...], start: InnerState, outer: PyTree, key: Any) -> tuple[Any, ...]:
     """The plan, the data and the starting point as they lie on the mesh, and the specs of the algorithm's state where they are known."""
     problem, spec = plan.problem, None
     if sharding.apart:
@@ -174,7 +175,7 @@ def place(sharding: Sharding, plan: Any, sources: tuple, start: InnerState, oute
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _compared(static, dynamic, inner, outer, batch):
+def _compared(static: Any, dynamic: Any, inner: PyTree, outer: PyTree, batch: PyTree) -> Any:
     """The values of two functions, and how far they and their gradients are apart."""
     one, two = (jax.value_and_grad(fn, (0, 1))(inner, outer, batch) for fn in join(static, dynamic))
     return one[0], two[0], tree.norm(tree.sub(one, two)), tree.norm(one)
@@ -190,7 +191,7 @@ def _beside(inner: PyTree, outer: PyTree) -> tuple[PyTree, PyTree]:
     return moved(inner, 0), moved(outer, 1)
 
 
-def _check_mean(sharding: Sharding, problem: Problem, sources: tuple, start: InnerState, outer: PyTree, key: Any) -> None:
+def _check_mean(sharding: Sharding, problem: Problem, sources: tuple[Any, ...], start: InnerState, outer: PyTree, key: Any) -> None:
     """Means over rows, by value and gradient on the first batch, at the start and beside it: at zero many a sum is zero, too."""
     for name, objective, source in (("inner_objective", problem.inner, sources[0]), ("outer_objective", problem.outer, sources[2])):
         if objective.has_aux or objective.stateful or objective.keyed:

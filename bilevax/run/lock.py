@@ -18,7 +18,7 @@ RENEW, STALE = 10.0, 60.0  # seconds between two signs of life, and without one 
 class Lock:
     """Held from `__init__` to `release`. Raises RuntimeError where another writer has the folder."""
 
-    def __init__(self, folder: os.PathLike | str):
+    def __init__(self, folder: os.PathLike[str] | str):
         self.path = Path(folder) / NAME
         self.me = {**_place(), "pid": os.getpid(), "began": _began(os.getpid()), "token": uuid.uuid4().hex}
         self._renewed = time.monotonic()
@@ -78,10 +78,10 @@ class Lock:
         beside.write_text(json.dumps(self.me))
         os.replace(beside, self.path)
 
-    def _here(self, holder: dict) -> bool:
+    def _here(self, holder: dict[Any, Any]) -> bool:
         return all(holder.get(name) == value for name, value in _place().items())
 
-    def _lives(self, holder: dict) -> bool:
+    def _lives(self, holder: dict[Any, Any]) -> bool:
         """Whether the holder still runs: here by its number, elsewhere by its last sign of life on the file system's own clock."""
         if self._here(holder):
             pid = holder.get("pid")
@@ -127,7 +127,7 @@ def _began(pid: int) -> str | None:
     return None if stat[0] == "Z" else stat[19]
 
 
-def _name(holder: dict) -> str:
+def _name(holder: dict[Any, Any]) -> str:
     if not holder:
         return "another run"
     return f"process {holder.get('pid')} on {holder.get('host')!r}"

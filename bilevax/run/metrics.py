@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +18,7 @@ from bilevax.base import PyTree
 class Metrics(NamedTuple):
     """A function of an iterate and held-out data, how often it is evaluated, and which of its values chooses the kept iterate."""
 
-    fn: Callable[..., dict]
+    fn: Callable[..., dict[Any, Any]]
     data: PyTree = None
     every: int = 1
     select: str | None = None
@@ -26,7 +26,7 @@ class Metrics(NamedTuple):
     stateful: bool = False
     names: tuple[str, ...] = ()  # of its values, which a run finds out before its first step
 
-    def row(self, inner, outer, model, step) -> dict:
+    def row(self, inner: PyTree, outer: PyTree, model: PyTree, step: Any) -> dict[Any, Any]:
         """The metrics at this step, NaN where it is not one of the n-th."""
 
         def evaluate():
@@ -38,15 +38,15 @@ class Metrics(NamedTuple):
         nan = {k: jnp.full(v.shape, jnp.nan, v.dtype) for k, v in shapes.items()}
         return lax.cond(step % self.every == 0, evaluate, lambda: nan)
 
-    def written(self, row: dict, step) -> dict:
+    def written(self, row: dict[Any, Any], step: Any) -> dict[Any, Any]:
         """The row as compiled code returns it: no NaN that means no fault, which `jax_debug_nans` would take for one."""
         return self._between(row, step, 0, jnp)
 
-    def read(self, rows: dict, first, xp) -> dict:
+    def read(self, rows: dict[Any, Any], first: Any, xp: Any) -> dict[Any, Any]:
         """Rows from step `first` on as they are kept, NaN between the n-th steps; `xp` is numpy, or jax.numpy inside another program."""
         return self._between(rows, first + xp.arange(len(rows["code"]), dtype=jnp.result_type(first)), np.nan, xp)
 
-    def _between(self, rows: dict, step, fill, xp) -> dict:
+    def _between(self, rows: dict[Any, Any], step: Any, fill: Any, xp: Any) -> dict[Any, Any]:
         if self.every == 1:
             return rows
         found = {name: xp.where(step % self.every == 0, rows[name], xp.asarray(fill, rows[name].dtype)) for name in self.names}
@@ -54,7 +54,7 @@ class Metrics(NamedTuple):
 
 
 def metrics(
-    fn: Callable[..., dict], data: PyTree = None, *, every: int = 1, select: str | None = None, mode: str = "min", stateful: bool = False
+    fn: Callable[..., dict[Any, Any]], data: PyTree = None, *, every: int = 1, select: str | None = None, mode: str = "min", stateful: bool = False
 ) -> Metrics:
     """Evaluate `fn` on held-out data every n steps, inside the compiled loop; its values are columns of the history.
 

@@ -26,7 +26,7 @@ class Options(NamedTuple):
     metrics: Metrics | None
     tol: Any  # a number, which may be traced, or None
     keep: str
-    watchers: list
+    watchers: list[Any]
     throw: bool
     on_failure: str
     checkpoint: checkpoint_lib.Checkpointing | None
@@ -37,20 +37,20 @@ class Options(NamedTuple):
 
 
 def check_options(
-    num_steps,
-    metrics,
-    tol,
-    keep,
-    callbacks,
-    progress,
-    throw,
+    num_steps: Any,
+    metrics: Any,
+    tol: Any,
+    keep: Any,
+    callbacks: Any,
+    progress: Any,
+    throw: Any,
     *,
-    on_failure="stop",
-    checkpoint=None,
-    sharding=None,
-    read_ahead=None,
-    strict=False,
-    name="solve_bilevel",
+    on_failure: Any = "stop",
+    checkpoint: Any = None,
+    sharding: Any = None,
+    read_ahead: Any = None,
+    strict: Any = False,
+    name: str = "solve_bilevel",
 ) -> Options:
     """`Options`, or an error that names the argument."""
     num_steps = numbers.count(num_steps, "num_steps")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from bilevax.base import Algorithm, Bound, Objective, Problem, PyTree, StepInfo, join, split
+from bilevax.base import Algorithm, Bound, Ctx, Feed, InnerState, Lower, Objective, Problem, Pullback, PyTree, StepInfo, join, split
 from bilevax.data.loaders import Stream
 from bilevax.results import WARNINGS
 from bilevax.sharding.axis import enter, leave
@@ -20,7 +21,7 @@ SUMMED = ("inner_value",)  # diagnostics that add up over tasks
 NORMS = ("inner_grad_norm", "cotangent_norm")  # and those whose squares do
 
 
-def distribute(sharding: Any, plan: Any, sources: tuple, start: Any, outer: PyTree) -> tuple[Any, PyTree]:
+def distribute(sharding: Any, plan: Any, sources: tuple[Any, ...], start: Any, outer: PyTree) -> tuple[Any, PyTree]:
     """`plan` with the algorithm's step inside ``shard_map`` over the task axis, and both objectives on a device's own tasks.
 
     Besides, the specs of the algorithm's state.
@@ -65,7 +66,19 @@ def _own(value: PyTree, axis: str, count: int) -> PyTree:
     return jax.tree.map(lambda a: lax.dynamic_slice_in_dim(a, lax.axis_index(axis) * size, size), value)
 
 
-def _own_tasks(inner, outer, batch, *model, fn, pair, axis, count, reduce, summed, **keyed):
+def _own_tasks(
+    inner: PyTree,
+    outer: PyTree,
+    batch: PyTree,
+    *model: Any,
+    fn: Callable[..., Any],
+    pair: Any,
+    axis: Any,
+    count: Any,
+    reduce: Any,
+    summed: Any,
+    **keyed: Any,
+) -> Any:
     here = count // lax.axis_size(axis)
     if any(leaf.shape[0] != here for leaf in jax.tree.leaves(batch)):  # drawn in the step, for all tasks
         batch = _own(batch, axis, count)
@@ -85,8 +98,11 @@ def _summing_once(algorithm: Algorithm, axis: str) -> Algorithm:
     return algorithm.around(lambda method: method._replace(vjp=Bound(repr(method.vjp), _vjp, vjp=method.vjp, axis=axis)))
 
 
-def _vjp(lower, inner_state, outer, feed, ctx, state, *, vjp, axis):
-    fn = lower.objective.fn.rebound(summed=False)
+def _vjp(
+    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree, *, vjp: Any, axis: Any
+) -> tuple[InnerState, Pullback]:
+    own: Any = lower.objective.fn  # as `_localised` has made it
+    fn = own.rebound(summed=False)
     solution, pullback = vjp(lower._replace(objective=dataclasses.replace(lower.objective, fn=fn)), inner_state, outer, feed, ctx, state)
 
     def summed(cotangent):
@@ -96,12 +112,12 @@ def _vjp(lower, inner_state, outer, feed, ctx, state, *, vjp, axis):
     return solution, summed
 
 
-def _own_start(outer, key=None, *, fn, axis):
+def _own_start(outer: PyTree, key: Any = None, *, fn: Callable[..., Any], axis: Any) -> Any:
     made, model = fn(enter(outer, axis), key)
     return _own(made, axis, jax.tree.leaves(made)[0].shape[0]), model
 
 
-def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count, streams, state_spec):
+def _step(problem: Problem, state: PyTree, feeds: Any, *, step: Any, sharding: Any, count: Any, streams: Any, state_spec: Any) -> Any:
     axis, everywhere, split_first = sharding.axis, PartitionSpec(), PartitionSpec(sharding.axis)
     static, dynamic = split((problem, step))
 
@@ -134,14 +150,14 @@ def _step(problem: Problem, state: PyTree, feeds: Any, *, step, sharding, count,
     return run(dynamic, state, feeds)
 
 
-def _any_of(mask, axis: str):
+def _any_of(mask: Any, axis: str) -> Any:
     """The bits that are set on any device."""
     places = jnp.arange(len(WARNINGS), dtype=jnp.int32)
     bits = (jnp.asarray(mask, jnp.int32) >> places) & 1
     return jnp.sum(lax.pmax(bits, axis) << places, dtype=jnp.int32)
 
 
-def _reduced(name: str, value, axis: str):
+def _reduced(name: str, value: Any, axis: str) -> Any:
     value = jnp.asarray(value)
     if name in SUMMED:
         return lax.psum(value, axis)

@@ -19,7 +19,7 @@ class Recovery:
 
     def __init__(self, policy: str):
         self.policy, self.in_a_row, self.clean = policy, 0, 0
-        self.snapshots: list = []
+        self.snapshots: list[Any] = []
 
     def before(self, run: RunState, done: int) -> int:
         """Prepare for the chunk after `done` steps: how many steps it may have at most.

@@ -21,13 +21,13 @@ class Signals:
         self.terminate = self.interrupt = False
         self._before: dict[int, Any] = {}
 
-    def __enter__(self):
+    def __enter__(self) -> Any:
         for number in self.numbers:
             if signal.getsignal(number) is not signal.SIG_IGN:
                 self._before[number] = signal.signal(number, self._heard)
         return self
 
-    def __exit__(self, *_):
+    def __exit__(self, *_: Any) -> None:
         for number, before in self._before.items():
             signal.signal(number, signal.SIG_DFL if before is None else before)
         self._before = {}
@@ -39,6 +39,6 @@ class Signals:
             raise KeyboardInterrupt
         else:
             self.interrupt = True
-        before: Callable | int | None = self._before.get(number)
+        before: Callable[..., Any] | int | None = self._before.get(number)
         if callable(before) and before is not signal.default_int_handler:
             before(number, frame)

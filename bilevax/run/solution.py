@@ -81,5 +81,5 @@ class Solution(NamedTuple):
         return f"Solution({self.result.name}, {steps} steps{by} in {self.stats['seconds']:.3g} s{value}, kept step {best}{rough}, {sizes})"
 
 
-def _shapes(value) -> str:
+def _shapes(value: Any) -> str:
     return str(jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", value))

@@ -87,7 +87,7 @@ class Store:
 
     # ---- saving
 
-    def save(self, run: PyTree, recovery: dict, rows: dict[str, np.ndarray], step: int) -> None:
+    def save(self, run: PyTree, recovery: dict[Any, Any], rows: dict[str, np.ndarray], step: int) -> None:
         """Begin to write this state, what a failure may go back to, and the history by path; waits only for the save before it."""
         begin = time.perf_counter()
         if self._lock is not None:
@@ -162,7 +162,7 @@ class Store:
 
     # ---- reading
 
-    def restore(self, run: PyTree, recovery: dict) -> tuple[PyTree, dict, dict] | None:
+    def restore(self, run: PyTree, recovery: dict[Any, Any]) -> tuple[PyTree, dict[Any, Any], dict[Any, Any]] | None:
         """The newest sound checkpoint: its state, what a failure may go back to, both placed as these are, and its history by path.
 
         None where there is no checkpoint. One that was saved under another policy has nothing to go back to.
@@ -216,7 +216,7 @@ class Store:
 
         return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
-    def _manifest(self, step: int) -> dict:
+    def _manifest(self, step: int) -> dict[Any, Any]:
         """The manifest of a checkpoint whose files are all there."""
         metadata = self._writer.metadata(self.path(step)).custom_metadata
         if not metadata or "manifest" not in metadata:
@@ -229,7 +229,7 @@ class Store:
             raise _Damaged(f"files are missing or have another size: {sorted(dict(was.items() ^ now.items()))[:5]}")
         return json.loads(text)
 
-    def _listing(self, step: int) -> dict | None:
+    def _listing(self, step: int) -> dict[Any, Any] | None:
         """The listing of a checkpoint; None where there is none that is whole, since the digests find what is damaged without it."""
         listing = self.path(step) / LISTING
         try:
@@ -238,7 +238,7 @@ class Store:
             return None
         return found if isinstance(found, dict) else None
 
-    def _same_problem(self, run: PyTree, manifest: dict, step: int) -> None:
+    def _same_problem(self, run: PyTree, manifest: dict[Any, Any], step: int) -> None:
         """Refuse a checkpoint of another problem, by what differs; or note what differs, where the run is to go on all the same."""
         if manifest["format"] > FORMAT:
             raise ValueError(
@@ -283,7 +283,7 @@ class Store:
             "parameters by checkpoint.every(..., resume='continue')."
         )
 
-    def _read(self, run: PyTree, recovery: dict, manifest: dict, step: int) -> tuple[PyTree, dict, dict]:
+    def _read(self, run: PyTree, recovery: dict[Any, Any], manifest: dict[Any, Any], step: int) -> tuple[PyTree, dict[Any, Any], dict[Any, Any]]:
         wanted = {path: _plain(leaf) for path, leaf in _flat_state(run, recovery).items()}
         saved = manifest["leaves"]
         others = [text for path, text in saved.items() if not _describes(wanted.get(path), text)]
@@ -340,7 +340,7 @@ def _part(path: str) -> str:
     return "".join(re.findall(r"\.\w+", path)[:depth]) or path
 
 
-def _plain(leaf):
+def _plain(leaf: Any) -> Any:
     """A leaf as an array that can be written: PRNG keys as their data."""
     return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
 
@@ -350,7 +350,7 @@ def _flat(value: PyTree) -> dict[str, Any]:
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(value)}
 
 
-def _flat_state(run: PyTree, recovery: dict) -> dict[str, Any]:
+def _flat_state(run: PyTree, recovery: dict[Any, Any]) -> dict[str, Any]:
     """The leaves of a run and of what its failures may go back to."""
     return _flat(run) | {_RECOVERY + path: leaf for path, leaf in _flat(recovery).items()}
 
@@ -375,15 +375,15 @@ def _kept_anew(run: PyTree) -> PyTree:
     return run._replace(best=Best(worst, *tree.copy((run.step, point.inner.params, point.inner.model, point.outer))))
 
 
-def _place(leaf) -> jax.ShapeDtypeStruct:
+def _place(leaf: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
 
 
-def _describes(leaf, text: str) -> bool:
+def _describes(leaf: Any, text: str) -> bool:
     return leaf is not None and _describe(leaf) == text
 
 
-def _describe(leaf) -> str:
+def _describe(leaf: Any) -> str:
     return f"{leaf.dtype}{list(leaf.shape)}"
 
 
@@ -391,7 +391,7 @@ class _Damaged(Exception):
     """A checkpoint that does not give back what was saved."""
 
 
-def _numbered(leaves: dict, rows: dict) -> dict:
+def _numbered(leaves: dict[Any, Any], rows: dict[Any, Any]) -> dict[Any, Any]:
     """Names that any storage takes, in the order of the manifest; arrays without entries are left out."""
     out = {f"s{i}": leaf for i, leaf in enumerate(leaves.values()) if np.prod(leaf.shape, dtype=np.int64)}
     return out | {f"h{i}": column for i, column in enumerate(rows.values()) if column.size}

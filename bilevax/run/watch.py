@@ -79,7 +79,7 @@ def progress_bar() -> Callback:
         from tqdm.auto import tqdm
     except ImportError as error:
         raise ImportError("progress=True needs tqdm; try pip install 'bilevax[progress]'.") from error
-    bars: list = []
+    bars: list[Any] = []
 
     def show(event: Event) -> None:
         if not bars:  # the first chunk was mostly compilation, and restored steps took no time at all

@@ -35,7 +35,7 @@ class Staged(NamedTuple):
 
     start: int
     steps: list[Step]
-    data: list
+    data: list[Any]
 
 
 def stream_of(source: Any) -> Stream | None:
@@ -52,7 +52,7 @@ class Window:
     stacked window on the devices; None leaves it to JAX.
     """
 
-    def __init__(self, sources: tuple, num_steps: int, steps: int | None = None, put: Callable | None = None):
+    def __init__(self, sources: tuple[Any, ...], num_steps: int, steps: int | None = None, put: Callable[..., Any] | None = None):
         self.sources, self.put = sources, put
         found = {id(s): s for s in map(stream_of, sources) if s is not None and s.take}
         self.streams: list[Stream] = list(found.values())
@@ -124,7 +124,7 @@ class Window:
 
     # ---- what a chunk is given
 
-    def read(self, start: int, n: int) -> tuple[tuple, int]:
+    def read(self, start: int, n: int) -> tuple[tuple[Any, ...], int]:
         """The data of steps `start` to `start + n`, and how many of those steps there are batches for."""
         if not self.streaming:
             return self._arranged([]), n
@@ -186,7 +186,7 @@ class Window:
             self._error = error
             return None
 
-    def _arranged(self, windows: list) -> tuple:
+    def _arranged(self, windows: list[Any]) -> tuple[Any, ...]:
         """The data of each source."""
         by_stream = {id(stream): window for stream, window in zip(self.streams, windows, strict=False)}
         data: list[Any] = []
@@ -217,12 +217,12 @@ class _Stack:
 
         return jax.tree.map(copy, self.arrays, batch)
 
-    def placed(self, put: Callable | None) -> tuple:
+    def placed(self, put: Callable[..., Any] | None) -> tuple[Any, ...]:
         stacked = jax.device_put(self.arrays) if put is None else put(self.arrays)  # on the CPU no copy
         return jnp.asarray(self.number, jnp.int32), stacked
 
 
-def _aligned(shape: tuple[int, ...], dtype) -> np.ndarray:
+def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     """Zeros that JAX on the CPU takes as they lie, without a copy."""
     size = int(np.prod(shape, dtype=np.int64)) * dtype.itemsize
     memory = np.zeros(size + 64, np.uint8)
@@ -244,7 +244,7 @@ def source_draw(source: Any) -> Any:
     return windowed if isinstance(source, Stream) else source.draw
 
 
-def reading(problem: Problem, draws: Draws, sources: tuple) -> Problem:
+def reading(problem: Problem, draws: Draws, sources: tuple[Any, ...]) -> Problem:
     """The problem's draws, and its streams, told what each step of an algorithm takes.
 
     Over an iterable, second-order products are taken on the last batch that the step has trained on.
@@ -268,7 +268,7 @@ def reading(problem: Problem, draws: Draws, sources: tuple) -> Problem:
     return count_steps(problem, draws.inner)
 
 
-def refuse_one_pass(sources: tuple) -> None:
+def refuse_one_pass(sources: tuple[Any, ...]) -> None:
     """A run that goes on from a state cannot tell where an iterator stands."""
     for stream in filter(None, map(stream_of, sources)):
         if stream.one_pass:
@@ -288,7 +288,7 @@ def first_data(source: Any) -> Any:
     return source.window(data) if isinstance(source, Episodes) else data
 
 
-def first_context(source: Any, key) -> Ctx:
+def first_context(source: Any, key: Any) -> Ctx:
     """Shapes of what an objective will be given."""
     data = first_data(source)
     static, dynamic = split(source_draw(source))
@@ -296,7 +296,7 @@ def first_context(source: Any, key) -> Ctx:
 
 
 @functools.partial(jax.jit, static_argnums=0)  # for its cache: a second run on the same data traces nothing
-def _first_draw(static, dynamic, data, key) -> Ctx:
+def _first_draw(static: Any, dynamic: Any, data: Any, key: Any) -> Ctx:
     zero = jnp.zeros((), jnp.int32)
     known = zero[None]  # an order, whose finding out would be most of what is traced here
     return join(static, dynamic)(Feed(drawn(data, key, zero), key, zero, known), 0)

@@ -23,11 +23,11 @@ from bilevax import check, tree
 from bilevax.base import Bound, Objective, PyTree, objective
 
 
-def _identity(value):
+def _identity(value: Any) -> Any:
     return value
 
 
-def _linear(forward: Callable, backward: Callable, value):
+def _linear(forward: Callable[..., Any], backward: Callable[..., Any], value: Any) -> Any:
     """A linear map with this transpose. A linear solve with the identity is the one such primitive that batches, too."""
     return lax.custom_linear_solve(_identity, value, lambda _, b: forward(b), lambda _, b: backward(b))
 
@@ -37,7 +37,7 @@ def tracked(axis: str) -> bool:
     return axis in _varying(lax.axis_index(axis))
 
 
-def _varying(value) -> Any:
+def _varying(value: Any) -> Any:
     manual = getattr(jax.typeof(value), "manual_axis_type", None)
     return getattr(manual, "varying", frozenset())
 
@@ -56,7 +56,7 @@ def leave(value: PyTree, axis: str) -> PyTree:
     return jax.tree.map(lambda a: _linear(lambda b: lax.psum(b, axis), _identity, a), value)
 
 
-def axis_mean(fn: Callable, axis_name: str) -> Objective:
+def axis_mean(fn: Callable[..., Any], axis_name: str) -> Objective:
     r"""An objective whose value is the mean over a named axis, for use inside ``jax.shard_map`` or ``jax.pmap``.
 
     .. math::
@@ -96,7 +96,7 @@ def axis_mean(fn: Callable, axis_name: str) -> Objective:
     return dataclasses.replace(one, fn=Bound(one.name, _mean, fn=one.fn, axis=axis_name, extra=one.has_aux or one.stateful))
 
 
-def _mean(inner, outer, batch, *model, fn, axis, extra, **keyed):
+def _mean(inner: PyTree, outer: PyTree, batch: PyTree, *model: Any, fn: Callable[..., Any], axis: Any, extra: Any, **keyed: Any) -> Any:
     if tracked(axis):
         for path, leaf in jax.tree_util.tree_leaves_with_path((inner, outer)):
             if axis in _varying(leaf):
@@ -111,7 +111,7 @@ def _mean(inner, outer, batch, *model, fn, axis, extra, **keyed):
     return _averaged(out, axis) if extra else _averaged((out, None), axis)[0]
 
 
-def _averaged(out: tuple, axis: str) -> tuple:
+def _averaged(out: tuple[Any, ...], axis: str) -> tuple[Any, ...]:
     devices = lax.axis_size(axis)
 
     def mean(a):

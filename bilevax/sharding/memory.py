@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,10 +16,10 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Bound, Objective, objective
+from bilevax.base import Bound, Objective, PyTree, objective
 
 
-def accumulate(fn: Callable, microbatches: int) -> Objective:
+def accumulate(fn: Callable[..., Any], microbatches: int) -> Objective:
     r"""The objective of a batch as the mean over its microbatches, one in memory at a time.
 
     .. math::
@@ -50,13 +51,15 @@ def accumulate(fn: Callable, microbatches: int) -> Objective:
     return dataclasses.replace(one, fn=Bound(f"accumulate({one.name})", _accumulated, **settings))
 
 
-def _accumulated(inner, outer, batch, *model, fn, count, has_aux, stateful, **keyed):
+def _accumulated(
+    inner: PyTree, outer: PyTree, batch: PyTree, *model: Any, fn: Callable[..., Any], count: Any, has_aux: bool, stateful: bool, **keyed: Any
+) -> Any:
     lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(batch)}
     if len(lengths) != 1 or 0 in lengths or (rows := lengths.pop()) % count:
         shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves(batch)]
         raise ValueError(f"batch: got shapes {shapes} for {count} microbatches; expected one common leading axis that {count} divides.")
     parts = jax.tree.map(lambda a: a.reshape(rows // count, count, *a.shape[1:]), batch)
-    keys = jax.random.split(keyed["key"], count) if keyed else None
+    keys: Any = jax.random.split(keyed["key"], count) if keyed else None
 
     @jax.checkpoint
     def part(inner, outer, model, i):
@@ -81,7 +84,7 @@ def _accumulated(inner, outer, batch, *model, fn, count, has_aux, stateful, **ke
     return value, ((model[0], aux) if has_aux else model[0]) if stateful else aux
 
 
-def low_precision(fn: Callable, dtype: jnp.dtype = jnp.bfloat16) -> Objective:
+def low_precision(fn: Callable[..., Any], dtype: jnp.dtype = jnp.bfloat16) -> Objective:
     """An objective that computes in a narrower type: parameters, optimizer states, adjoints and gradients stay as wide as they are.
 
     Floating-point leaves of parameters, batch and model state are rounded on the way in, the value and the new model state widened on the way out.
@@ -117,7 +120,9 @@ def low_precision(fn: Callable, dtype: jnp.dtype = jnp.bfloat16) -> Objective:
     return dataclasses.replace(one, fn=Bound(f"low_precision({one.name})", _narrow, **settings))
 
 
-def _narrow(inner, outer, batch, *model, fn, dtype, has_aux, stateful, **keyed):
+def _narrow(
+    inner: PyTree, outer: PyTree, batch: PyTree, *model: Any, fn: Callable[..., Any], dtype: Any, has_aux: bool, stateful: bool, **keyed: Any
+) -> Any:
     def narrow(value):
         return jax.tree.map(lambda a: jnp.asarray(a).astype(dtype) if tree.is_float(a) else a, value)
 

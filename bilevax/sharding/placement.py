@@ -61,7 +61,7 @@ class Sharding:
     rows: Any = None
     kind: str = "replicated"
     axis: str | None = None
-    rules: tuple = ()
+    rules: tuple[Any, ...] = ()
     min_size: int = 0
     mean: bool = False
     dry: bool = False
@@ -92,7 +92,7 @@ class Sharding:
         """Where a leaf of the parameters lies."""
         return PartitionSpec() if self.lies is None else self.lies(self, path, shape)
 
-    def named(self, *spec) -> NamedSharding:
+    def named(self, *spec: Any) -> NamedSharding:
         """A sharding on this mesh."""
         return NamedSharding(self.mesh, PartitionSpec(*spec))
 

@@ -90,7 +90,7 @@ class Compiled(Exception):
         self.program, self.state = program, state
 
 
-def dry_run(driver: Callable, *args, **kwargs) -> Report:
+def dry_run(driver: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
     """Compile one step of `solve_bilevel` or `solve_multilevel` and say what it holds and sends, without running it.
 
     Args:
@@ -129,7 +129,7 @@ def dry_run(driver: Callable, *args, **kwargs) -> Report:
 def _report(step: Compiled) -> Report:
     pieces = tuple(_piece(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(step.state))
     device, total = sum(p.device_bytes for p in pieces), sum(p.total_bytes for p in pieces)
-    return Report(pieces, collectives(step.program.as_text() or ""), device, total, _peak(step.program))
+    return Report(pieces, collectives(step.program.as_text()), device, total, _peak(step.program))
 
 
 def _peak(compiled: Any) -> int | None:
@@ -165,11 +165,11 @@ def _bytes_of(shapes: str) -> int:
     return int(total)
 
 
-def collectives(text: str) -> tuple[Collective, ...]:
+def collectives(text: str | None) -> tuple[Collective, ...]:
     """The collectives in a compiled program, those in loops times the passes where XLA knows them.
 
     Args:
-      text: the program, from ``jitted.lower(...).compile().as_text()``.
+      text: the program, from ``jitted.lower(...).compile().as_text()``; None, from a backend that does not tell, has none.
 
     Returns:
       A `Collective` for each.
@@ -182,7 +182,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
     """
     bodies: dict[str, list[str]] = {}
     entry = name = None
-    for line in text.splitlines():
+    for line in (text or "").splitlines():
         if line.endswith("{") and not line.startswith(" "):
             match = re.match(r"(ENTRY )?%?([\w.\-]+)", line)
             if match and not line.startswith("HloModule"):
@@ -193,7 +193,7 @@ def collectives(text: str) -> tuple[Collective, ...]:
             name = None
         elif name is not None:
             bodies[name].append(line)
-    found: dict[tuple, int] = {}
+    found: dict[tuple[Any, ...], int] = {}
 
     def walk(name: str, times: int, loop: bool) -> None:
         for line in bodies.get(name, ()):

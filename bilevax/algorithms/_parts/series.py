@@ -11,24 +11,25 @@ from jax import lax
 
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.types import Key, Numeric
 from bilevax.algorithms._parts.directions import descend, hessian_product, inner_pass
 from bilevax.algorithms._parts.steps import StepSize
-from bilevax.base import Ctx, Feed, Problem, PyTree
+from bilevax.base import Ctx, Problem, PyTree
 
 
 class Contexts(NamedTuple):
     """The contexts of one linearisation point, drawn one after another from a stream: ``at(i)``."""
 
-    draw: Callable
-    feed: Feed
+    draw: Callable[..., Any]
+    feed: Any  # what `draw` reads: a `Feed`, or one with where it is to begin
     model: PyTree
 
-    def at(self, i) -> Ctx:
+    def at(self, i: Any) -> Ctx:
         """The i-th of them."""
         return self.draw(self.feed, i)._replace(model=self.model)
 
 
-def neumann(problem: Problem, points: tuple, rhs: tuple, hyper: Contexts, num: Any, size: Any) -> tuple:
+def neumann(problem: Problem, points: tuple[Any, ...], rhs: tuple[Any, ...], hyper: Contexts, num: Any, size: Any) -> tuple[Any, ...]:
     """``a Σ_{q=0}^{num} Π_{i≤q} (I − a H_i) w`` at several points at once, on shared batches: Ji et al.'s series with fresh batches.
 
     Args:
@@ -49,7 +50,7 @@ def neumann(problem: Problem, points: tuple, rhs: tuple, hyper: Contexts, num: A
     return tuple(tree.scale(size, s) for s in sums)
 
 
-def truncated(problem: Problem, points: tuple, rhs: tuple, hyper: Contexts, num: int, size: Any, key: jax.Array) -> tuple:
+def truncated(problem: Problem, points: tuple[Any, ...], rhs: tuple[Any, ...], hyper: Contexts, num: int, size: Any, key: Key) -> tuple[Any, ...]:
     """``Q a Π_{i<p} (I − a H_i) w`` with ``p`` uniform on 0 to Q − 1: one unbiased term of the Neumann series of Q (Ghadimi and Wang).
 
     Arguments as `neumann`, with ``Q = num``; at most Q − 1 contexts are drawn.
@@ -59,7 +60,7 @@ def truncated(problem: Problem, points: tuple, rhs: tuple, hyper: Contexts, num:
     return tuple(tree.scale(num * size, t) for t in terms)
 
 
-def _contracted(problem, points, terms, ctx, size):
+def _contracted(problem: Problem, points: Any, terms: Any, ctx: Ctx, size: Any) -> tuple[PyTree, ...]:
     return tuple(descend(t, size, hessian_product(problem, y, x, t, ctx)) for (y, x), t in zip(points, terms, strict=True))
 
 
@@ -68,7 +69,7 @@ def adjoint_hypergradient(problem: Problem, y: PyTree, x: PyTree, q: PyTree, f_x
     return tree.sub(f_x, inner_pass(problem, y, x, q, ctx).cross)
 
 
-def neumann_settings(inner_step: StepSize, neumann_step: float | None, neumann_steps: int) -> dict:
+def neumann_settings(inner_step: StepSize, neumann_step: Numeric | None, neumann_steps: int) -> dict[Any, Any]:
     """``size`` and ``terms`` of a Neumann series."""
     if neumann_step is None:
         if hasattr(inner_step, "init"):

@@ -10,13 +10,14 @@ import optax
 
 from bilevax import check, tree
 from bilevax._core import numbers, optimizer
+from bilevax._core.types import Numeric, Transformation
 from bilevax.base import Feeds, Problem, PyTree
 from bilevax.inner.tunable import tunable
 
-StepSize: TypeAlias = float | optax.GradientTransformation
+StepSize: TypeAlias = "Numeric | Transformation"
 
 
-def _descent(step_size) -> optax.GradientTransformation:
+def _descent(step_size: Any) -> optax.GradientTransformation:
     def init(params):
         return ()
 
@@ -53,18 +54,20 @@ def transformation(step: StepSize, argument: str) -> optax.GradientTransformatio
     return tunable(_descent, step_size=numbers.positive(step, argument))
 
 
-def exponent(decay: float, argument: str = "decay") -> float | None:
+def exponent(decay: Numeric, argument: str = "decay") -> float | None:
     """An exponent of the decay of steps; None for 0, which then costs nothing."""
     value = numbers.positive(decay, argument, zero=True)
     return None if isinstance(value, float) and value == 0 else value
 
 
-def decayed(done: Any, decay: float | None) -> Any:
+def decayed(done: Any, decay: Numeric | None) -> Any:
     """``t^{−decay}`` for the step after `done` others, t = done + 1."""
     return 1.0 if decay is None else jnp.power(jnp.asarray(done + 1).astype(jnp.result_type(float)), -decay)
 
 
-def move(opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree, decayed: Any = 1.0, project: Any = None) -> tuple:
+def move(
+    opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree, decayed: Any = 1.0, project: Any = None
+) -> tuple[Any, ...]:
     """Parameters after one step of `opt` along `direction`, and its state; a step given as a number is taken `decayed` times."""
     return optimizer.moved(opt, direction, state, params, project, decayed=decayed)
 

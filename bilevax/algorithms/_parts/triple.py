@@ -26,7 +26,7 @@ class SingleLoopState(NamedTuple):
     inner: InnerState
     outer: PyTree
     adjoint: PyTree
-    opt: tuple
+    opt: tuple[Any, ...]
     memory: PyTree = ()
 
 

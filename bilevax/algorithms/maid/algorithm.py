@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import certificate, check, tree
 from bilevax._core import numbers
+from bilevax._core.types import Numeric
 from bilevax.algorithms._parts import steps
 from bilevax.algorithms._parts.solving import check_solver, full_batch_only
 from bilevax.algorithms.maid import direction as directions
@@ -62,7 +63,7 @@ class MaidState(NamedTuple):
     started: Any
     stuck: Any
     lost: Any
-    certified: tuple
+    certified: tuple[Any, ...]
 
 
 def maid(
@@ -71,10 +72,10 @@ def maid(
     memory: int = 10,
     certificate: bool = False,
     constants: Constants | None = None,
-    epsilon: float = 1e-2,
-    delta: float = 1e-2,
-    max_error: float = 0.5,
-    decrease: float = 1e-4,
+    epsilon: Numeric = 1e-2,
+    delta: Numeric = 1e-2,
+    max_error: Numeric = 0.5,
+    decrease: Numeric = 1e-4,
 ) -> Algorithm:
     r"""MAID: nothing to tune; accuracies and steps are found on the way, and no step is taken along which the value rose.
 
@@ -121,8 +122,9 @@ def maid(
       >>> loss = lambda w, lam, b: jnp.mean((b["X"] @ w - b["y"]) ** 2)
       >>> train, held_out = {"X": jnp.eye(3), "y": jnp.ones(3)}, {"X": jnp.eye(3), "y": 0.5 * jnp.ones(3)}
       >>> algorithm = bx.algorithms.maid()
-      >>> data = dict(inner_data=train, outer_data=held_out)
-      >>> solution = bx.solve_bilevel(ridge, loss, jnp.zeros(3), jnp.float32(0.0), **data, algorithm=algorithm, num_steps=20)
+      >>> solution = bx.solve_bilevel(
+      ...     ridge, loss, jnp.zeros(3), jnp.float32(0.0), inner_data=train, outer_data=held_out, algorithm=algorithm, num_steps=20
+      ... )
       >>> bool(jnp.allclose(solution.inner_params, 0.5, atol=1e-3))
       True
 
@@ -147,12 +149,14 @@ def maid(
     return Algorithm(Bound("maid", _init, **settings), Bound("maid", _step, **settings), Draws(1, 0, 1))
 
 
-def _init(problem: Problem, inner: InnerState, outer: PyTree, *, solver, pairs, known, epsilon, delta, **_) -> MaidState:
+def _init(
+    problem: Problem, inner: InnerState, outer: PyTree, *, solver: Any, pairs: Any, known: Any, epsilon: Any, delta: Any, **_: Any
+) -> MaidState:
     steps.warm_only(problem, "maid")
     full_batch_only(problem, "maid")
     dtype = tree.norm((inner.params, outer)).dtype
     number = lambda value: jnp.asarray(value).astype(dtype)
-    extra: tuple = ()
+    extra: tuple[Any, ...] = ()
     if known is not None:
         unknown: dict[str, Any] = {name: number(1.0) for name in known._fields if name != "guaranteed"}
         extra = (Constants(guaranteed=False)._replace(**unknown), certificate.probes(inner.params), number(0.0))
@@ -178,7 +182,7 @@ def _init(problem: Problem, inner: InnerState, outer: PyTree, *, solver, pairs, 
 
 
 def _step(
-    problem: Problem, state: MaidState, feeds: Feeds, *, solver, pairs, known, epsilon, delta, max_error, decrease
+    problem: Problem, state: MaidState, feeds: Feeds, *, solver: Any, pairs: Any, known: Any, epsilon: Any, delta: Any, max_error: Any, decrease: Any
 ) -> tuple[MaidState, StepInfo]:
     contexts = problem.inner_draw(feeds.inner, 0), problem.outer_draw(feeds.outer, 0)
     trial, stays = _moved(problem, state, solver, decrease, known, contexts)
@@ -196,7 +200,7 @@ def _step(
     return new, _report(new, state, trial, g, made, jnp.where(back, tree.norm(state.z).astype(size.dtype), size), jnp.where(back, 0.0, length), back)
 
 
-def finer(accuracy: Any, factor: float) -> Any:
+def finer(accuracy: Any, factor: Numeric) -> Any:
     """A smaller accuracy, but no smaller than can be told."""
     least = max(FINEST, 16 * numbers.rounding_unit(accuracy))
     return jnp.maximum(factor * accuracy, jnp.minimum(accuracy, least))
@@ -207,7 +211,7 @@ def _finest(state: MaidState) -> Any:
     return (finer(state.epsilon, FAILED) >= state.epsilon) & (finer(state.delta, FAILED) >= state.delta)
 
 
-def _moved(problem: Problem, state: MaidState, solver, decrease, known, contexts: tuple[Ctx, Ctx]) -> tuple[Trial, Any]:
+def _moved(problem: Problem, state: MaidState, solver: Any, decrease: Any, known: Any, contexts: tuple[Ctx, Ctx]) -> tuple[Trial, Any]:
     """The search from where the state stands; the point itself at the start, where its value is too rough to search from, and at the end."""
     outer = tree.where(state.started, state.outer, steps.projected(problem, state.outer))
     finest = _finest(state)
@@ -221,7 +225,7 @@ def _moved(problem: Problem, state: MaidState, solver, decrease, known, contexts
 
 
 def _gradient(
-    problem: Problem, state: MaidState, trial: Trial, solver, known, max_error, accuracies: tuple, contexts: tuple[Ctx, Ctx]
+    problem: Problem, state: MaidState, trial: Trial, solver: Any, known: Any, max_error: Any, accuracies: tuple[Any, ...], contexts: tuple[Ctx, Ctx]
 ) -> tuple[Gradient, Certificate | None]:
     """The hypergradient where the search ended, certified if that is asked for."""
     if known is None:
@@ -258,7 +262,16 @@ def _direction(problem: Problem, model: Model, x: PyTree, z: PyTree) -> tuple[Py
 
 
 def _state(
-    state: MaidState, trial: Trial, g: Gradient, made: Certificate | None, model: Model, p: PyTree, promised, accuracies: tuple, stays, failed
+    state: MaidState,
+    trial: Trial,
+    g: Gradient,
+    made: Certificate | None,
+    model: Model,
+    p: PyTree,
+    promised: Any,
+    accuracies: tuple[Any, ...],
+    stays: Any,
+    failed: Any,
 ) -> MaidState:
     """The next state: where a step's promise is near the value's own error, the next is more accurate."""
     dtype, unit = state.value.dtype, numbers.rounding_unit((state.inner.params, state.outer))
@@ -266,7 +279,7 @@ def _state(
     rough = (jnp.abs(g.error.astype(dtype)) > TELLING * promised) | (trial.count > 2) | (g.residual > ROUGH)
     if made is None:
         epsilon, delta = (jnp.where(rough, finer(a, FINER), a) for a in (epsilon, delta))
-        extra: tuple = ()
+        extra: tuple[Any, ...] = ()
     else:
         error = margin(made.constants, g.f_y_norm.astype(dtype), made.bound.distance)
         extra = made.constants, made.probes, error.astype(dtype)
@@ -299,7 +312,7 @@ def _taken_back(state: MaidState, length: Any) -> MaidState:
     return state._replace(model=model, promised=share * state.promised, stuck=state.stuck + 1, lost=jnp.asarray(True))
 
 
-def _report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: Certificate | None, size, length, back) -> StepInfo:
+def _report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: Certificate | None, size: Any, length: Any, back: Any) -> StepInfo:
     diagnostics = {
         "accepted": length > 0,
         "step_size": length,

@@ -24,12 +24,12 @@ class Model(NamedTuple):
       radius: the longest move that is tried.
     """
 
-    memory: LbfgsState | tuple
+    memory: LbfgsState | tuple[Any, ...]
     step: Any
     radius: Any
 
 
-def first_model(outer: PyTree, pairs: int, dtype) -> Model:
+def first_model(outer: PyTree, pairs: int, dtype: Any) -> Model:
     """A model that knows nothing but the scale of the outer parameters."""
     reach = jnp.maximum(jnp.sqrt(jnp.asarray(tree.size(outer), dtype)), tree.norm(outer).astype(dtype))
     return Model(lbfgs(memory=pairs).init(outer) if pairs else (), jnp.zeros((), dtype), FIRST_MOVE * reach)

@@ -63,7 +63,7 @@ class Certificate(NamedTuple):
     delta: Any
 
 
-def hypergradient(problem: Problem, inner: InnerState, x: PyTree, q: PyTree, delta: Any, contexts: tuple[Ctx, Ctx]):
+def hypergradient(problem: Problem, inner: InnerState, x: PyTree, q: PyTree, delta: Any, contexts: tuple[Ctx, Ctx]) -> Any:
     """`Gradient` with the adjoint solved from `q` to the relative residual `delta`, and the products that a certificate goes on with."""
     y, model = inner.params, inner.model
     inner_ctx, outer_ctx = (ctx._replace(model=model) for ctx in contexts)
@@ -115,7 +115,7 @@ def certified(
     def once(inner, q, probes, epsilon, delta, tries):
         solved = solve_to(problem, solver, inner, x, contexts[0], epsilon)
         g, products = hypergradient(problem, solved.inner, x, q, delta, contexts)
-        there = tuple(ctx._replace(model=solved.inner.model) for ctx in contexts)
+        there = contexts[0]._replace(model=solved.inner.model), contexts[1]._replace(model=solved.inner.model)
         k, probes, spent = certificate.estimate(problem, known, probes, solved.inner.params, x, g.q, products, there, anew & (tries == 0))
         residual = (g.residual * g.f_y_norm).astype(dtype)
         bound = certificate.bound(k, g.inner_norm.astype(dtype), residual, adjoint_norm=tree.norm(g.q).astype(dtype))
