@@ -1,19 +1,19 @@
 # %% [markdown]
 # # Hyper-cleaning
 #
-# Half of the training labels are wrong, and nobody knows which. A few examples have been checked.
-# The lower level trains a classifier on *weighted* examples, the upper level asks for the weights
-# with which that classifier is best on the checked ones.
+# Half of the training labels are wrong, and nobody knows which. A few examples have
+# been checked. The lower level trains a classifier on *weighted* examples, the
+# upper level asks for the weights with which that classifier is best on the checked
+# ones.
 
 # %%
+import bilevax as bx
 import jax
 import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 import optax
 from sklearn.datasets import load_digits
-
-import bilevax as bx
 
 images, labels = load_digits(return_X_y=True)
 rng = np.random.default_rng(0)
@@ -30,8 +30,9 @@ print(f"{wrong.mean():.0%} of the labels are wrong")
 # %% [markdown]
 # ## Two functions
 #
-# Both take the inner parameters, the outer parameters and a batch, in this order. The model is
-# linear; the outer parameters are a score an example, whose sigmoid is its weight.
+# Both take the inner parameters, the outer parameters and a batch, in this order.
+# The model is linear; the outer parameters are a score an example, whose sigmoid is
+# its weight.
 
 
 # %%
@@ -40,7 +41,9 @@ def losses(w, batch):
 
 
 def inner(w, scores, batch):
-    return jnp.mean(jax.nn.sigmoid(scores) * losses(w, batch)) + 1e-3 * jnp.sum(w**2)
+    return jnp.mean(jax.nn.sigmoid(scores) * losses(w, batch)) + 1e-3 * jnp.sum(
+        w**2
+    )
 
 
 def outer(w, scores, batch):
@@ -50,19 +53,35 @@ def outer(w, scores, batch):
 # %% [markdown]
 # ## A run
 #
-# The lower level is smooth and strongly convex, so it is solved by L-BFGS and differentiated
-# implicitly. Adam moves the scores. A metric on data that neither level sees is taken on the way.
+# The lower level is smooth and strongly convex, so it is solved by L-BFGS and
+# differentiated implicitly. Adam moves the scores. A metric on data that neither
+# level sees is taken on the way.
 
 # %%
-algorithm = bx.algorithms.double_loop(bx.inner.lbfgs(tol=1e-3), bx.hypergradient.implicit(bx.linear.cg(maxiter=20, tol=1e-3)), optax.adam(0.3))
-accuracy = lambda w, scores, data: {"accuracy": jnp.mean(jnp.argmax(data[0] @ w, 1) == data[1])}
+algorithm = bx.algorithms.double_loop(
+    bx.inner.lbfgs(tol=1e-3),
+    bx.hypergradient.implicit(bx.linear.cg(maxiter=20, tol=1e-3)),
+    optax.adam(0.3),
+)
+accuracy = lambda w, scores, data: {
+    "accuracy": jnp.mean(jnp.argmax(data[0] @ w, 1) == data[1])
+}
 solution = bx.solve_bilevel(
-    inner, outer, jnp.zeros((64, 10)), jnp.zeros(400),
-    inner_data=(train_x, train_y), outer_data=valid, algorithm=algorithm, num_steps=30,
+    inner,
+    outer,
+    jnp.zeros((64, 10)),
+    jnp.zeros(400),
+    inner_data=(train_x, train_y),
+    outer_data=valid,
+    algorithm=algorithm,
+    num_steps=30,
     metrics=bx.metrics(accuracy, test),
-)  # fmt: skip
+)
 history = solution.history["accuracy"]
-print(f"test accuracy: {history[0]:.3f} with equal weights, {history[-1]:.3f} with learned ones")
+print(
+    f"test accuracy: {history[0]:.3f} with equal weights, "
+    f"{history[-1]:.3f} with learned ones"
+)
 assert history[-1] > history[0] + 0.05
 
 # %% [markdown]
@@ -80,7 +99,11 @@ right.hist(weights[~wrong], bins, color="#0072B2", label="right label")
 right.hist(weights[wrong], bins, color="#E69F00", alpha=0.7, label="wrong label")
 right.set(xlabel="learned weight", ylabel="examples")
 right.legend()
-print(f"mean weight: {weights[wrong].mean():.2f} of wrong labels, {weights[~wrong].mean():.2f} of right ones")
+print(
+    "mean weight: "
+    f"{weights[wrong].mean():.2f} of wrong labels, "
+    f"{weights[~wrong].mean():.2f} of right ones"
+)
 assert weights[wrong].mean() < 0.5 * weights[~wrong].mean()
 
 # %% [markdown]
@@ -90,6 +113,7 @@ assert weights[wrong].mean() < 0.5 * weights[~wrong].mean()
 print("\n".join(line[:100] for line in solution.summary().splitlines()[1:5]))
 
 # %% [markdown]
-# The two residuals are small, so the hypergradient is right. Whether the *weights* are is another
-# question: they are fitted to a hundred checked examples, and the test accuracy is what tells.
-# `examples/hyper_cleaning.py` does this on MNIST with baselines and seeds.
+# The two residuals are small, so the hypergradient is right. Whether the *weights*
+# are is another question: they are fitted to a hundred checked examples, and the
+# test accuracy is what tells. `examples/hyper_cleaning.py` does this on MNIST with
+# baselines and seeds.
