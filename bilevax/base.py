@@ -18,6 +18,7 @@ from jax import lax
 from bilevax._core import numbers
 from bilevax._core.linear import Linear, LinearInfo, LinearSolver, as_linear
 from bilevax._core.settings import Bound, Static, innermost, join, split
+from bilevax._core.showing import screenful
 from bilevax._core.types import PyTree as PyTree
 from bilevax._core.types import Scalar as Scalar
 
@@ -438,6 +439,9 @@ class Estimate(NamedTuple):
     state: PyTree
     info: dict[str, Scalar]
     aux: PyTree = None
+
+    def __repr__(self) -> str:
+        return screenful(self)
 
 
 def __dir__() -> list[str]:

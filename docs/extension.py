@@ -30,17 +30,11 @@ def results(_: str) -> str:
 
 # ---- pages of the API: what `__all__` names, and nothing else
 
-# The contract has no `__all__`, since all of the package is written against it: what a person's own piece is made of.
-_CONTRACT = (
-    "Ctx", "Feed", "Objective", "InnerState", "InnerSolver", "Lower", "Hypergradient", "LinearInfo", "LinearSolver", "Linear", "Problem", "StepInfo",
-    "Draws", "Algorithm",
-)  # fmt: skip
-
 
 def api(space: str) -> str:
     """A table of the names of a namespace with their first lines, then each of them."""
     module = importlib.import_module(f"bilevax.{space}" if space else "bilevax")
-    names = [name for name in getattr(module, "__all__", _CONTRACT) if not inspect.ismodule(getattr(module, name))]
+    names = [name for name in module.__all__ if not inspect.ismodule(getattr(module, name))]
     prefix = f"bx.{space}." if space else "bx."
     rows, entries = ["| name | what it is |", "| --- | --- |"], []
     for name in names:
@@ -60,7 +54,7 @@ def _path(value: object, public: str) -> str:
 def _first_line(value: object) -> str:
     if not (inspect.isfunction(value) or inspect.isclass(value)):
         return ""
-    return (inspect.getdoc(value) or "").splitlines()[0].replace("``", "`").replace("|", "\\|")
+    return (value.__doc__ or "\n").splitlines()[0].replace("``", "`").replace("|", "\\|")
 
 
 # ---- examples: their code, their levels, what they measured

@@ -51,6 +51,16 @@ def test_warnings_are_counted_in_the_summary(solution):
     assert f"{code.name} in 3 of 3 steps" in solution._replace(history=rough).summary()
 
 
+def test_an_estimate_is_a_screenful():
+    inner = lambda y, x, batch: 0.5 * sum(jnp.sum((a - x) ** 2) for a in y.values())
+    outer = lambda y, x, batch: 0.5 * sum(jnp.sum(a**2) for a in y.values())
+    solver = bx.inner.optax(optax.adam(0.1), 1)
+    fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=bx.hypergradient.one_step())
+    estimate = fn({f"layer{i}": jnp.ones((20, 30)) for i in range(9)}, jnp.ones(()))
+    assert len(repr(estimate)) < 1500 and "leaves" in repr(estimate)
+    assert f"value={float(estimate.value):.6g}" in repr(estimate)
+
+
 def test_sources_do_not_print_their_data():
     source = bx.data.minibatches({"x": jnp.ones((500, 200)), "y": jnp.ones(500)}, 10)
     for value in (source, bx.data.episodes(source)):
