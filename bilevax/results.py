@@ -290,3 +290,13 @@ def strictly(code: Any, warnings: Any, mask: int) -> Any:
 def unless(condition: Any, code: RESULTS) -> Any:
     """`code` where `condition` (a traced scalar) is false, success where it holds."""
     return jnp.where(condition, jnp.int32(RESULTS.success), jnp.int32(code))
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "RESULTS", "WARNINGS", "SolveError", "as_warning", "failed", "first", "ladder", "strictly",
+    "strictness", "unless", "warning", "warnings_in", "worst",
+]  # fmt: skip

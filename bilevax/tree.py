@@ -186,3 +186,14 @@ def strong(a: PyTree) -> PyTree:
 def copy(a: PyTree) -> PyTree:
     """Fresh buffers with the same values and shardings: what is donated later must not be the caller's."""
     return jax.tree.map(jnp.copy, strong(a))
+
+
+def __dir__() -> list[str]:
+    return __all__
+
+
+__all__ = [
+    "accumulator", "add", "agreed", "all_finite", "axpy", "combine", "copy", "dot", "is_float",
+    "nan_where", "neg", "norm", "normal_like", "partition", "rows_dot", "rows_sum", "scale",
+    "size", "strong", "sub", "where", "zeros_like",
+]  # fmt: skip
