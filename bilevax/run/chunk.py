@@ -5,8 +5,7 @@ from __future__ import annotations
 import functools
 import signal
 import time
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,21 +15,19 @@ from jax import lax
 from bilevax import results, tree
 from bilevax._core.peers import Peers
 from bilevax._core.refusal import undifferentiable
-from bilevax.base import Feed, join
-from bilevax.data.draws import knows_order, ordered
-from bilevax.data.episodes import drawn
+from bilevax.base import join
 from bilevax.results import RESULTS, SolveError, as_warning, failed, first, strictly, warning
 from bilevax.run import store as store_lib
 from bilevax.run import watch
 from bilevax.run.ending import attach, closed
+from bilevax.run.feeds import feeds, orders
 from bilevax.run.history import History
 from bilevax.run.judging import diverging, improves, lost, settled, undone, watched
-from bilevax.run.options import Options
 from bilevax.run.recovery import Recovery
 from bilevax.run.rows import packing, row_of, write
 from bilevax.run.signals import Signals
 from bilevax.run.solution import Solution
-from bilevax.run.state import CHUNK, Best, Plan, RunState
+from bilevax.run.state import CHUNK, Best, Plan, Ready, RunState
 from bilevax.run.window import Window, stream_of
 from bilevax.sharding.report import Compiled
 
@@ -40,29 +37,6 @@ GROWTH = 16  # the first calls are of one step, whose time nobody knows; each la
 
 
 # ---- one step, and many of them as one program
-
-
-def feeds(plan: Plan, state: RunState, data: tuple[Any, ...], orders: tuple[Any, ...] | None = None) -> Any:
-    """The streams of the next step; `orders` has this step's row of what `orders` below found out, a stream each."""
-    draws = plan.algorithm.draws
-    orders = (None,) * len(data) if orders is None else orders
-
-    def key(i):
-        return None if state.key is None else jax.random.fold_in(state.key, i)
-
-    data = tuple(drawn(d, state.key, state.step) for d in data)
-    streams = tuple(Feed(d, key(i), state.step * n, order) for i, (d, n, order) in enumerate(zip(data, draws, orders, strict=True)))
-    return plan.problem.feeds(streams, state.key, state.step, state.step - state.skipped)
-
-
-def orders(plan: Plan, state: RunState, data: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
-    """What the draws of the next `steps` steps can know of before the loop, a stream each: None, or an array with a row a step."""
-    if not any(map(knows_order, plan.problem.stream_draws)):
-        return (None,) * len(data)
-    streams = feeds(plan, state, data)[: len(data)]
-    pairs = zip(plan.problem.stream_draws, streams, plan.algorithm.draws, strict=True)
-    found = ((ordered(draw, feed, steps * count) if count else None, count) for draw, feed, count in pairs)
-    return tuple(None if order is None else order.reshape(steps, count) for order, count in found)
 
 
 def one_step(plan: Plan, state: RunState, data: tuple[Any, ...], known: tuple[Any, ...] | None = None) -> tuple[RunState, dict[Any, Any]]:
@@ -175,36 +149,6 @@ run_traced = _chunk  # the same inside another program
 
 
 # ---- the host
-
-
-class Ready(NamedTuple):
-    """A run that can begin.
-
-    Attributes:
-      plan: what a step is made of.
-      static: its static half, and
-      dynamic: its numbers, as compiled code takes them.
-      run: where it begins.
-      sources: of the data, a stream each.
-      solution: ``(run state, result, history, stats) -> Solution``.
-      options: what was asked.
-      fingerprint: ``() -> parts`` that a checkpoint tells other problems by.
-    """
-
-    plan: Plan
-    static: Any
-    dynamic: tuple[Any, ...]
-    run: RunState
-    sources: tuple[Any, ...]
-    solution: Callable[..., Solution]
-    options: Options
-    fingerprint: Callable[[], dict[str, Any]]
-
-    @property
-    def traced(self) -> bool:
-        """Whether the run stands inside a JAX transformation."""
-        held = [source.data for source in self.sources if stream_of(source) is None]
-        return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.run, self.dynamic, held)))
 
 
 def drive(ready: Ready) -> Solution:

@@ -13,11 +13,11 @@ from bilevax import check, tree
 from bilevax._core import peers
 from bilevax.base import Algorithm, InnerState, PyTree, join, split
 from bilevax.run import fingerprint, layout
-from bilevax.run.chunk import Ready, one_step
+from bilevax.run.chunk import one_step
 from bilevax.run.judging import first_watch
 from bilevax.run.options import Options
 from bilevax.run.solution import Solution
-from bilevax.run.state import Best, Plan, RunState
+from bilevax.run.state import Best, Plan, Ready, RunState
 from bilevax.run.window import first_data, stream_of
 
 

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
+
+import jax
 
 from bilevax._core.showing import screenful
 from bilevax.base import Algorithm, PyTree
 from bilevax.run.judging import Watch
 from bilevax.run.metrics import Metrics
+from bilevax.run.options import Options
+from bilevax.run.solution import Solution
+from bilevax.run.window import stream_of
 
 CHUNK = 256  # steps between two looks at the host for whoever asks for nothing else
 
@@ -47,3 +53,33 @@ class Plan(NamedTuple):
     tol: float | None
     layout: Any = None  # where the state lives on several devices: the `Layout` of a sharding
     strict: int = 0  # the mask of the warnings that end the run
+
+
+class Ready(NamedTuple):
+    """A run that can begin.
+
+    Attributes:
+      plan: what a step is made of.
+      static: its static half, and
+      dynamic: its numbers, as compiled code takes them.
+      run: where it begins.
+      sources: of the data, a stream each.
+      solution: ``(run state, result, history, stats) -> Solution``.
+      options: what was asked.
+      fingerprint: ``() -> parts`` that a checkpoint tells other problems by.
+    """
+
+    plan: Plan
+    static: Any
+    dynamic: tuple[Any, ...]
+    run: RunState
+    sources: tuple[Any, ...]
+    solution: Callable[..., Solution]
+    options: Options
+    fingerprint: Callable[[], dict[str, Any]]
+
+    @property
+    def traced(self) -> bool:
+        """Whether the run stands inside a JAX transformation."""
+        held = [source.data for source in self.sources if stream_of(source) is None]
+        return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.run, self.dynamic, held)))
