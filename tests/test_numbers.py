@@ -1,5 +1,6 @@
 """Half precision, complex data, sizes at the ends of a dtype, and JAX's own switches for finding errors."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -34,7 +35,7 @@ def test_complex_arguments_of_argmin_and_complex_batches():
     exact = lambda x, d: f(jnp.linalg.solve((a.conj().T @ a).real + jnp.exp(x) * jnp.eye(3), (a.conj().T @ d).real))
     solve = bx.argmin(g, bx.inner.lbfgs(tol=1e-13))
     at = jnp.asarray(0.5), d
-    close = lambda found, want: jax.tree.map(lambda u, v: np.testing.assert_allclose(u, v, rtol=1e-8), found, want)
+    close = lambda found, want: chex.assert_trees_all_close(found, want, rtol=1e-8)
     close(jax.grad(lambda x, d: f(solve(jnp.zeros(3), x, a, d)), (0, 1))(*at), jax.grad(exact, (0, 1))(*at))
     fn = bx.value_and_hypergrad(
         lambda y, x, batch: g(y, x, a, batch),

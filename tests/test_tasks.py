@@ -1,5 +1,6 @@
 """Batches of tasks: MAML against its gradient by hand, iMAML against its closed form."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -50,9 +51,8 @@ def test_maml_is_the_gradient_by_hand():
     value, want = jax.jit(jax.value_and_grad(by_hand))(START)
     est = jax.jit(maml())(bx.task_copies(T)(START), START, SUPPORT, QUERY)
     np.testing.assert_allclose(est.value, value, rtol=1e-12)
-    for leaf, answer in zip(jax.tree.leaves(est.grad), jax.tree.leaves(want), strict=True):
-        np.testing.assert_allclose(leaf, answer, rtol=1e-10, atol=1e-14)
-        assert np.linalg.norm(answer) > 1e-3
+    chex.assert_trees_all_close(est.grad, want, rtol=1e-10, atol=1e-14)
+    assert all(np.linalg.norm(leaf) > 1e-3 for leaf in jax.tree.leaves(want))
 
 
 def test_vmapped_estimates_average_to_it():
@@ -61,8 +61,8 @@ def test_vmapped_estimates_average_to_it():
     )
     each = jax.jit(jax.vmap(lambda support, query: one(START, START, support, query)))(SUPPORT, QUERY)
     together = jax.jit(maml())(bx.task_copies(T)(START), START, SUPPORT, QUERY)
-    for leaf, whole in zip(jax.tree.leaves(each.grad), jax.tree.leaves(together.grad), strict=True):
-        np.testing.assert_allclose(leaf.mean(axis=0), whole, rtol=1e-11, atol=1e-14)
+    mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), each.grad)
+    chex.assert_trees_all_close(mean, together.grad, rtol=1e-11, atol=1e-14)
     np.testing.assert_allclose(each.value.mean(), together.value, rtol=1e-12)
 
 
@@ -208,8 +208,7 @@ def test_networks_with_batchnorm_as_tasks(transductive, lenient):
     out = jax.jit(fn)(copies(net.params), net.params, (XT, YT), (XT, YT + 1), state=state)
     value, grad = jax.jit(jax.value_and_grad(by_hand))(start)
     np.testing.assert_allclose(out.value, value, rtol=1e-10)
-    for a, b in zip(jax.tree.leaves(out.grad), jax.tree.leaves(grad), strict=True):
-        np.testing.assert_allclose(a, b, rtol=1e-8, atol=1e-12)
+    chex.assert_trees_all_close(out.grad, grad, rtol=1e-8, atol=1e-12)
 
 
 def test_a_model_state_without_a_task_axis_is_named(lenient):

@@ -4,6 +4,7 @@ import subprocess
 import sys
 import warnings
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -296,7 +297,7 @@ def test_vmap_is_a_loop(name):
     for i, x in enumerate(xs):
         params_i, count = single(x)
         assert abs(int(count) - int(counts[i])) <= 0.1 * int(count)  # sums in another order tip a line search's choices now and then
-        jax.tree.map(lambda a, b, i=i: np.testing.assert_allclose(a[i], b, rtol=0, atol=1e-9), batched, params_i)
+        chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], batched), params_i, rtol=0, atol=1e-9)
 
 
 @each_descent

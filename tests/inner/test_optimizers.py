@@ -3,6 +3,7 @@
 import functools
 import inspect
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -220,8 +221,7 @@ def test_as_outer_optimizer(name):
     loop = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), H.one_step(), opt)
     out = bx.solve_bilevel(tracked, outer, START, START, algorithm=loop, num_steps=STEPS, keep="last")
     want = jax.jit(lambda x: plain(opt, best_response, x, STEPS))(START)
-    for a, b in zip(jax.tree.leaves(out.outer_params), jax.tree.leaves(want), strict=True):
-        assert np.allclose(a, b, rtol=1e-8, atol=1e-10)
+    chex.assert_trees_all_close(out.outer_params, want, rtol=1e-8, atol=1e-10)
 
 
 @pytest.mark.slow

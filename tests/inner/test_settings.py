@@ -1,5 +1,6 @@
 """Inner optimizer settings that are learned: exact under methods that differentiate the steps, refused by name elsewhere."""
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,7 +59,7 @@ def test_learned_settings_equal_the_loop_by_hand(name, method):
         fn = bx.value_and_hypergrad(loss, loss, solver=bx.inner.optax(make, 4), hypergradient=piece)
         out = fn(W, outer, 0.0, 0.3)
     assert np.allclose(out.value, value, rtol=1e-12)
-    assert all(np.allclose(a, b, rtol=1e-8, atol=1e-12) for a, b in zip(jax.tree.leaves(out.grad), jax.tree.leaves(want), strict=True))
+    chex.assert_trees_all_close(out.grad, want, rtol=1e-8, atol=1e-12)
 
 
 def momentum(outer):

@@ -10,6 +10,7 @@ import sys
 import threading
 import time
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -339,8 +340,7 @@ def test_what_a_failure_goes_back_to_is_saved(policy, kill, tmp_path):
         solve(120, checkpoint=bx.checkpoint.every(15, tmp_path), callbacks=[raise_at(kill, ZeroDivisionError())])
     again = solve(120, checkpoint=bx.checkpoint.every(15, tmp_path))
     assert again.stats["failed_steps"] == whole.stats["failed_steps"] == 3 and 0 < again.stats["resumed_from"] < 90
-    for a, b in zip(jax.tree.leaves((whole.outer_params, whole.history)), jax.tree.leaves((again.outer_params, again.history)), strict=True):
-        np.testing.assert_array_equal(a, b)
+    chex.assert_trees_all_equal((whole.outer_params, whole.history), (again.outer_params, again.history))
     # Another policy later: what the first one kept is passed over.
     other = solve(130, checkpoint=bx.checkpoint.every(15, tmp_path)) if policy == "skip" else None
     assert other is None or other.stats["resumed_from"] == 120
