@@ -15,6 +15,7 @@ from jax import lax
 from bilevax import results, tree
 from bilevax._core.peers import Peers
 from bilevax._core.refusal import undifferentiable
+from bilevax._core.settings import name_of
 from bilevax.base import join
 from bilevax.results import RESULTS, SolveError, as_warning, failed, first, strictly, warning
 from bilevax.run import store as store_lib
@@ -335,7 +336,7 @@ class Loop:
             "best_step": int(self.run.step) if self.run.best is None else int(self.run.best.step),
             "failed_steps": int(failed(rows["code"]).sum()) if rows else 0,
             "resumed_from": self.resumed,
-            "algorithm": getattr(self.plan.algorithm.step, "name", getattr(self.plan.algorithm.step, "__name__", "")),
+            "algorithm": name_of(self.plan.algorithm.step),
         }
         if self.store is not None:
             stats["checkpoint_seconds"] = self.store.seconds
