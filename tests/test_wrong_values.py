@@ -75,7 +75,7 @@ RIGHT = {
     "patience": lambda: 3, "n": lambda: 3, "writer": lambda: type("W", (), {"write_scalars": lambda self, step, row: None})(),
     "scores": lambda: jnp.zeros(3), "logits": lambda: jnp.zeros(2), "options": lambda: [jnp.ones(2)] * 2, "value": lambda: jnp.ones(2),
     "surrogate": lambda: jnp.ones(2), "patterns": lambda: ["kernel"], "run": lambda: {"value": [1.0, 2.0]}, "runs": lambda: {"a": {"value": [1.0]}},
-    "equation": lambda: lambda y: y - 1.0,
+    "equation": lambda: lambda y: y - 1.0, "network": lambda: lambda y, x, b: y, "linear": lambda: bx.linear.cg(), "loss": lambda: lambda out, x, b: jnp.sum(out**2),
     "constraint": lambda: lambda y, x, b: jnp.sum(y) - 1.0, "num_steps": lambda: 1, "exact": lambda: True,
 }  # fmt: skip
 OWN = {
@@ -88,7 +88,7 @@ OWN = {
 LEFT_OUT = {
     "data.same": "a draw, called inside compiled code", "data.stacked": "a draw, called inside compiled code",
     "sharding.dry_run": "hands all to a driver, which checks it", "sharding.collectives": "reads a compiler's text",
-    "linear.precondition": "for writers of solvers", "linear.lineax": "takes lineax's own objects", "inner.optimistix": "takes optimistix' own objects",
+    "linear.precondition": "for writers of solvers", "linear.layers": "takes an objective's own arguments", "linear.lineax": "takes lineax's own objects", "inner.optimistix": "takes optimistix' own objects",
     "inner.jaxopt": "takes jaxopt's own objects", "nn.going_on": "takes what nn.bilevel made", "nn.hand_back": "takes what nn.bilevel made",
     "diagnostics.check_hypergradient": "is bx.check_hypergradient", "diagnostics.compare_hypergradients": "is bx.compare_hypergradients",
     "inner.tunable": "is bx.tunable",
@@ -109,7 +109,8 @@ LEFT_OUT["plots.comparison"] = "takes what compare_hypergradients found"
 
 # What is right after all, by value: for which parameters, and why.
 LATER = "what a function takes is told when the shapes are known, before the first step"
-FUNCTIONS = {"equation", "fn", "objective", "inner_objective", "outer_objective", "inner_draw", "mapping", "minimizer", "smooth", "prox", "linear", "linear_solver",
+FUNCTIONS = {"equation", "network", "loss", "relabel", "regularizer",
+             "fn", "objective", "inner_objective", "outer_objective", "inner_draw", "mapping", "minimizer", "smooth", "prox", "linear", "linear_solver",
              "preconditioner", "constraint", "projection", "source"}  # fmt: skip
 INFINITE = {"max_residual", "tol"}  # infinity accepts anything, and says so
 TEXTS = {"axis", "axis_name", "name", "path", "directory", "title", "run_id", "select"}

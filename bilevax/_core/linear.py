@@ -35,6 +35,8 @@ class Linear(NamedTuple):
       indefinite: it solves symmetric systems that are not definite.
       approximate: its answer is no inverse applied, whatever its settings: a truncation or a sketch.
       preconditioner: a function of a vector, or a `linear.Preconditioner`.
+      at: ``(Point) -> Linear``, this solver where the objective behind the matrix is known (`linear.preconditioner.Point`). None: it
+        reads products alone.
     """
 
     solve: Callable[..., tuple[PyTree, LinearInfo]]
@@ -44,6 +46,7 @@ class Linear(NamedTuple):
     indefinite: bool = False
     approximate: bool = False
     preconditioner: Any = None
+    at: Callable[[Any], Linear] | None = None
 
     def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> tuple[PyTree, LinearInfo]:
         return self.solve(matvec, b, x0, **self._given())

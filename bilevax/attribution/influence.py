@@ -13,8 +13,9 @@ from bilevax import check, replay, tree
 from bilevax._core import numbers
 from bilevax._core.showing import screenful
 from bilevax.attribution.training import Training
-from bilevax.base import LinearSolver, PyTree
-from bilevax.linear import cg
+from bilevax.base import LinearSolver, PyTree, as_linear
+from bilevax.linear import Preconditioner, cg, precondition
+from bilevax.linear.preconditioner import Point, at
 
 
 class Influence(NamedTuple):
@@ -110,7 +111,9 @@ def implicit(
       params: where the training ended.
       data: arrays with a common leading axis, an entry an example.
       measured: the batch that `measure` is given.
-      linear: a linear solver; None for ``linear.cg(maxiter=100)``.
+      linear: a linear solver; None for ``linear.cg(maxiter=100)``. For networks ``linear.ekfac((network, loss))``, alone or, dearer and
+        better, as ``linear.gauss_newton(network, loss, linear.cg(maxiter=20, preconditioner=linear.ekfac((network, loss))))``; such
+        functions take ``(params, rows)`` and ``(outputs, rows)``.
       damping: what is added to the Hessian's diagonal, at least 0.
       regularizer: a term ``params -> scalar`` beside the losses.
       tokens: a weight for each token in place of each example.
@@ -145,8 +148,15 @@ def implicit(
         _, product = jax.linearize(jax.grad(total), params)
         matvec = lambda v: tree.axpy(rho, v, product(v))
 
+        call = lambda fn, first, rows, **keywords: fn(first, rows, **keywords)
+        point = Point(lambda p, rows: jnp.mean(losses(p, rows)), params, data, call, None if damping == 0 else rho)
+        placed = at(as_linear(solver), point)
+        held = placed.preconditioner
+        if isinstance(held, Preconditioner):  # one for all queries
+            placed = precondition(placed, held.refresh(matvec, held.init(params)))
+
         def one(gradient):
-            q, info = solver(matvec, gradient, tree.zeros_like(gradient))
+            q, info = placed(matvec, gradient, tree.zeros_like(gradient))
             _, along = jax.jvp(lambda p: losses(p, data), (params,), (q,))
             along = along if tokens else along.reshape(along.shape[0], -1).mean(-1)
             return -along / (along.size if tokens else along.shape[0]), info

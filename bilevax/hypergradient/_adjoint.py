@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -9,7 +10,8 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Linear, LinearInfo, LinearSolver, PyTree, Scalar, as_linear
+from bilevax.base import Ctx, Linear, LinearInfo, LinearSolver, Objective, PyTree, Scalar, as_linear
+from bilevax.linear.preconditioner import Point
 from bilevax.results import RESULTS, first, warning
 
 ROUGH = 0.1  # residual above which an adjoint is called rough where its solver has no tolerance of its own
@@ -23,6 +25,27 @@ def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tup
     if not callable(linear):
         raise TypeError(f"linear: got {numbers.shown(linear)}; expected a solver (matvec, b, x0) -> (x, info), such as linear.cg(maxiter=20).")
     return as_linear(linear), max_residual
+
+
+def point(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, damping: Any) -> Point:
+    """What a linear solver may know of the system beyond products: the inner objective, and how a user's function is called like it."""
+    like = jax.tree.map(jnp.shape, params)
+
+    def value(params: PyTree, batch: PyTree) -> Any:
+        return objective(params, outer, ctx._replace(batch=batch))[0]
+
+    def call(fn: Callable[..., Any], first: PyTree, batch: PyTree, key: Any = None) -> Any:
+        inner = jax.tree.structure(first) == jax.tree.structure(params) and jax.tree.map(jnp.shape, first) == like
+
+        def called(given: PyTree, *rest: Any, **keywords: Any) -> Any:
+            found = fn(given if inner else first, *rest, **keywords)
+            return (found, None) if objective.stateful else found
+
+        made = Objective(called, stateful=objective.stateful, keyed=key is not None)
+        adapted = made if objective.adapt is None else objective.adapt(made)
+        return adapted(first if inner else params, outer, ctx._replace(batch=batch, key=key))[0]
+
+    return Point(value, params, ctx.batch, call, damping)
 
 
 def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual: Any, **entries: Any) -> dict[str, Scalar]:

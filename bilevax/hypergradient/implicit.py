@@ -20,6 +20,7 @@ from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Linear, Li
 from bilevax.hypergradient import _adjoint
 from bilevax.hypergradient._solve import forward
 from bilevax.linear import Preconditioner
+from bilevax.linear.preconditioner import at, without
 from bilevax.results import RESULTS, warning
 
 CEILING = 0.1  # loosest tolerance that `follow` may ask for: above it an adjoint is more noise than direction
@@ -107,7 +108,10 @@ def implicit(
     if follow is not None and linear.tol is None:
         raise TypeError(f"follow: got {follow!r} with {linear!r}, which has no tolerance to adapt; expected a solver such as linear.cg().")
     if refresh > 1 and _preconditioner(linear) is None:
-        raise ValueError(f"refresh: got {refresh} with {linear!r}, without a Preconditioner to refresh. Try linear.nystrom_preconditioner().")
+        raise ValueError(
+            f"refresh: got {refresh} with {linear!r}, without a Preconditioner to keep. Try linear.nystrom_preconditioner(), or layers=."
+        )
+    alone = without(linear)  # those who solve other systems have no objective to show
     settings = dict(
         linear=linear,
         damping=None if isinstance(damping, float) and damping == 0 else damping,  # None: no product is spent on the system without it
@@ -123,7 +127,7 @@ def implicit(
         vjp=Bound("implicit", _vjp, **settings),
         order=1 if linear.approximate else 2,
         cost=Bound("cost", _cost, products=None if _preconditioner(linear) is not None else linear.products),
-        linear=linear if settings["damping"] is None else linear._replace(solve=Bound("damped", _damped, solve=linear.solve, damping=damping)),
+        linear=alone if settings["damping"] is None else alone._replace(solve=Bound("damped", _damped, solve=linear.solve, damping=damping)),
         max_residual=max_residual,
         precision=asked_by(linear),
     )
@@ -138,8 +142,9 @@ def _damped(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree, *, solve:
 
 
 def _preconditioner(linear: Linear) -> Preconditioner | None:
+    """One whose state goes from call to call."""
     held = linear.preconditioner
-    return held if isinstance(held, Preconditioner) else None
+    return held if isinstance(held, Preconditioner) and held.kept else None
 
 
 def _init(inner: PyTree, *, linear: Linear, warm_start: bool) -> Any:
@@ -163,7 +168,8 @@ def _pullback(
     """The implicit function theorem: ``(∇²_yy g + ρI) q = w``, and the cotangent ``−∇²_xy g q``."""
     point = _linearized(lower.objective, solution.params, outer, ctx, low_memory)
     hessian = _damped_products(point.products, damping)
-    solver, sketch, spent = _prepared(linear, state, refresh, follow, hessian, tree.norm(point.grad), w)
+    shown = at(linear, _adjoint.point(lower.objective, solution.params, outer, ctx, damping))
+    solver, sketch, spent = _prepared(shown, state, refresh, follow, hessian, tree.norm(point.grad), w)
     q, said = solver(hessian, w, state.adjoint if warm_start else tree.zeros_like(w))
     hq, mixed = point.products(q)
 

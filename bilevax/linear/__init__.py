@@ -6,6 +6,8 @@
 | `minres` | symmetric, indefinite | 1 an iteration |
 | `gmres`, `bicgstab` | anything invertible | 1, 2 an iteration |
 | `neumann`, `nystrom` | approximations of fixed cost; read the residual | as many as terms, columns |
+| `ekfac`, `kfac`, `diagonal` | networks: approximations made of layers, and preconditioners | 1, for the residual |
+| `gauss_newton` | a network's outputs and a loss: another matrix in place of the Hessian | those of its solver |
 | `cholesky`, `lu` | small problems, references | as many as unknowns |
 | `identity` | one-step hypergradients | 1, for the residual |
 | `lineax` | any solver of the lineax package | its own |
@@ -14,8 +16,10 @@
 from bilevax.linear.bicgstab import bicgstab
 from bilevax.linear.cg import cg
 from bilevax.linear.dense import cholesky, lu
+from bilevax.linear.gauss_newton import gauss_newton
 from bilevax.linear.gmres import gmres
 from bilevax.linear.identity import identity
+from bilevax.linear.kronecker import diagonal, ekfac, kfac, layers
 from bilevax.linear.lineax import lineax
 from bilevax.linear.minres import minres
 from bilevax.linear.neumann import neumann
@@ -32,8 +36,13 @@ __all__ = [
     "bicgstab",
     "cg",
     "cholesky",
+    "diagonal",
+    "ekfac",
+    "gauss_newton",
     "gmres",
     "identity",
+    "kfac",
+    "layers",
     "lineax",
     "lu",
     "minres",

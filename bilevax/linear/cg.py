@@ -13,11 +13,11 @@ from bilevax._core import numbers
 from bilevax._core.types import Numeric, PyTree
 from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
-from bilevax.linear.preconditioner import Preconditioner, applied
+from bilevax.linear.preconditioner import Preconditioner, checked, started
 from bilevax.results import RESULTS
 
 
-def cg(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyTree], PyTree] | Preconditioner | None = None) -> Linear:
+def cg(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyTree], PyTree] | Preconditioner | Linear | None = None) -> Linear:
     r"""Conjugate gradients for symmetric positive definite systems.
 
     .. math::
@@ -32,7 +32,8 @@ def cg(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyT
       maxiter: the most iterations.
       tol: stop at ``‖Ax − b‖ <= tol ‖b‖``.
       preconditioner: an approximate inverse M of A, symmetric positive definite: a function from a vector to a vector (pytrees as `b`), or a
-        `Preconditioner` such as `nystrom_preconditioner`, whose sketch is then drawn anew in each solve.
+        `Preconditioner` such as `nystrom_preconditioner`, whose sketch is then drawn anew in each solve, or a solver that holds one, such as
+        `ekfac`.
 
     Returns:
       A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``negative_curvature`` (``p'Ap <= 0``) and ``adjoint_breakdown``
@@ -55,12 +56,7 @@ def cg(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyT
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)
-    if not (preconditioner is None or callable(preconditioner) or isinstance(preconditioner, Preconditioner)):
-        raise TypeError(
-            f"preconditioner: got {type(preconditioner).__name__}; expected a function of a vector, a Preconditioner or None. "
-            "Try linear.nystrom_preconditioner(rank=10)."
-        )
-    return Linear(Bound("cg", _cg, maxiter=maxiter), tol, maxiter, preconditioner=preconditioner)
+    return Linear(Bound("cg", _cg, maxiter=maxiter), tol, maxiter, preconditioner=checked(preconditioner))
 
 
 class _Carry(NamedTuple):
@@ -91,11 +87,7 @@ def _cg(
     matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, maxiter: int, tol: Any, preconditioner: Any = None
 ) -> tuple[PyTree, LinearInfo]:
     b, x0 = _common.prepare(b, x0)
-    setup = 0
-    precondition = preconditioner
-    if isinstance(preconditioner, Preconditioner):
-        state = preconditioner.refresh(matvec, preconditioner.init(b))
-        precondition, setup = applied(preconditioner, state), preconditioner.cost(b)
+    precondition, setup = started(preconditioner, matvec, b)
 
     bb = tree.dot(b, b)
     dtype, b_norm = bb.dtype, jnp.sqrt(bb)

@@ -5,8 +5,28 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+from bilevax._core import numbers
 from bilevax._core.types import PyTree
 from bilevax.base import Bound, Linear
+
+
+class Point(NamedTuple):
+    """What stands behind a matrix: the objective whose Hessian it is, and where it was taken.
+
+    Attributes:
+      value: ``(params, batch) -> scalar``, a mean over the leading axis of the batch.
+      params: the floating-point parameters, as the right-hand side.
+      batch: the batch.
+      call: ``(fn, params, batch, **keywords)``, a user's function called with the arguments that the objective gets, `params` in place of
+        the inner parameters (whatever they are).
+      damping: what was added to the Hessian's diagonal; None for nothing.
+    """
+
+    value: Callable[[PyTree, PyTree], Any]
+    params: PyTree
+    batch: PyTree
+    call: Callable[..., Any]
+    damping: Any = None
 
 
 class Preconditioner(NamedTuple):
@@ -17,12 +37,16 @@ class Preconditioner(NamedTuple):
       refresh: ``(matvec, state) -> state``, adapted to the operator.
       apply: ``(state, v) -> v``, symmetric positive definite in v.
       cost: ``(b) -> int``, matvecs of one refresh.
+      at: ``(Point) -> Preconditioner``, this one for a matrix of which the objective is known. None: it reads products alone.
+      kept: its state may go from solve to solve. False: `init` cannot tell what it will look like, and each solve makes its own.
     """
 
     init: Callable[[PyTree], PyTree]
     refresh: Callable[[Callable[[PyTree], PyTree], PyTree], PyTree]
     apply: Callable[[PyTree, PyTree], PyTree]
     cost: Callable[[PyTree], int]
+    at: Callable[[Point], Preconditioner] | None = None
+    kept: bool = True
 
     def __repr__(self) -> str:
         return repr(self.apply)
@@ -35,6 +59,40 @@ def applied(preconditioner: Preconditioner, state: PyTree) -> Bound:
 
 def _applied(v: Any, *, preconditioner: Any, state: Any) -> Any:
     return preconditioner.apply(state, v)
+
+
+def started(preconditioner: Any, matvec: Callable, b: PyTree) -> tuple[Callable[[PyTree], PyTree] | None, int]:
+    """A solver's preconditioner as a function of a vector, and the matvecs that this took."""
+    if not isinstance(preconditioner, Preconditioner):
+        return preconditioner, 0
+    state = preconditioner.refresh(matvec, preconditioner.init(b))
+    return applied(preconditioner, state), preconditioner.cost(b)
+
+
+def checked(preconditioner: Any) -> Any:
+    """What solvers take as preconditioner: a function of a vector, a `Preconditioner`, a linear solver that holds one, or None."""
+    held = preconditioner.preconditioner if isinstance(preconditioner, Linear) else preconditioner
+    empty = isinstance(preconditioner, Linear) and held is None
+    if empty or not (held is None or callable(held) or isinstance(held, Preconditioner)):
+        raise TypeError(
+            f"preconditioner: got {numbers.shown(preconditioner)}; expected a function of a vector, a Preconditioner or None. "
+            "Try linear.nystrom_preconditioner(rank=10)."
+        )
+    return held
+
+
+def at(solver: Linear, point: Point) -> Linear:
+    """`solver` for a matrix of which the objective is known: for those that read more than products."""
+    held = solver.preconditioner
+    if isinstance(held, Preconditioner) and held.at is not None:
+        solver = solver._replace(preconditioner=held.at(point))
+    return solver if solver.at is None else solver.at(point)
+
+
+def without(solver: Linear) -> Linear:
+    """`solver` without a preconditioner that must know the objective: for systems of which only products are known."""
+    held = solver.preconditioner
+    return solver._replace(preconditioner=None) if isinstance(held, Preconditioner) and held.at is not None and not solver.approximate else solver
 
 
 def precondition(solver: Linear, state: PyTree) -> Linear:

@@ -21,7 +21,7 @@ REQUIRED = {
     "hypergradient": HG.implicit(), "minimizer": lambda costs: costs, "mapping": lambda y, x, batch: y, "constraint": lambda y, x, batch: y,
     "opt": optax.sgd(0.1), "steps": 3, "smooth": lambda y, x, batch: y, "prox": lambda y, x, step: y, "step": 0.1, "fn": lambda event: None, "n": 3,
     "name": "value", "patience": 3, "arrays": DATA, "batch_size": 4, "directory": "somewhere", "path": "somewhere.csv", "num_tasks": 3,
-    "writer": SimpleNamespace(write_scalars=lambda step, scalars: None), "microbatches": 2, "loss": lambda model, batch: 0.0, "objective": lambda y, x, batch: 0.0, "solver": SOLVER,
+    "writer": SimpleNamespace(write_scalars=lambda step, scalars: None), "microbatches": 2, "loss": lambda model, batch: 0.0, "objective": lambda y, x, batch: 0.0, "solver": SOLVER, "params": DATA, "network": lambda y, x, batch: y, "linear": LI.cg(),
 }  # fmt: skip
 OTHER = {"lineax", "jaxopt", "optimistix"}  # they take another library's objects, and are tested where those are
 NOT_NUMBERS = {"mode", "checkpoint", "product", "axis", "reduce", "title", "column", "log"}

@@ -41,10 +41,16 @@ class Entry(NamedTuple):
     warm: int | None = None  # matvecs from the solution: the one that finds it so; None where x0 is not used
 
 
+def _unequal(v):
+    """A preconditioner that no solver here has reason to expect: positive, and far from the identity."""
+    return jax.tree.map(lambda u: u * jnp.linspace(1, 4, u.size, dtype=jnp.float32).reshape(u.shape).astype(u.dtype), v)
+
+
 SOLVERS = {
     "cg": Entry(linear.cg(200, 1e-12), RESULTS.negative_curvature, warm=1),
     "preconditioned cg": Entry(linear.cg(200, 1e-12, preconditioner=linear.nystrom_preconditioner(6, 1.0)), RESULTS.negative_curvature, warm=7),
     "minres": Entry(linear.minres(200, 1e-12), warm=1),
+    "preconditioned minres": Entry(linear.minres(200, 1e-12, preconditioner=_unequal), warm=1),
     "gmres": Entry(linear.gmres(200, 1e-12, restart=24), general=True, warm=1),
     "bicgstab": Entry(linear.bicgstab(200, 1e-12), general=True, warm=1),
     "cholesky": Entry(linear.cholesky(), RESULTS.negative_curvature),
@@ -377,6 +383,16 @@ def test_cg_negative_curvature_keeps_the_iterate_before_it():
     assert (int(at_once.iterations), float(at_once.residual), code(at_once)) == (1, 1.0, RESULTS.negative_curvature)
 
 
+def test_preconditioned_neumann_series():
+    """With the inverse as preconditioner one term is the answer; with half of it, the rest halves with each term."""
+    inverse = lambda v: product(jnp.asarray(np.linalg.inv(DEFINITE)), v)
+    for terms, share, left in ((1, 1.0, 0.0), (5, 0.5, 0.5**5)):
+        solver = linear.neumann(terms, step=share, preconditioner=inverse)
+        x, info = solver(lambda v: product(jnp.asarray(DEFINITE), v), vector(RHS), None)
+        np.testing.assert_allclose(flat(x), (1 - left) * np.linalg.solve(DEFINITE, RHS), rtol=1e-9)
+        assert abs(float(info.residual) - left) < 1e-9 and int(info.iterations) == terms
+
+
 def test_cg_with_a_function_as_preconditioner():
     matrix = np.diag(np.geomspace(1, 1e6, N)) + 0.1 * np.eye(N)
     jacobi = linear.cg(200, 1e-10, preconditioner=_jacobi)
@@ -584,7 +600,8 @@ def test_lineax_that_is_not_there_is_named(monkeypatch):
         (lambda: linear.cg(True), TypeError, "maxiter: got True; expected an integer"),
         (lambda: linear.cg(tol=0.0), ValueError, "tol: got 0.0; expected a positive, finite number"),
         (lambda: linear.cg(tol="x"), TypeError, "tol: got 'x'; expected a positive"),
-        (lambda: linear.cg(preconditioner=3), TypeError, "preconditioner: got int"),
+        (lambda: linear.cg(preconditioner=3), TypeError, "preconditioner: got 3"),
+        (lambda: linear.minres(preconditioner=linear.cg()), TypeError, "preconditioner: got Linear"),
         (lambda: linear.minres(-1), ValueError, "maxiter: got -1"),
         (lambda: linear.bicgstab(tol=float("nan")), ValueError, "tol: got nan"),
         (lambda: linear.gmres(restart=0), ValueError, "restart: got 0"),
