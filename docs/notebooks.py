@@ -72,6 +72,7 @@ def run(path: Path) -> list[Output | None]:
 
     namespace: dict[str, Any] = {"__name__": "__main__"}
     outputs: list[Output | None] = []
+    others = plt.get_fignums()
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), plt.rc_context(STYLE):
         for number, cell in enumerate(cells(path.read_text())):
             if not cell.code:
@@ -80,8 +81,10 @@ def run(path: Path) -> list[Output | None]:
             out = io.StringIO()
             with contextlib.redirect_stdout(out):
                 exec(compile(cell.text, f"{path.name}, cell {number}", "exec"), namespace)
-            outputs.append(Output(out.getvalue().rstrip(), [_svg(plt.figure(n)) for n in plt.get_fignums()]))
-            plt.close("all")
+            drawn = [number for number in plt.get_fignums() if number not in others]
+            outputs.append(Output(out.getvalue().rstrip(), [_svg(plt.figure(number)) for number in drawn]))
+            for number in drawn:
+                plt.close(number)
     return outputs
 
 

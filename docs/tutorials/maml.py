@@ -80,7 +80,7 @@ solution = bx.solve_bilevel(
     outer_data=query,
     inner_init=copies,
     algorithm=algorithm,
-    num_steps=1500,
+    num_steps=1000,
     key=jax.random.key(1),
     keep="last",
 )

@@ -57,7 +57,7 @@ settings = dict(
     inner_data=bx.data.minibatches(rows(0), 64),
     outer_data=rows(1),
     algorithm=algorithm,
-    num_steps=40,
+    num_steps=20,
     key=jax.random.key(3),
 )
 
