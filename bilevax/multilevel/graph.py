@@ -93,6 +93,7 @@ def find(
     contexts: dict[Any, Any],
     declared: Mapping[str, Sequence[str] | None],
     frozen: Sequence[str] = (),
+    starts: Mapping[str, Any] | None = None,
 ) -> Graph:
     """The graph of these levels, lowest first.
 
@@ -102,6 +103,7 @@ def find(
       contexts: what each objective is given besides.
       declared: a level's own word on what it reads, or None.
       frozen: levels that stand still: constants, whoever reads them.
+      starts: of levels whose solves begin at ``start(other variables, key)``: what that depends on, the solution does.
 
     Raises:
       ValueError: naming a level that declares a read that is not there, or one that nobody reads.
@@ -126,6 +128,14 @@ def find(
         said = declared[name]
         return found if said is None else found & {*said, name}
 
+    def start_reads(name: str) -> set[str]:
+        if not starts or name not in starts:
+            return set()
+        others = {n: value for n, value in params.items() if n != name}
+        found = set(dependencies(starts[name], others, contexts[name].key)) - set(frozen)
+        said = declared[name]
+        return found if said is None else found & set(said)
+
     for position, name in enumerate(names):
         below = set(names[:position])
         value = set(dependencies(lambda p, ctx, name=name: objectives[name](p, None, ctx)[0], params, contexts[name]))
@@ -140,7 +150,8 @@ def find(
                     f"captured by the function, use params[{absent[0]!r}] instead: what is captured cannot be differentiated."
                 )
             uses &= set(said)
-        uses -= set(frozen)
+        begun = start_reads(name)
+        uses = (uses | begun) - set(frozen)
         lower = {n: set(nodes[n].total) for n in below}  # who each of them reads; nothing is followed beyond
         active = _reach(uses & below, partial(_read_among, lower))
         reacting = {n for n in active if name in _reach({n}, partial(_read_by, lower))}
@@ -151,7 +162,7 @@ def find(
             )
         inside = active if position == len(names) - 1 else reacting
         mixed = gradient_reads(name, [name, *(inside & uses)])
-        total = mixed.union(*(nodes[n].total for n in inside)) - inside - {name}
+        total = (mixed | begun).union(*(nodes[n].total for n in inside)) - inside - {name}
         nested = _solve_order(ordered(inside), {n: set(nodes[n].total) for n in inside})
         held = ordered(inside.union(*(nodes[n].held for n in inside)))
         depth = 1 + max((nodes[n].depth for n in inside), default=0)

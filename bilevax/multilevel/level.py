@@ -10,6 +10,7 @@ from bilevax import check, tree
 from bilevax._core import numbers
 from bilevax._core.settings import name_of
 from bilevax.base import Hypergradient, InnerSolver, PyTree, objective
+from bilevax.starts import takes_key
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,6 +26,10 @@ class Level:
       hypergradient: the `Hypergradient` method that differentiates its solution. None for the top level.
       reads: names of the levels that its objective depends on. Default: found from the objective's jaxpr. Given, every other one is a constant
         to this level, and nothing of it is differentiated.
+      start: ``params -> params[name]``, where each of its solves begins: a function of the other levels' variables (another level's
+        solution, the top level's initialisation, a constant), with ``key=`` where it draws. It may return ``(params[name], model_state)``.
+        Optimizer state and schedules begin anew; ``params[name]`` then only says the structure. `hypergradient.unrolled` differentiates it.
+        None: where the last solve ended.
       every: solve it in every n-th step only; it stands still in between.
       look_ahead: take all `steps` for the gradient, and keep the first of them only (roll-back): the level sees where it is heading without
         going there.
@@ -49,6 +54,7 @@ class Level:
     solver: Any
     hypergradient: Hypergradient | None = None
     reads: Sequence[str] | None = None
+    start: Callable | None = None
     every: int = 1
     look_ahead: bool = False
     freeze: bool = False
@@ -71,11 +77,17 @@ class Level:
         numbers.count(self.every, f"{where}, every")
         for argument in ("look_ahead", "freeze"):
             numbers.flag(getattr(self, argument), f"{where}, {argument}")
+        if self.start is not None and not callable(self.start):
+            raise TypeError(f"{where}, start: got {check.describe(self.start)}; expected a function params -> params[{self.name!r}], or None.")
+        if self.start is not None and (self.every > 1 or self.look_ahead or self.freeze):
+            got = f"every={self.every}, look_ahead={self.look_ahead}, freeze={self.freeze}"
+            raise ValueError(f"{where}, start: got one with {got}; expected none of them, since every solve begins anew and nothing of it is kept.")
 
     def __repr__(self) -> str:
         parts = [repr(self.name), objective(self.objective).name, f"solver={_short(self.solver)}"]
         parts += [f"hypergradient={_short(self.hypergradient)}"] if self.hypergradient is not None else []
         parts += [f"reads={self.reads}"] if self.reads is not None else []
+        parts += [f"start={name_of(self.start)}"] if self.start is not None else []
         parts += [f"every={self.every}"] if self.every > 1 else []
         parts += [f"{flag}=True" for flag in ("look_ahead", "freeze") if getattr(self, flag)]
         return f"Level({', '.join(parts)})"
@@ -106,8 +118,8 @@ def checked(levels: Sequence[Level]) -> tuple[Level, ...]:
         raise ValueError(f"Level {top.name!r}, hypergradient: got {top.hypergradient!r}; expected None, since nothing stands above the top level.")
     if isinstance(top.solver, InnerSolver):
         raise TypeError(f"Level {top.name!r}, solver: got {top.solver!r}; expected an optax transformation for the top level. Try optax.adam(1e-2).")
-    if top.every > 1 or top.look_ahead or top.freeze:
-        got = f"every={top.every}, look_ahead={top.look_ahead}, freeze={top.freeze}"
+    if top.every > 1 or top.look_ahead or top.freeze or top.start is not None:
+        got = f"every={top.every}, look_ahead={top.look_ahead}, freeze={top.freeze}, start={top.start}"
         raise ValueError(f"Level {top.name!r}: got {got} for the top level; expected none of them. Give more steps below, or leave the level out.")
     for level in levels:
         for name in level.reads or ():
@@ -145,9 +157,10 @@ def check_names(given: Any, names: Sequence[str], argument: str) -> dict[Any, An
 
 def check_key(levels: Sequence[Level], key: Any, sampled: list[str]) -> None:
     """A PRNG key where a level draws."""
-    keyed = [level.name for level in levels if getattr(level.objective, "keyed", False)]
+    keyed = [f"the objective of level {level.name!r} takes a key" for level in levels if getattr(level.objective, "keyed", False)]
+    keyed += [f"the start of level {level.name!r} takes a key" for level in levels if takes_key(level.start)]
     if key is None and (keyed or sampled):
-        cause = f"the objective of level {keyed[0]!r} takes a key" if keyed else f"the data of level {sampled[0]!r} is sampled"
+        cause = keyed[0] if keyed else f"the data of level {sampled[0]!r} is sampled"
         raise ValueError(f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0).")
     if key is not None:
         numbers.key(key)

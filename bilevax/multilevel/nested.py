@@ -26,7 +26,8 @@ from bilevax._core import numbers
 from bilevax._core.jaxpr import evaluate
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, as_cotangent, join, split
-from bilevax.data.draws import draw_number
+from bilevax.data.draws import draw_key, draw_number
+from bilevax.multilevel.starting import begun
 from bilevax.multilevel.statistics import constant, entered, floats_of
 from bilevax.multilevel.system import System
 
@@ -64,6 +65,12 @@ def lower(system: System, name: str) -> Lower:
 def total_objective(system: System, name: str) -> Objective:
     """The objective of level `name` in which the levels nested in it are replaced by their best responses."""
     return Objective(Bound(system.objectives[name].name, _total, system=system, name=name), has_aux=True, stateful=True, keyed=True)
+
+
+def started(system: System, name: str, states: dict[str, InnerState], env: dict, key: Any, sees: bool) -> tuple[InnerState, Any]:
+    """The state that a solve of this level begins with, and the pullback of a start of its own: see `starting.begun`."""
+    own, pull = begun(system.starts.get(name), name, system.graph.names, system.solvers[name], states[name], env, key, sees)
+    return start_state(system, name, {**states, name: own}), pull
 
 
 def start_state(system: System, name: str, states: dict[str, InnerState]) -> InnerState:
@@ -132,7 +139,8 @@ def _respond(
 ) -> tuple[InnerState, dict[Any, Any]]:
     """The best response of level `name`, differentiable in `env`, and the warm states after its solve."""
     method, (side, feed) = system.methods[name], inside(system, name, env, batch)
-    start = lax.stop_gradient(start_state(system, name, below))
+    sees = method.sees_init and method.order > 1
+    start, _ = started(system, name, lax.stop_gradient(below), env, draw_key(feed, 0), sees)
     given = given_to(system, name, system.graph[name].total, env)
     ctx = hyper_context(side, feed)
     if method.order < 2:
@@ -223,7 +231,7 @@ def point(system: System, name: str, y: PyTree, given: dict[Any, Any], ctx: Ctx)
     for i in system.graph[name].nested:
         side, feed = inside(system, i, env, ctx.batch)
         known, ctx_i = _inside(system, i, env, ctx)
-        solution, _ = side.run(start_state(system, i, ctx.model.below), known, feed)
+        solution, _ = side.run(started(system, i, ctx.model.below, env, draw_key(feed, 0), False)[0], known, feed)
         env[i] = solution.params
         u_i = point(system, i, solution.params, known, ctx_i._replace(model=solution.model))
         below[i] = (u_i, tree.zeros_like(u_i))

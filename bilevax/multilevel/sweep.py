@@ -12,6 +12,7 @@ from jax import lax
 from bilevax import tree
 from bilevax._core.precision import under
 from bilevax.base import Feed, InnerState, PyTree, as_cotangent
+from bilevax.data.draws import draw_key
 from bilevax.hypergradient.parts import forward
 from bilevax.multilevel import joint, nested
 from bilevax.multilevel.statistics import constant, entered, floats_of
@@ -57,14 +58,17 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
     pullbacks: dict[str, Callable[..., Any]] = {}
     statistics: dict[str, PyTree] = {}  # the floating-point leaves of the solutions' model states
     infos: dict[str, dict[Any, Any]] = {}
+    begins: dict[str, Callable[..., Any] | None] = {}
     for name in top.nested:
         node, side = graph[name], nested.lower(system, name)
         given = nested.given_to(system, name, node.live, env, tuple(pullbacks))
         rest = lax.stop_gradient({n: v for n, v in env.items() if n != name and n not in given})
         feed = Feed((data, rest), feeds[name].key, feeds[name].step)
-        start = nested.start_state(system, name, states)
+        start, begins[name] = nested.started(system, name, states, env, draw_key(feed, 0), system.methods[name].sees_init)
         if node.live:
             method = joint.adapted(system, name)
+            if name in system.starts and system.starts[name].keyed:  # another one each time: nothing of the last adjoint is of use
+                methods[name] = method.init(start.params)
             solution, pullbacks[name] = method.vjp(side, start, given, feed, nested.hyper_context(side, feed), methods[name])
             statistics[name] = tree.partition(solution.model)[0]
         else:
@@ -94,8 +98,10 @@ def sweep(system: System, states: dict[str, InnerState], methods: dict[str, PyTr
         if floats_of(name) in cotangents:
             model = model._replace(mine={**model.mine, name: cotangents[floats_of(name)]})
         method = joint.adapted(system, name)
-        found, _, methods[name], infos[name] = pullbacks[name](as_cotangent(method, w, model))
-        for n, cotangent in found.items():
+        found, first_point, methods[name], infos[name] = pullbacks[name](as_cotangent(method, w, model))
+        begin, moving = begins[name], tuple(n for n in found if n in graph.names)
+        both = [found, begin(moving, (first_point.params, first_point.model.mine))] if begin is not None and method.sees_init else [found]
+        for n, cotangent in (item for part in both for item in part.items()):
             cotangents[n] = tree.add(cotangents[n], cotangent) if n in cotangents else cotangent
     grad = cotangents[top.name]
     return Sweep(value, grad, states, {**states, **ahead}, methods, _report(system, infos, value, grad), aux)

@@ -19,6 +19,8 @@ from bilevax.hypergradient.parts import over
 from bilevax.multilevel import statistics
 from bilevax.multilevel.graph import Graph, find
 from bilevax.multilevel.level import Level
+from bilevax.multilevel.starting import refuse_unread, starts_of
+from bilevax.starts import Start
 
 
 class System(NamedTuple):
@@ -34,6 +36,7 @@ class System(NamedTuple):
     owners: tuple[str, ...]  # levels whose model state others may read
     seen: tuple[str, ...]  # those among them whose statistics are differentiated
     still: PyTree  # the top level's own model state, which no step moves
+    starts: dict[str, Start]  # of the levels that begin each solve anew
 
     @property
     def stream_draws(self) -> tuple[Draw | None, ...]:
@@ -64,10 +67,13 @@ def as_system(
         given[name] = contexts[name]._replace(model=division.whole(name))
         check.evaluate(objectives[name], f"Level {name!r}, objective", params, None, given[name])
     objectives = {name: hoisted(value, params, None, given[name]) for name, value in objectives.items()}
-    graph = find(objectives, params, given, {level.name: level.reads for level in levels}, [level.name for level in levels if level.freeze])
+    frozen = [level.name for level in levels if level.freeze]
+    starts = starts_of(levels, params, fixed, division.own, {name: ctx.key for name, ctx in given.items()})
+    graph = find(objectives, params, given, {level.name: level.reads for level in levels}, frozen, starts)
     *lower, top = levels
     solvers = {level.name: as_solver(level) for level in lower}
     methods = {level.name: over(method_of(level), solvers[level.name]) for level in lower}
+    refuse_unread(starts, methods, objectives, params, given, frozen)
     return System(
         graph,
         objectives,
@@ -79,6 +85,7 @@ def as_system(
         division.owners,
         tuple(n for n in graph.top.nested if n in division.owners and methods[n].sees_model and graph[n].live),
         division.own[top.name],
+        starts,
     )
 
 
