@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 
@@ -38,7 +39,9 @@ def cg(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyT
     Returns:
       A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``negative_curvature`` (``p'Ap <= 0``) and ``adjoint_breakdown``
       (singular to rounding) with the iterate before that direction (zero if
-      that is worse than zero), ``adjoint_nonfinite``, ``adjoint_not_converged``.
+      that is worse than zero), ``adjoint_nonfinite``, ``adjoint_not_converged``. Rows that are zero are left out where they are all that
+      makes the matrix singular: the others are solved, zeros stand there, the code is ``adjoint_breakdown`` and the residual says
+      how much of b they are.
 
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
@@ -73,6 +76,7 @@ class _Numbers(NamedTuple):
     a_norm: Any  # largest Rayleigh quotient met
     x_norm: Any  # bound on the norm of x
     measured: Any  # norm of the last residual that was measured, not updated
+    apart: Any  # squared norm of the part of b in rows that are zero
 
 
 class _Counts(NamedTuple):
@@ -81,6 +85,7 @@ class _Counts(NamedTuple):
     code: Any
     check: Any
     done: Any
+    without: Any  # whether rows that are zero have been left out
 
 
 def _cg(
@@ -102,8 +107,8 @@ def _cg(
         x=x,
         r=b,
         p=tree.where(warm, x, z),
-        numbers=_vector(_Numbers(bb if precondition is None else tree.dot(b, z), bb, 0, x_norm, jnp.where(warm, jnp.inf, b_norm)), dtype),
-        counts=_vector(_Counts(0, setup, code, warm, (b_norm == 0) | ~jnp.isfinite(bb)), jnp.int32),
+        numbers=_vector(_Numbers(bb if precondition is None else tree.dot(b, z), bb, 0, x_norm, jnp.where(warm, jnp.inf, b_norm), 0), dtype),
+        counts=_vector(_Counts(0, setup, code, warm, (b_norm == 0) | ~jnp.isfinite(bb), 0), jnp.int32),
     )
 
     def body(c: _Carry) -> _Carry:
@@ -115,17 +120,28 @@ def _cg(
         noise = tiny * a_norm * pp
         negative = ~checking & (pap < -noise)
         alpha = last.rz / jnp.where(jnp.abs(pap) <= noise, 1, pap)
-        length = last.x_norm + jnp.where(checking, 0, jnp.abs(alpha) * jnp.sqrt(pp))
+        length = jnp.where(checking, 0, last.x_norm + jnp.abs(alpha) * jnp.sqrt(pp)) + jnp.where(checking, jnp.sqrt(pp), 0)
         flat = ~checking & ~negative & ((pap <= noise) | _common.singular(a_norm, length, b_norm))
+        # Rows of zeros (parameters that no batch has touched) make A singular and take no part in the rest, whose iterate is of use. They are
+        # left out once they are met, and the residual of the rest is measured.
+        empty = jax.tree.map(lambda a: a == 0, ap)
+        apart = tree.dot(c.r, jax.tree.map(lambda zero, a: jnp.where(zero, a, 0), empty, c.r))
+        leaving = flat & (count.without == 0) & (apart > 0) & (apart < last.rr)
+        without = (count.without != 0) | leaving
+        flat &= ~leaving
+        alpha = jnp.where(leaving, 0, alpha)
         # A measuring pass multiplies x itself: r = b - 1 Ap. That way the matvec is traced once.
         r = tree.axpy(-jnp.where(checking, 1, alpha), ap, tree.where(checking, b, c.r))
+        r = jax.tree.map(lambda zero, a: jnp.where(without & zero, 0, a), empty, r)
         rr = tree.dot(r, r)
-        drop = jnp.isinf(last.measured) & (rr > bb)  # a start worse than zero
-        r, rr = tree.where(drop, b, r), jnp.where(drop, bb, rr)
+        drop = jnp.isinf(last.measured) & (rr > bb - last.apart)  # a start worse than zero
+        r = jax.tree.map(lambda zero, a, full: jnp.where(drop, jnp.where(without & zero, 0, full), a), empty, r, b)
+        rr = jnp.where(drop, bb - last.apart, rr)
         finite = jnp.isfinite(rr) & jnp.isfinite(alpha)
         bad = negative | flat | ~finite
         moved = jnp.where(checking | bad, 0, alpha)
         x = tree.where(drop, tree.zeros_like(b), tree.axpy(moved, c.p, c.x))
+        x = jax.tree.map(lambda zero, a: jnp.where(leaving & zero, 0, a), empty, x)
         x_norm = jnp.where(drop, 0, jnp.where(bad, last.x_norm, length))
         z = r if precondition is None else precondition(r)
         rz = rr if precondition is None else tree.dot(r, z)
@@ -135,24 +151,27 @@ def _cg(
         end = (r_norm <= target) | (step >= maxiter)
         trusted = checking | (unit * a_norm * x_norm <= jnp.maximum(r_norm, target))
         stalled = checking & (r_norm > 0.5 * last.measured)
-        check = end & ~trusted & ~bad
+        check = ((end & ~trusted) | leaving) & ~bad
         beta = jnp.where(checking, 0, rz / jnp.where(last.rz == 0, 1, last.rz))
         failure = jnp.where(negative, RESULTS.negative_curvature, jnp.where(flat, RESULTS.adjoint_breakdown, RESULTS.success))
         failure = jnp.where(finite, failure, RESULTS.adjoint_nonfinite)
+        outside = jnp.where(leaving, apart, last.apart)
+        measured = jnp.where(leaving, jnp.inf, jnp.where(checking, r_norm, last.measured))
         kept = jnp.where(bad & ~checking, last.rr, rr)
         return _Carry(
             x=x,
             r=r,
             p=tree.where(check, x, tree.axpy(beta, c.p, z)),
-            numbers=_vector(_Numbers(rz, kept, a_norm, x_norm, jnp.where(checking, r_norm, last.measured)), dtype),
-            counts=_vector(_Counts(step, count.matvecs + 1, failure, check, bad | stalled | (end & trusted)), jnp.int32),
+            numbers=_vector(_Numbers(rz, kept, a_norm, x_norm, measured, outside), dtype),
+            counts=_vector(_Counts(step, count.matvecs + 1, failure, check, bad | stalled | (end & trusted & ~leaving), without), jnp.int32),
         )
 
     end = lax.while_loop(lambda c: _Counts(*c.counts).done == 0, body, start)
-    rr, count = _Numbers(*end.numbers).rr, _Counts(*end.counts)
-    lost = (count.code == RESULTS.adjoint_breakdown) & (rr > bb)  # a singular matrix makes x grow without bound before it is seen
+    last, count = _Numbers(*end.numbers), _Counts(*end.counts)
+    rr, code = last.rr + last.apart, jnp.where((count.code == 0) & (count.without != 0), RESULTS.adjoint_breakdown, count.code)
+    lost = (code == RESULTS.adjoint_breakdown) & (rr > bb)  # a singular matrix makes x grow without bound before it is seen
     x, rr = tree.where(lost, tree.zeros_like(b), end.x), jnp.where(lost, bb, rr)
-    return x, _common.info(count.matvecs, _common.relative(jnp.sqrt(rr), b_norm), count.code, tol)
+    return x, _common.info(count.matvecs, _common.relative(jnp.sqrt(rr), b_norm), code, tol)
 
 
 def _vector(scalars: tuple[Any, ...], dtype: Any) -> Any:
