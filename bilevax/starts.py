@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevax import tree
-from bilevax._core.jaxpr import reads
+from bilevax._core.jaxpr import dependences, reads
 from bilevax._core.settings import parameters
 from bilevax.base import Bound, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
 
@@ -98,7 +98,13 @@ def structure(problem: Problem, solver: InnerSolver, method: Hypergradient, inne
     params = shown = inner.params
     if problem.outer.trajectory:
         shown = jax.tree.map(lambda a: jax.numpy.broadcast_to(a, (solver.steps, *a.shape)), params)
-    if not any(reads(lambda given: problem.outer(given[0], given[1], outer_ctx._replace(model=given[2]))[0], (shown, outer, inner.model))):
+
+    def outer_value(given):
+        return problem.outer(given[1], given[0], outer_ctx._replace(model=given[2]))[0]
+
+    above, differentiable = dependences(outer_value, (outer, shown, inner.model))
+    direct, solved = differentiable[: len(paths)], any(differentiable[len(paths) :])
+    if not any(above):
         raise ValueError(
             "outer_objective: it depends neither on inner_params nor on outer_params; expected a function to be minimized. "
             "A value that it captured is a constant: use the arguments."
@@ -106,7 +112,8 @@ def structure(problem: Problem, solver: InnerSolver, method: Hypergradient, inne
     functions = [problem.inner]
     if method.mapping is not None:
         functions.append(method.mapping if problem.inner.adapt is None else problem.inner.adapt(method.mapping))
-    objectives = reads(lambda x: ([fn(params, x, ctx)[0] for fn in functions], problem.outer(shown, x, outer_ctx)[0]), outer)
+    lower, through = dependences(lambda x: [fn(params, x, ctx)[0] for fn in functions], outer)
+    objectives = list(map(max, zip(lower, above[: len(paths)], strict=True)))
     start = [False] * len(paths)
     if problem.inner_init is not None:
         init, key = problem.inner_init, (ctx.key if takes_key(problem.inner_init) else None)
@@ -123,6 +130,11 @@ def structure(problem: Problem, solver: InnerSolver, method: Hypergradient, inne
     if solver.sees_outer and solver.update is not None:
         zero, update = tree.zeros_like(params), solver.update
         settings = reads(lambda x: update(zero, solver.first(params, x), params, outer=x)[0], outer)  # type: ignore[call-arg]
+
+    if method.batches or method.sees_model:  # it differentiates the inner objective
+        lower = through
+    alone = [stepped and not known for stepped, known in zip(steps, objectives, strict=True)]  # what only the solver reads
+    reacts = [max(flags) for flags in zip(lower, start, alone, settings, strict=True)]
 
     for path, known, begun, stepped, setting in zip(paths, objectives, start, steps, settings, strict=True):
         place = f"outer_params{path}"
@@ -144,4 +156,11 @@ def structure(problem: Problem, solver: InnerSolver, method: Hypergradient, inne
                 f"solver: its settings depend on {place}, with {method!r}, which does not differentiate the solver's "
                 "steps: that part of the hypergradient would be zero. Try hypergradient.unrolled(), or "
                 "hypergradient.forward() for few outer parameters."
+            )
+    for path, own, reacting in zip(paths, direct, reacts, strict=True):
+        if not (own or (solved and reacting)):
+            why = "inner_objective: it reads" if solved else "outer_objective: it reads inner_params, and with them"
+            raise ValueError(
+                f"{why} outer_params{path}, through stop_gradient or not at all; expected a dependence that can be differentiated: the "
+                "hypergradient would be zero. Leave out stop_gradient, and use the arguments in place of captured values."
             )

@@ -246,6 +246,42 @@ def test_an_outer_objective_of_nothing_is_refused(outer):
         fn(jnp.zeros(2), jnp.ones(2), None, jnp.ones(2))
 
 
+STOPPED = {
+    "outer": (lambda y, x, b: jnp.sum((y - x["a"]) ** 2), lambda y, x, b: jnp.sum(jax.lax.stop_gradient(y) ** 2), "outer_objective: it reads"),
+    "inner": (lambda y, x, b: jnp.sum((y - jax.lax.stop_gradient(x["a"])) ** 2), lambda y, x, b: jnp.sum(y**2), "inner_objective: it reads"),
+    "in a scan": (
+        lambda y, x, b: jax.lax.scan(lambda c, t: (c + jnp.sum((y - jax.lax.stop_gradient(x["a"])) ** 2), None), 0.0, jnp.zeros(2))[0],
+        lambda y, x, b: jnp.sum(y**2),
+        "inner_objective: it reads",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", STOPPED)
+def test_a_hypergradient_that_is_zero_by_structure_is_named(name):
+    inner, outer, words = STOPPED[name]
+    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), H.implicit(), optax.adam(0.1))
+    with pytest.raises(ValueError, match=rf"{words}.* outer_params\['a'\], through stop_gradient or not at all"):
+        bx.solve_bilevel(inner, outer, jnp.zeros(2), {"a": jnp.ones(2)}, algorithm=algorithm, num_steps=2)
+
+
+def test_what_passes_beside_a_stopped_gradient_is_none():
+    """A straight-through value, a rule of its own, and a direct term beside a stopped one all have derivatives."""
+
+    @jax.custom_jvp
+    def rounded(a):
+        return jax.lax.stop_gradient(jnp.round(a))
+
+    rounded.defjvp(lambda primals, tangents: (rounded(*primals), tangents[0]))
+    through = lambda a: a + jax.lax.stop_gradient(jnp.round(a) - a)
+    for value in (rounded, through):
+        fn = bx.value_and_hypergrad(
+            lambda y, x, b, value=value: 0.5 * jnp.sum((y - value(x)) ** 2), lambda y, x, b: jnp.sum(y), solver=bx.inner.optax(optax.sgd(1.0), 1),
+            hypergradient=H.implicit(),
+        )  # fmt: skip
+        np.testing.assert_allclose(fn(jnp.zeros(2), jnp.full(2, 0.7)).grad, 1.0, rtol=1e-6)
+
+
 ROOT6 = np.sqrt(6.0)
 
 

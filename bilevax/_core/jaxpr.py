@@ -15,6 +15,41 @@ def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
     return list(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1])
 
 
+def dependences(fn: Callable, argument: Any) -> tuple[list[bool], list[bool]]:
+    """Of one trace: what `reads` says, and the same where a dependence through ``stop_gradient`` counts for nothing.
+
+    Functions that bring a derivative of their own are not looked into.
+    """
+    import jax
+    from jax.interpreters import partial_eval
+
+    jaxpr = jax.make_jaxpr(fn)(argument).jaxpr
+    wanted = [True] * len(jaxpr.outvars)
+    return list(partial_eval.dce_jaxpr(jaxpr, wanted)[1]), list(partial_eval.dce_jaxpr(_cut(jaxpr), wanted)[1])
+
+
+def _cut(jaxpr: Any) -> Any:
+    """`jaxpr`, for its dependences only, whose stopped gradients are of nothing."""
+    import jax.extend.core as jex
+
+    def inside(value):
+        if isinstance(value, jex.ClosedJaxpr):
+            return jex.ClosedJaxpr(_cut(value.jaxpr), value.consts)
+        if isinstance(value, jex.Jaxpr):
+            return _cut(value)
+        return tuple(map(inside, value)) if isinstance(value, tuple) else value
+
+    eqns = []
+    for eqn in jaxpr.eqns:
+        name = eqn.primitive.name
+        if name == "stop_gradient":
+            eqn = eqn.replace(invars=[jex.Literal(0.0, eqn.invars[0].aval)])
+        elif not name.startswith("custom_"):
+            eqn = eqn.replace(params={key: inside(value) for key, value in eqn.params.items()})
+        eqns.append(eqn)
+    return jaxpr.replace(eqns=eqns)
+
+
 def evaluate(jaxpr: Any, captured: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
     """The outputs of `jaxpr`, flat, with what it `captured` given anew as values: nothing is closed over, so no tracer leaks."""
     import jax.extend.core as jex  # not above: it takes a tenth of a second, which importing the package should not
