@@ -41,7 +41,7 @@ PANELS: tuple[tuple[str, str, dict[str, str]], ...] = (
 )
 DECADES = 100.0  # values that span so much are drawn on a logarithmic axis
 FAILED, ROUGH, KEPT = "#D55E00", "#E69F00", "#009E73"
-KNOWN = {name for panel in PANELS for name in panel[2]} | {"code", "aux", "step", "warnings", "mixed_products", "cotangent_norm"}
+KNOWN = {name for panel in PANELS for name in panel[2]} | {"code", "aux", "inner_aux", "step", "warnings", "mixed_products", "cotangent_norm"}
 
 
 def _pyplot() -> Any:

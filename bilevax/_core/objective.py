@@ -92,7 +92,8 @@ def objective(
 
     Args:
       fn: pure function of ``(inner_params, outer_params, batch[, model_state][, key=])``, the same order at both levels.
-      has_aux: `fn` returns ``(value, aux)``. The outer objective's aux is stacked in the history, one row a step.
+      has_aux: `fn` returns ``(value, aux)``. The history stacks both, a row a step: the outer objective's as ``aux``, that of
+        the last step of `inner.optax` as ``inner_aux``.
       stateful: `fn` takes ``model_state`` as fourth argument and returns ``(value, model_state)`` (``(value, (model_state, aux))`` with
         `has_aux`). The state moves on real inner steps only, never on hypergradient passes.
       keyed: `fn` takes a PRNG key as ``key=``; evaluations that are differenced share one key.

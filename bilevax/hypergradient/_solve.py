@@ -14,6 +14,7 @@ from bilevax.results import RESULTS, as_warning, worst
 def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Scalar]:
     """The info of a solve in scalars: last value, last gradient's norm, iterations and evaluations in all, and a code that knows divergence.
 
+    The objective's aux, where the solver hands it on, is that of the last step.
     A solver that stopped short of its tolerance says so in the mask ``warnings``.
 
     ``inner_grad_norm`` is that of the last gradient that the solver took, where it reports one. A method that evaluates the gradient at the solution
@@ -25,6 +26,8 @@ def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Sc
     for name in ("iterations", "evaluations"):
         if name in inner_info:
             out[f"inner_{name}"] = jnp.sum(inner_info[name])
+    if "aux" in inner_info:
+        out["inner_aux"] = jax.tree.map(lambda a: a[-1], inner_info["aux"])
     code = inner_info["code"][-1] if "code" in inner_info else jnp.int32(RESULTS.success)
     finite = tree.all_finite(solution.params)
     code, warnings = as_warning(code)

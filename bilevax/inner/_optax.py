@@ -32,7 +32,8 @@ def optax(opt: _optax.GradientTransformation | Callable[[PyTree], _optax.Gradien
       steps: updates for each outer step, at least 1.
 
     Returns:
-      An `InnerSolver`. Its info has ``value`` and ``grad_norm``, both before the step.
+      An `InnerSolver`. Its info has ``value`` and ``grad_norm``, both before the step, and the objective's ``aux``,
+      where it has one; that of the last step is the estimate's and the history's ``inner_aux``.
 
     Raises:
       TypeError: if `opt` is not a gradient transformation, or `steps` is not an int.
@@ -115,11 +116,12 @@ def _step(
     def evaluate(params):
         return objective(params, outer, ctx)
 
-    (value, (model, _)), grads = jax.value_and_grad(evaluate, has_aux=True)(state.params)
+    (value, (model, aux)), grads = jax.value_and_grad(evaluate, has_aux=True)(state.params)
     update = base.Bound("update", _update_learned, opt=opt, outer=outer) if learned else base.Bound("update", _update, opt=opt)
     given = dict(
         value=value, grad=grads, value_fn=lambda params: evaluate(params)[0], grad_fn=lambda params, i: jax.grad(evaluate, has_aux=True)(params)[0]
     )
     updates, opt_state = update(grads, state.opt, state.params, **given)
     params = optimizer.apply(state.params, updates)
-    return base.InnerState(params, opt_state, model), {"value": value, "grad_norm": tree.norm(grads)}
+    info = {"value": value, "grad_norm": tree.norm(grads)}
+    return base.InnerState(params, opt_state, model), (info if aux is None else {**info, "aux": aux})

@@ -158,6 +158,8 @@ def _any_of(mask: Any, axis: str) -> Any:
 
 
 def _reduced(name: str, value: Any, axis: str) -> Any:
+    if name == "inner_aux":
+        return jax.tree.map(lambda a: lax.all_gather(a, axis, tiled=True), value)
     value = jnp.asarray(value)
     if name in SUMMED:
         return lax.psum(value, axis)

@@ -221,9 +221,10 @@ def test_progress_bar(capsys):
     assert captured.out == captured.err == ""
 
 
-def test_aux_of_the_outer_objective_is_a_column():
+def test_aux_of_both_objectives_is_a_column():
+    """The inner one's is that of the last inner step: at the second of three descents' points."""
     out = bx.solve_bilevel(
-        g,
+        bx.objective(lambda y, x, b: (g(y, x, b), {"norm": y @ y, "fit": f(y, x, b)}), has_aux=True),
         bx.objective(lambda y, x, b: (f(y, x, b), {"norm": y @ y}), has_aux=True),
         **START,
         inner_data=TRAIN,
@@ -232,6 +233,28 @@ def test_aux_of_the_outer_objective_is_a_column():
         num_steps=7,
     )
     assert out.history["aux"]["norm"].shape == (7,)
+    y = START["inner_params"]
+    for _ in range(2):
+        y = y - 0.5 * jax.grad(g)(y, START["outer_params"], TRAIN)
+    np.testing.assert_allclose(out.history["inner_aux"]["norm"][0], y @ y, rtol=1e-12)
+    np.testing.assert_allclose(out.history["inner_aux"]["fit"][0], f(y, None, TRAIN), rtol=1e-12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "method", [bx.hypergradient.unrolled(), bx.hypergradient.forward(), bx.hypergradient.sama()], ids=["unrolled", "forward", "sama"]
+)
+def test_an_inner_aux_changes_no_gradient(method):
+    """And is reported by levels, too, under their names."""
+    told, solver = bx.objective(lambda y, x, b: (g(y, x, b), y), has_aux=True), bx.inner.optax(optax.sgd(0.1), 3)
+    one, two = (bx.value_and_hypergrad(fn, f, solver=solver, hypergradient=method)(jnp.zeros(3), -1.0, TRAIN, VALID) for fn in (g, told))
+    np.testing.assert_allclose(one.grad, two.grad, rtol=1e-12)
+    levels = [
+        bx.Level("y", bx.objective(lambda p, b: (g(p["y"], p["x"], b), p["y"]), has_aux=True), solver=solver, hypergradient=method),
+        bx.Level("x", lambda p, b: f(p["y"], p["x"], b), solver=optax.sgd(0.1)),
+    ]
+    out = bx.solve_multilevel(levels, {"y": jnp.zeros(3), "x": jnp.asarray(-1.0)}, data={"y": TRAIN, "x": VALID}, num_steps=2)
+    np.testing.assert_allclose(out.history["y/inner_aux"][0], two.info["inner_aux"], rtol=1e-12)
 
 
 # ---- what rides along
