@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -19,7 +20,8 @@ class Stream:
 
     A step takes `take` batches in every `every`-th step and none in between. Batches come as pytrees of
     arrays; one that differs from the first in structure, shape or dtype is refused, and so is what is no
-    array, with `argument`'s name and the batch's number.
+    array, with `argument`'s name and the batch's number. `mark` is what the iterator said of its place
+    (``get_state``, as grain's do) before it gave the last batch; None where it says nothing.
     """
 
     def __init__(self, iterable: Iterable[Any], argument: str = "data"):
@@ -28,6 +30,7 @@ class Stream:
         self.take = self.every = 1
         self.count = 0  # of the batches handed out
         self.first: Any = None  # the first of them
+        self.mark: bytes | None = None
         self._iterator: Any = None
         self._peeked = False
 
@@ -48,9 +51,19 @@ class Stream:
         self.count += 1
         return batch
 
+    def jump(self, mark: bytes, count: int) -> bool:
+        """Go to where the iterator said `mark`, after `count` batches, without reading them; False where it cannot."""
+        self.peek()
+        if not callable(getattr(self._iterator, "set_state", None)):
+            return False
+        self._iterator.set_state(mark[1:] if mark[:1] == b"b" else json.loads(mark[1:]))
+        self._peeked, self.count = False, count
+        return True
+
     def _read(self) -> Any:
         if self._iterator is None:
             self._iterator = iter(self.iterable)
+        self.mark = _mark(self._iterator)
         batch = next(self._iterator, _NOTHING)
         if batch is _NOTHING and not self.one_pass:
             self._iterator = iter(self.iterable)
@@ -63,6 +76,20 @@ class Stream:
             f"{self.argument}: got {type(self.iterable).__name__}, which yields no batch; expected an "
             "iterable of batches. (An iterator that was read to its end before yields none: give what makes it.)"
         )
+
+
+def _mark(iterator: Any) -> bytes | None:
+    """What an iterator says of its place, as bytes that say what they are; None where it says nothing that can be kept."""
+    say = getattr(iterator, "get_state", None)
+    if not (callable(say) and callable(getattr(iterator, "set_state", None))):
+        return None
+    state = say()
+    if isinstance(state, bytes):
+        return b"b" + state
+    try:
+        return b"j" + json.dumps(state).encode()
+    except (TypeError, ValueError):
+        return None
 
 
 def as_batch(batch: Any, argument: str, number: int) -> PyTree:

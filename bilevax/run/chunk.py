@@ -221,7 +221,7 @@ class Loop:
     """A run on its way: where it stands, and how it goes on."""
 
     def __init__(self, ready: Ready):
-        plan, static, dynamic, run, sources, solution, options, fingerprint = ready
+        plan, static, dynamic, run, sources, solution, options, fingerprint, self._place = ready
         self.plan, self.static, self.dynamic, self.options = plan, static, dynamic, options
         self.run, self._solution, self._fingerprint = run, solution, fingerprint
         self.begin, self.start, self.first_chunk = time.perf_counter(), int(run.step), 0.0
@@ -246,6 +246,7 @@ class Loop:
             self.store = store_lib.Store(options.checkpoint, self.start, self._fingerprint())
             if (found := self.store.restore(self.run, self.recovery.state(self.run))) is not None:
                 self.run, recovery, rows = found
+                self._place = self.store.place
                 self.history = History(rows)
                 self.recovery.resume(recovery)
         self.resumed, self.result = int(self.run.step), RESULTS(int(self.run.code))
@@ -256,7 +257,7 @@ class Loop:
                 "expected at least as many. Give this run a directory of its own."
             )
         self.called = dict.fromkeys(self.called, self.done)
-        self.window.seek(self.resumed)
+        self.window.seek(self.resumed, self._place)
 
     @property
     def over(self) -> bool:
@@ -323,7 +324,7 @@ class Loop:
         self.store.renew()
         due = self.over or step % self.store.spec.every == 0
         if due and self.store.saved != step and not self.result.failed:
-            self.store.save(self.run, self.recovery.state(self.run), self.history.flat(), step)
+            self.store.save(self.run, self.recovery.state(self.run), self.history.flat(), step, self.window.places())
 
     def finish(self, result: RESULTS) -> Solution:
         """What the run has come to."""
@@ -342,4 +343,4 @@ class Loop:
             stats["checkpoint_seconds"] = self.store.seconds
             if self.store.continued is not None:
                 stats["continued"] = self.store.continued
-        return self._solution(self.run, result, rows, stats)
+        return self._solution(self.run._replace(place=self.window.places()), result, rows, stats)

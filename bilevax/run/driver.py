@@ -64,7 +64,7 @@ def ready(
         if options.keep == "best" and best is None:
             point = state.algorithm
             best = Best(jnp.full((), jnp.inf, state.first_norm.dtype), state.step, point.inner.params, point.inner.model, point.outer)
-        run = state._replace(code=jnp.zeros((), jnp.int32), best=best if options.keep == "best" else None)
+        run = state._replace(code=jnp.zeros((), jnp.int32), best=best if options.keep == "best" else None, place=None)
         run = tree.copy(run if plan.layout is None else plan.layout.put(run))
     elif plan.layout is None:
         run = tree.copy(_first_state(plan, start, outer, key, score_dtype, options.keep))
@@ -79,7 +79,7 @@ def ready(
             kept_inner, model, kept_outer = tree.where(best.step >= 0, (best.inner, best.model, best.outer), last)
         return Solution(tree.combine(kept_inner, inner_fixed), tree.combine(kept_outer, outer_fixed), model, result, history, run, stats)
 
-    return Ready(plan, static, dynamic, run, sources, solution, options, print_of)
+    return Ready(plan, static, dynamic, run, sources, solution, options, print_of, None if state is None else state.place)
 
 
 def _agree(options: Options, parts: dict[str, str]) -> None:

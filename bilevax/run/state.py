@@ -29,7 +29,10 @@ class Best(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """All that the next step needs; saved, it is a full checkpoint. `skipped` of the `step` steps so far left no trace: passed over or taken back."""
+    """All that the next step needs; saved, it is a full checkpoint. `skipped` of the `step` steps so far left no trace: passed over or taken back.
+
+    `place`: what loaders said of where they stand, as bytes by argument; between runs only, and None where none can say.
+    """
 
     algorithm: PyTree
     key: Any
@@ -39,6 +42,7 @@ class RunState(NamedTuple):
     first_norm: Any
     best: Best | None
     watch: Watch
+    place: Any = None
 
     def __repr__(self) -> str:
         return screenful(self)
@@ -67,6 +71,7 @@ class Ready(NamedTuple):
       solution: ``(run state, result, history, stats) -> Solution``.
       options: what was asked.
       fingerprint: ``() -> parts`` that a checkpoint tells other problems by.
+      place: what an earlier run's loaders said of where they stood; None where none did.
     """
 
     plan: Plan
@@ -77,6 +82,7 @@ class Ready(NamedTuple):
     solution: Callable[..., Solution]
     options: Options
     fingerprint: Callable[[], dict[str, Any]]
+    place: dict[str, Any] | None = None
 
     @property
     def traced(self) -> bool:

@@ -63,6 +63,7 @@ class Store:
         self._ocp, self._writer = ocp, ocp.StandardCheckpointer()
         self.differing: list[str] = []  # parts of the problem that are not those of the checkpoint
         self.continued: dict[str, list[str]] | None = None  # what became of each part of its state
+        self.place: dict[str, np.ndarray] = {}  # what loaders said of theirs, in the checkpoint that was read
         self.saved: int | None = None  # the step of the newest checkpoint, which may still be in the writing
         self.finished: int | None = None  # of the newest one that is whole
         self._unlisted: int | None = None
@@ -87,8 +88,8 @@ class Store:
 
     # ---- saving
 
-    def save(self, run: PyTree, recovery: dict[Any, Any], rows: dict[str, np.ndarray], step: int) -> None:
-        """Begin to write this state, what a failure may go back to, and the history by path; waits only for the save before it."""
+    def save(self, run: PyTree, recovery: dict[Any, Any], rows: dict[str, np.ndarray], step: int, place: dict[str, Any] | None = None) -> None:
+        """Begin to write this state, what a failure may go back to, the history by path, the loaders' place; waits only for the save before."""
         begin = time.perf_counter()
         if self._lock is not None:
             self._lock.check()
@@ -109,6 +110,7 @@ class Store:
             "digests": digest.of_arrays(list(leaves.values())),
             "history": {path: _describe(column) for path, column in rows.items()},
             "history_digest": digest.of_columns(rows),
+            "place": {name: mark.tobytes().hex() for name, mark in (place or {}).items()} if jax.process_count() == 1 else {},
         }
         text = json.dumps(manifest)
         metadata = {"manifest": text, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
@@ -189,6 +191,8 @@ class Store:
                         self.path(bad).rename(self._aside(bad))
                 self._agree("restored")
                 self.saved = self.finished = step
+                said = {} if manifest is None else manifest.get("place", {})
+                self.place = {name: np.frombuffer(bytes.fromhex(mark), np.uint8) for name, mark in said.items()}
                 return found
             reason = " ".join(f"{type(problem).__name__}: {problem}".split())[:300]
             warnings.warn(

@@ -24,10 +24,11 @@ PATIENCE = 10.0  # seconds of passing over batches between two words about it
 
 
 class Step(NamedTuple):
-    """What was read for one outer step: a list of batches a stream, and a stream's last one before it."""
+    """What was read for one outer step: a list of batches a stream, a stream's last one before it, and its mark before its last one."""
 
     batches: list[list[PyTree]]
     before: list[PyTree]
+    marks: list[bytes | None]
 
 
 class Staged(NamedTuple):
@@ -63,6 +64,8 @@ class Window:
         self._ahead = max(0, steps - self.capacity)
         self._next = 0  # the step that is pulled from the streams next
         self._last: list[PyTree] = [None] * len(self.streams)
+        self._marks: list[bytes | None] = [None] * len(self.streams)  # of the batches read last,
+        self._done: list[bytes | None] = [None] * len(self.streams)  # and of those last used by a step that was done
         self._back: list[Step] = []
         self._current: Staged | None = None
         self._staged: Staged | None = None
@@ -81,15 +84,24 @@ class Window:
 
     # ---- where the streams stand
 
-    def seek(self, step: int) -> None:
-        """Pass over the batches of the steps before `step`, which an earlier run has taken."""
+    def places(self) -> dict[str, np.ndarray] | None:
+        """Where the streams stand that can say so themselves, by argument."""
+        said = {s.argument: np.frombuffer(mark, np.uint8) for s, mark in zip(self.streams, self._done, strict=True) if mark is not None}
+        return said or None
+
+    def seek(self, step: int, places: dict[str, Any] | None = None) -> None:
+        """Pass over the batches of the steps before `step`, which an earlier run has taken; where `places` has what a stream said, it goes there."""
         self._next = step
         begin = said = time.perf_counter()
         for place, stream in enumerate(self.streams):
-            count = -(-step // stream.every) * stream.take
-            for number in range(count):
+            count = passed = -(-step // stream.every) * stream.take
+            mark = (places or {}).get(stream.argument)
+            if count and mark is not None and stream.jump(np.asarray(mark).tobytes(), count - 1):
+                passed = 1  # the last one, which a level that stands still takes its products on
+            for number in range(passed):
                 try:
                     self._last[place] = stream.next()
+                    self._marks[place] = self._done[place] = stream.mark
                 except StopIteration:
                     self._ended = stream
                     return
@@ -118,9 +130,10 @@ class Window:
                 self._ended = stream
                 return None
             batches.append(taken)
-            self._last[place] = taken[-1] if taken else self._last[place]
+            if taken:
+                self._last[place], self._marks[place] = taken[-1], stream.mark
         self._next += 1
-        return Step(batches, before)
+        return Step(batches, before, list(self._marks))
 
     # ---- what a chunk is given
 
@@ -150,6 +163,8 @@ class Window:
         if self._current is None:
             return
         left = self._current.steps[count:]
+        if count:
+            self._done = self._current.steps[count - 1].marks
         if left:
             ahead = [] if self._staged is None else self._staged.steps
             self._back, self._staged = [*left, *ahead, *self._back], None

@@ -417,12 +417,76 @@ def test_a_torch_loader():
     assert np.array_equal(out.inner_params, regression(6, Again(rows)).inner_params)
 
 
-def test_a_grain_loader():
+GRAIN = {
+    "a data set": lambda grain: grain.MapDataset.source(ROWS_OF_X).shuffle(seed=3).batch(4, drop_remainder=True).to_iter_dataset(),
+    "a loader": lambda grain: grain.DataLoader(
+        data_source=ROWS_OF_X,
+        sampler=grain.IndexSampler(len(ROWS_OF_X), grain.NoSharding(), shuffle=True, num_epochs=1, seed=3),
+        operations=[grain.Batch(4, drop_remainder=True)],
+    ),
+}
+ROWS_OF_X = [(x, x[0]) for x in X]
+
+
+@pytest.mark.parametrize("name", GRAIN)
+def test_a_grain_loader_and_its_place(name):
+    """As it is; and a run that goes on from a state goes on in the data, by grain's own state."""
     grain = pytest.importorskip("grain.python")
-    loader = grain.MapDataset.source(list(zip(X, X[:, 0], strict=True))).batch(4, drop_remainder=True).to_iter_dataset()
-    out = regression(6, loader)
-    rows = [(X[i : i + 4], X[i : i + 4, 0]) for i in range(0, 24, 4)]
-    assert np.array_equal(out.inner_params, regression(6, Again(rows)).inner_params)
+    make = lambda: GRAIN[name](grain)
+    rows = [jax.tree.map(np.asarray, tuple(batch)) for batch in make()]
+    assert len(rows) == len(X) // 4
+    whole = regression(11, make())
+    assert np.array_equal(whole.inner_params, regression(11, Again(rows)).inner_params)
+    half = regression(5, make())
+    assert half.state.place
+    assert np.array_equal(regression(6, make(), state=half.state).inner_params, whole.inner_params)
+
+
+class Placed:
+    """A loader that is shuffled anew in each epoch, and whose iterator says where it stands, as grain's do; `reads` counts what it gave."""
+
+    def __init__(self, form):
+        self.form, self.reads = form, 0
+
+    def __iter__(self):
+        return PlacedIterator(self)
+
+
+class PlacedIterator:
+    def __init__(self, loader):
+        self.loader, self.at = loader, 0
+
+    def __next__(self):
+        if self.at == ROWS:
+            raise StopIteration
+        self.at, self.loader.reads = self.at + 1, self.loader.reads + 1
+        return np.int32((5 * self.at) % 7)
+
+    def get_state(self):
+        return str(self.at).encode() if self.loader.form == "bytes" else {"at": self.at}
+
+    def set_state(self, state):
+        self.at = int(state) if self.loader.form == "bytes" else state["at"]
+
+
+def through(loader, num, steps=4, **keywords):
+    return bx.solve_bilevel(
+        tracing(inner), outer, jnp.zeros(()), jnp.zeros(()), inner_data=loader, algorithm=loop(METHODS["implicit"], steps),
+        num_steps=num, model_state=empty(200), keep="last", **keywords,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize("form", ["bytes", "json"])
+def test_a_loader_that_knows_its_place_is_not_read_again(form, tmp_path):
+    """By ``state=`` and by a checkpoint: the same batches, to the bit, and none before them but the last."""
+    whole = through(Placed(form), 9)
+    for keywords in (lambda half: {"state": half.state}, lambda half: {"checkpoint": bx.checkpoint.every(5, tmp_path / "run")}):
+        first, second = Placed(form), Placed(form)
+        checkpointed = "checkpoint" in keywords(whole)
+        half = through(first, 5, **(keywords(whole) if checkpointed else {}))
+        rest = through(second, 9 if checkpointed else 4, **keywords(half))
+        assert seen(rest.model_state) == seen(whole.model_state) and rest.outer_params == whole.outer_params
+        assert second.reads == 2 + 4 * 4  # the first, for its shapes, and the one before the place
 
 
 # ---- sources that are no iterables
