@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -81,6 +82,11 @@ def of_run(sharding: Sharding, shapes: PyTree, start: InnerState, outer: PyTree,
         leaves = jax.tree_util.tree_leaves_with_path(value)
         named = [(jax.tree_util.keystr(path), leaf.shape) for path, leaf in leaves]
         params += [(level, name, shape, sharding.spec(level + name, shape)) for name, shape in named]
+
+    for pattern, _ in sharding.rules:
+        if not any(re.search(pattern, level + name) for level, name, *_ in params):
+            known = [level + name for level, name, *_ in params][:20]
+            raise ValueError(f"rules: got {pattern!r}, which matches no parameter; expected a pattern of one of {known}.")
 
     def found_for(path, leaf) -> PartitionSpec:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):

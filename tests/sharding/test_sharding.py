@@ -339,6 +339,13 @@ def test_tasks_with_aux():
     assert out.history["aux"].shape == (4, TASKS) and np.allclose(out.history["aux"], one.history["aux"], rtol=1e-10)
 
 
+@pytest.mark.slow
+def test_tasks_with_an_inner_aux():
+    told = bx.tasks(bx.objective(lambda y, x, b: (task_inner(y, x, b), jnp.sum(y)), has_aux=True), "sum")
+    out, one = (run_tasks("unrolled", objectives=(told, bx.tasks(task_outer)), **k) for k in ({"sharding": S.tasks()}, {}))
+    assert out.history["inner_aux"].shape == (4, TASKS) and np.allclose(out.history["inner_aux"], one.history["inner_aux"], rtol=1e-10)
+
+
 @pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(4)], ids=["typed", "plain"])
 def test_keyed_tasks_draw_the_keys_of_one_device(key):
     jitter = lambda fn: bx.objective(lambda y, x, b, *, key: fn(y + 0.1 * jax.random.normal(key, y.shape), x, b), keyed=True)
@@ -419,6 +426,7 @@ def test_axis_mean_refuses_parameters_that_differ_by_device():
         (lambda: S.by_path(S.fsdp().mesh, {"w": "data"}), TypeError, r"rules\['w'\]: got str"),
         (lambda: S.by_path(S.fsdp().mesh, {"w": P("model")}), ValueError, "got the axis str 'model'"),
         (lambda: run("soba", sharding=S.by_path(S.fsdp().mesh, {"w": P(None, "data")})), ValueError, r"rules: got .* for inner\['w'\]"),
+        (lambda: run("soba", sharding=S.by_path(S.fsdp().mesh, {"no_such": P("data")})), ValueError, "rules: got 'no_such', which matches no"),
         (lambda: run("soba", inner_data=jax.tree.map(lambda a: a[:15], TRAIN), sharding=S.data_parallel()), ValueError, r"batch: got \[15\] rows on 8"),
         (lambda: run_tasks("soba", objectives=(MEAN, MEAN), sharding=S.tasks()), ValueError, r"inner_objective.*expected bilevax\.tasks\(fn, 'sum'\)"),
         (lambda: run("soba", sharding=S.tasks()), ValueError, "inner_objective.*bilevax.tasks"),
