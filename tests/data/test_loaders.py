@@ -476,7 +476,7 @@ def through(loader, num, steps=4, **keywords):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("form", ["bytes", "json"])
+@pytest.mark.parametrize("form", ["bytes", pytest.param("json", marks=pytest.mark.slow)])
 def test_a_loader_that_knows_its_place_is_not_read_again(form, tmp_path):
     """By ``state=`` and by a checkpoint: the same batches, to the bit, and none before them but the last."""
     whole = through(Placed(form), 9)
