@@ -384,7 +384,8 @@ def main(argv=None) -> None:
             entry["races"] = curves
             text += [f"To a {task.what} of {task.target:g}:", "", race_table(task, curves), ""]
             if out is not None:
-                picture(out / f"{NAME}_{label.replace(', ', '_').replace('=', '').replace('/', '-').replace(' ', '_')}.png", label, task, curves)
+                plain = label.replace(", ", "_").replace("=", "").replace("/", "-").replace(" ", "_")
+                picture(out / f"{NAME}_{plain}.png", label, task, curves)
         record["problems"][label] = entry
         if out is not None:
             (out / f"{NAME}.json").write_text(json.dumps(record) + "\n")

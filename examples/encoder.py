@@ -48,7 +48,8 @@ def hidden_states(texts: Sequence[str], layers: int, length: int, batch: int = 6
     """What the first layers hand on: float16 ``(n, length, d)``, computed once and kept in the user's cache, and the mask of the tokens."""
     tokens, mask = bert.tokenize(folder(), texts, length)
     tokens, mask = (np.pad(a, ((0, 0), (0, length - a.shape[1]))) for a in (tokens, mask))
-    path = _cache() / f"hidden-{hashlib.sha256(json.dumps([list(texts), layers, length]).encode()).hexdigest()[:20]}.npy"
+    asked = json.dumps([list(texts), layers, length]).encode()
+    path = _cache() / f"hidden-{hashlib.sha256(asked).hexdigest()[:20]}.npy"
     if not path.is_file():
         model = bert.load_bert(folder())
         model.layers = nnx.List(model.layers[:layers])

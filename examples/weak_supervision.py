@@ -382,7 +382,8 @@ def main(argv=None):
         make = lambda seed, n=n: rows(problem(splits, x, seed, n), n, seed, args.steps, sizes)
         found = detail[n] = [pieces(f"n = {n}, seed {seed}", partial(make, seed)) for seed in range(args.seeds)]
         results[f"n = {n}"] = gathered([{name: {"test": row["test"]} for name, row in cell.items()} for cell in found])
-        print(f"\n{n} clean examples\n\n{report.table(results[f'n = {n}'], {'test': 'test accuracy'}, better=(CHOSEN, 'test'))}\n")
+        shown = report.table(results[f"n = {n}"], {"test": "test accuracy"}, better=(CHOSEN, "test"))
+        print(f"\n{n} clean examples\n\n{shown}\n")
     table = pieces("cost", lambda: cost(splits, sizes, sizes.methods[:3], sizes.rounds)) if sizes.rounds else {}
     if table:
         print("\n" + report.table({name: {key: [v] for key, v in row.items()} for name, row in table.items()}, {k: k for k in table[PLAIN]}) + "\n")

@@ -66,7 +66,8 @@ def name_of(piece: Any) -> str:
 def shown(piece: Any, **more: Any) -> str:
     """A function's name with its settings, and `more`."""
     settings = piece.settings if isinstance(piece, Bound) else {}
-    return f"{name_of(piece)}({', '.join(f'{k}={_short(v)}' for k, v in {**settings, **more}.items())})"
+    said = ", ".join(f"{name}={_short(value)}" for name, value in {**settings, **more}.items())
+    return f"{name_of(piece)}({said})"
 
 
 def wrapped(fn: Any) -> Any:

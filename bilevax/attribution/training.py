@@ -116,7 +116,8 @@ def training(
     r"""A training of weighted examples, in an order of its own.
 
     .. math::
-        y_{t+1} = U\Bigl(y_t, \nabla_y \Bigl[\tfrac{1}{B} \sum_{i \in \text{order}_t} w_i \ell_i(y_t) + r(y_t)\Bigr]\Bigr)
+        y_{t+1} = U\Bigl(y_t, \nabla_y \Bigl[
+        \tfrac{1}{B} \sum_{i \in \text{order}_t} w_i \ell_i(y_t) + r(y_t)\Bigr]\Bigr)
 
     Weights are not renormalised in a batch: leaving an example out takes its term away, and does not make the others weigh more.
 

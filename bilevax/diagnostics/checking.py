@@ -61,12 +61,13 @@ class HypergradientReport(NamedTuple):
     tol: float
 
     def __repr__(self) -> str:
+        adjoint = "none reported" if math.isnan(self.adjoint_residual) else f"{self.adjoint_residual:.2e}"
         lines = [
             f"hypergradient {'ok' if self.ok else 'WRONG'}: relative error {self.relative_error:.2e} (tol {self.tol:.0e}), cosine {self.cosine:.6f}",
             f"  reference           {self.kind}, {self.precision}",
             f"  outer value         {self.value:.6g}",
             f"  inner gradient norm {self.inner_grad_norm:.2e}, distance to the solution {self.inner_error:.2e} (relative)",
-            f"  adjoint residual    {'none reported' if math.isnan(self.adjoint_residual) else f'{self.adjoint_residual:.2e}'}",
+            f"  adjoint residual    {adjoint}",
             f"  error from method   {self.method_error:.2e}, from the inner solve {self.solve_error:.2e} (relative)",
         ]
         return "\n".join([*lines, "  " + self.advice])

@@ -106,7 +106,8 @@ def _advice(convex: bool, condition: float, smooth: bool) -> Iterator[str]:
 
 def _shapes(value: PyTree) -> str:
     leaves = jax.tree_util.tree_leaves_with_path(value)
-    shown = [f"{jax.tree_util.keystr(path, simple=True, separator='/')} {np.asarray(a).dtype}{list(np.shape(a))}".strip() for path, a in leaves[:6]]
+    named = [(jax.tree_util.keystr(path, simple=True, separator="/"), np.asarray(leaf)) for path, leaf in leaves[:6]]
+    shown = [f"{name} {leaf.dtype}{list(leaf.shape)}".strip() for name, leaf in named]
     return ", ".join(shown) + (f", ... ({len(leaves)} leaves)" if len(leaves) > 6 else "")
 
 

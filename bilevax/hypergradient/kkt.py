@@ -25,7 +25,8 @@ def kkt(constraint: Callable[..., Any], linear: LinearSolver | None = None, *, m
     r"""Implicit differentiation of ``y* = argmin_y g(y, x) subject to c(y, x) = 0``, through its optimality conditions.
 
     .. math::
-        \begin{pmatrix} \nabla^2_{yy} L & J^\top \\ J & 0 \end{pmatrix} \begin{pmatrix} q \\ p \end{pmatrix} = \begin{pmatrix} w \\ 0 \end{pmatrix},
+        \begin{pmatrix} \nabla^2_{yy} L & J^\top \\ J & 0 \end{pmatrix}
+        \begin{pmatrix} q \\ p \end{pmatrix} = \begin{pmatrix} w \\ 0 \end{pmatrix},
         \qquad dx = -\nabla^2_{xy} L \; q - (\partial_x c)^\top p,
 
     with the Lagrangian ``L = g + λ'c`` and ``J = ∂_y c``. The multiplier is the least-squares one at the solver's point, from a second system

@@ -5,7 +5,7 @@
 | `cg` | symmetric positive definite; the default | 1 an iteration |
 | `minres` | symmetric, indefinite | 1 an iteration |
 | `gmres`, `bicgstab` | anything invertible | 1, 2 an iteration |
-| `neumann`, `nystrom` | approximations of fixed cost; read the residual | as many as terms, columns |
+| `neumann`, `nystrom` | of fixed cost, approximate; read the residual | as many as terms, columns |
 | `ekfac`, `kfac`, `diagonal` | networks: approximations made of layers, and preconditioners | 1, for the residual |
 | `gauss_newton` | a network's outputs and a loss: another matrix in place of the Hessian | those of its solver |
 | `cholesky`, `lu` | small problems, references | as many as unknowns |

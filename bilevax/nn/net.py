@@ -40,7 +40,8 @@ class Net(NamedTuple):
 
     def __repr__(self) -> str:
         size = f"{tree.size(self.params):,} learned numbers"
-        return f"Net({size}{', with state' if self.has_state else ''}{', with random streams' if self.keyed else ''})"
+        more = [", with state"] * self.has_state + [", with random streams"] * self.keyed
+        return f"Net({size}{''.join(more)})"
 
     @property
     def has_state(self) -> bool:

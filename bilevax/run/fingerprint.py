@@ -109,7 +109,8 @@ def _value(value: Any) -> str:
         plain: Any = value
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
             plain = jax.random.key_data(value)  # type: ignore[arg-type]
-        return f"{plain.dtype}{list(plain.shape)}:{hashlib.blake2b(np.asarray(plain).tobytes(), digest_size=8).hexdigest()}"
+        content = hashlib.blake2b(np.asarray(plain).tobytes(), digest_size=8).hexdigest()
+        return f"{plain.dtype}{list(plain.shape)}:{content}"
     if isinstance(value, tuple) and hasattr(value, "_fields"):
         return f"{type(value).__name__}({' '.join(map(_value, value))})"
     if isinstance(value, (tuple, list)):
