@@ -92,8 +92,8 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--problem",
         metavar="MODULE:FUNCTION",
-        help="look at a problem of your own instead: the function returns a dict with inner_objective, "
-        "outer_objective, inner_params, outer_params, inner_data and outer_data (batches)",
+        help="look at a problem of your own instead: the function returns a dict with "
+        "inner_objective, outer_objective, inner_params, outer_params, inner_data and outer_data (batches)",
     )
     arguments = parser.parse_args(argv)
     return doctor() if arguments.problem is None else problem(arguments.problem)

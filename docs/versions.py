@@ -10,7 +10,8 @@ import shutil
 import sys
 from pathlib import Path
 
-_HOME = '<!doctype html><meta charset="utf-8"><meta http-equiv="refresh" content="0; url=latest/"><a href="latest/">latest</a>\n'
+_GO = '<meta http-equiv="refresh" content="0; url=latest/">'
+_HOME = f'<!doctype html><meta charset="utf-8">{_GO}<a href="latest/">latest</a>\n'
 
 
 def _order(version: str) -> tuple:

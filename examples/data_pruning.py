@@ -309,7 +309,10 @@ def main(argv=None):
         found = []
         for seed in range(seeds):
             name = f"{model}, seed {seed}"
-            make = lambda: one(problem(mnist, seed, sizes), model, method, args.steps, sizes, seed, pieces.checkpoint("search", 100))  # noqa: B023
+
+            def make(model=model, seed=seed):
+                return one(problem(mnist, seed, sizes), model, method, args.steps, sizes, seed, pieces.checkpoint("search", 100))
+
             found.append(pieces(name, make))
         if not found:
             continue

@@ -379,8 +379,10 @@ def main(argv=None):
     settings |= {"planted": PLANTED, "levels": repr(LEVELS), "solver_steps": SOLVER_STEPS}
     pieces, seeds = report.Pieces(args, settings), range(args.seeds)
     save = lambda: pieces.checkpoint("search", 50)
-    found = [pieces(f"planted, seed {s}", lambda: find(planted(s, sizes), sizes.planted_steps, s, save())) for s in seeds]  # noqa: B023
-    compared = [pieces(f"CIFAR-10, seed {s}", lambda: compare(cifar(s, sizes), args.steps, s, save())) for s in seeds]  # noqa: B023
+    search = lambda s: find(planted(s, sizes), sizes.planted_steps, s, save())
+    probed = lambda s: compare(cifar(s, sizes), args.steps, s, save())
+    found = [pieces(f"planted, seed {s}", partial(search, s)) for s in seeds]
+    compared = [pieces(f"CIFAR-10, seed {s}", partial(probed, s)) for s in seeds]
     seconds = time.perf_counter() - begin
 
     auc = {name: {"AUC": [run["auc"][name] for run in found]} for name in (LEARNED, CONTRAST)}

@@ -213,7 +213,8 @@ def lagrangian(system: System, name: str, u: Unknowns, given: dict[Any, Any], ct
     value = system.objectives[name](env, None, Ctx(ctx.batch.own, ctx.key, ctx.model.mine, inner_step=ctx.batch.inner_step))[0]
     for i, (u_i, multipliers) in u.below.items():
         known, ctx_i = _inside(system, i, env, ctx)
-        value += jax.jvp(lambda u_i: lagrangian(system, i, u_i, known, ctx_i), (u_i,), (multipliers,))[1]  # noqa: B023 (called at once)
+        own = partial(lagrangian, system, i, given=known, ctx=ctx_i)
+        value += jax.jvp(own, (u_i,), (multipliers,))[1]
     return value
 
 
@@ -242,7 +243,7 @@ def point(system: System, name: str, y: PyTree, given: dict[Any, Any], ctx: Ctx)
             return lagrangian(system, name, Unknowns(y, {**below, i: (u_i, zero)}), given, ctx)  # noqa: B023 (called at once)
 
         known, ctx_i = _inside(system, i, env, ctx)
-        _, hvp = jax.linearize(jax.grad(lambda u: lagrangian(system, i, u, known, ctx_i)), u_i)  # noqa: B023
+        _, hvp = jax.linearize(jax.grad(partial(lagrangian, system, i, given=known, ctx=ctx_i)), u_i)
         right = tree.neg(jax.grad(value)(u_i))
         below[i] = (u_i, joint_solver(system, i, u_i)(hvp, right, zero)[0])
     return Unknowns(y, below)
