@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -13,57 +13,12 @@ from bilevax.algorithms._parts import steps
 from bilevax.algorithms._parts.solving import check_solver, full_batch_only
 from bilevax.algorithms.maid import direction as directions
 from bilevax.algorithms.maid.direction import Model
-from bilevax.algorithms.maid.gradient import ROUGH, Certificate, Gradient, certified, hypergradient, margin
+from bilevax.algorithms.maid.gradient import Certificate, Gradient, certified, hypergradient
 from bilevax.algorithms.maid.search import Point, Trial, search
+from bilevax.algorithms.maid.state import FAILED, GIVEN_UP, MaidState, advanced, finer, finest, report, taken_back
 from bilevax.base import Algorithm, Bound, Ctx, Draws, Feeds, InnerSolver, InnerState, Problem, PyTree, StepInfo
 from bilevax.certificate import Constants
 from bilevax.inner.lbfgs import lbfgs
-from bilevax.results import RESULTS, warning
-
-FINER = 0.2  # factor of both accuracies where the value's error is more than TELLING of the decrease that the next step promises
-TELLING = 0.1
-FAILED = 0.1  # factor of both accuracies after a search that failed
-FINEST = 1e-8  # of both
-BACK = 0.25  # of a move that was taken back, the next radius
-GIVEN_UP = 3  # failed searches in a row at the finest accuracies, after which the point stays
-
-
-class MaidState(NamedTuple):
-    """Where MAID stands.
-
-    Attributes:
-      inner: inner parameters with their solver's state, solved at `outer`.
-      outer: outer parameters.
-      adjoint: the last q.
-      z, p: hypergradient and next direction at `outer`.
-      value: of the outer objective there.
-      error: how far that is off to first order; 0 where the adjoint is too rough to tell.
-      told: whether it is not.
-      promised: decrease that the next step's first trial predicts.
-      model: of the outer problem, from the steps before.
-      epsilon, delta: accuracies asked of the inner point (a relative distance) and of the adjoint (a relative residual).
-      started: whether there has been a step.
-      stuck: searches in a row that failed.
-      lost: whether the last of them failed in spite of a decrease that values could have told.
-      certified: constants, probes and margin of the certificate, or ().
-    """
-
-    inner: InnerState
-    outer: PyTree
-    adjoint: PyTree
-    z: PyTree
-    p: PyTree
-    value: Any
-    error: Any
-    told: Any
-    promised: Any
-    model: Model
-    epsilon: Any
-    delta: Any
-    started: Any
-    stuck: Any
-    lost: Any
-    certified: tuple[Any, ...]
 
 
 def maid(
@@ -194,28 +149,17 @@ def _step(
         accuracies = made.epsilon, made.delta
     model, length = _learned(state, trial, g, stays, failed)
     p, size, promised = _direction(problem, model, trial.outer, g.z)
-    new = _state(state, trial, g, made, model, p, promised, accuracies, stays, failed)
+    new = advanced(state, trial, g, made, model, p, promised, accuracies, stays, failed)
     back = (length > 0) & state.told & ~new.told
-    new = tree.where(back, _taken_back(state, length), new)
-    return new, _report(new, state, trial, g, made, jnp.where(back, tree.norm(state.z).astype(size.dtype), size), jnp.where(back, 0.0, length), back)
-
-
-def finer(accuracy: Any, factor: Numeric) -> Any:
-    """A smaller accuracy, but no smaller than can be told."""
-    least = max(FINEST, 16 * numbers.rounding_unit(accuracy))
-    return jnp.maximum(factor * accuracy, jnp.minimum(accuracy, least))
-
-
-def _finest(state: MaidState) -> Any:
-    """Whether neither accuracy can be tightened any more."""
-    return (finer(state.epsilon, FAILED) >= state.epsilon) & (finer(state.delta, FAILED) >= state.delta)
+    new = tree.where(back, taken_back(state, length), new)
+    return new, report(new, state, trial, g, made, jnp.where(back, tree.norm(state.z).astype(size.dtype), size), jnp.where(back, 0.0, length), back)
 
 
 def _moved(problem: Problem, state: MaidState, solver: Any, decrease: Any, known: Any, contexts: tuple[Ctx, Ctx]) -> tuple[Trial, Any]:
     """The search from where the state stands; the point itself at the start, where its value is too rough to search from, and at the end."""
     outer = tree.where(state.started, state.outer, steps.projected(problem, state.outer))
-    finest = _finest(state)
-    stays = ~state.started | ~(state.promised > 0) | jnp.where(finest, state.stuck >= GIVEN_UP, jnp.abs(state.error) > state.promised)
+    end = finest(state)
+    stays = ~state.started | ~(state.promised > 0) | jnp.where(end, state.stuck >= GIVEN_UP, jnp.abs(state.error) > state.promised)
     constants, slack = (state.certified[0], state.certified[2]) if known is not None else (None, jnp.zeros_like(state.value))
     q = tree.where(state.told, state.adjoint, tree.zeros_like(state.adjoint))
     point = Point(outer, state.inner, q, state.value, state.error, state.z, slack)
@@ -261,86 +205,4 @@ def _direction(problem: Problem, model: Model, x: PyTree, z: PyTree) -> tuple[Py
     return p, size, tree.dot(z, tree.sub(x, ahead)).astype(model.step.dtype)
 
 
-def _state(
-    state: MaidState,
-    trial: Trial,
-    g: Gradient,
-    made: Certificate | None,
-    model: Model,
-    p: PyTree,
-    promised: Any,
-    accuracies: tuple[Any, ...],
-    stays: Any,
-    failed: Any,
-) -> MaidState:
-    """The next state: where a step's promise is near the value's own error, the next is more accurate."""
-    dtype, unit = state.value.dtype, numbers.rounding_unit((state.inner.params, state.outer))
-    epsilon, delta = accuracies
-    rough = (jnp.abs(g.error.astype(dtype)) > TELLING * promised) | (trial.count > 2) | (g.residual > ROUGH)
-    if made is None:
-        epsilon, delta = (jnp.where(rough, finer(a, FINER), a) for a in (epsilon, delta))
-        extra: tuple[Any, ...] = ()
-    else:
-        error = margin(made.constants, g.f_y_norm.astype(dtype), made.bound.distance)
-        extra = made.constants, made.probes, error.astype(dtype)
-    visible = state.promised > 10 * unit * jnp.abs(state.value)
-    return MaidState(
-        inner=g.inner,
-        outer=trial.outer,
-        adjoint=g.q,
-        z=g.z,
-        p=p,
-        value=g.value.astype(dtype),
-        error=g.error.astype(dtype) if made is None else jnp.zeros_like(state.error),
-        told=g.residual <= ROUGH,
-        promised=promised,
-        model=model,
-        epsilon=epsilon,
-        delta=delta,
-        started=jnp.asarray(True),
-        stuck=jnp.where(failed, state.stuck + 1, jnp.where(stays, state.stuck, 0)).astype(jnp.int32),
-        lost=jnp.where(failed, visible, stays & state.lost),
-        certified=extra,
-    )
-
-
-def _taken_back(state: MaidState, length: Any) -> MaidState:
-    """The state before a move to a point whose adjoint system has no usable answer: nothing would be known there. A shorter one is next."""
-    radius = BACK * jnp.minimum(state.model.radius, length)
-    model = state.model._replace(radius=radius)
-    share = directions.capped(model, state.p) / directions.capped(state.model, state.p)
-    return state._replace(model=model, promised=share * state.promised, stuck=state.stuck + 1, lost=jnp.asarray(True))
-
-
-def _report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: Certificate | None, size: Any, length: Any, back: Any) -> StepInfo:
-    diagnostics = {
-        "accepted": length > 0,
-        "step_size": length,
-        "trials": trial.count,
-        "epsilon": trial.tol,
-        "delta": state.delta,
-        "inner_grad_norm": g.inner_norm,
-        "adjoint_residual": g.residual,
-        "lower_steps": trial.evaluations + g.evaluations,
-        "adjoint_steps": g.products,
-    }
-    value = new.value.astype(g.value.dtype)
-    if made is not None:
-        diagnostics |= {
-            "epsilon": made.epsilon,
-            "delta": made.delta,
-            "adjoint_residual": g.residual * g.f_y_norm,
-            "error_bound": made.bound.total,
-            "inner_error": made.bound.distance,
-            "strong_convexity": made.constants.strong_convexity,
-        }
-        # Of an inexact point's values, the upper bound falls from step to step, and so may choose the iterate that is kept.
-        value = value + new.certified[2].astype(g.value.dtype)
-    rough = g.warnings | warning(~trial.solved, RESULTS.inner_not_converged) | warning(new.lost, RESULTS.no_step_accepted)
-    # A value that is off by more than steps change it may not be compared with theirs: the start's, say, which is solved roughly.
-    told = jnp.maximum(new.promised, 10 * numbers.rounding_unit((new.inner.params, new.outer)) * jnp.abs(new.value))
-    fine = (jnp.abs(new.error) <= TELLING * told) | _finest(new)
-    return StepInfo(value, size, (new.inner, new.outer), g.code, diagnostics, g.aux, rough, trial.solved & ~back & fine)
-
-
-__all__ = ["MaidState", "maid"]
+__all__ = ["maid"]
