@@ -1,4 +1,4 @@
-"""What the recipes share: flags, and small data sets."""
+"""What the recipes share: small data sets, and a convolutional network that trains in seconds."""
 
 from __future__ import annotations
 
@@ -9,9 +9,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from flax import nnx
+
+import bilevax as bx
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -61,6 +65,105 @@ def digits(sizes=(300, 300, 500), seed=0, noise=0.0):
     return [{name: jnp.asarray(a) for name, a in part.items()} for part in parts]
 
 
+def omniglot():
+    """Characters of two sets of alphabets, (characters, 20 drawings, 28, 28): to learn from, and never seen."""
+    path = examples_data.local("omniglot_small_eval.npz")
+    if path is None:
+        raise examples_data.Unavailable("omniglot_small_eval.npz is not here; set BILEVAX_DATA to a folder that has it.")
+    with np.load(path) as file:
+        return file["xe"].reshape(-1, 20, 28, 28), file["xb"].reshape(-1, 20, 28, 28)
+
+
+def characters(images, ways, queries, tasks):
+    """``(key, step) -> tasks``: characters, each turned by a multiple of 90 degrees, one image to learn from and some to be asked."""
+
+    def turned(x, quarter):
+        return jax.lax.switch(quarter, [lambda x, k=k: jnp.rot90(x, k, (1, 2)) for k in range(4)], x)
+
+    def task(key):
+        which, turn, draw = jax.random.split(key, 3)
+        rows = jax.random.choice(which, len(images), (ways,), replace=False)
+        picked = jax.random.permutation(draw, 20)[: 1 + queries]
+        shots = images[rows][:, picked].astype(jnp.float32)[..., None] / 255
+        shots = jax.vmap(turned)(shots, jax.random.randint(turn, (ways,), 0, 4))
+        labels = jnp.repeat(jnp.arange(ways), 1 + queries).reshape(ways, 1 + queries)
+        part = lambda a, b: {"x": shots[:, a:b].reshape(-1, 28, 28, 1), "y": labels[:, a:b].reshape(-1)}
+        return {"support": part(0, 1), "query": part(1, None)}
+
+    return lambda key, step: jax.vmap(task)(jax.random.split(key, tasks))
+
+
+class CNN(nnx.Module):
+    """Two convolutions with BatchNorm, Dropout, a head."""
+
+    def __init__(self, rngs, width=16, rate=0.1):
+        self.first = nnx.Conv(1, width, (3, 3), strides=2, rngs=rngs)
+        self.norm = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
+        self.second = nnx.Conv(width, width, (3, 3), strides=2, rngs=rngs)
+        self.drop = nnx.Dropout(rate, rngs=rngs)
+        self.head = nnx.Linear(4 * width, 10, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.second(nnx.relu(self.norm(self.first(x)))))
+        return self.head(self.drop(x.reshape(len(x), -1)))
+
+
 def cross_entropy(scores, labels):
     """Of each row."""
     return optax.softmax_cross_entropy_with_integer_labels(scores, labels)
+
+
+def accuracy(model, part):
+    """Share of right answers in evaluation mode."""
+    model.eval()
+    return float(jnp.mean(jnp.argmax(model(part["x"]), -1) == part["y"]))
+
+
+# ---- sinusoids
+
+
+def sine_network(w, x):
+    """Two hidden layers of 40."""
+    h = jnp.tanh(x @ w["a"] + w["b"][None])
+    return jnp.tanh(h @ w["c"] + w["d"][None]) @ w["e"]
+
+
+def sine_start(key):
+    """Its parameters."""
+    a, c, e = jax.random.split(key, 3)
+    normal = lambda key, m, n: jax.random.normal(key, (m, n)) / jnp.sqrt(m)
+    return {"a": normal(a, 1, 40), "b": jnp.zeros(40), "c": normal(c, 40, 40), "d": jnp.zeros(40), "e": normal(e, 40, 1)}
+
+
+def sines(tasks):
+    """``(key, step) -> tasks``: amplitude and phase at random, 10 points to adapt to and 20 to be asked about."""
+
+    def sample(key, step):
+        ka, kp, kx = jax.random.split(key, 3)
+        x = jax.random.uniform(kx, (tasks, 30, 1), minval=-5.0, maxval=5.0)
+        a = jax.random.uniform(ka, (tasks, 1, 1), minval=0.1, maxval=5.0)
+        y = a * jnp.sin(x - jax.random.uniform(kp, (tasks, 1, 1), maxval=jnp.pi))
+        return {"support": (x[:, :10], y[:, :10]), "query": (x[:, 10:], y[:, 10:])}
+
+    return sample
+
+
+def adapted(form, start, optimizer, steps, key, tasks=8):
+    """A run over sampled sinusoids of a form ``(inner, outer, solver, method, inner_init)`` of meta-learning."""
+    inner, outer, solver, method, begin = form
+    drawn = bx.data.episodes(sines(tasks))
+    support, query = drawn.map(lambda t: t["support"]), drawn.map(lambda t: t["query"])
+    loop = bx.algorithms.double_loop(solver, method, optimizer)
+    return bx.solve_bilevel(
+        inner, outer, begin(start), start, inner_data=support, outer_data=query, inner_init=begin, algorithm=loop,
+        num_steps=steps, key=jax.random.key(key), keep="last",
+    )  # fmt: skip
+
+
+def compared(name, forms, start, steps, test, how=None):
+    """Train by a form, then adapt to new tasks by `how` (default: the same form) from what was learned and from `start`: both errors."""
+    trained = adapted(forms[name], start, optax.adam(3e-3), steps, 0).outer_params
+    form = forms[how or name]
+    errors = [float(adapted(form, at, optax.set_to_zero(), test, 1).history["value"].mean()) for at in (trained, start)]
+    print(f"{name}: error {errors[0]:.3f} after {steps} meta-steps, {errors[1]:.3f} before")
+    return errors[0]

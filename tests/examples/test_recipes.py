@@ -10,7 +10,20 @@ import pytest
 
 FOLDER = Path(__file__).resolve().parents[2] / "examples" / "recipes"
 
-RECIPES = {"schedule": dict(steps=2), "hypernetwork": dict(steps=5)}
+RECIPES = {
+    "penalties": dict(steps=3),
+    "weight_net": dict(steps=3),
+    "reweight": dict(steps=3),
+    "distillation": dict(steps=3),
+    "schedule": dict(steps=2),
+    "darts": dict(steps=3),
+    "hypernetwork": dict(steps=5),
+    "augmentation": dict(steps=3),
+    **{f"maml_sinusoids/{form}": dict(form=form, steps=3, test=2) for form in
+       ("maml", "maml_plus_plus", "anil", "meta_sgd")},
+    **{f"maml_cheaper/{form}": dict(form=form, steps=3, test=2) for form in ("first_order", "imaml", "reptile")},
+}  # fmt: skip
+QUICK = ("schedule", "hypernetwork")  # tested on every change; CI runs the others in turn, and the slow tests all
 
 
 @pytest.fixture(autouse=True)
@@ -23,12 +36,26 @@ def as_run():
 
 
 def test_every_recipe_is_here():
-    names = {path.stem for path in FOLDER.glob("*.py")} - {"recipes"}
-    assert names == set(RECIPES)
+    names = {path.stem for path in FOLDER.glob("*.py")} - {"recipes", "maml_omniglot"}
+    assert names == {name.split("/")[0] for name in RECIPES}
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", RECIPES)
+@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES])
 def test_a_recipe_runs_and_prints_its_number(name, capsys):
-    number = importlib.import_module(name).main(**RECIPES[name])
+    number = importlib.import_module(name.split("/")[0]).main(**RECIPES[name])
     assert math.isfinite(number) and any(c.isdigit() for c in capsys.readouterr().out)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")
+def test_omniglot_runs_where_its_data_is(capsys):
+    recipe = importlib.import_module("maml_omniglot")
+    import data
+    import recipes
+
+    try:
+        recipes.omniglot()
+    except data.Unavailable:
+        pytest.skip("Omniglot is not on this machine")
+    assert 0 <= recipe.main(steps=2, test=1) <= 1
