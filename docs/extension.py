@@ -137,7 +137,7 @@ def table(name: str) -> str:
         lines += [[row, *(_cell(cells.get(column)) for column in columns)] for row, cells in rows.items()]
         out.append((f"**{title}**\n\n" if title else "") + "\n".join("| " + " | ".join(line) + " |" for line in lines))
     run = saved["environment"]
-    out.append(f"Means over seeds ± a standard error; {saved['seconds']:.0f} s on {run['cores']} cores, {run['device']}; jax {run['jax']}.")
+    out.append(f"Means over seeds ± a standard error; {run['device']}, jax {run['jax']}.")
     return "\n\n".join(out)
 
 

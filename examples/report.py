@@ -193,10 +193,12 @@ def figure(path: Path, columns: int, *, height: float = 4.2, width: float = 5.4,
     import matplotlib.pyplot as plt
 
     style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 12, "legend.frameon": False}
+    style |= {"svg.hashsalt": "bilevax"}  # the same picture is the same file
     with plt.rc_context(style):
         fig, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", **keywords)
         yield fig, axes
         fig.savefig(path, dpi=130)
+        fig.savefig(path.with_suffix(".svg"), transparent=True, metadata={"Date": None})  # for the site, light and dark
         plt.close(fig)
     print(f"picture: {path}")
 
