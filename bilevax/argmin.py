@@ -17,6 +17,8 @@ from bilevax._core.jaxpr import has_rule_of_its_own
 from bilevax._core.transfers import by_intent
 from bilevax._traced import Outer, Traceable, constant, is_zero, outputs, together
 from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
+from bilevax.hypergradient.parts import chosen
+from bilevax.inner.parts import active, lagrangian
 from bilevax.linear.cg import cg
 from bilevax.results import RESULTS, SolveError, as_warning, failed, strictly, strictness, worst
 
@@ -62,7 +64,10 @@ def argmin(
     Args:
       objective: pure function ``(inner, *args) -> scalar``; any number of arguments, any pytrees. As with ``jax.jit`` and ``jax.lax.scan``,
         what it captures is read when it is first traced: what changes from call to call is an argument, or captured by a function made anew.
-      solver: an `InnerSolver`; it is run for its `steps` from `inner_init`, without batches.
+      solver: an `InnerSolver`; it is run for its `steps` from `inner_init`, without batches. One with constraints (`inner.qp`, `inner.sqp`)
+        calls them as the objective, ``(inner, *args)``, and the solution is differentiated through all conditions of optimality; where it has
+        one-sided derivatives only (an active constraint without a multiplier, dependent ones), its derivative is NaN, or with
+        ``strict=False`` one of them.
       linear_solver: solver of the symmetric systems in the inner Hessian; default ``linear.cg`` close to the precision of the inner
         parameters. ``linear.minres()`` takes an indefinite Hessian, which a stationary point that is no minimum has.
       tol: the largest ``‖∇_y g‖`` that counts as solved, one gradient more. Default: the solver's own word, if it gives one (a fixed number
@@ -105,7 +110,14 @@ def argmin(
     if tol is not None:
         tol = numbers.positive(tol, "tol", infinite=True, example=1e-6)
     throw = numbers.flag(throw, "throw")
-    return Argmin(_Traceable(objective, linear_solver), solver, _linear(linear_solver, max_residual), tol, throw, strictness(strict))
+    return Argmin(
+        _Traceable(objective, linear_solver, getattr(solver, "constraints", None)),
+        solver,
+        _linear(linear_solver, max_residual),
+        tol,
+        throw,
+        strictness(strict),
+    )
 
 
 def attach(objective: Callable[..., Any], linear_solver: LinearSolver | None = None, *, max_residual: float = 1e-2) -> Callable[..., Any]:
@@ -182,18 +194,39 @@ class Argmin:
 class _Traced(NamedTuple):
     value: Objective
     inner: PyTree  # its float leaves
-    outer: Outer
+    outer: Any  # an Outer, or a _Limited
+
+
+class _Limited(NamedTuple):
+    """What an objective and the constraints of its solver read."""
+
+    own: Outer
+    limits: Outer
+
+    @property
+    def fixed(self) -> PyTree:
+        return self.own.fixed
+
+
+class _Held(NamedTuple):
+    given: _Limited
+    mask: PyTree  # of the inequalities, 1 where active
 
 
 class _Traceable(Traceable):
-    """A user's objective, traced to a scalar whose captured arrays are operands."""
+    """A user's objective, traced to a scalar whose captured arrays are operands; with the solver's constraints, called as it is."""
 
-    def __init__(self, objective: Callable[..., Any], linear_solver: LinearSolver | None):
+    def __init__(self, objective: Callable[..., Any], linear_solver: LinearSolver | None, constraints: Objective | None = None):
         if isinstance(objective, Objective) and (objective.has_aux or objective.stateful or objective.keyed):
             raise TypeError(f"objective: got {objective!r}; expected a plain function (inner, *args) -> scalar. Pass state and keys as arguments.")
         if not callable(objective):
             raise TypeError(f"objective: got {type(objective).__name__}; expected a function (inner, *args) -> scalar.")
+        if constraints is not None and (constraints.stateful or constraints.keyed or constraints.indexed):
+            raise TypeError(
+                f"solver: got constraints {constraints!r}; expected plain functions (inner, *args) -> arrays. Pass state and keys as arguments."
+            )
         super().__init__(objective, linear_solver)
+        self._limits = None if constraints is None else Traceable(constraints, linear_solver)
 
     def trace(self, inner: PyTree, args: tuple[Any, ...]) -> _Traced:
         closed, params, outer, _ = self.traced(inner, args)
@@ -202,11 +235,32 @@ class _Traceable(Traceable):
         if len(closed.out_avals) != 1 or closed.out_avals[0].shape != () or not jnp.issubdtype(closed.out_avals[0].dtype, jnp.floating):
             shapes = ", ".join(str(aval) for aval in closed.out_avals)
             raise ValueError(f"objective: {self.name} returned ({shapes}); expected one real scalar. Try jnp.sum or jnp.mean, and no aux.")
-        return _Traced(Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr)), params, outer)
+        if self._limits is None:
+            return _Traced(Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr)), params, outer)
+        limits, _, read, form = self._limits.traced(inner, args)
+        adapt = Bound("limits", _adapted, jaxpr=limits.jaxpr, form=jax.tree.structure(form))
+        return _Traced(Objective(Bound(self.name, _evaluate_own, jaxpr=closed.jaxpr), adapt=adapt), params, _Limited(outer, read))
 
 
 def _evaluate(inner: PyTree, outer: Outer, batch: PyTree, *, jaxpr: Any) -> Any:
     return outputs(jaxpr, inner, outer)[0]
+
+
+def _evaluate_own(inner, outer: _Limited, batch, *, jaxpr):
+    return outputs(jaxpr, inner, outer.own)[0]
+
+
+def _adapted(mapping: Objective, *, jaxpr, form) -> Objective:
+    """The solver's constraints, which are those that were traced, with the objective's arguments."""
+    return Objective(Bound("limits", _evaluate_limits, jaxpr=jaxpr, form=form))
+
+
+def _evaluate_limits(inner, outer: _Limited, batch, *, jaxpr, form):
+    return form.unflatten(outputs(jaxpr, inner, outer.limits))
+
+
+def _lagrangian(point, outer: _Held, batch, *, value, constraints):
+    return lagrangian(value, constraints)(point, outer.given, outer.mask, Ctx())
 
 
 # ---- the solve
@@ -221,9 +275,14 @@ def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple[An
 
     own_word = report["code"][-1] if "code" in report else jnp.int32(RESULTS.success)
     reached, grad_norm = report["value"][-1], jnp.full((), -1.0)
-    if mode == "informed" or tol is not None:
+    constraints = getattr(solver, "constraints", None)
+    if constraints is not None:
+        grad_norm = report["grad_norm"][-1]
+        multipliers = jax.tree.map(lambda a: a[-1], report["multipliers"])
+        found = lax.stop_gradient(active(value, constraints, y, given, Ctx(), multipliers))
+    if mode == "informed" or (tol is not None and constraints is None):
         (reached, _), gradient = jax.value_and_grad(value, has_aux=True)(y, given, Ctx())
-        grad_norm = tree.norm(gradient)
+        grad_norm = grad_norm if constraints is not None else tree.norm(gradient)
     if tol is not None:
         own_word = jnp.where(grad_norm <= tol, RESULTS.success, RESULTS.inner_not_converged)
     own_word, warnings = as_warning(own_word)
@@ -241,7 +300,15 @@ def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple[An
                 lambda: jnp.asarray(False),
             )
         y = jax.tree.map(lambda leaf: jnp.where(bad, jnp.asarray(jnp.nan, leaf.dtype), leaf), y)
-    return _solution(*base.split((value, linear)), y, outer), info
+    if constraints is None:
+        return _solution(*base.split((value, linear)), y, outer), info
+    info = info._replace(warnings=info.warnings | found.warnings)
+    # At a point with one-sided derivatives the solution stands, and a derivative of it is NaN where nobody could hear a warning.
+    silent = mode != "informed" and strict
+    mask = tree.nan_where(found.warnings & strict != 0, found.mask) if silent else found.mask
+    saddle = Objective(Bound("lagrangian", _lagrangian, value=value, constraints=constraints))
+    linear = linear._replace(solver=chosen(linear.solver, (y, multipliers)))
+    return _solution(*base.split((saddle, linear)), (y, *multipliers), _Held(outer, mask))[0], info
 
 
 def _no_batch(feed: Feed, i: Any) -> Ctx:

@@ -105,6 +105,8 @@ class InnerSolver(NamedTuple):
       gradients: the most inner gradients that one step takes. None: not known.
       inverse_hessian: ``(opt, v) -> inner vector``: the product of v with an estimate of the inverse Hessian that
         the optimizer state holds. None: it holds none.
+      constraints: the `Objective` form of ``(inner, outer, batch) -> (equality, inequality)``, of which its solutions make the
+        first zero and the second not positive; its info has the ``multipliers``, of the same form. None: there are none.
     """
 
     init: InnerInit
@@ -117,6 +119,7 @@ class InnerSolver(NamedTuple):
     optimality: Fixed | None = None
     gradients: int | None = None
     inverse_hessian: Callable[[PyTree, PyTree], PyTree] | None = None
+    constraints: Objective | None = None
 
     def first(self, params: PyTree, outer: PyTree) -> PyTree:
         """The first optimizer state."""
@@ -202,6 +205,8 @@ class Hypergradient(NamedTuple):
       precision: the `jax.default_matmul_precision` that the cotangent needs which it is given: an adjoint is no
         better than its right side. None: the user's own.
       mapping: what it differentiates beside the inner objective, as `objective` makes one: a constraint, say.
+      rows: like `vjp`, with a pullback of several cotangents at once (a leading axis), over solvers whose solutions are
+        stationary points. None: they are pulled back one by one, vectorised.
     """
 
     init: HypergradientInit
@@ -219,6 +224,7 @@ class Hypergradient(NamedTuple):
     extends: bool = True
     precision: str | None = None
     mapping: Objective | None = None
+    rows: HypergradientVjp | None = None
 
     def __repr__(self) -> str:
         return repr(self.vjp)

@@ -30,6 +30,7 @@ class RESULTS(enum.IntEnum):
     interrupted = 9
     nonfinite_batch = 10
     inner_nonfinite = 11
+    dependent_constraints = 12
     adjoint_not_converged = 20
     adjoint_breakdown = 21
     negative_curvature = 22
@@ -88,6 +89,10 @@ _MESSAGES = {
     RESULTS.inner_not_converged: (
         "The inner solver stopped short of its tolerance, so the point is not the best response. Try more iterations, a looser tolerance (float32 "
         "rarely gets below 1e-5), or a regulariser that makes the lower level strongly convex."
+    ),
+    RESULTS.dependent_constraints: (
+        "Constraints that meet at the inner point have linearly dependent gradients, so their multipliers are not unique, and the solution may have "
+        "one-sided derivatives only. Try leaving out constraints that others imply; two that bound the same thing from both sides are one equality."
     ),
     RESULTS.adjoint_not_converged: (
         "The adjoint system H q = f_y was left with a residual above its tolerance, so the hypergradient is rough. Likely an ill-conditioned or "
@@ -171,6 +176,7 @@ WARNINGS = (
     RESULTS.metric_nonfinite,
     RESULTS.difference_lost,
     RESULTS.adaptation_zero,
+    RESULTS.dependent_constraints,
 )
 
 

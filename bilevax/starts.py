@@ -109,9 +109,8 @@ def structure(problem: Problem, solver: InnerSolver, method: Hypergradient, inne
             "outer_objective: it depends neither on inner_params nor on outer_params; expected a function to be minimized. "
             "A value that it captured is a constant: use the arguments."
         )
-    functions = [problem.inner]
-    if method.mapping is not None:
-        functions.append(method.mapping if problem.inner.adapt is None else problem.inner.adapt(method.mapping))
+    held = [mapping for mapping in (method.mapping, solver.constraints) if mapping is not None]
+    functions = [problem.inner, *(mapping if problem.inner.adapt is None else problem.inner.adapt(mapping) for mapping in held)]
     lower, through = dependences(lambda x: [fn(params, x, ctx)[0] for fn in functions], outer)
     objectives = list(map(max, zip(lower, above[: len(paths)], strict=True)))
     start = [False] * len(paths)

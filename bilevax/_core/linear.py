@@ -37,6 +37,8 @@ class Linear(NamedTuple):
       preconditioner: a function of a vector, or a `linear.Preconditioner`.
       at: ``(Point) -> Linear``, this solver where the objective behind the matrix is known (`linear.preconditioner.Point`). None: it
         reads products alone.
+      block: solves for several right sides at once: ``(matvec, B, X0) -> (X, LinearInfo)`` on pytrees with a leading axis, also with
+        `tol`; its ``residual`` has an entry a row, and its ``iterations`` count products with the matrix. None: it cannot.
     """
 
     solve: Callable[..., tuple[PyTree, LinearInfo]]
@@ -47,6 +49,7 @@ class Linear(NamedTuple):
     approximate: bool = False
     preconditioner: Any = None
     at: Callable[[Any], Linear] | None = None
+    block: Callable[..., tuple[PyTree, LinearInfo]] | None = None
 
     def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> tuple[PyTree, LinearInfo]:
         return self.solve(matvec, b, x0, **self._given())

@@ -8,7 +8,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax.base import Feed, Hypergradient, InnerSolver, InnerState, Lower, PyTree, Scalar
-from bilevax.results import RESULTS, as_warning, worst
+from bilevax.results import RESULTS, as_warning, warning, worst
 
 
 def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Scalar]:
@@ -35,13 +35,22 @@ def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Sc
     return {**out, "code": code, "warnings": warnings}
 
 
-def forward(lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed) -> tuple[InnerState, dict[str, Scalar]]:
-    """Solve the lower level; nothing of it is differentiated."""
+def forward_with(lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed) -> tuple[InnerState, dict[str, Scalar], PyTree]:
+    """Solve the lower level; nothing of it is differentiated. With the multipliers of its constraints, None where it has none."""
     inner_state, outer, feed = lax.stop_gradient((inner_state, outer, feed))
-    solution, info = lower.run(inner_state, outer, feed)
-    return lax.stop_gradient(solution), summary(jax.tree.map(lax.stop_gradient, info), solution)
+    solution, info = lax.stop_gradient(lower.run(inner_state, outer, feed))
+    multipliers = jax.tree.map(lambda a: a[-1], info["multipliers"]) if "multipliers" in info else None
+    return solution, summary(info, solution), multipliers
+
+
+def forward(lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed) -> tuple[InnerState, dict[str, Scalar]]:
+    """Solve the lower level; nothing of it is differentiated. For methods that know nothing of constraints, which are told of here."""
+    solution, info, _ = forward_with(lower, inner_state, outer, feed)
+    held = warning(lower.solver.constraints is not None, RESULTS.not_stationary)
+    return solution, {**info, "warnings": info["warnings"] | held}
 
 
 def over(method: Hypergradient, solver: InnerSolver) -> Hypergradient:
-    """`method` over `solver`: what assumes a stationary point has no second derivative at a mapping's fixed point."""
-    return method if solver.optimality is None or method.linear is None else method._replace(order=1, linear=None)
+    """`method` over `solver`: what assumes a stationary point has no second derivative at a mapping's fixed point, or under constraints."""
+    plain = solver.optimality is None and solver.constraints is None
+    return method if plain or method.linear is None else method._replace(order=1, linear=None)

@@ -12,7 +12,7 @@ from bilevax import tree
 from bilevax._core import numbers
 from bilevax._core.types import Numeric
 from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
-from bilevax.hypergradient._solve import forward
+from bilevax.hypergradient._solve import forward_with
 from bilevax.inner.black_box import minimize
 
 
@@ -70,7 +70,7 @@ def _vjp(
     interpolation: Any,
     host: bool,
 ) -> tuple[InnerState, Pullback]:
-    solution, info = forward(lower, inner_state, outer, feed)
+    solution, info, _ = forward_with(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 
     def pullback(w):

@@ -12,7 +12,7 @@ from bilevax._core.precision import asked_by, under
 from bilevax._core.types import Numeric
 from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Linear, LinearSolver, Lower, Pullback, PyTree
 from bilevax.hypergradient import _adjoint
-from bilevax.hypergradient._solve import forward
+from bilevax.hypergradient._solve import forward_with
 from bilevax.inner.parts import apply, as_mapping
 
 
@@ -88,7 +88,7 @@ def _vjp(
     max_residual: float | None,
     precision: str | None,
 ) -> tuple[InnerState, Pullback]:
-    solution, info = forward(lower, inner_state, outer, feed)
+    solution, info, _ = forward_with(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
 
     def image(inner, outer):

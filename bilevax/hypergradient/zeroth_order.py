@@ -12,7 +12,7 @@ from bilevax import tree
 from bilevax._core import numbers
 from bilevax._core.types import Numeric
 from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
-from bilevax.hypergradient._solve import forward
+from bilevax.hypergradient._solve import forward_with
 
 
 def zeroth_order(samples: int = 16, scale: Numeric = 1e-2, *, antithetic: bool = True, chunk: int | None = None) -> Hypergradient:
@@ -80,7 +80,7 @@ def _vjp(
     key = ctx.key
     if key is None:
         raise ValueError("key: got None although hypergradient.zeroth_order draws directions; expected a PRNG key. Try key=jax.random.key(0).")
-    solution, info = forward(lower, inner_state, outer, feed)
+    solution, info, _ = forward_with(lower, inner_state, outer, feed)
 
     def solve(direction, sign):
         return lower.run(inner_state, tree.axpy(sign * scale, direction, outer), feed)[0].params

@@ -1,5 +1,11 @@
-"""Mappings ``(inner_params, outer_params, batch) -> inner_params`` as the library calls them: for solvers of fixed points, and their methods."""
+"""What solvers of constrained levels and fixed points share with the methods that differentiate them, and small quadratic programs for others."""
 
+from bilevax.inner._conditions import active, lagrangian
+from bilevax.inner._constraints import as_constraints, dense_dtype, unvector, vector
 from bilevax.inner._mapping import apply, as_mapping, bound_like
+from bilevax.inner._quadratic import Program, minimize, violation
 
-__all__ = ["apply", "as_mapping", "bound_like"]
+__all__ = [
+    "Program", "active", "apply", "as_constraints", "as_mapping", "bound_like", "dense_dtype", "lagrangian", "minimize", "unvector",
+    "vector", "violation",
+]  # fmt: skip

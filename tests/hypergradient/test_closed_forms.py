@@ -53,7 +53,7 @@ def adjoint_methods(form):
     plain = (form.inner, form.outer, lambda y: y)
     # The same problem with a copy of the variable, tied to it by a constraint.
     tied = (lambda y, x, batch: form.inner(y["copy"], x, batch), lambda y, x, batch: form.outer(y["y"], x, batch), lambda y: {"y": y, "copy": y})
-    equal = H.kkt(lambda y, x, batch: jax.tree.map(jnp.subtract, y["y"], y["copy"]), L.lu())
+    equal = H.kkt(lambda y, x, batch: jax.tree.map(jnp.subtract, y["y"], y["copy"]), linear=L.lu())
     solvers = {
         "cg": L.cg(2000, 1e-13),
         "nystrom cg": L.cg(2000, 1e-13, preconditioner=L.nystrom_preconditioner(3, 1e-3)),

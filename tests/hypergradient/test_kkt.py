@@ -36,7 +36,7 @@ def test_quadratic_over_a_plane_is_its_closed_form(solver):
     system = np.block([[A, E.T], [E, np.zeros((2, 2))]])
     solved = np.linalg.solve(system, np.concatenate([-C @ x, K @ x + 1]))
     jacobian = np.linalg.solve(system, np.concatenate([-C, K]))[:5]
-    method = bx.hypergradient.kkt(plane, solver)
+    method = bx.hypergradient.kkt(plane, linear=solver)
     fn = jax.jit(bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=method))
     est = fn(jnp.asarray(solved[:5]), jnp.asarray(x))
     np.testing.assert_allclose(est.grad, x + jacobian.T @ W, rtol=1e-9)
@@ -58,7 +58,7 @@ def test_curved_constraint_against_its_closed_form():
     x = {"p": jnp.array([1.0, 2.0, -2.0]), "r": jnp.asarray(1.5)}
     answer = lambda x: x["r"] * x["p"] / jnp.sqrt(jnp.sum(x["p"] ** 2))
     outer = lambda y, x, batch: jnp.sum(jnp.array([1.0, -1.0, 0.5]) * y) + jnp.sum(y[0] ** 2)
-    fn = bx.value_and_hypergrad(nearest, outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(circle, linear.minres(tol=1e-13)))
+    fn = bx.value_and_hypergrad(nearest, outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(circle, linear=linear.minres(tol=1e-13)))
     est = jax.jit(fn)(answer(x), x)
     exact = jax.grad(lambda x: outer(answer(x), x, None))(x)
     np.testing.assert_allclose(est.grad["p"], exact["p"], rtol=1e-9)
@@ -66,7 +66,7 @@ def test_curved_constraint_against_its_closed_form():
 
 
 def test_off_the_constraint_is_reported():
-    est = bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(plane, linear.lu()))(
+    est = bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(plane, linear=linear.lu()))(
         jnp.zeros(5), jnp.zeros(3)
     )
     np.testing.assert_allclose(est.info["constraint_norm"], np.sqrt(2), rtol=1e-12)
@@ -74,14 +74,81 @@ def test_off_the_constraint_is_reported():
 
 def test_dependent_constraints_are_a_failure():
     twice = lambda y, x, batch: jnp.stack([y[0] - x[0], y[0] - x[0]])
-    est = bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(twice, linear.lu()))(
+    est = bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(twice, linear=linear.lu()))(
         jnp.zeros(5), jnp.zeros(3)
     )
     assert int(est.info["code"]) == bx.RESULTS.adjoint_breakdown
+    assert bx.RESULTS.dependent_constraints in bx.results.warnings_in(est.info["warnings"])
 
 
 def test_refusals():
-    with pytest.raises(TypeError, match="^constraint: got int"):
+    with pytest.raises(TypeError, match="^equality: got int"):
         bx.hypergradient.kkt(3)
     with pytest.raises(TypeError, match="^linear: got 3"):
-        bx.hypergradient.kkt(plane, 3)
+        bx.hypergradient.kkt(plane, linear=3)
+
+
+# ---- inequalities, over solvers that keep no multipliers
+
+
+def simplex(y, x, batch):
+    return jnp.sum(y) - 1.0
+
+
+def positive(y, x, batch):
+    return {"lower": -y}
+
+
+def nearest(y, x, batch):
+    return jnp.sum((y - x) ** 2) / 2
+
+
+def on_simplex(v, x, s):
+    """The nearest point, from the sorted coordinates."""
+    ordered = jnp.sort(v)[::-1]
+    shifts = (jnp.cumsum(ordered) - 1.0) / jnp.arange(1.0, len(v) + 1.0)
+    return jnp.maximum(v - shifts[jnp.sum(ordered > shifts) - 1], 0.0)
+
+
+def by_constraints(solver):
+    """The derivative of ``2 y_0 + y_1``."""
+    outer = lambda y, x, batch: 2.0 * y[0] + y[1]
+    return jax.jit(bx.value_and_hypergrad(nearest, outer, solver=solver, hypergradient=bx.hypergradient.kkt(simplex, positive)))
+
+
+STANDS = by_constraints(STANDING)
+
+
+def warned(est):
+    return set(bx.results.warnings_in(est.info["warnings"]))
+
+
+def test_inequalities_over_a_projection():
+    fn = by_constraints(bx.inner.fixed_point(bx.inner.proximal_map(nearest, on_simplex, 1.0)))
+    est = fn(jnp.zeros(3), jnp.array([0.9, 0.5, -1.0]))
+    np.testing.assert_allclose(est.grad, [0.5, -0.5, 0.0], atol=1e-9)
+    assert not warned(est)
+
+
+@pytest.mark.parametrize(
+    "x, y, told",
+    [
+        ([0.5, 0.5, 0.0], [0.5, 0.5, 0.0], bx.RESULTS.weakly_active),
+        ([0.9, 0.5, -1.0], [0.4, 0.6, 0.0], bx.RESULTS.not_stationary),  # on the constraints, and no minimum on them
+        ([0.9, 0.5, 1.0], [0.7, 0.3, 0.0], bx.RESULTS.not_stationary),  # a minimum of the equality, held by a multiplier of the wrong sign
+        ([0.9, 0.5, -1.0], [0.9, 0.5, 0.0], bx.RESULTS.off_constraint),
+        ([0.9, 0.5, -1.0], [0.7, 0.4, -0.1], bx.RESULTS.off_constraint),
+    ],
+    ids=["weak", "slope", "sign", "plane", "outside"],
+)
+def test_what_does_not_hold_is_told(x, y, told):
+    assert told in warned(STANDS(jnp.asarray(y), jnp.asarray(x)))
+
+
+def test_off_stationarity_on_an_equality_is_told():
+    """On the plane, and not where the objective is least on it."""
+    plane_only = bx.hypergradient.kkt(lambda y, x, batch: jnp.sum(y) - 1.0)
+    fn = bx.value_and_hypergrad(nearest, lambda y, x, batch: y[0], solver=STANDING, hypergradient=plane_only)
+    told = lambda y: warned(fn(jnp.asarray(y), jnp.array([1.0, 3.0])))
+    assert told([0.5, 0.5]) == {bx.RESULTS.not_stationary}
+    assert not told([-0.5, 1.5])
