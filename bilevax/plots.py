@@ -295,8 +295,81 @@ def comparison(found: Any, ax: Any = None) -> Any:
     return ax
 
 
+def front(points: Mapping[str, Any], labels: Sequence[str] = ("first objective", "second objective"), ax: Any = None) -> Any:
+    """Points of two objectives, the less the better, and the front of each set joined.
+
+    Args:
+      points: by name, arrays of shape ``(n, 2)``, as of the last rows of ``history["aux"]`` of runs of `algorithms.multi_objective`.
+      labels: what the two axes say.
+      ax: matplotlib axes to draw into; None makes new ones.
+
+    Returns:
+      The axes.
+
+    Raises:
+      ImportError: where matplotlib is not installed.
+      TypeError, ValueError: for points of another shape.
+
+    Examples:
+      >>> from bilevax import plots
+      >>> ax = plots.front({"a": [[0.0, 2.0], [1.0, 1.0], [2.0, 1.5]], "b": [[2.0, 2.0]]})
+      >>> ax.get_lines()[0].get_xydata().tolist()  # of the first set, what no other of its points is better than in both
+      [[0.0, 2.0], [1.0, 1.0]]
+    """
+    plt = _pyplot()
+    if not isinstance(points, Mapping):
+        raise TypeError(f"points: got {check.describe(points)}; expected a mapping from names to arrays of two columns.")
+    if isinstance(labels, (str, bytes)) or not isinstance(labels, Sequence) or len(labels) != 2 or not all(isinstance(name, str) for name in labels):
+        raise TypeError(f"labels: got {check.describe(labels)}; expected two texts. Try ('loss', 'gap').")
+    _check_axes(ax)
+    sets = {}
+    for name, given in points.items():
+        sets[name] = np.asarray(given)
+        if sets[name].ndim != 2 or sets[name].shape[1] != 2 or sets[name].dtype.kind not in "fiu":
+            raise ValueError(f"points: got {check.describe(given)} for {name!r}; expected numbers in an array of two columns.")
+    with plt.rc_context(STYLE):
+        ax = plt.subplots(figsize=(6, 4), layout="constrained")[1] if ax is None else ax
+        for i, (name, values) in enumerate(sets.items()):
+            color = COLORS[i % len(COLORS)]
+            best = values[undominated(values)]
+            best = best[np.argsort(best[:, 0])]
+            ax.plot(best[:, 0], best[:, 1], STYLES[i % len(STYLES)], color=color, linewidth=1.2)
+            ax.scatter(values[:, 0], values[:, 1], s=36, color=color, marker=MARKERS[i % len(MARKERS)], label=name)
+        ax.set(xlabel=labels[0], ylabel=labels[1])
+        ax.legend()
+    return ax
+
+
+def undominated(points: Any) -> np.ndarray:
+    """Which points no other one is better than: at most as large in every column, and smaller in one.
+
+    Args:
+      points: an array of shape ``(n, objectives)``.
+
+    Returns:
+      A boolean array of length n.
+
+    Raises:
+      TypeError, ValueError: for points of another kind or shape.
+
+    Examples:
+      >>> from bilevax import plots
+      >>> plots.undominated([[0.0, 2.0], [1.0, 1.0], [2.0, 1.5]]).tolist()
+      [True, True, False]
+    """
+    try:
+        points = np.asarray(points, np.float64)
+    except (TypeError, ValueError, RuntimeError) as error:
+        raise TypeError(f"points: got {check.describe(points)}; expected an array of shape (n, objectives).") from error
+    if points.ndim != 2:
+        raise ValueError(f"points: got {check.describe(points)}; expected an array of shape (n, objectives).")
+    no_worse = (points[:, None, :] <= points[None, :, :]).all(axis=2)
+    better = (points[:, None, :] < points[None, :, :]).any(axis=2)
+    return ~(no_worse & better).any(axis=0)
+
+
 def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = ["comparison", "dashboard", "history", "runs"]
+__all__ = ["comparison", "dashboard", "front", "history", "runs", "undominated"]

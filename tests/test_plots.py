@@ -69,3 +69,12 @@ def test_runs_over_cost():
 def test_refusals(run, error):
     with pytest.raises(error, match="run: got"):
         bx.plots.dashboard(run)
+
+
+def test_a_front_leaves_out_what_is_dominated():
+    rng = np.random.default_rng(0)
+    points = rng.random((40, 2))
+    by_hand = [not any((q <= p).all() and (q < p).any() for q in points) for p in points]
+    np.testing.assert_array_equal(bx.plots.undominated(points), by_hand)
+    ax = bx.plots.front({"mine": points}, labels=("loss", "gap"))
+    assert len(ax.get_lines()[0].get_xdata()) == sum(by_hand) and ax.get_xlabel() == "loss"

@@ -44,6 +44,7 @@ METHODS = {
     "finite_difference": (H.finite_difference(), SGD, False),
     "sama": (H.sama(), SGD, False),
     "zeroth_order": (H.zeroth_order(samples=4), SGD, False),
+    "kkt": (H.kkt(), bx.inner.qp(), True),
     "shine": (H.shine(refine=30, tol=1e-12), bx.inner.lbfgs(tol=1e-12), True),
 }
 
@@ -165,7 +166,10 @@ def test_equal_settings_are_equal(name):
 
 A = bx.algorithms
 SMALL = STEP / 4
+FRONT = A.multi_objective(SGD, H.implicit(), bx.tunable(optax.sgd, learning_rate=0.1), rule="mean", preference=[1.0, 1.0])
 ALGORITHMS = {
+    "multi_objective": FRONT,
+    "value_function": A.value_function(bx.inner.lbfgs(), bx.tunable(optax.sgd, learning_rate=0.1), penalty=100.0),
     "double_loop": A.double_loop(SGD, H.implicit(), bx.tunable(optax.sgd, learning_rate=0.1)),
     "soba": A.soba(SMALL, SMALL),
     "ma_soba": A.ma_soba(SMALL, SMALL),
@@ -177,12 +181,18 @@ ALGORITHMS = {
     "bome": A.bome(SMALL, SMALL),
     "maid": A.maid(),
 }
-each = pytest.mark.parametrize("name", ALGORITHMS)
+each = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "value_function" else n for n in ALGORITHMS])
+
+
+def twice(y, x, batch):
+    value = FORM.outer(y, x, batch)
+    return value, jnp.stack([value, value])
 
 
 def solve(name, num_steps=20, **kwargs):
+    outer = bx.objective(twice, has_aux=True) if name == "multi_objective" else FORM.outer
     return bx.solve_bilevel(
-        FORM.inner, FORM.outer, FORM.inner_params, FORM.outer_params, inner_data=FORM.inner_batch, outer_data=FORM.outer_batch,
+        FORM.inner, outer, FORM.inner_params, FORM.outer_params, inner_data=FORM.inner_batch, outer_data=FORM.outer_batch,
         algorithm=ALGORITHMS[name], num_steps=num_steps, key=KEY, **kwargs,
     )  # fmt: skip
 

@@ -17,8 +17,8 @@ from bilevax._core.optimizer import accepted
 from bilevax._core.precision import asked_by, under
 from bilevax._core.types import Numeric
 from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Linear, LinearSolver, Lower, Objective, Pullback, PyTree, Scalar
-from bilevax.hypergradient import _adjoint
-from bilevax.hypergradient._solve import forward
+from bilevax.hypergradient import _adjoint, _kkt
+from bilevax.hypergradient._solve import forward_with
 from bilevax.linear import Preconditioner
 from bilevax.linear.preconditioner import at, without
 from bilevax.results import RESULTS, warning
@@ -59,8 +59,8 @@ def implicit(
     and one gradient. The solution is taken to be a stationary point: the initial inner point gets no cotangent. Where the solve is not
     converged, ``inner_grad_norm`` says by how much, and the hypergradient is off by as many orders. Over a solver whose solutions are
     fixed points of a mapping (`inner.fixed_point`, a projected or proximal jaxopt solver) that mapping's own rule is used, as in
-    `fixed_point`; an optimizer that holds parameters at a bound (``optax.keep_params_nonnegative``) gives the warning
-    ``not_stationary``.
+    `fixed_point`; over one with constraints (`inner.qp`, `inner.sqp`) that of `kkt`. An optimizer that holds parameters at a bound
+    (``optax.keep_params_nonnegative``) gives the warning ``not_stationary``.
 
     Args:
       linear: solver of the adjoint system, ``(matvec, b, x0) -> (x, info)``; default ``linear.cg()``. One with a `Preconditioner` (such as
@@ -130,6 +130,7 @@ def implicit(
         linear=alone if settings["damping"] is None else alone._replace(solve=Bound("damped", _damped, solve=linear.solve, damping=damping)),
         max_residual=max_residual,
         precision=asked_by(linear),
+        rows=None if linear.block is None or low_memory or follow is not None else Bound("implicit", _rows, **settings),
     )
 
 
@@ -155,8 +156,11 @@ def _init(inner: PyTree, *, linear: Linear, warm_start: bool) -> Any:
 def _vjp(
     lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: ImplicitState, *, precision: str | None, **settings: Any
 ) -> tuple[InnerState, Pullback]:
-    solution, info = forward(lower, inner_state, outer, feed)
+    solution, info, multipliers = forward_with(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
+    if lower.solver.constraints is not None:
+        held = partial(_through_constraints, lower, solution, outer, ctx, info, state, settings["max_residual"], multipliers)
+        return solution, under("highest", held)
     pullback = _pullback if lower.solver.optimality is None else _through_mapping
     return solution, under(precision, partial(pullback, lower, solution, outer, ctx, info, state, **settings))
 
@@ -234,6 +238,36 @@ def _prepared(
 
 def _relative(part: Scalar, whole: Scalar) -> Scalar:
     return part / jnp.where(whole > 0, whole, 1)
+
+
+def _through_constraints(
+    lower: Lower, solution: InnerState, outer: PyTree, ctx: Ctx, info: dict[str, Scalar], state: ImplicitState, max_residual: Any,
+    multipliers: PyTree, w: PyTree,
+) -> tuple[PyTree, None, ImplicitState, dict[str, Scalar]]:  # fmt: skip
+    """The pullback where the solver has constraints: that of `kkt`."""
+    found, report = _kkt.pull_back(lower.solver.constraints, lower, solution, outer, ctx, info, multipliers, None, max_residual, w)
+    return found, None, state._replace(calls=state.calls + 1), report
+
+
+def _rows(
+    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: ImplicitState, *, linear: Linear, damping: Any,
+    max_residual: Any, precision: str | None, **settings: Any,
+) -> tuple[InnerState, Pullback]:  # fmt: skip
+    """Several cotangents by one block solve, from zero each time."""
+    solution, info, _ = forward_with(lower, inner_state, outer, feed)
+    ctx, block = ctx._replace(model=solution.model), linear.block
+    assert block is not None  # what `implicit` looked for
+
+    def pullback(w: PyTree) -> tuple[PyTree, None, ImplicitState, dict[str, Scalar]]:
+        point = _linearized(lower.objective, solution.params, outer, ctx, False)
+        q, said = block(_damped_products(point.products, damping), w, tol=linear.tol)
+        hq, mixed = jax.vmap(point.products)(q)  # which says how far each row is from its own adjoint
+        left = jax.vmap(lambda hq, w: _relative(tree.norm(tree.sub(hq, w)), tree.norm(w)))(hq, w)
+        met = said._replace(residual=jnp.max(said.residual))
+        entries = {"inner_grad_norm": tree.norm(point.grad), "adjoint_residual": jnp.max(left)}
+        return tree.neg(mixed), None, state._replace(calls=state.calls + 1), _adjoint.report(info, met, max_residual, **entries)
+
+    return solution, under(precision, pullback)
 
 
 def _through_mapping(

@@ -14,6 +14,7 @@ from bilevax._core import numbers
 from bilevax._core.types import Numeric, PyTree
 from bilevax.base import Bound, Linear, LinearInfo
 from bilevax.linear import _common
+from bilevax.linear._block import block_cg
 from bilevax.linear.preconditioner import Preconditioner, checked, started
 from bilevax.results import RESULTS
 
@@ -27,7 +28,8 @@ def cg(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyT
 
     One matvec an iteration; a start other than zero costs one more. Where rounding could hide the truth (:math:`\epsilon\|A\|\|x\|` above
     the residual asked for) the residual is measured by one matvec more, and the iteration goes on from the measured one for as long as this
-    halves it; so a `tol` below what the precision allows ends early, with the true residual. Four vectors of memory.
+    halves it; so a `tol` below what the precision allows ends early, with the true residual. Four vectors of memory. Several right sides at once
+    (`Linear.block`, which `algorithms.multi_objective` asks for) are solved in one block of conjugate gradients where there is no `preconditioner`.
 
     Args:
       maxiter: the most iterations.
@@ -55,11 +57,14 @@ def cg(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyT
 
     Reference:
       Hestenes and Stiefel 1952, Methods of Conjugate Gradients for Solving Linear Systems. For residual replacement: van der Vorst and Ye
-      2000, Residual Replacement Strategies for Krylov Subspace Iterative Methods.
+      2000, Residual Replacement Strategies for Krylov Subspace Iterative Methods. For blocks: O'Leary 1980, The Block Conjugate Gradient
+      Algorithm and Related Methods; Dubrulle 2001, Retooling the Method of Block Conjugate Gradients.
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)
-    return Linear(Bound("cg", _cg, maxiter=maxiter), tol, maxiter, preconditioner=checked(preconditioner))
+    preconditioner = checked(preconditioner)
+    block = Bound("block_cg", block_cg, maxiter=maxiter) if preconditioner is None else None
+    return Linear(Bound("cg", _cg, maxiter=maxiter), tol, maxiter, preconditioner=preconditioner, block=block)
 
 
 class _Carry(NamedTuple):

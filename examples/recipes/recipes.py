@@ -167,3 +167,16 @@ def compared(name, forms, start, steps, test, how=None):
     errors = [float(adapted(form, at, optax.set_to_zero(), test, 1).history["value"].mean()) for at in (trained, start)]
     print(f"{name}: error {errors[0]:.3f} after {steps} meta-steps, {errors[1]:.3f} before")
     return errors[0]
+
+
+def census(seed=0, sizes=(1000, 2000)):
+    """Rows of the census data in parts of these sizes, dicts of ``x`` (its shorter columns), ``y`` and ``male``."""
+    found = examples_data.adult()
+    kept = [i for i, name in enumerate(found.names) if not name.startswith(("country", "occupation", "workclass", "education="))]
+    order, parts, begin = np.random.default_rng(seed).permutation(found.train), [], 0
+    for size in sizes:
+        rows = order[begin : begin + size]
+        columns = {"x": found.x[rows][:, kept], "y": found.y[rows], "male": found.male[rows]}
+        parts.append({name: jnp.asarray(a, jnp.float32) for name, a in columns.items()})
+        begin += size
+    return parts
