@@ -19,14 +19,14 @@ from bilevax.solve import solve_bilevel
 from bilevax.tasks import task_copies, tasks
 
 if _TYPE_CHECKING:
-    from bilevax import algorithms, attribution, diagnostics, nn, plots, replay, testing
+    from bilevax import algorithms, attribution, diagnostics, games, nn, plots, replay, testing
     from bilevax.diagnostics import check_hypergradient, compare_hypergradients, error_bound
     from bilevax.multilevel import Level, solve_multilevel, value_and_multilevel_grad
     from bilevax.multilevel.explain import explain
 
 # Imported when first used, so that importing the package stays quick: where a name is found, None for a module of that name.
 _LATER = {
-    **dict.fromkeys(("algorithms", "attribution", "diagnostics", "nn", "plots", "replay", "testing")),
+    **dict.fromkeys(("algorithms", "attribution", "diagnostics", "games", "nn", "plots", "replay", "testing")),
     **dict.fromkeys(("check_hypergradient", "compare_hypergradients", "error_bound"), "diagnostics"),
     **dict.fromkeys(("Level", "explain", "solve_multilevel", "value_and_multilevel_grad"), "multilevel"),
 }
@@ -62,6 +62,7 @@ __all__ = [
     "error_bound",
     "explain",
     "fixed_point",
+    "games",
     "hypergradient",
     "inner",
     "linear",

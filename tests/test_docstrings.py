@@ -15,6 +15,7 @@ NAMESPACES = (
     "callbacks",
     "checkpoint",
     "data",
+    "games",
     "hypergradient",
     "inner",
     "linear",

@@ -27,7 +27,7 @@ FLOORS = [
     ["algorithms"],
     ["run"],
     ["solve", "multilevel", "replay"],
-    ["plots", "nn", "testing", "callbacks"],
+    ["plots", "nn", "testing", "callbacks", "games"],
     ["diagnostics", "attribution"],
     ["bilevax", "__main__"],
 ]

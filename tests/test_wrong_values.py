@@ -12,7 +12,7 @@ import pytest
 
 import bilevax as bx
 
-MODULES = ("", "inner", "linear", "hypergradient", "algorithms", "data", "sharding", "callbacks", "checkpoint", "nn", "plots", "diagnostics")
+MODULES = ("", "inner", "linear", "hypergradient", "algorithms", "data", "sharding", "callbacks", "checkpoint", "nn", "plots", "diagnostics", "games")
 
 
 def inner(y, x, batch):
@@ -76,7 +76,7 @@ RIGHT = {
     "scores": lambda: jnp.zeros(3), "logits": lambda: jnp.zeros(2), "options": lambda: [jnp.ones(2)] * 2, "value": lambda: jnp.ones(2),
     "surrogate": lambda: jnp.ones(2), "patterns": lambda: ["kernel"], "run": lambda: {"value": [1.0, 2.0]}, "runs": lambda: {"a": {"value": [1.0]}},
     "equation": lambda: lambda y: y - 1.0, "network": lambda: lambda y, x, b: y, "linear": lambda: bx.linear.cg(), "loss": lambda: lambda out, x, b: jnp.sum(out**2),
-    "constraint": lambda: lambda y, x, b: jnp.sum(y) - 1.0, "num_steps": lambda: 1, "exact": lambda: True,
+    "points": lambda: {"a": np.ones((2, 2))}, "constraint": lambda: lambda y, x, b: jnp.sum(y) - 1.0, "num_steps": lambda: 1, "exact": lambda: True,
 }  # fmt: skip
 OWN = {
     ("solve_multilevel", "num_steps"): lambda: 1, ("argmin", "solver"): lambda: bx.inner.lbfgs(), ("linear.lineax", "solver"): lambda: None,
@@ -105,13 +105,14 @@ CALLED = {("metrics", "fn"): "metrics", ("plots.runs", "runs"): "run"}  # what a
 LEFT_OUT |= dict.fromkeys(
     ("solve_bilevel", "solve_multilevel", "check_hypergradient", "compare_hypergradients", "explain"), "runs; what it refuses is in test_bad_inputs"
 )
+LEFT_OUT["games.solve_game"] = "runs; what it refuses is in tests/games"
 LEFT_OUT["plots.comparison"] = "takes what compare_hypergradients found"
 
 # What is right after all, by value: for which parameters, and why.
 LATER = "what a function takes is told when the shapes are known, before the first step"
 FUNCTIONS = {"equation", "network", "loss", "relabel", "regularizer",
              "fn", "objective", "inner_objective", "outer_objective", "inner_draw", "mapping", "minimizer", "smooth", "prox", "linear", "linear_solver",
-             "preconditioner", "constraint", "projection", "source"}  # fmt: skip
+             "preconditioner", "constraint", "equality", "inequality", "projection", "source"}  # fmt: skip
 INFINITE = {"max_residual", "tol"}  # infinity accepts anything, and says so
 TEXTS = {"axis", "axis_name", "name", "path", "directory", "title", "run_id", "select"}
 ARRAYS = {"arrays", "data", "scores", "value", "surrogate", "logits"}

@@ -19,6 +19,10 @@ RECIPES = {
     "darts": dict(steps=3),
     "hypernetwork": dict(steps=5),
     "augmentation": dict(steps=3),
+    "svm": dict(steps=2, across=2),
+    "dispatch": dict(steps=2, seeds=1),
+    "fairness": dict(steps=2, seeds=1),
+    "groups": dict(steps=3, seeds=1),
     **{f"maml_sinusoids/{form}": dict(form=form, steps=3, test=2) for form in
        ("maml", "maml_plus_plus", "anil", "meta_sgd")},
     **{f"maml_cheaper/{form}": dict(form=form, steps=3, test=2) for form in ("first_order", "imaml", "reptile")},
