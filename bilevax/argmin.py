@@ -267,7 +267,7 @@ def _lagrangian(point, outer: _Held, batch, *, value, constraints):
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple[Any, ...], inner: PyTree, outer: Outer) -> tuple[PyTree, ArgminInfo]:
+def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple[Any, ...], inner: PyTree, outer: Any) -> tuple[PyTree, ArgminInfo]:
     value, solver, linear, tol = base.join(static, dynamic)
     start, given, solver, tol = jax.tree.map(constant, (inner, outer, solver, tol))
     state, report = Lower(value, solver, _no_batch).run(InnerState(start, solver.init(start)), given, Feed())

@@ -14,7 +14,7 @@ import bilevax as bx
 
 FILE = Path(__file__).with_name("public_names.txt")
 SPACES = (
-    "algorithms", "attribution", "base", "callbacks", "checkpoint", "data", "diagnostics", "hypergradient", "inner", "linear", "multilevel", "nn",
+    "algorithms", "attribution", "base", "callbacks", "checkpoint", "data", "diagnostics", "games", "hypergradient", "inner", "linear", "multilevel", "nn",
     "plots", "replay", "sharding", "testing",
 )  # fmt: skip
 
