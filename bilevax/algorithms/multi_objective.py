@@ -48,7 +48,7 @@ def multi_objective(
     (``implicit(linear.cg())``). The weights ω by `rule`:
 
     * ``"min_norm"`` (MGDA): of ``‖Σ ω_j ∇F_j‖`` least on the simplex; a direction that ascends no objective, zero at Pareto-stationary points.
-    * ``"conflict_free"`` (UPGrad): each gradient projected onto what ascends with all of them, and the mean of these.
+    * ``"conflict_free"`` (UPGrad): each gradient projected onto what descends with all of them, to first order, and the mean of these.
     * ``"tchebycheff"``: softmax of ``F/τ``: descends the largest of the weighted objectives, and reaches every point of a front,
       those of a concave part included.
     * ``"mean"``: fixed weights, of which a front's concave part is out of reach.
