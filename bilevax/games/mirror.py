@@ -34,7 +34,7 @@ def mirror(step: float) -> optax.GradientTransformation:
       >>> opt = bx.games.mirror(1.0)
       >>> weights = jnp.array([0.5, 0.5])
       >>> update, _ = opt.update(jnp.array([0.0, 1.0]), opt.init(weights), weights)
-      >>> (weights + update).round(3).tolist()
+      >>> [round(float(w), 3) for w in weights + update]
       [0.731, 0.269]
 
     Source: Nemirovski and Yudin 1983; Kivinen and Warmuth, "Exponentiated gradient versus gradient descent for linear predictors" (1997); for groups

@@ -157,7 +157,7 @@ def solve_game(
       ...     bx.Level("y", lambda p, batch: -p["x"] * p["y"], solver=optax.sgd(0.3)),
       ... ]
       >>> out = bx.games.solve_game(players, {"x": 1.0, "y": 1.0}, num_steps=400)
-      >>> [round(float(out.outer_params[name]), 3) for name in ("x", "y")]
+      >>> [round(float(out.outer_params[name]), 3) + 0.0 for name in ("x", "y")]
       [0.0, -1.0]
 
     Source: of the plays, there. On the two kinds of equilibrium: Fiez, Chasnov and Ratliff, "Implicit learning dynamics in Stackelberg games"

@@ -45,9 +45,9 @@ def qp(equality: Callable | None = None, inequality: Callable | None = None, *, 
       >>> import jax, jax.numpy as jnp, bilevax as bx
       >>> near = lambda y, x: jnp.sum((y - x) ** 2)
       >>> simplex = bx.argmin(near, bx.inner.qp(lambda y, x: jnp.sum(y) - 1.0, lambda y, x: -y))
-      >>> simplex(jnp.zeros(3), jnp.array([0.9, 0.5, -1.0])).round(2).tolist()
+      >>> [round(float(a), 2) + 0.0 for a in simplex(jnp.zeros(3), jnp.array([0.9, 0.5, -1.0]))]
       [0.7, 0.3, 0.0]
-      >>> jax.jacobian(lambda x: simplex(jnp.zeros(3), x)[0])(jnp.array([0.9, 0.5, -1.0])).round(2).tolist()
+      >>> [round(float(a), 2) + 0.0 for a in jax.grad(lambda x: simplex(jnp.zeros(3), x)[0])(jnp.array([0.9, 0.5, -1.0]))]
       [0.5, -0.5, 0.0]
 
     Source: Mehrotra, "On the implementation of a primal-dual interior point method" (SIAM J. Optimization 1992); Nocedal and Wright, Numerical

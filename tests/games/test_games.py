@@ -17,7 +17,8 @@ EQUILIBRIUM = {"x": np.linalg.solve(M.T, -B), "y": np.linalg.solve(M, -A)}
 
 
 def bilinear(p):
-    return p["x"] @ (M @ p["y"]) + A @ p["x"] + B @ p["y"]
+    m, a, b = (jnp.asarray(value, p["x"].dtype) for value in (M, A, B))
+    return p["x"] @ (m @ p["y"]) + a @ p["x"] + b @ p["y"]
 
 
 def two(step, opt=optax.sgd):
@@ -43,7 +44,7 @@ def distance(found):
 @pytest.mark.parametrize("name", [n if n == "extragradient" else pytest.param(n, marks=pytest.mark.slow) for n in PLAYS])
 def test_a_bilinear_game(name):
     play, step = PLAYS[name]
-    out = games.solve_game(two(step), START, play=play, num_steps=600)
+    out = games.solve_game(two(step), START, play=play, num_steps=2000)
     assert distance(out.outer_params) < 1e-6
     assert out.history["grad_norm"][-1] < 1e-6
     np.testing.assert_allclose(out.history["x/value"], -out.history["y/value"], rtol=1e-12)
