@@ -159,7 +159,7 @@ def attach(objective: Callable[..., Any], linear_solver: LinearSolver | None = N
 class Argmin:
     """What `argmin` returns: call it for the solution, or `with_info` for the solution and how the solve ended."""
 
-    def __init__(self, traceable: _Traceable, solver: InnerSolver, linear: _Linear, tol: Any, throw: bool, strict: int):
+    def __init__(self, traceable: _Traceable, solver: InnerSolver, linear: _Linear, tol: Any, throw: bool, strict: int) -> None:
         self._traceable, self._solver, self._linear, self._tol, self._throw = traceable, solver, linear, tol, throw
         self._strict = strict
 
@@ -216,7 +216,7 @@ class _Held(NamedTuple):
 class _Traceable(Traceable):
     """A user's objective, traced to a scalar whose captured arrays are operands; with the solver's constraints, called as it is."""
 
-    def __init__(self, objective: Callable[..., Any], linear_solver: LinearSolver | None, constraints: Objective | None = None):
+    def __init__(self, objective: Callable[..., Any], linear_solver: LinearSolver | None, constraints: Objective | None = None) -> None:
         if isinstance(objective, Objective) and (objective.has_aux or objective.stateful or objective.keyed):
             raise TypeError(f"objective: got {objective!r}; expected a plain function (inner, *args) -> scalar. Pass state and keys as arguments.")
         if not callable(objective):
@@ -246,20 +246,20 @@ def _evaluate(inner: PyTree, outer: Outer, batch: PyTree, *, jaxpr: Any) -> Any:
     return outputs(jaxpr, inner, outer)[0]
 
 
-def _evaluate_own(inner, outer: _Limited, batch, *, jaxpr):
+def _evaluate_own(inner: PyTree, outer: _Limited, batch: Any, *, jaxpr: Any) -> Any:
     return outputs(jaxpr, inner, outer.own)[0]
 
 
-def _adapted(mapping: Objective, *, jaxpr, form) -> Objective:
+def _adapted(mapping: Objective, *, jaxpr: Any, form: Any) -> Objective:
     """The solver's constraints, which are those that were traced, with the objective's arguments."""
     return Objective(Bound("limits", _evaluate_limits, jaxpr=jaxpr, form=form))
 
 
-def _evaluate_limits(inner, outer: _Limited, batch, *, jaxpr, form):
+def _evaluate_limits(inner: PyTree, outer: _Limited, batch: Any, *, jaxpr: Any, form: Any) -> Any:
     return form.unflatten(outputs(jaxpr, inner, outer.limits))
 
 
-def _lagrangian(point, outer: _Held, batch, *, value, constraints):
+def _lagrangian(point: Any, outer: _Held, batch: Any, *, value: Any, constraints: Any) -> Any:
     return lagrangian(value, constraints)(point, outer.given, outer.mask, Ctx())
 
 

@@ -115,11 +115,11 @@ def _preference(given: Any) -> jax.Array:
     return weights.astype(jnp.result_type(float))
 
 
-def _around(wrap, *, inner_solver, hypergradient, outer_optimizer, **settings):
+def _around(wrap: Any, *, inner_solver: Any, hypergradient: Any, outer_optimizer: Any, **settings: Any) -> Any:
     return multi_objective(inner_solver, wrap(hypergradient)._replace(rows=None), outer_optimizer, **settings)
 
 
-def _many(problem: Problem, inner: InnerState, outer: PyTree, ctx) -> int:
+def _many(problem: Problem, inner: InnerState, outer: PyTree, ctx: Any) -> int:
     """The number of objectives; a refusal where the outer objective does not say."""
     shape = jax.eval_shape(lambda: problem.outer(inner.params, outer, ctx)[1][1])
     if not (isinstance(shape, jax.ShapeDtypeStruct) and len(shape.shape) == 1 and shape.shape[0] > 1 and jnp.issubdtype(shape.dtype, jnp.floating)):
@@ -130,13 +130,26 @@ def _many(problem: Problem, inner: InnerState, outer: PyTree, ctx) -> int:
     return shape.shape[0]
 
 
-def _init(problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver, hypergradient, outer_optimizer, **_) -> MultiObjectiveState:
+def _init(
+    problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver: Any, hypergradient: Any, outer_optimizer: Any, **_: Any
+) -> MultiObjectiveState:
     check.trajectory(problem, hypergradient)
     inner = inner._replace(opt=inner_solver.first(inner.params, outer))
     return MultiObjectiveState(inner, outer, optimizer.init(outer_optimizer, outer), hypergradient.init(inner.params))
 
 
-def _step(problem: Problem, state: MultiObjectiveState, feeds: Feeds, *, inner_solver, hypergradient, outer_optimizer, rule, preference, smoothing):
+def _step(
+    problem: Problem,
+    state: MultiObjectiveState,
+    feeds: Feeds,
+    *,
+    inner_solver: Any,
+    hypergradient: Any,
+    outer_optimizer: Any,
+    rule: str,
+    preference: Any,
+    smoothing: Any,
+) -> Any:
     starts.structure(problem, inner_solver, hypergradient, state.inner, state.outer, feeds)
     method, outer = hypergradient, state.outer
     inner, init_pullback = starts.started(problem, inner_solver, method, state.inner, outer, feeds)

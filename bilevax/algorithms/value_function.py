@@ -102,7 +102,7 @@ def value_function(
     return Algorithm(init, step, Draws(1, 0, 1), finite=drawn_finite)
 
 
-def _init(problem: Problem, inner: InnerState, outer: PyTree, *, outer_optimizer, candidates, spread, **_) -> ValueFunctionState:
+def _init(problem: Problem, inner: InnerState, outer: PyTree, *, outer_optimizer: Any, candidates: Any, spread: Any, **_: Any) -> ValueFunctionState:
     _steps.warm_only(problem, "value_function")
     if problem.inner.stateful or problem.outer.stateful:
         raise ValueError("inner_objective: got a stateful one with value_function, which searches from several starts; expected none. Try f2sa.")
@@ -138,7 +138,19 @@ def _search(objective: Objective, solver: InnerSolver, starts: PyTree, outer: Py
     return jax.tree.map(lambda a: a[jnp.argmin(ranked)], found)
 
 
-def _step(problem: Problem, state: ValueFunctionState, feeds: Feeds, *, inner_solver, outer_optimizer, view, penalty, growth, candidates, spread):
+def _step(
+    problem: Problem,
+    state: ValueFunctionState,
+    feeds: Feeds,
+    *,
+    inner_solver: Any,
+    outer_optimizer: Any,
+    view: Any,
+    penalty: Any,
+    growth: Any,
+    candidates: Any,
+    spread: Any,
+) -> Any:
     x, sign = state.outer, 1.0 if view == "optimistic" else -1.0
     strength = penalty / _steps.decayed(feeds.done, growth)  # λ t^growth
     inner_ctx, outer_ctx = problem.inner_draw(feeds.inner, 0), problem.outer_draw(feeds.outer, 0)
@@ -174,7 +186,7 @@ def _step(problem: Problem, state: ValueFunctionState, feeds: Feeds, *, inner_so
     return ValueFunctionState(inner, moved, outer_opt, z, state.places), info
 
 
-def _tilted(y, x, batch, *, g, f, weight):
+def _tilted(y: PyTree, x: PyTree, batch: Any, *, g: Any, f: Any, weight: Any) -> Any:
     value = g(y, x, batch[0])[0]
     return value + jnp.asarray(weight, value.dtype) * f(y, x, batch[1])[0].astype(value.dtype)
 
@@ -184,11 +196,11 @@ def _adapted(mapping: Objective, *, like: Objective) -> Objective:
     return Objective(Bound("under", _under, mapping=bound_like(mapping, like)))
 
 
-def _under(y, x, batch, *, mapping):
+def _under(y: PyTree, x: PyTree, batch: Any, *, mapping: Objective) -> Any:
     return mapping(y, x, batch[0])[0]
 
 
-def _lagrangian(x, objective: Objective, solver: InnerSolver, y, multipliers, ctx: Ctx):
+def _lagrangian(x: PyTree, objective: Objective, solver: InnerSolver, y: PyTree, multipliers: PyTree, ctx: Ctx) -> Any:
     """The lower objective and what its constraints push, as a function of x."""
     value = objective(y, x, ctx)[0]
     if solver.constraints is None:

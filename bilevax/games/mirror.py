@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -43,7 +45,7 @@ def mirror(step: float) -> optax.GradientTransformation:
     return tunable(_mirror, step=numbers.positive(step, "step"))
 
 
-def _mirror(step) -> optax.GradientTransformation:
+def _mirror(step: Any) -> optax.GradientTransformation:
     def init(params):
         return ()
 

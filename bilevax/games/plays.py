@@ -130,25 +130,25 @@ def _last(params: PyTree) -> tuple:
     return tree.zeros_like(params), jnp.asarray(False)
 
 
-def _simultaneous(field, move, params, opts, memory):
+def _simultaneous(field: Any, move: Any, params: PyTree, opts: Any, memory: Any) -> Any:
     seen = field(params)
     return *move(params, seen[0], opts), memory, seen
 
 
-def _extragradient(field, move, params, opts, memory):
+def _extragradient(field: Any, move: Any, params: PyTree, opts: Any, memory: Any) -> Any:
     seen = field(params)
     ahead, _ = move(params, seen[0], opts)
     return *move(params, field(ahead)[0], opts), memory, seen
 
 
-def _optimistic(field, move, params, opts, memory):
+def _optimistic(field: Any, move: Any, params: PyTree, opts: Any, memory: Any) -> Any:
     last, known = memory
     seen = field(params)
     change = tree.scale(jnp.where(known, 1.0, 0.0), tree.sub(seen[0], last))
     return *move(params, tree.add(seen[0], change), opts), (seen[0], jnp.asarray(True)), seen
 
 
-def _symplectic(field, move, params, opts, memory, *, strength, align):
+def _symplectic(field: Any, move: Any, params: PyTree, opts: Any, memory: Any, *, strength: Any, align: Any) -> Any:
     v, pulled, seen = _transposed(field, params)
     _, pushed = jax.jvp(lambda z: field(z)[0], (params,), (v,))
     turned = tree.scale(0.5, tree.sub(pulled, pushed))  # A'v; `pulled` is also the gradient of ½‖v‖²
@@ -159,12 +159,12 @@ def _symplectic(field, move, params, opts, memory, *, strength, align):
     return *move(params, tree.axpy(signed, turned, v), opts), memory, seen
 
 
-def _consensus(field, move, params, opts, memory, *, strength):
+def _consensus(field: Any, move: Any, params: PyTree, opts: Any, memory: Any, *, strength: Any) -> Any:
     v, pulled, seen = _transposed(field, params)
     return *move(params, tree.axpy(strength, pulled, v), opts), memory, seen
 
 
-def _transposed(field, params) -> tuple[PyTree, PyTree, Any]:
+def _transposed(field: Any, params: PyTree) -> tuple[PyTree, PyTree, Any]:
     """``v``, ``J'v`` and what the field gave."""
     v, back, report = jax.vjp(field, params, has_aux=True)
     return v, back(v)[0], (v, report)

@@ -21,11 +21,12 @@ from bilevax.games.plays import Play, extragradient
 from bilevax.multilevel import Level
 from bilevax.multilevel.level import check_key, check_names, split_params
 from bilevax.results import RESULTS, first, unless
-from bilevax.run.chunk import RunState
-from bilevax.run.driver import launch
+from bilevax.run.chunk import drive
+from bilevax.run.driver import ready
 from bilevax.run.metrics import Metrics, check_metrics
 from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
+from bilevax.run.state import RunState
 from bilevax.run.watch import Callback
 from bilevax.run.window import first_context, needs_key, refuse_one_pass, source_draw
 from bilevax.sharding import Sharding
@@ -201,7 +202,7 @@ def solve_game(
     algorithm = Algorithm(Bound("game", _init, play=play), Bound("game", _step, play=play), (1,) * len(names))  # type: ignore[arg-type]
     functions = {f"objective of player {name!r}": (objectives[name], (floats, None, contexts[name])) for name in names}
     named = {f"data[{name!r}]": source for name, source in sources.items()}
-    return launch(game, algorithm, named, InnerState(None), floats, (None, fixed), key, state, value.dtype, options, functions)
+    return drive(ready(game, algorithm, named, InnerState(None), floats, (None, fixed), key, state, value.dtype, options, functions))
 
 
 def _checked(levels: Any) -> list[str]:
@@ -238,9 +239,9 @@ class _Transformation(NamedTuple):
     update: Any
 
 
-def _bound(params, _, batch, *, fn, fixed, **keyed):
+def _bound(params: PyTree, _: Any, batch: Any, *, fn: Any, fixed: Any, **keyed: Any) -> Any:
     return fn({name: tree.combine(params[name], fixed[name]) for name in fixed}, batch, **keyed)
 
 
-def _projected(mine, *, fn, fixed):
+def _projected(mine: Any, *, fn: Any, fixed: Any) -> Any:
     return tree.partition(fn(tree.combine(mine, fixed)))[0]

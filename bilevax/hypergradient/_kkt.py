@@ -25,7 +25,9 @@ def chosen(linear: Linear | None, unknowns: PyTree) -> Linear:
     return linear_solvers.lu() if tree.size(unknowns) <= SMALL else linear_solvers.minres()
 
 
-def pull_back(constraints, lower, solution, outer, ctx, info, multipliers, linear, max_residual, w) -> tuple[PyTree, dict[str, Any]]:
+def pull_back(
+    constraints: Any, lower: Any, solution: Any, outer: PyTree, ctx: Any, info: Any, multipliers: PyTree, linear: Any, max_residual: Any, w: PyTree
+) -> tuple[PyTree, dict[str, Any]]:
     """The outer cotangent, and the info; `multipliers` are the solver's own, None where it has none."""
     inner, objective, limited = solution.params, lower.objective, bound_like(constraints, lower.objective)
     found = active(objective, constraints, inner, outer, ctx, multipliers, OFF)
@@ -70,7 +72,7 @@ def pull_back(constraints, lower, solution, outer, ctx, info, multipliers, linea
     return cotangent, _adjoint.report(told, linear_info, max_residual, inner_grad_norm=left, constraint_norm=size)
 
 
-def _saddle(top, limited, inner, outer, ctx, mask):
+def _saddle(top: Any, limited: Any, inner: PyTree, outer: PyTree, ctx: Any, mask: Any) -> Any:
     """The system ``(top, C', Hₐ'; C, 0, 0; Hₐ, 0, −(1 − a))`` as a product."""
     _, jacobian = jax.linearize(lambda inner: limited(inner, outer, ctx)[0], inner)
     transposed = jax.linear_transpose(jacobian, inner)
@@ -85,7 +87,7 @@ def _saddle(top, limited, inner, outer, ctx, mask):
     return product
 
 
-def _signs(gradient, inequality, mask, lengths) -> tuple[Any, PyTree]:
+def _signs(gradient: PyTree, inequality: Any, mask: Any, lengths: Any) -> tuple[Any, PyTree]:
     """Warnings of multipliers that are nothing (weakly active) or of the wrong sign (no minimum), and the mask of both."""
     force = tree.norm(gradient)
     if not jax.tree.leaves(inequality):

@@ -28,7 +28,7 @@ def as_constraints(equality: Any, inequality: Any) -> Objective:
     return Objective(fn, stateful=flags["stateful"], keyed=flags["keyed"], indexed=flags["indexed"])
 
 
-def _both(*args, parts, key=None, inner_step=None):
+def _both(*args: Any, parts: Any, key: Any = None, inner_step: Any = None) -> Any:
     """Both values, called as objectives are, or with the arguments of an `argmin`."""
     stateful = any(part is not None and part.stateful for part in parts)
 
@@ -44,7 +44,7 @@ def _both(*args, parts, key=None, inner_step=None):
     return (values, args[3]) if stateful else values
 
 
-def vector(values: PyTree, dtype) -> Any:
+def vector(values: PyTree, dtype: Any) -> Any:
     """All leaves of a pytree, one after the other."""
     leaves = [jnp.ravel(leaf).astype(dtype) for leaf in jax.tree.leaves(values)]
     return jnp.concatenate(leaves) if leaves else jnp.zeros((0,), dtype)

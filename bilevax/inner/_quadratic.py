@@ -72,11 +72,11 @@ def violation(program: Program, y: Any, equality: Any, inequality: Any, slack: A
     return jnp.maximum(jnp.maximum(stationary, feasible), jnp.maximum(signs, gap))
 
 
-def _largest(*arrays) -> Any:
+def _largest(*arrays: Any) -> Any:
     return jnp.max(jnp.stack([jnp.max(jnp.abs(a), initial=0.0) for a in arrays]))
 
 
-def _over(size, unit):
+def _over(size: Any, unit: Any) -> Any:
     """``size / unit``, and `size` where there is nothing to compare with."""
     return size / jnp.where(unit > 0, unit, 1)
 
@@ -92,13 +92,13 @@ def _scaled(program: Program) -> tuple[Program, tuple[Any, Any]]:
     return Program(Q, p, A / a[:, None], b / a, G / g[:, None], h / g), (a, g)
 
 
-def _curvature(Q) -> Any:
+def _curvature(Q: Any) -> Any:
     """What is added to a diagonal that may be zero."""
     largest = jnp.max(jnp.abs(jnp.diagonal(Q)), initial=0.0)
     return jnp.sqrt(jnp.finfo(Q.dtype).eps) * jnp.where(largest > 0, largest, 1) * 1e-3
 
 
-def _factor(program: Program, weights):
+def _factor(program: Program, weights: Any) -> Any:
     """Solver of ``(Q + G'WG) dy + A' dλ = r,  A dy = t``."""
     Q, _, A, b, G, _ = program
     unit = _curvature(Q)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -63,7 +64,7 @@ def _init(params: PyTree) -> tuple:
     return ()
 
 
-def _solve(objective: Objective, state: InnerState, outer: PyTree, ctx: base.Ctx, *, constraints, maxiter, tol):
+def _solve(objective: Objective, state: InnerState, outer: PyTree, ctx: base.Ctx, *, constraints: Any, maxiter: int, tol: Any) -> Any:
     def solve():
         given = _local.level(objective, constraints, state.params, outer, ctx)
         zero = jnp.zeros_like(given.start)

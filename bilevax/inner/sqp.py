@@ -92,11 +92,11 @@ def _convex(program: _quadratic.Program) -> tuple[_quadratic.Program, Any]:
     return program._replace(Q=(vectors * lifted[None, :]) @ vectors.T), weights * program.b
 
 
-def _violated(limits) -> Any:
+def _violated(limits: Any) -> Any:
     return jnp.sum(jnp.abs(limits[0])) + jnp.sum(jnp.maximum(limits[1], 0))
 
 
-def _solve(objective: Objective, state: InnerState, outer: PyTree, ctx: base.Ctx, *, constraints, maxiter, tol):
+def _solve(objective: Objective, state: InnerState, outer: PyTree, ctx: base.Ctx, *, constraints: Any, maxiter: int, tol: Any) -> Any:
     value, (model, _) = objective(state.params, outer, ctx)
     given = _local.level(objective, constraints, state.params, outer, ctx)
     end = under("highest", lambda: _minimize(given, maxiter, tol))()

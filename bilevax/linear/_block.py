@@ -43,7 +43,7 @@ class _Carry(NamedTuple):
     iterations: Any
 
 
-def block_cg(matvec, B: PyTree, X0: PyTree | None = None, *, maxiter: int, tol: Any) -> tuple[PyTree, LinearInfo]:
+def block_cg(matvec: Any, B: PyTree, X0: PyTree | None = None, *, maxiter: int, tol: Any) -> tuple[PyTree, LinearInfo]:
     """Solve for every row of `B`; at most `maxiter` iterations, of a product a row each."""
     X0 = tree.zeros_like(B) if X0 is None else X0
     many = jax.tree.leaves(B)[0].shape[0]
