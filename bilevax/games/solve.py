@@ -40,6 +40,19 @@ class Game(NamedTuple):
     draws: dict[str, Draw]
     projections: dict[str, Any]
 
+    @property
+    def stream_draws(self) -> tuple[Draw | None, ...]:
+        """The draw of each player's stream, where it may find out its order beforehand: none needs to, for one batch a step."""
+        return (None,) * len(self.draws)
+
+    def with_objectives(self, change: Callable[[Objective], Objective]) -> Game:
+        """The same players with changed objectives."""
+        return self._replace(objectives={name: change(fn) for name, fn in self.objectives.items()})
+
+    def feeds(self, streams: tuple[Feed, ...], key: Any, step: Any, done: Any) -> tuple[Feed, ...]:
+        """A step's streams: one a player."""
+        return streams
+
 
 class GameState(NamedTuple):
     """Where a game stands: all players' parameters (``outer``), their optimizers' states, what the play remembers."""
@@ -172,6 +185,9 @@ def solve_game(
         num_steps, metrics, tol, "last", callbacks, progress, throw,
         on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict, name="solve_game",
     )  # fmt: skip
+    if sharding is not None and (sharding.apart or sharding.mean):
+        got = "tasks()" if sharding.apart else "mean=True"
+        raise ValueError(f"sharding: got {got} for a game; expected data_parallel(), fsdp() or by_path(...) there.")
     if state is not None and not isinstance(state, RunState):
         raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")
     given, projections = check_names(data, names, "data"), check_names(project, names, "project")
