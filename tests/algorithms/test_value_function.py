@@ -41,13 +41,16 @@ PROBLEMS = {
 }
 
 
+def step_of(steps):
+    """Steps of a length of their own, less and less: beside a jump, slopes differ by the penalty."""
+    return optax.chain(optax.normalize_by_update_norm(), optax.sgd(optax.cosine_decay_schedule(0.1, steps)))
+
+
 def solve(problem, view="optimistic", starts=6, steps=250):
     """The best end of several starts in x, all in one call; ends that do not solve the lower level do not count."""
     (low, high), (left, right) = problem.x, problem.y
     box = bx.inner.sqp(inequality=lambda y, x, batch: jnp.stack([left - y, y - right]), maxiter=30)
-    loop = bx.algorithms.value_function(
-        box, optax.adam(optax.cosine_decay_schedule(0.1, steps)), view=view, penalty=30.0, candidates=7, spread=float(right - left) / 2
-    )
+    loop = bx.algorithms.value_function(box, step_of(steps), view=view, penalty=30.0, candidates=7, spread=float(right - left) / 2)
 
     def run(x):
         out = bx.solve_bilevel(
