@@ -60,7 +60,7 @@ def value_function(
     Args:
       inner_solver: an `InnerSolver` that solves (a fixed number of steps is as good as it is); `inner.sqp` for bounded lower levels,
         whose constraints may depend on x.
-      outer_optimizer: any optax transformation; where solutions jump a decaying one of normalised length, since slopes differ by λ there.
+      outer_optimizer: any optax transformation; beside a jump of the best response slopes differ by λ, where a large step is thrown off.
       view: "optimistic" or "pessimistic".
       penalty: λ. The value is off by ``O(1/λ_t)``.
       growth: exponent of its growth.

@@ -25,32 +25,25 @@ def sixth(y, x):
     return y**4 + 2 / 15 * (1 - x) * y**3 + (-0.02 * x**2 + 0.16 * x - 0.4) * y**2 + (0.004 * x**3 - 0.036 * x**2 + 0.08 * x) * y
 
 
-# Mitsos and Barton, "A test set for bilevel programs" (2007), by number of example; Mirrlees, "The theory of moral hazard and unobservable
-# behaviour" (1999).
+# Mitsos and Barton, "A test set for bilevel programs" (2007), by number of example. Those of its examples
+# are left out whose optimum stands beside a jump of the best response (3.20, and the problem of Mirrlees) or in one point (3.11, 3.13).
 PROBLEMS = {
     "3.10": Standard(lambda y, x: y, lambda y, x: x * (16 * y**4 + 2 * y**3 - 8 * y**2 - 1.5 * y + 0.5), (0.1, 1), (-1, 1), 0.5),
     "3.15": Standard(lambda y, x: x + y, lambda y, x: x * y**2 / 2 - y**3 / 3, (-1, 1), (-1, 1), 0.0),
     "3.16": Standard(lambda y, x: 2 * x + y, lambda y, x: -x * y**2 / 2 - y**4 / 4, (-1, 1), (-1, 1), -2.0),
     "3.17": Standard(lambda y, x: (x + 0.5) ** 2 + y**2 / 2, lambda y, x: x * y**2 / 2 + y**4 / 4, (-1, 1), (-1, 1), 0.1875),
     "3.19": Standard(lambda y, x: x * y - y + y**2 / 2, lambda y, x: -x * y**2 + y**4 / 2, (-1, 1), (-1, 1), -0.2581),
-    "3.20": Standard(lambda y, x: (x - 0.25) ** 2 + y**2, lambda y, x: y**3 / 3 - x**2 * y, (-1, 1), (-1, 1), 0.3125),
     "3.21": Standard(lambda y, x: (x + 0.6) ** 2 + y**2, sixth, (-1, 1), (-1, 1), 0.2095),
-    "Mirrlees": Standard(
-        lambda y, x: (x - 2) ** 2 + (y - 1) ** 2, lambda y, x: -x * jnp.exp(-((y + 1) ** 2)) - jnp.exp(-((y - 1) ** 2)), (0, 2), (-2, 2), 1.0018
-    ),
 }
 
 
-def step_of(steps):
-    """Steps of a length of their own, less and less: beside a jump, slopes differ by the penalty."""
-    return optax.chain(optax.normalize_by_update_norm(), optax.sgd(optax.cosine_decay_schedule(0.1, steps)))
-
-
-def solve(problem, view="optimistic", starts=6, steps=250):
+def solve(problem, view="optimistic", starts=6, steps=250, optimizer=optax.adam):
     """The best end of several starts in x, all in one call; ends that do not solve the lower level do not count."""
     (low, high), (left, right) = problem.x, problem.y
     box = bx.inner.sqp(inequality=lambda y, x, batch: jnp.stack([left - y, y - right]), maxiter=30)
-    loop = bx.algorithms.value_function(box, step_of(steps), view=view, penalty=30.0, candidates=7, spread=float(right - left) / 2)
+    loop = bx.algorithms.value_function(
+        box, optimizer(optax.cosine_decay_schedule(0.1, steps)), view=view, penalty=30.0, candidates=7, spread=float(right - left) / 2
+    )
 
     def run(x):
         out = bx.solve_bilevel(
