@@ -32,11 +32,11 @@ def mirror(step: float) -> optax.GradientTransformation:
       TypeError, ValueError: for a step that is not a positive number.
 
     Examples:
-      >>> import jax.numpy as jnp, bilevax as bx
+      >>> import jax, jax.numpy as jnp, bilevax as bx
       >>> opt = bx.games.mirror(1.0)
       >>> weights = jnp.array([0.5, 0.5])
       >>> update, _ = opt.update(jnp.array([0.0, 1.0]), opt.init(weights), weights)
-      >>> [round(float(w), 3) for w in weights + update]
+      >>> [round(float(w), 3) for w in jax.tree.map(jnp.add, weights, update)]
       [0.731, 0.269]
 
     Source: Nemirovski and Yudin 1983; Kivinen and Warmuth, "Exponentiated gradient versus gradient descent for linear predictors" (1997); for groups

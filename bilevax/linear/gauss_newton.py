@@ -10,11 +10,11 @@ import jax.numpy as jnp
 from bilevax import tree
 from bilevax._core import numbers
 from bilevax._core.types import PyTree
-from bilevax.base import Bound, Linear, LinearInfo, as_linear
+from bilevax.base import Bound, Linear, LinearInfo, LinearSolver, as_linear
 from bilevax.linear.preconditioner import Point, Preconditioner, at
 
 
-def gauss_newton(network: Callable, loss: Callable, linear: Callable, *, regularizer: Callable | None = None) -> Linear:
+def gauss_newton(network: Callable, loss: Callable, linear: LinearSolver, *, regularizer: Callable | None = None) -> Linear:
     r"""Solve with the Gauss-Newton matrix of an objective that is a loss of a network's outputs, in place of its Hessian.
 
     .. math::
