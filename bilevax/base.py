@@ -150,7 +150,6 @@ class Lower(NamedTuple):
     def run(self, state: InnerState, outer: PyTree, feed: Feed, lo: int = 0, hi: int | None = None) -> tuple[InnerState, dict[str, Scalar]]:
         """Steps `lo` to `hi` (default: all) of the solve. The info's leaves have a leading axis, a row a step."""
         hi = self.solver.steps if hi is None else hi
-
         if hi - lo == 1:  # no loop to trace, and the solver's own loop stays the outermost one
             state, info = self.step(state, lo, outer, feed)
             return state, jax.tree.map(lambda a: jnp.asarray(a)[None], info)
@@ -193,17 +192,15 @@ class Hypergradient(NamedTuple):
       sees_steps: it differentiates the trajectory, not only its end (objectives declared `trajectory`).
       batches: batches on which the pullback evaluates the inner objective. 0: none. 1: one, where need be the
         one last trained on. More: as many, independent of each other and of the training.
-      cost: ``(inner solver) -> {"gradients": n, "hvps": n, "mixed_products": n}``, what one pullback takes
-        beyond the solve, as far as it is known beforehand. None: not known.
+      cost: ``(inner solver) -> {"gradients": n, "hvps": n, "mixed_products": n}``, of one pullback. None: not known.
       linear: the solver of the adjoint system, with its damping, for those who differentiate the solution by
         the implicit function theorem, or solve a larger system in its place. None: there is none.
       max_residual: the residual of that solve which is accepted. None: the solver's own tolerance.
-      extends: the pullback gives cotangents of whatever else the objective reads (its batches, what it
-        captures) when that is appended to the outer parameters. Otherwise such derivatives are refused.
+      extends: the pullback gives cotangents of all else that the objective reads (batches, captured arrays)
+        when that is appended to the outer parameters. Otherwise such derivatives are refused.
       first_order_form: the method to take where the inner objective may be differentiated only once (it
         holds a solution of a first-order method). None: this method itself.
-      precision: the `jax.default_matmul_precision` that the cotangent needs which it is given: an adjoint is no
-        better than its right side. None: the user's own.
+      precision: the `jax.default_matmul_precision` that its cotangent needs. None: the user's own.
       mapping: what it differentiates beside the inner objective, as `objective` makes one: a constraint, say.
       rows: like `vjp`, with a pullback of several cotangents at once (a leading axis), over solvers whose solutions are
         stationary points. None: they are pulled back one by one, vectorised.

@@ -39,6 +39,7 @@ class Linear(NamedTuple):
         reads products alone.
       block: solves for several right sides at once: ``(matvec, B, X0) -> (X, LinearInfo)`` on pytrees with a leading axis, also with
         `tol`; its ``residual`` has an entry a row, and its ``iterations`` count products with the matrix. None: it cannot.
+      damping: what `solve` adds to the diagonal; ``undamped`` is the solver that adds nothing.
     """
 
     solve: Callable[..., tuple[PyTree, LinearInfo]]
@@ -50,6 +51,8 @@ class Linear(NamedTuple):
     preconditioner: Any = None
     at: Callable[[Any], Linear] | None = None
     block: Callable[..., tuple[PyTree, LinearInfo]] | None = None
+    damping: Any = None
+    undamped: Any = None
 
     def __call__(self, matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> tuple[PyTree, LinearInfo]:
         return self.solve(matvec, b, x0, **self._given())

@@ -13,6 +13,7 @@ from jax import lax
 from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax._core import numbers
+from bilevax._core.jaxpr import reads
 from bilevax._core.optimizer import accepted
 from bilevax._core.precision import asked_by, under
 from bilevax._core.types import Numeric
@@ -127,7 +128,7 @@ def implicit(
         vjp=Bound("implicit", _vjp, **settings),
         order=1 if linear.approximate else 2,
         cost=Bound("cost", _cost, products=None if _preconditioner(linear) is not None else linear.products),
-        linear=alone if settings["damping"] is None else alone._replace(solve=Bound("damped", _damped, solve=linear.solve, damping=damping)),
+        linear=alone if settings["damping"] is None else damped(alone, linear, damping),
         max_residual=max_residual,
         precision=asked_by(linear),
         rows=None if linear.block is None or low_memory or follow is not None else Bound("implicit", _rows, **settings),
@@ -136,6 +137,11 @@ def implicit(
 
 def _cost(solver: Any, *, products: Any) -> dict[Any, Any]:
     return {"gradients": 1, "hvps": products, "mixed_products": 1}
+
+
+def damped(alone: Linear, linear: Linear, damping: Any) -> Linear:
+    """`alone`, solving ``(A + ρ I) x = b`` by `linear`."""
+    return alone._replace(solve=Bound("damped", _damped, solve=linear.solve, damping=damping), damping=damping, undamped=alone)
 
 
 def _damped(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree, *, solve: Any, damping: Any, **settings: Any) -> Any:
@@ -302,6 +308,8 @@ def _held_back(solver: Any, solution: Any, value: Any, grads: Any, outer: PyTree
     def stuck(g, ahead, back):
         return jnp.where((ahead == 0) & (back != 0), g, 0)
 
+    if not any(reads(lambda params: solver.update(grads, solution.opt, params, **taken)[0], solution.params)):
+        return jnp.int32(0)  # it does not know where the parameters are
     if "while[" in str(jax.make_jaxpr(moves)(grads)):  # it searches: too dear, and no projection
         return jnp.int32(0)
     held = tree.norm(jax.tree.map(stuck, grads, moves(grads), moves(tree.scale(-100.0, grads))))

@@ -22,6 +22,7 @@ from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pul
 from bilevax.hypergradient.parts import forward, report
 from bilevax.multilevel import nested
 from bilevax.multilevel.system import System
+from bilevax.results import first
 
 
 def adapted(system: System, name: str) -> Hypergradient:
@@ -51,7 +52,7 @@ def _vjp(
     ctx = ctx._replace(model=solution.model)
 
     def pullback(w):
-        u = lax.stop_gradient(nested.point(system, name, solution.params, outer, ctx))
+        u, said = lax.stop_gradient(nested.point(system, name, solution.params, outer, ctx))
 
         def gradients(u):
             return jax.grad(lambda u, outer: nested.lagrangian(system, name, u, outer, ctx), (0, 1))(u, outer)
@@ -61,6 +62,7 @@ def _vjp(
         q, linear_info = nested.joint_solver(system, name, u)(lambda v: products(v)[0], right, tree.zeros_like(u))
         mixed = products(q)[1]
         found = report(info, linear_info, system.methods[name].max_residual, inner_grad_norm=tree.norm(stationarity), cotangent_norm=tree.norm(w))
+        found |= {"multiplier_residual": said.residual, "code": first(found["code"], said.code), "warnings": found["warnings"] | said.warnings}
         return tree.neg(mixed), None, state, found
 
     return solution, pullback

@@ -27,9 +27,11 @@ from bilevax._core.jaxpr import evaluate
 from bilevax.argmin import attach
 from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerState, Lower, Objective, PyTree, as_cotangent, join, split
 from bilevax.data.draws import draw_key, draw_number
+from bilevax.hypergradient.parts import verdict
 from bilevax.multilevel.starting import begun
 from bilevax.multilevel.statistics import constant, entered, floats_of
 from bilevax.multilevel.system import System
+from bilevax.results import RESULTS, first
 
 MAX_RESIDUAL = 1e-2  # of a linear solve inside a derivative, which no code can come out of: above it the derivative is NaN
 
@@ -190,9 +192,19 @@ class Unknowns(NamedTuple):
     below: dict[str, tuple[Any, Any]]
 
 
+class Multipliers(NamedTuple):
+    """What the linear solvers say of a point's multipliers: the largest relative residual, whether one is above what is accepted, `RESULTS`."""
+
+    residual: Any
+    rough: Any
+    code: Any
+    warnings: Any
+
+
 def attached_jointly(system: System, name: str, solution: InnerState, given: dict[Any, Any], ctx: Ctx) -> PyTree:
-    """The solved variable of a level with its exact derivative in `given`."""
-    u = lax.stop_gradient(point(system, name, solution.params, given, ctx))
+    """The solved variable of a level with its exact derivative in `given`; NaN, as after any linear solve, where a multiplier is too rough."""
+    u, said = lax.stop_gradient(point(system, name, solution.params, given, ctx))
+    u = u._replace(below=tree.nan_where(said.rough, u.below))
 
     def value(u, given, ctx):
         return lagrangian(system, name, u, given, ctx)
@@ -211,6 +223,11 @@ def lagrangian(system: System, name: str, u: Unknowns, given: dict[Any, Any], ct
     """``L_j`` at the unknowns `u` of level `name`."""
     env = _entered(system, name, {**ctx.batch.rest, **given, name: u.y} | {i: u_i.y for i, (u_i, _) in u.below.items()}, ctx)
     value = system.objectives[name](env, None, Ctx(ctx.batch.own, ctx.key, ctx.model.mine, inner_step=ctx.batch.inner_step))[0]
+    linear = system.methods[name].linear
+    if linear is not None and linear.damping is not None:
+        # Zero here, as is its gradient; its Hessian is the damping, of this level's own variable and of no multiplier.
+        away = tree.sub(u.y, lax.stop_gradient(u.y))
+        value += (linear.damping * tree.dot(away, away) / 2).astype(value.dtype)
     for i, (u_i, multipliers) in u.below.items():
         known, ctx_i = _inside(system, i, env, ctx)
         own = partial(lagrangian, system, i, given=known, ctx=ctx_i)
@@ -225,17 +242,19 @@ def _inside(system: System, name: str, env: dict[Any, Any], ctx: Ctx) -> tuple[d
     return given_to(system, name, system.graph[name].total, env), hyper_context(side, feed)._replace(model=model)
 
 
-def point(system: System, name: str, y: PyTree, given: dict[Any, Any], ctx: Ctx) -> Unknowns:
+def point(system: System, name: str, y: PyTree, given: dict[Any, Any], ctx: Ctx) -> tuple[Unknowns, Multipliers]:
     """The unknowns at a solved `y`: the levels inside solved there, then the multipliers, each after those of the levels that read it."""
     env = _entered(system, name, {**ctx.batch.rest, **given, name: y}, ctx)
     below: dict[str, tuple[Any, ...]] = {}
+    told = [Multipliers(jnp.zeros(()), jnp.asarray(False), jnp.int32(RESULTS.success), jnp.int32(0))]
     for i in system.graph[name].nested:
         side, feed = inside(system, i, env, ctx.batch)
         known, ctx_i = _inside(system, i, env, ctx)
         solution, _ = side.run(started(system, i, ctx.model.below, env, draw_key(feed, 0), False)[0], known, feed)
         env[i] = solution.params
-        u_i = point(system, i, solution.params, known, ctx_i._replace(model=solution.model))
+        u_i, said = point(system, i, solution.params, known, ctx_i._replace(model=solution.model))
         below[i] = (u_i, tree.zeros_like(u_i))
+        told.append(said)
     for i in reversed(system.graph[name].nested):
         u_i, zero = below[i]
 
@@ -245,14 +264,27 @@ def point(system: System, name: str, y: PyTree, given: dict[Any, Any], ctx: Ctx)
         known, ctx_i = _inside(system, i, env, ctx)
         _, hvp = jax.linearize(jax.grad(partial(lagrangian, system, i, given=known, ctx=ctx_i)), u_i)
         right = tree.neg(jax.grad(value)(u_i))
-        below[i] = (u_i, joint_solver(system, i, u_i)(hvp, right, zero)[0])
-    return Unknowns(y, below)
+        multipliers, info = joint_solver(system, i, u_i)(hvp, right, zero)
+        below[i] = (u_i, multipliers)
+        method = system.methods[i]
+        told.append(Multipliers(info.residual, ~(info.residual <= accepted(method)), *verdict(info, method.max_residual)))
+    return Unknowns(y, below), _together(told)
+
+
+def _together(told: Sequence[Multipliers]) -> Multipliers:
+    residual, rough, warnings = told[0].residual, told[0].rough, told[0].warnings
+    for said in told[1:]:
+        residual = jnp.maximum(residual, said.residual.astype(residual.dtype))
+        rough, warnings = rough | said.rough, warnings | said.warnings
+    return Multipliers(residual, rough, first(*(said.code for said in told)), warnings)
 
 
 def joint_solver(system: System, name: str, u: Unknowns) -> Any:
     """MINRES to the tolerance of the level's own method; a level with none inside keeps that method's solver."""
     given = system.methods[name].linear
     assert given is not None  # what `applies_jointly` asked for
+    if given.damping is not None:
+        given = given.undamped  # the Lagrangian has it
     if not u.below or given.indefinite:
         return given
     return linear.minres(PRODUCTS, 100 * numbers.rounding_unit(u) if given.tol is None else given.tol)

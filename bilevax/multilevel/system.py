@@ -125,10 +125,16 @@ def as_solver(level: Level) -> InnerSolver:
     return solver._replace(step=step)
 
 
+def _held(old: Any, new: Any) -> Any:
+    """The value of the one with the tangent of the other."""
+    return lax.stop_gradient(old) + (new - lax.stop_gradient(new)) if tree.is_float(old) else old
+
+
 def _every_nth(objective: Objective, state: Any, outer: PyTree, ctx: Ctx, *, step: Any, solves: Any, every: Any, seen: Any) -> Any:
     """The solver's step in every n-th solve; in the others the level stands still.
 
-    Where the method differentiates the steps (`seen`), standing still has the derivative of the step that would have been taken.
+    Where the method differentiates the steps (`seen`), standing still has the derivative of the steps that would have been taken, all at the point
+    where the level stands: parameters, optimizer and model state keep their values and move in their tangents alone.
     """
 
     def move():
@@ -139,8 +145,7 @@ def _every_nth(objective: Objective, state: Any, outer: PyTree, ctx: Ctx, *, ste
     def stand():
         if seen:
             moved, info = move()
-            still = jax.tree.map(lambda old, new: old + (new - lax.stop_gradient(new)), state.params, moved.params)
-            return state._replace(params=still), info
+            return jax.tree.map(_held, state, moved), info
         return state, jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
 
     return lax.cond((ctx.batch.number // solves) % every == 0, move, stand)
