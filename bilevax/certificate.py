@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 RITZ = 6  # products with the Hessian in one refinement of its smallest eigenpair
 FIRST = 8  # refinements at the first step
 PAIRS = 8  # random pairs of directions along which Lipschitz constants are looked for
+ROUNDING = 100.0  # rounding errors of a gradient or a product, in units of its largest terms
 
 
 class Constants(NamedTuple):
@@ -35,6 +36,8 @@ class Constants(NamedTuple):
       hessian_lipschitz: L_H, that of ``∇²_yy g``; 0 where the inner objective is quadratic in y.
       cross_lipschitz: L_B, that of ``∇²_xy g``; 0 where it does not depend on y.
       guaranteed: True where these are bounds that someone vouches for; False where `estimate_constants` measured them.
+      smoothness: L_g, the largest eigenvalue of ``∇²_yy g``: what rounding in its gradients and products amounts to. Without it a bound holds in
+        exact arithmetic only, and is not called guaranteed.
     """
 
     strong_convexity: Any = None
@@ -44,6 +47,7 @@ class Constants(NamedTuple):
     hessian_lipschitz: Any = None
     cross_lipschitz: Any = None
     guaranteed: bool = True
+    smoothness: Any = None
 
 
 class ErrorBound(NamedTuple):
@@ -54,9 +58,10 @@ class ErrorBound(NamedTuple):
       inner: what the inexact inner solve contributes.
       adjoint: what the inexact adjoint contributes.
       distance: ε, the bound on ``‖y − y*‖`` that both rest on.
-      guaranteed: whether this is a bound, or an estimate of one from measured constants.
+      guaranteed: whether this is a bound, or an estimate of one: from measured constants, or without what rounding adds.
       slope: of `inner` in ε at 0.
       weight: of `adjoint` in the adjoint's absolute residual.
+      rounding: what `total` has for rounding errors; None where `Constants.smoothness` or ``‖y‖`` was not known.
     """
 
     total: Any
@@ -66,6 +71,7 @@ class ErrorBound(NamedTuple):
     guaranteed: bool
     slope: Any = None
     weight: Any = None
+    rounding: Any = None
 
     @property
     def label(self) -> str:
@@ -73,7 +79,17 @@ class ErrorBound(NamedTuple):
         return "guaranteed" if self.guaranteed else "estimated"
 
 
-def bound(k: Constants, grad_norm: Scalar, residual: Scalar, *, adjoint_norm: Any = None, cotangent_norm: Any = None) -> ErrorBound:
+class Sizes(NamedTuple):
+    """What rounding errors are relative to: ``‖y‖`` and ``‖z‖``, and the rounding unit."""
+
+    inner: Any
+    gradient: Any
+    unit: Any
+
+
+def bound(
+    k: Constants, grad_norm: Scalar, residual: Scalar, *, adjoint_norm: Any = None, cotangent_norm: Any = None, sizes: Sizes | None = None
+) -> ErrorBound:
     """The bound at an inner gradient norm and an absolute adjoint residual δ.
 
     With ``ε = ‖∇_y g‖/μ ≥ ‖y − y*‖`` and a bound s of ``‖H⁻¹∇_y f‖``:
@@ -81,19 +97,30 @@ def bound(k: Constants, grad_norm: Scalar, residual: Scalar, *, adjoint_norm: An
 
     From the adjoint itself ``s = ‖q‖ + δ/μ``, which holds at this y alone, and ``t' = t``. From the cotangent
     ``s = ‖∇_y f‖/μ``, which holds with the Hessian at y*, too, so that ``t' = L_f/μ``.
+
+    With `sizes` and L_g known, ``∇_y g`` may be off by u L_g ‖y‖, the residual by 2 u L_g s and z by u (‖z‖ + 2 ‖B‖ s), u being `ROUNDING` units.
     """
-    mu = k.strong_convexity
-    distance = grad_norm / mu
-    s = cotangent_norm / mu if adjoint_norm is None else adjoint_norm + residual / mu
-    turn = (k.outer_smoothness + k.hessian_lipschitz * s) / mu
-    bend = k.outer_smoothness / mu if adjoint_norm is None else turn
-    slope = k.outer_cross + k.cross_lipschitz * s + k.cross * turn
-    weight = k.cross / mu
-    inner, adjoint = slope * distance + k.cross_lipschitz * bend * distance**2, weight * residual
-    return ErrorBound(inner + adjoint, inner, adjoint, distance, k.guaranteed, slope, weight)
+
+    def exact(grad_norm, residual):
+        distance = grad_norm / mu
+        s = cotangent_norm / mu if adjoint_norm is None else adjoint_norm + residual / mu
+        turn = (k.outer_smoothness + k.hessian_lipschitz * s) / mu
+        bend = k.outer_smoothness / mu if adjoint_norm is None else turn
+        slope = k.outer_cross + k.cross_lipschitz * s + k.cross * turn
+        inner = slope * distance + k.cross_lipschitz * bend * distance**2
+        return inner, weight * residual, distance, slope, s
+
+    mu, weight = k.strong_convexity, k.cross / k.strong_convexity
+    inner, adjoint, distance, slope, s = exact(grad_norm, residual)
+    if sizes is None or k.smoothness is None:
+        return ErrorBound(inner + adjoint, inner, adjoint, distance, False, slope, weight)
+    u = ROUNDING * sizes.unit
+    rough = exact(grad_norm + u * k.smoothness * sizes.inner, residual + 2 * u * k.smoothness * s)
+    total = rough[0] + rough[1] + u * (sizes.gradient + 2 * k.cross * s)
+    return ErrorBound(total, inner, adjoint, rough[2], k.guaranteed, slope, weight, total - inner - adjoint)
 
 
-def error_bound(info: Mapping[str, Scalar], constants: Constants) -> ErrorBound:
+def error_bound(info: Mapping[str, Scalar], constants: Constants, inner_params: PyTree = None) -> ErrorBound:
     r"""Bound the error of an implicit hypergradient by what its own info says.
 
     .. math::
@@ -103,26 +130,30 @@ def error_bound(info: Mapping[str, Scalar], constants: Constants) -> ErrorBound:
     .. math::
         c = L_{fx} + \frac{L_f \|B\|}{\mu} + \frac{L_H}{\mu^2} \|\nabla_y f\| \|B\| + \frac{L_B \|\nabla_y f\|}{\mu}, \qquad B = \nabla^2_{xy} g.
 
+    and, with ``constants.smoothness``, what rounding adds to the gradient and the residual as they were computed, and to z.
+
     Args:
       info: of an estimate by ``hypergradient.implicit``: its ``inner_grad_norm``, ``adjoint_residual`` (relative) and ``cotangent_norm``
-        (``‖∇_y f‖``) are read. A mapping with these three keys will do. Full batches: on a minibatch it speaks of the minibatch's problem.
+        (``‖∇_y f‖``) are read, and for rounding ``grad_norm`` (``‖z‖``). A mapping with the first three will do. Full batches: on a minibatch it
+        speaks of the minibatch's problem.
       constants: `Constants`, known ones or those of `estimate_constants`.
 
+      inner_params: the estimate's, whose norm and dtype rounding is relative to. None: the bound is of exact arithmetic.
+
     Returns:
-      An `ErrorBound`: guaranteed if the constants are, otherwise an estimate, and labelled so.
+      An `ErrorBound`: guaranteed if the constants are and rounding is in it, otherwise an estimate, and labelled so.
 
     Raises:
       TypeError, ValueError: for an info without these entries, or constants of another kind or out of range.
 
     Examples:
-      >>> import bilevax as bx
-      >>> info = {"inner_grad_norm": 1e-3, "adjoint_residual": 1e-2, "cotangent_norm": 2.0}
-      >>> constants = bx.diagnostics.Constants(
-      ...     strong_convexity=0.5, cross=1.0, outer_smoothness=1.0, outer_cross=0.0, hessian_lipschitz=0.0, cross_lipschitz=0.0
-      ... )
-      >>> bound = bx.error_bound(info, constants)
-      >>> round(float(bound.total), 6), bound.label
-      (0.044, 'guaranteed')
+      >>> import jax.numpy as jnp, bilevax as bx
+      >>> info = {"inner_grad_norm": 1e-3, "adjoint_residual": 1e-2, "cotangent_norm": 2.0, "grad_norm": 1.0}
+      >>> quadratic = dict(outer_cross=0.0, hessian_lipschitz=0.0, cross_lipschitz=0.0)
+      >>> constants = bx.diagnostics.Constants(strong_convexity=0.5, cross=1.0, outer_smoothness=1.0, smoothness=2.0, **quadratic)
+      >>> bound = bx.error_bound(info, constants, jnp.ones(3))
+      >>> round(float(bound.total), 2), bound.label
+      (0.04, 'guaranteed')
 
     Source: Ehrhardt and Roberts, "Analyzing inexact hypergradients for bilevel learning" (IMA J. Appl. Math. 2024), theorem 3.1, as used by
     Salehi et al., "An adaptively inexact first-order method for bilevel optimization" (arXiv 2308.10098). The term in ``L_fx`` is for outer
@@ -136,6 +167,8 @@ def error_bound(info: Mapping[str, Scalar], constants: Constants) -> ErrorBound:
     if not isinstance(constants, Constants):
         raise TypeError(f"constants: got {check.describe(constants)}; expected diagnostics.Constants, or diagnostics.estimate_constants(...).")
     for name, value in constants._asdict().items():
+        if value is None and name == "smoothness":
+            continue
         if value is None:
             raise ValueError(
                 f"constants.{name}: got None; expected a number, since nothing is estimated here. Try 0 where it vanishes (see Constants), "
@@ -143,8 +176,11 @@ def error_bound(info: Mapping[str, Scalar], constants: Constants) -> ErrorBound:
             )
         if name != "guaranteed":
             numbers.positive(value, f"constants.{name}", zero=name != "strong_convexity")
-    w = info["cotangent_norm"]
-    return bound(constants, info["inner_grad_norm"], info["adjoint_residual"] * w, cotangent_norm=w)
+    w, sizes = info["cotangent_norm"], None
+    if inner_params is not None and "grad_norm" in info:
+        check.params(tree.strong(inner_params), "inner_params")
+        sizes = Sizes(tree.norm(inner_params).astype(jnp.asarray(w).dtype), info["grad_norm"], numbers.rounding_unit(inner_params))
+    return bound(constants, info["inner_grad_norm"], info["adjoint_residual"] * w, cotangent_norm=w, sizes=sizes)
 
 
 # ---- estimates at a point
@@ -232,9 +268,10 @@ def estimate_constants(
             return tree.norm(differences[0]) / reach, tree.norm(differences[1]) / reach
 
         hessian, mixed_change = lax.map(changes, jax.random.split(keys[5], PAIRS))
-        return smooth - shifted, mixed, outer, outer_mixed, jnp.max(hessian), jnp.max(mixed_change)
+        return smooth - shifted, mixed, outer, outer_mixed, jnp.max(hessian), jnp.max(mixed_change), smooth
 
-    return Constants(*jax.jit(run)(jax.random.key(0) if key is None else key))._replace(guaranteed=False)
+    *found, smooth = jax.jit(run)(jax.random.key(0) if key is None else key)
+    return Constants(*found)._replace(guaranteed=False, smoothness=smooth)
 
 
 # ---- estimates on the way, from step to step

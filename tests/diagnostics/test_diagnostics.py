@@ -94,8 +94,9 @@ def one(key, residuals):
         outer_cross=jnp.linalg.norm(p["K"], 2),
         hessian_lipschitz=p["s"] * (1 + jnp.sum(p["v"] * x)) * CURVED,
         cross_lipschitz=p["s"] * jnp.linalg.norm(p["v"]),
+        smoothness=jnp.linalg.norm(p["A"], 2) + p["s"] * (1 + jnp.sum(p["v"] * x)),
     )
-    bound = bx.error_bound(est.info, constants)
+    bound = bx.error_bound(est.info, constants, est.inner_params)
     return jnp.linalg.norm(est.grad - want), bound.total, bound.distance, jnp.linalg.norm(est.inner_params - y_star), jnp.linalg.norm(want)
 
 
@@ -140,7 +141,12 @@ def test_estimated_constants_are_the_known_ones_and_say_so():
     info = {"inner_grad_norm": 1e-3, "adjoint_residual": 1e-2, "cotangent_norm": 2.0}
     assert not bx.error_bound(info, found).guaranteed
     assert bx.error_bound(info, found).label == "estimated"
-    assert bx.error_bound(info, found._replace(guaranteed=True)).label == "guaranteed"
+    vouched = found._replace(guaranteed=True)
+    assert bx.error_bound(info, vouched).label == "estimated"  # nothing says what rounding is relative to
+    whole, y = info | {"grad_norm": 1.0}, jnp.ones(N)
+    assert bx.error_bound(whole, vouched, y).label == "guaranteed"
+    assert bx.error_bound(whole, vouched._replace(smoothness=None), y).label == "estimated"
+    assert bx.error_bound(whole, vouched, y).rounding < bx.error_bound(whole, vouched, y.astype(jnp.float32)).rounding
 
 
 def test_error_bound_refusals():

@@ -48,7 +48,8 @@ def maid(
     With a certificate, each hypergradient has a bound ω of its error, ε and δ are tightened until ω is at most ``max_error ‖z‖``, and a step must
     decrease the value in spite of both points' inner errors: ``f(y⁺) + e(y⁺) ≤ f(y) − e(y) − decrease ⟨z, x − x⁺⟩`` with
     ``e(y) = ‖∇_y f‖ε_y + L_f ε_y²/2``, ``ε_y = ‖∇_y g(y)‖/μ``. That is the paper's rule for strongly convex lower levels. The bound is proven where
-    `constants` are known; those that are None are estimated by a few products a step, and the bound then is an estimate.
+    `constants` are known, rounding included where their ``smoothness`` is; those that are None are estimated by a few products a step, and the
+    bound then is an estimate.
 
     Args:
       inner_solver: a solver to a tolerance (``inner.lbfgs``, ``inner.agd``, ``inner.gradient_descent``), which MAID sets. Default ``inner.lbfgs()``.
@@ -113,7 +114,8 @@ def _init(
     number = lambda value: jnp.asarray(value).astype(dtype)
     extra: tuple[Any, ...] = ()
     if known is not None:
-        unknown: dict[str, Any] = {name: number(1.0) for name in known._fields if name != "guaranteed"}
+        found = [name for name in known._fields if name != "guaranteed" and (name != "smoothness" or known.smoothness is not None)]
+        unknown: dict[str, Any] = {name: number(1.0) for name in found}
         extra = (Constants(guaranteed=False)._replace(**unknown), certificate.probes(inner.params), number(0.0))
     zero = tree.zeros_like(outer)
     return MaidState(

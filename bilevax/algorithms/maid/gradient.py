@@ -13,7 +13,7 @@ from bilevax._core import numbers
 from bilevax.algorithms._parts.directions import outer_pass
 from bilevax.algorithms._parts.solving import adjoint_to, curvature, solve_to
 from bilevax.base import Ctx, InnerSolver, InnerState, Problem, PyTree
-from bilevax.certificate import Constants, ErrorBound, Probes
+from bilevax.certificate import Constants, ErrorBound, Probes, Sizes
 from bilevax.results import RESULTS, ladder, warning
 
 ADJOINT = 500  # most products in one adjoint solve
@@ -118,7 +118,8 @@ def certified(
         there = contexts[0]._replace(model=solved.inner.model), contexts[1]._replace(model=solved.inner.model)
         k, probes, spent = certificate.estimate(problem, known, probes, solved.inner.params, x, g.q, products, there, anew & (tries == 0))
         residual = (g.residual * g.f_y_norm).astype(dtype)
-        bound = certificate.bound(k, g.inner_norm.astype(dtype), residual, adjoint_norm=tree.norm(g.q).astype(dtype))
+        sizes = Sizes(tree.norm(solved.inner.params).astype(dtype), tree.norm(g.z).astype(dtype), unit)
+        bound = certificate.bound(k, g.inner_norm.astype(dtype), residual, adjoint_norm=tree.norm(g.q).astype(dtype), sizes=sizes)
         wanted = max_error * tree.norm(g.z).astype(dtype)
         floor = ((epsilon <= 4 * unit) | ~solved.ok) & (delta <= 4 * unit)
         done = (bound.total <= wanted) | floor | (g.code != 0) | (tries + 1 >= TIGHTEN)
