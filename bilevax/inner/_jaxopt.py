@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -16,9 +16,10 @@ from bilevax._core import numbers
 from bilevax.base import Ctx, Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 from bilevax.inner._adapter import ended, lenient, own_rules
+from bilevax.inner._residual import agreed, as_residual, as_vector, flat
 
 
-def jaxopt(solver: Any, **settings: Any) -> base.InnerSolver:
+def jaxopt(solver: Any, *, residual: Callable[..., Any] | None = None, **settings: Any) -> base.InnerSolver:
     """Solve the lower level with a jaxopt solver, given as its class and keyword arguments.
 
     jaxopt binds the objective when a solver is built, so the solver is built inside, with the lower level's objective and with jaxopt's own
@@ -26,7 +27,10 @@ def jaxopt(solver: Any, **settings: Any) -> base.InnerSolver:
 
     Args:
       solver: a jaxopt class that minimises ``fun``: ``jaxopt.LBFGS``, ``BFGS``, ``NonlinearCG``, ``GradientDescent``, ``ProximalGradient``,
-        ``ProjectedGradient``.
+        ``ProjectedGradient``, ``MirrorDescent``; or one that takes residuals: ``jaxopt.GaussNewton``, ``LevenbergMarquardt``, ``Broyden``.
+      residual: ``(inner_params, outer_params, batch) -> array or pytree``, for the latter: what is brought to zero, or as near as least squares
+        come. The inner objective is the sum of its squares, up to a factor; where it is another function, the code is not_stationary. In
+        `argmin` it is called as the objective is, ``(inner, *args)``.
       **settings: its arguments but ``fun``, ``has_aux``, ``value_and_grad``, ``implicit_diff`` and ``unroll``; ``maxiter`` and ``tol`` above
         all. What its ``run`` takes beside the parameters goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. These are
         constants; for those that outer parameters move, take ``inner.fixed_point`` of ``inner.proximal_map``. Floats are leaves.
@@ -37,8 +41,8 @@ def jaxopt(solver: Any, **settings: Any) -> base.InnerSolver:
       error where there is a ``prox`` or ``projection``), ``iterations`` and ``code``: inner_not_converged where the error is above its ``tol``.
 
     Raises:
-      TypeError: if `solver` is not a jaxopt class, or has no such argument; for jaxopt's SciPy wrappers, quadratic programs, least-squares and
-        root solvers, which do not minimise ``fun`` in compiled code.
+      TypeError: if `solver` is not a jaxopt class, or has no such argument; for a `residual` that is missing or not wanted; for jaxopt's SciPy
+        wrappers, quadratic programs and other root solvers, which do not minimise ``fun`` in compiled code.
 
     Examples:
       >>> import warnings
@@ -58,15 +62,18 @@ def jaxopt(solver: Any, **settings: Any) -> base.InnerSolver:
     if not inspect.isclass(solver) or not (hasattr(solver, "init_state") and hasattr(solver, "run")):
         raise TypeError(f"solver: got {solver!r}; expected a jaxopt class and its keyword arguments. Try inner.jaxopt(jaxopt.LBFGS, maxiter=100).")
     taken = inspect.signature(solver).parameters
-    if "fun" not in taken:
+    solves_residuals = _takes_residuals(solver)
+    residual = as_residual(residual, f"jaxopt.{solver.__name__}", solves_residuals)
+    if "fun" not in taken and not solves_residuals:
         raise TypeError(f"solver: {solver.__name__} has no argument fun; expected a solver that minimises an objective, such as jaxopt.LBFGS.")
-    ours = [name for name in ("fun", "has_aux", "value_and_grad", "implicit_diff", "unroll") if name in settings]
+    ours = [name for name in ("fun", "residual_fun", "has_aux", "value_and_grad", "implicit_diff", "unroll") if name in settings]
     if ours:
         raise TypeError(f"{ours[0]}: is set by bilevax; leave it out.")
     run_names = set(inspect.signature(solver.init_state).parameters) - {"self", "init_params", "args", "kwargs"}
     unknown = [name for name in settings if name not in taken and name not in run_names]
     if unknown:
-        raise TypeError(f"{unknown[0]}: is no argument of jaxopt.{solver.__name__}; expected some of {', '.join(sorted(set(taken) - {'fun'}))}.")
+        known = ", ".join(sorted(set(taken) - {"fun", "residual_fun"}))
+        raise TypeError(f"{unknown[0]}: is no argument of jaxopt.{solver.__name__}; expected some of {known}.")
     if "maxiter" in settings:
         settings["maxiter"] = numbers.count(settings["maxiter"], "maxiter")
     if "tol" in settings:
@@ -74,7 +81,7 @@ def jaxopt(solver: Any, **settings: Any) -> base.InnerSolver:
     runtime = {name: settings.pop(name) for name in list(settings) if name not in taken}
     return base.InnerSolver(
         init=base.Bound("init", _init),
-        step=base.Bound(f"jaxopt.{solver.__name__}", _solve, solver=solver, settings=settings, runtime=runtime),
+        step=base.Bound(f"jaxopt.{solver.__name__}", _solve, solver=solver, settings=settings, runtime=runtime, residual=residual),
         steps=1,
         update=None,
         reversible=False,
@@ -92,16 +99,20 @@ def _refused(solver: Any) -> None:
             f"solver: got jaxopt.{name}, which solves quadratic programs given by their matrices; expected a minimiser of the objective. Try "
             "jaxopt.LBFGSB for bounds, inner.fixed_point(inner.proximal_map(...)) for a set with a projection."
         )
-    if "residual_fun" in taken:
+    if "block_prox" in taken:
         raise TypeError(
-            f"solver: got jaxopt.{name}, which takes a vector of residuals; expected a minimiser of the objective. Try jaxopt.LBFGS on the sum of "
-            "their squares."
+            f"solver: got jaxopt.{name}, which takes an objective composed of a linear map; expected a minimiser of any objective. Try "
+            "jaxopt.ProximalGradient with its prox."
         )
-    if any(each in taken for each in ("optimality_fun", "fixed_point_fun")) or name == "Broyden":
+    if any(each in taken for each in ("optimality_fun", "fixed_point_fun")):
         raise TypeError(
-            f"solver: got jaxopt.{name}, which solves equations; expected a minimiser of the objective. Try jaxopt.LBFGS on the sum of the squared "
-            "residuals, or inner.fixed_point(mapping) with hypergradient.fixed_point()."
+            f"solver: got jaxopt.{name}, which solves equations of another form; expected a minimiser of the objective. Try jaxopt.Broyden with "
+            "residual=, or inner.fixed_point(mapping) with hypergradient.fixed_point()."
         )
+
+
+def _takes_residuals(solver: Any) -> bool:
+    return "residual_fun" in inspect.signature(solver).parameters or solver.__name__ == "Broyden"
 
 
 def _optimality(settings: dict[Any, Any], runtime: dict[Any, Any]) -> base.Bound | None:
@@ -110,6 +121,8 @@ def _optimality(settings: dict[Any, Any], runtime: dict[Any, Any]) -> base.Bound
         return base.Bound("prox", _prox_step, prox=settings["prox"], hyperparams=runtime.get("hyperparams_prox"))
     if settings.get("projection") is not None:
         return base.Bound("projection", _projected_step, projection=settings["projection"], hyperparams=runtime.get("hyperparams_proj"))
+    if settings.get("projection_grad") is not None:
+        return base.Bound("mirror", _mirror_step, projection_grad=settings["projection_grad"], hyperparams=runtime.get("hyperparams_proj"))
     if runtime.get("bounds") is not None:
         return base.Bound("bounds", _projected_step, projection=_clip, hyperparams=runtime["bounds"])
     return None
@@ -133,6 +146,11 @@ def _projected_step(objective: Objective, params: PyTree, outer: PyTree, ctx: Ct
         return projection(_descent(objective, params, outer, ctx), hyperparams)
 
 
+def _mirror_step(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, *, projection_grad: Any, hyperparams: Any) -> PyTree:
+    with _lenient():
+        return projection_grad(params, jax.grad(objective, has_aux=True)(params, outer, ctx)[0], 1.0, hyperparams)
+
+
 def _init(params: PyTree) -> tuple[Any, ...]:
     return ()
 
@@ -147,15 +165,29 @@ def _lenient() -> Iterator[None]:
 
 
 def _solve(
-    objective: base.Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, solver: Any, settings: dict[Any, Any], runtime: dict[Any, Any]
+    objective: base.Objective,
+    state: base.InnerState,
+    outer: PyTree,
+    ctx: base.Ctx,
+    *,
+    solver: Any,
+    settings: dict[Any, Any],
+    runtime: dict[Any, Any],
+    residual: Objective | None,
 ) -> tuple[base.InnerState, dict[str, Scalar]]:
-    value = own_rules(lambda params, outer, ctx: objective(params, outer, ctx)[0])
+    start, back = as_vector(residual, state.params)
+    if residual is None:
+        value = own_rules(lambda params, outer, ctx: objective(params, outer, ctx)[0])
+    else:
+        value = own_rules(lambda params, outer, ctx: flat(residual, objective, back(params), outer, ctx))
     taken = inspect.signature(solver).parameters
     off = {name: False for name in ("implicit_diff", "unroll") if name in taken}
     with _lenient():
-        built = solver(fun=value, **settings, **off)
-        params, inside = built.run(state.params, **runtime, outer=outer, ctx=ctx)
+        built = solver(**{"residual_fun" if "residual_fun" in taken else "fun": value}, **settings, **off)
+        params, inside = built.run(start, **runtime, outer=outer, ctx=ctx)
     error = jnp.asarray(inside.error).astype(tolerance.scalar_dtype(state.params))
-    constrained = any(name in taken for name in ("prox", "projection"))
+    constrained = any(name in taken for name in ("prox", "projection", "projection_grad"))
     said = {"grad_norm": error} if constrained else {}
-    return ended(objective, state, params, outer, ctx, error <= jnp.asarray(built.tol).astype(error.dtype), inside.iter_num, **said)
+    solved = error <= jnp.asarray(built.tol).astype(error.dtype)
+    end, info = ended(objective, state, back(params), outer, ctx, solved, inside.iter_num, **said)
+    return end, agreed(residual, objective, state.params, outer, ctx, info)

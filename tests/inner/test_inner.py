@@ -12,6 +12,7 @@ import optax
 import optimistix
 import pytest
 
+import bilevax as bx
 from bilevax import base, inner
 from bilevax.inner.lbfgs import inverse_hessian_product
 from bilevax.results import RESULTS
@@ -482,6 +483,65 @@ def test_optimistix_minimiser():
     assert int(info["code"]) == RESULTS.success and int(info["iterations"]) > 0
 
 
+def _curved(y, x, batch):
+    """As many residuals as unknowns, with a root: ``y³/10 + y = x`` in both halves."""
+    return {"both": jnp.concatenate([y["a"], y["b"]]) ** 3 / 10 + jnp.concatenate([y["a"], y["b"]]) - x * batch}
+
+
+BY_RESIDUALS = {
+    "jaxopt.GaussNewton": lambda r: inner.jaxopt(jaxopt.GaussNewton, residual=r, maxiter=50, tol=1e-9),
+    "jaxopt.LevenbergMarquardt": lambda r: inner.jaxopt(jaxopt.LevenbergMarquardt, residual=r, maxiter=50, tol=1e-9, gtol=1e-10, xtol=1e-10),
+    "jaxopt.Broyden": lambda r: inner.jaxopt(jaxopt.Broyden, residual=r, maxiter=100, tol=1e-9),
+    "optimistix.LevenbergMarquardt": lambda r: inner.optimistix(optimistix.LevenbergMarquardt(1e-10, 1e-10), residual=r),
+    "optimistix.GaussNewton": lambda r: inner.optimistix(optimistix.GaussNewton(1e-10, 1e-10), residual=r),
+    "optimistix.Newton": lambda r: inner.optimistix(optimistix.Newton(1e-10, 1e-10), residual=r),
+    "optimistix.Chord": lambda r: inner.optimistix(optimistix.Chord(1e-10, 1e-10), residual=r),
+}
+QUICK = ("jaxopt.LevenbergMarquardt", "optimistix.Newton")
+
+
+@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BY_RESIDUALS])
+def test_solvers_of_residuals(name):
+    """The root of ``y³/10 + y = 1.1``, which is 1, and its derivative ``1/1.3``; a sum of other squares is another problem, and said to be."""
+    solver, start = BY_RESIDUALS[name](_curved), {"a": jnp.full(2, 0.7), "b": jnp.full(1, 0.4)}
+    squares = lambda y, x, batch: 3 * jnp.sum(_curved(y, x, batch)["both"] ** 2)
+    outer = lambda y, x, batch: jnp.sum(y["a"]) + 2 * jnp.sum(y["b"])
+
+    def both(x):
+        fn = bx.value_and_hypergrad(squares, outer, solver=solver, hypergradient=bx.hypergradient.implicit())
+        other = bx.value_and_hypergrad(
+            lambda y, x, b: squares(y, x, b) + 0.1 * jnp.sum(y["a"]), outer, solver=solver, hypergradient=bx.hypergradient.implicit()
+        )
+        return fn(start, x, jnp.ones(())), other(start, x, jnp.ones(()))
+
+    right, wrong = jax.jit(both)(jnp.full(3, 1.1))
+    np.testing.assert_allclose(np.concatenate([right.inner_params["a"], right.inner_params["b"]]), 1.0, rtol=1e-7)
+    np.testing.assert_allclose(right.grad, np.array([1.0, 1.0, 2.0]) / 1.3, rtol=1e-6)
+    assert int(right.info["code"]) == RESULTS.success
+    assert int(wrong.info["code"]) == RESULTS.not_stationary and np.all(np.isnan(wrong.grad))
+
+
+def test_argmin_by_a_root_finder():
+    """``y³/10 + y = a x`` at ``y = 1``: ``dy/dx = a/1.3``, ``dy/da = x/1.3``; the residual is called as the objective is."""
+    residual = lambda y, x, a: y**3 / 10 + y - a * x
+    root = bx.argmin(lambda y, x, a: jnp.sum(residual(y, x, a) ** 2), inner.optimistix(optimistix.Newton(1e-10, 1e-10), residual=residual))
+    value, grads = jax.value_and_grad(lambda x, a: jnp.sum(root(jnp.full(2, 0.7), x, a)), (0, 1))(jnp.full(2, 0.55), jnp.asarray(2.0))
+    np.testing.assert_allclose(value, 2.0, rtol=1e-9)
+    np.testing.assert_allclose(grads[0], 2 / 1.3, rtol=1e-7)
+    np.testing.assert_allclose(grads[1], 2 * 0.55 / 1.3, rtol=1e-7)
+
+
+def test_mirror_descent_ends_at_a_fixed_point_of_its_step():
+    """On the simplex, ``y = x / Σx`` minimises ``Σ y log(y / x)``; its derivative by the rule of that step."""
+    step = jaxopt.MirrorDescent.make_projection_grad(lambda v, _: jax.nn.softmax(v), jnp.log)
+    solver = inner.jaxopt(jaxopt.MirrorDescent, projection_grad=step, stepsize=0.5, maxiter=200, tol=1e-9)
+    g = lambda y, x, b: jnp.sum(y * jnp.log(y / x))
+    fn = bx.value_and_hypergrad(g, lambda y, x, b: y[0], solver=solver, hypergradient=bx.hypergradient.implicit())
+    est = jax.jit(fn)(jnp.full(3, 1 / 3), jnp.array([1.0, 2.0, 5.0]))
+    np.testing.assert_allclose(est.inner_params, np.array([1.0, 2.0, 5.0]) / 8, rtol=1e-7)
+    np.testing.assert_allclose(est.grad, [7 / 64, -1 / 64, -1 / 64], atol=1e-8)
+
+
 def test_numbers_of_every_solver_are_leaves():
     for make in (
         lambda v: inner.gradient_descent(v),
@@ -520,17 +580,19 @@ def test_import_brings_no_heavy_package():
         (lambda: inner.jaxopt(jaxopt.Bisection), TypeError, "solver:"),
         (lambda: inner.jaxopt(jaxopt.BoxOSQP), TypeError, "solver: got jaxopt.BoxOSQP, which solves quadratic programs.*Try"),
         (lambda: inner.jaxopt(jaxopt.OSQP), TypeError, "solver: got jaxopt.OSQP, which solves quadratic programs.*Try"),
-        (lambda: inner.jaxopt(jaxopt.LevenbergMarquardt), TypeError, "solver: got jaxopt.LevenbergMarquardt, which takes a vector.*Try"),
-        (lambda: inner.jaxopt(jaxopt.GaussNewton), TypeError, "solver: got jaxopt.GaussNewton, which takes a vector.*Try"),
+        (lambda: inner.jaxopt(jaxopt.LevenbergMarquardt), TypeError, "residual: got None with jaxopt.LevenbergMarquardt.*Try"),
+        (lambda: inner.jaxopt(jaxopt.Broyden), TypeError, "residual: got None with jaxopt.Broyden.*Try"),
+        (lambda: inner.jaxopt(jaxopt.LBFGS, residual=quadratic), TypeError, "residual: got .* with jaxopt.LBFGS, which minimises"),
+        (lambda: inner.jaxopt(jaxopt.BlockCoordinateDescent), TypeError, "solver: got jaxopt.BlockCoordinateDescent, which takes an objective.*Try"),
         (lambda: inner.jaxopt(jaxopt.ScipyMinimize), TypeError, "solver: got jaxopt.ScipyMinimize, which runs SciPy on the host.*Try"),
-        (lambda: inner.jaxopt(jaxopt.Broyden), TypeError, "solver: got jaxopt.Broyden, which solves equations.*Try"),
         (lambda: inner.jaxopt(jaxopt.FixedPointIteration), TypeError, "solver: got jaxopt.FixedPointIteration, which solves equations.*Try"),
         (
             lambda: inner.optimistix(optimistix.LevenbergMarquardt(1e-6, 1e-6)),
             TypeError,
-            "solver: got LevenbergMarquardt, which takes residuals.*expected an optimistix minimiser. Try",
+            "residual: got None with optimistix.LevenbergMarquardt.*expected residual=.*Try",
         ),
-        (lambda: inner.optimistix(optimistix.Newton(1e-6, 1e-6)), TypeError, "solver: got Newton, which takes residuals.*expected an optimistix"),
+        (lambda: inner.optimistix(optimistix.Newton(1e-6, 1e-6)), TypeError, "residual: got None with optimistix.Newton.*Try"),
+        (lambda: inner.optimistix(optimistix.FixedPointIteration(1e-6, 1e-6)), TypeError, "solver: got FixedPointIteration.*Try.*inner.fixed_point"),
         (lambda: inner.optimistix(object()), TypeError, "solver:"),
         (lambda: inner.optimistix(optimistix.BFGS(rtol=1e-3, atol=1e-3), maxiter=0), ValueError, "maxiter:"),
     ],
