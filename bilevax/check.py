@@ -140,6 +140,8 @@ def problem(
     for name, optional in (("inner_init", inner_init), ("project", project)):
         if optional is not None and not callable(optional):
             raise TypeError(f"{name}: got {describe(optional)}; expected a function of outer_params, or None.")
+    if project is not None:
+        numbers.takes(project, "project", "(outer_params) -> outer_params")
     if objective(outer_objective).indexed:
         raise TypeError("outer_objective: got objective(..., indexed=True); expected it at the inner level only, whose steps have numbers.")
     for draw in (inner_draw, hyper_draw, outer_draw):
@@ -240,7 +242,16 @@ def evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: C
         ) from error
     except ValueError:  # no signature to read (some builtins): the call itself will tell
         pass
-    out = jax.eval_shape(obj.fn, *args, **kwargs)
+    try:
+        out = jax.eval_shape(obj.fn, *args, **kwargs)
+    except Exception as error:
+        shapes = [_shapes(given) for given in args[:3]]
+        missing = " No data was given for this level." if ctx.batch is None else ""
+        error.add_note(
+            f"{name}: raised this when called as {form} with inner_params={shapes[0]}, outer_params={shapes[1]}, batch={shapes[2]}; expected a "
+            f"function that takes them in this order.{missing}"
+        )
+        raise
     if obj.has_aux or obj.stateful:
         extra = "(model_state, aux)" if obj.has_aux and obj.stateful else "aux" if obj.has_aux else "model_state"
         want = f"(value, {extra})"

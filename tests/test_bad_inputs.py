@@ -39,6 +39,20 @@ TABLE = [
         TypeError,
         "inner_objective.*got a function of .y, x.; expected one of .inner_params",
     ),
+    ("too few arguments of project", dict(project=lambda: 0.0), TypeError, "project: got a function of ..; expected one of .outer_params."),
+    ("swapped arguments of data", dict(inner_data=lambda key: 0.0), TypeError, "inner_data: got a function of .key.; expected one of .key, step."),
+    (
+        "metrics of two",
+        dict(metrics=bx.metrics(lambda y, x: {"a": 0.0})),
+        TypeError,
+        "metrics .*: got a function of .y, x.; expected one of .inner_params, outer_params, data.",
+    ),
+    (
+        "data that was not given",
+        dict(inner_objective=lambda y, x, b: jnp.sum((y - b["t"]) ** 2) + jnp.sum(x * y), inner_data=None),
+        TypeError,
+        r"inner_objective .*: raised this when called as .inner_params, outer_params, batch. with inner_params=float64\[2\].*No data was given",
+    ),
     ("vector value", dict(inner_objective=lambda y, x, b: y - x), ValueError, r"inner_objective.*returned float64\[2\]; expected a scalar"),
     ("vector outer value", dict(outer_objective=lambda y, x, b: y), ValueError, r"outer_objective.*returned float64\[2\]; expected a scalar"),
     (

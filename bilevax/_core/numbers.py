@@ -7,6 +7,7 @@ what. Try this.* Booleans are no numbers, NumPy scalars are. Traced scalars pass
 
 from __future__ import annotations
 
+import inspect
 import math
 import numbers
 from collections.abc import Sequence
@@ -24,6 +25,17 @@ def describe(value: Any) -> str:
     kind, text = type(value).__name__, repr(value)
     text = text if len(text) <= 80 else text[:77] + "..."
     return text if text.startswith(kind) else f"{kind} {text}"
+
+
+def takes(fn: Any, argument: str, form: str) -> None:
+    """A function that can be called as `form` says, ``(inner_params, outer_params, data) -> dict``."""
+    names = form[form.index("(") + 1 : form.index(")")].split(",")
+    try:
+        inspect.signature(fn).bind(*[name for name in names if name.strip()])
+    except TypeError as error:
+        raise TypeError(f"{argument}: got a function of {inspect.signature(fn)}; expected one of {form}.") from error
+    except ValueError:  # no signature to read (some builtins): the call itself will tell
+        return
 
 
 def shown(value: Any) -> str:

@@ -44,6 +44,8 @@ class Bound:
 
 
 def _short(value: Any) -> str:
+    if isinstance(value, jax.core.Tracer):
+        return f"<{value.aval.str_short()}>"
     if isinstance(value, (jax.Array, np.ndarray)) and jnp.ndim(value):
         return f"<{value.dtype}{list(value.shape)}>"
     if callable(value) and hasattr(value, "__name__"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import signal
 import time
@@ -29,6 +30,7 @@ from bilevax.run.rows import packing, row_of, write
 from bilevax.run.signals import Signals
 from bilevax.run.solution import Solution
 from bilevax.run.state import CHUNK, Best, Plan, Ready, RunState
+from bilevax.run.waiting import compiling
 from bilevax.run.window import Window, stream_of
 from bilevax.sharding.report import Compiled
 
@@ -273,7 +275,8 @@ class Loop:
         data, steps = self.window.read(self.start + self.done, n)
         if steps:
             since, first = time.perf_counter(), self.start + self.done
-            self.run, rows, count = run_chunk(self.static, self.capacity, self.run, self.dynamic, data, steps)
+            with contextlib.nullcontext() if self.first_chunk else compiling(name_of(self.plan.algorithm.step)):
+                self.run, rows, count = run_chunk(self.static, self.capacity, self.run, self.dynamic, data, steps)
             self.window.prefetch(self.length, self.start + self.options.num_steps)
             self.peers.wait(count)
             count = int(count)

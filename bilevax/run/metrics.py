@@ -90,6 +90,7 @@ def metrics(
 def check_metrics(value: Metrics, inner: PyTree, outer: PyTree, model: PyTree, taken: set[str]) -> Metrics:
     """The metrics with their names, when they are a dict of floating-point scalars with names of their own."""
     name = getattr(value.fn, "__name__", repr(value.fn))
+    numbers.takes(value.fn, f"metrics ({name})", f"(inner_params, outer_params, data{', model_state' if value.stateful else ''}) -> dict of scalars")
     out = jax.eval_shape(lambda d: value.fn(inner, outer, d, *((model,) if value.stateful else ())), value.data)
     if not isinstance(out, dict) or not out:
         raise TypeError(f"metrics ({name}): returned {check.describe(out)}; expected a dict of scalars by name.")

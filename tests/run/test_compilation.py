@@ -1,11 +1,14 @@
 """One trace a shape: counted on the compiled chunk and on the objective itself."""
 
+import time
+
 import jax
 import jax.numpy as jnp
 import optax
 
 import bilevax as bx
 from bilevax import base
+from bilevax.run import waiting
 from bilevax.run.chunk import run_chunk
 
 
@@ -46,9 +49,19 @@ def test_a_thousand_steps_cost_one_trace_and_later_calls_none():
 def test_the_step_is_traced_once_within_a_compilation():
     inner, outer, traces = problem()
     bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.zeros(2), algorithm=algorithm(), num_steps=3)
-    # two abstract checks, of shapes and of what is read; one inner step and one linearisation in the step, whose jaxpr serves both the row's
-    # shapes and the loop
-    assert len(traces) <= 5, len(traces)
+    # three abstract checks, of shapes, of what is read and of what turns the inner gradient; one inner step and one linearisation in the step,
+    # whose jaxpr serves both the row's shapes and the loop
+    assert len(traces) <= 6, len(traces)
+
+
+def test_a_line_of_log_while_the_compiler_works(monkeypatch, caplog):
+    with waiting.compiling("maid"):
+        pass
+    assert not caplog.text
+    monkeypatch.setattr(waiting, "LONG", 0.01)
+    with waiting.compiling("maid"):
+        time.sleep(0.2)
+    assert "maid: tracing and compiling the first steps has taken 0 s so far" in caplog.text
 
 
 def test_python_floats_and_numbers_of_other_algorithms_cost_no_trace():
