@@ -10,6 +10,7 @@ from jax import lax
 
 import bilevax as bx
 from bilevax import linear
+from tests.selection import quick
 
 H = bx.hypergradient
 A = jnp.asarray([1.0, 3.0])
@@ -59,7 +60,7 @@ def close(found, exact, tol=1e-8):
     chex.assert_trees_all_close(found, exact, rtol=tol, atol=tol)
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(METHODS, ["implicit", "unrolled", "fixed point"]))
 def test_the_value_in_everything_that_it_reads(name):
     fn = make(name)
     found = jax.jit(jax.grad(lambda x, a, b: fn(START, x, a, b).value, (0, 1, 2)))(X, INNER, OUTER)
@@ -67,7 +68,7 @@ def test_the_value_in_everything_that_it_reads(name):
     close(fn(START, X, INNER, OUTER).grad, found[0], 1e-12)
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("unrolled", "mixed", "forward")])
+@pytest.mark.parametrize("name", quick([name for name in METHODS if name not in ("unrolled", "mixed", "forward")], ["implicit", "fixed point"]))
 def test_the_value_forwards_and_over_lanes(name):
     fn = make(name)
     value = lambda x, a: fn(START, x, a, OUTER).value
@@ -78,7 +79,7 @@ def test_the_value_forwards_and_over_lanes(name):
     close(jax.vmap(jax.grad(value), (0, None))(xs, INNER), jax.vmap(jax.grad(lambda x: closed(x, INNER, OUTER)))(xs))
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize("name", quick(METHODS, ["implicit", "unrolled", "fixed point", "neumann"]))
 def test_the_gradient_again_or_refused(name):
     fn = make(name)
     grad = lambda x, a: fn(START, x, a, OUTER).grad
@@ -153,7 +154,7 @@ def test_in_the_carry_and_the_outputs_of_a_scan(name):
     close(jax.jit(jax.value_and_grad(lambda x: (run(x), fn(START, x, INNER, OUTER)), has_aux=True))(X)[1], jax.grad(plain)(X))
 
 
-@pytest.mark.parametrize("name", [name for name in METHODS if name not in ("mixed",)])
+@pytest.mark.parametrize("name", quick([name for name in METHODS if name not in ("mixed",)], ["implicit", "unrolled", "fixed point"]))
 def test_the_solution_and_the_aux_carry_the_best_response(name):
     solver, method = METHODS[name]
     judge = bx.objective(lambda y, x, batch: (outer(y, x, batch), {"size": jnp.sum(y**2), "count": 3}), has_aux=True)

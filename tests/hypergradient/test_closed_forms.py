@@ -11,6 +11,7 @@ import bilevax as bx
 from bilevax import base
 from tests import problems
 from tests.problems import PROBLEMS, QUADRATICS, TEXTBOOK, flatten
+from tests.selection import quick
 
 H, L = bx.hypergradient, bx.linear
 STILL = bx.inner.optax(optax.set_to_zero(), 1)  # leaves the point where it is
@@ -199,7 +200,7 @@ def test_smoothing_is_unbiased(name, antithetic):
     assert np.all(np.abs(error) <= 3 * standard), error / standard
 
 
-@pytest.mark.parametrize("name", [name for name in TEXTBOOK if PROBLEMS[name].sampled])
+@pytest.mark.parametrize("name", quick([name for name in TEXTBOOK if PROBLEMS[name].sampled], ["quadratic_tree"]))
 @pytest.mark.parametrize("method", ["one_step", "finite_difference", "sama", "fixed adjoint"])
 def test_minibatches_of_products_are_unbiased(name, method):
     """Batches for second-order products, drawn apart from the solve's: their mean is the full batch's product, since it is linear in the batch."""

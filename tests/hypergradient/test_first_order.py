@@ -14,6 +14,7 @@ from bilevax.hypergradient.sama import adapt
 from bilevax.results import RESULTS, warnings_in
 from tests import problems
 from tests.problems import PROBLEMS, QUADRATICS, flatten, unflatten
+from tests.selection import quick
 
 quadratics = pytest.mark.parametrize("form", [PROBLEMS[name] for name in QUADRATICS], ids=QUADRATICS)
 
@@ -131,7 +132,7 @@ def model_problem():
     return jax.tree.map(jnp.asarray, (y, x, *batches))
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("name", quick(OPTIMIZERS, ["momentum", "adamw", "clip_adam_schedule", "multi_transform", "tunable"]))
 def test_sama_is_the_dense_jacobian_of_the_update(name):
     y0, x, inner_batch, outer_batch = model_problem()
     opt = OPTIMIZERS[name]()
@@ -303,7 +304,7 @@ def test_the_update_that_accumulation_leads_to_has_a_derivative(done):
 @pytest.mark.parametrize("method", [one_step(), finite_difference(), sama(), sama(product="difference"), sama(nudge=True)], ids=repr)
 def test_zero_cotangent_gives_zero(method):
     y, x = jnp.ones(3), jnp.asarray([0.5, 2.0, -1.0])
-    outer = lambda y, x, batch: jnp.sum(x * x)
+    outer = lambda y, x, batch: jnp.sum(x * x) + 0.0 * jnp.sum(y)
     fn = bx.value_and_hypergrad(cubic_in_inner, outer, solver=bx.inner.optax(optax.adam(0.1), 2), hypergradient=method)
     out = jax.jit(fn)(y, x)
     np.testing.assert_array_equal(out.grad, 2 * x)

@@ -14,6 +14,7 @@ from bilevax.base import Ctx, Feed, InnerState, Lower
 from bilevax.data import same
 from bilevax.results import warnings_in
 from tests.problems import PROBLEMS, adjoint_quadratic, flatten, neumann_quadratic
+from tests.selection import quick
 
 SOLVED = bx.inner.lbfgs(maxiter=500, tol=1e-13)
 STANDING = bx.inner.optax(optax.sgd(0.0), 1)  # leaves the point where it is
@@ -40,7 +41,7 @@ def at_solution(form, method, state=None, batch=None, calls=1):
     return out
 
 
-@pytest.mark.parametrize("name", PROBLEMS)
+@pytest.mark.parametrize("name", quick(PROBLEMS, ["quadratic_ill", "logistic_data_weights", "poisson", "cosh"]))
 def test_closed_forms(name):
     form = PROBLEMS[name]
     (est,) = at_solution(form, bx.hypergradient.implicit(linear.cg(maxiter=1000, tol=1e-13)))

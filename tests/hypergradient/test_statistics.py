@@ -11,6 +11,7 @@ from flax import linen, nnx
 import bilevax as bx
 from bilevax import RESULTS, results
 from bilevax import hypergradient as H
+from tests.selection import quick
 
 
 def inner(w, x, batch, mean):  # x: a learned image; mean: its running average, as BatchNorm keeps it
@@ -43,7 +44,7 @@ def estimate(method, steps, x, mean=0.0):
     return fn(jnp.zeros(()), x, state=fn.init(jnp.zeros(()), model_state=jnp.asarray(mean)))
 
 
-@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("steps", quick([1, 5], [5]))
 @pytest.mark.parametrize("name", SEEING)
 def test_statistics_are_differentiated(name, steps):
     x = jnp.asarray(1.3)
