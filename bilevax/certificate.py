@@ -178,7 +178,8 @@ def error_bound(info: Mapping[str, Scalar], constants: Constants, inner_params: 
             numbers.positive(value, f"constants.{name}", zero=name != "strong_convexity")
     w, sizes = info["cotangent_norm"], None
     if inner_params is not None and "grad_norm" in info:
-        check.params(tree.strong(inner_params), "inner_params")
+        inner_params = check.arrays(inner_params, "inner_params")
+        check.params(inner_params, "inner_params")
         sizes = Sizes(tree.norm(inner_params).astype(jnp.asarray(w).dtype), info["grad_norm"], numbers.rounding_unit(inner_params))
     return bound(constants, info["inner_grad_norm"], info["adjoint_residual"] * w, cotangent_norm=w, sizes=sizes)
 
