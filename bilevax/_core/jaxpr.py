@@ -6,38 +6,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 
-def reads(fn: Callable[..., Any], argument: Any, *given: Any) -> list[bool]:
-    """Of each leaf of `argument`, whether the outputs of ``fn(argument, *given)`` depend on it: what is left when dead code is dropped."""
+def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
+    """Of each leaf of `argument`, whether the outputs of ``fn(argument)`` depend on it: what is left when dead code is dropped."""
     import jax
     from jax.interpreters import partial_eval
 
-    closed = jax.make_jaxpr(fn)(argument, *given)
-    left = partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1]
-    return list(left)[: len(jax.tree.leaves(argument))]
-
-
-def learns(fn: Callable[..., Any], argument: Any, *given: Any) -> tuple[list[bool], list[bool]]:
-    """Of each leaf of `argument`, whether the scalar ``fn(argument, *given)`` depends on it, and whether its derivative may be other than zero.
-
-    What a program reads it may still not be differentiated in: behind ``stop_gradient`` derivatives are zero by construction.
-    """
-    import jax
-    import numpy as np
-    from jax.interpreters import partial_eval
-
-    count = len(jax.tree.leaves(argument))
-    closed = jax.make_jaxpr(fn)(argument, *given)
-    read = list(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1])[:count]
-    learned = list(read)
-    if not any(read) or not contains(closed.jaxpr, "stop_gradient"):
-        return read, learned
-    derived = jax.make_jaxpr(jax.grad(fn))(argument, *given).jaxpr
-    for i in [i for i, was_read in enumerate(read) if was_read]:
-        alone, used = partial_eval.dce_jaxpr(derived, [j == i for j in range(count)])
-        if not any(used) and not alone.constvars:
-            with jax.ensure_compile_time_eval():
-                learned[i] = bool(np.any(np.asarray(evaluate(alone, [], [])[0])))
-    return read, learned
+    closed = jax.make_jaxpr(fn)(argument)
+    return list(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1])
 
 
 def dependences(fn: Callable, argument: Any) -> tuple[list[bool], list[bool]]:
@@ -84,21 +59,10 @@ def evaluate(jaxpr: Any, captured: Sequence[Any], leaves: Sequence[Any]) -> list
 
 def has_rule_of_its_own(jaxpr: Any) -> bool:
     """Whether something in a program brings its own reverse-mode rule, which need not be differentiable backwards again."""
-    return contains(jaxpr, "custom_vjp_call")
-
-
-def has_plain_loop(jaxpr: Any) -> bool:
-    """Whether a program has a loop to a condition that brings no rule of its own."""
-    return contains(jaxpr, "while", outside="custom_vjp_call")
-
-
-def contains(jaxpr: Any, primitive: str, outside: str = "") -> bool:
-    """Whether an operation whose name begins so stands in a program, or in one inside it; not in those of operations named `outside`."""
     import jax.extend.core as jex
 
-    eqns = [eqn for eqn in jaxpr.eqns if not (outside and eqn.primitive.name.startswith(outside))]
-    if any(eqn.primitive.name.startswith(primitive) for eqn in eqns):
+    if any(eqn.primitive.name.startswith("custom_vjp_call") for eqn in jaxpr.eqns):
         return True
-    inside = [leaf for eqn in eqns for value in eqn.params.values() for leaf in (value if isinstance(value, (tuple, list)) else (value,))]
+    inside = [leaf for eqn in jaxpr.eqns for value in eqn.params.values() for leaf in (value if isinstance(value, (tuple, list)) else (value,))]
     inner = [leaf.jaxpr if isinstance(leaf, jex.ClosedJaxpr) else leaf for leaf in inside if isinstance(leaf, (jex.ClosedJaxpr, jex.Jaxpr))]
-    return any(contains(each, primitive, outside) for each in inner)
+    return any(has_rule_of_its_own(each) for each in inner)

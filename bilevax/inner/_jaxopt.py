@@ -29,8 +29,7 @@ def jaxopt(solver: Any, *, residual: Callable[..., Any] | None = None, **setting
       solver: a jaxopt class that minimises ``fun``: ``jaxopt.LBFGS``, ``BFGS``, ``NonlinearCG``, ``GradientDescent``, ``ProximalGradient``,
         ``ProjectedGradient``, ``MirrorDescent``; or one that takes residuals: ``jaxopt.GaussNewton``, ``LevenbergMarquardt``, ``Broyden``.
       residual: ``(inner_params, outer_params, batch) -> array or pytree``, for the latter: what is brought to zero, or as near as least squares
-        come. The inner objective is the sum of its squares, up to a factor; where it is another function, the code is not_stationary. In
-        `argmin` it is called as the objective is, ``(inner, *args)``.
+        come. The inner objective is the sum of its squares, up to a factor; where it is another function, the code is not_stationary.
       **settings: its arguments but ``fun``, ``has_aux``, ``value_and_grad``, ``implicit_diff`` and ``unroll``; ``maxiter`` and ``tol`` above
         all. What its ``run`` takes beside the parameters goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. These are
         constants; for those that outer parameters move, take ``inner.fixed_point`` of ``inner.proximal_map``. Floats are leaves.

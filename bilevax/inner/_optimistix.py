@@ -21,8 +21,7 @@ def optimistix(solver: Any, *, residual: Callable[..., Any] | None = None, maxit
       solver: an optimistix minimiser: ``optimistix.BFGS(rtol=1e-6, atol=1e-6)``; or one that takes residuals:
         ``optimistix.LevenbergMarquardt``, ``GaussNewton``, ``Newton``, ``Chord``. Its tolerances are leaves.
       residual: ``(inner_params, outer_params, batch) -> array or pytree``, for the latter: what is brought to zero, or as near as least squares
-        come. The inner objective is the sum of its squares, up to a factor; where it is another function, the code is not_stationary. In
-        `argmin` it is called as the objective is, ``(inner, *args)``. For a root
+        come. The inner objective is the sum of its squares, up to a factor; where it is another function, the code is not_stationary. For a root
         finder it has as many entries as the inner parameters.
       maxiter: most steps in one solve.
 

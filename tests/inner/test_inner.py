@@ -521,16 +521,6 @@ def test_solvers_of_residuals(name):
     assert int(wrong.info["code"]) == RESULTS.not_stationary and np.all(np.isnan(wrong.grad))
 
 
-def test_argmin_by_a_root_finder():
-    """``y³/10 + y = a x`` at ``y = 1``: ``dy/dx = a/1.3``, ``dy/da = x/1.3``; the residual is called as the objective is."""
-    residual = lambda y, x, a: y**3 / 10 + y - a * x
-    root = bx.argmin(lambda y, x, a: jnp.sum(residual(y, x, a) ** 2), inner.optimistix(optimistix.Newton(1e-10, 1e-10), residual=residual))
-    value, grads = jax.value_and_grad(lambda x, a: jnp.sum(root(jnp.full(2, 0.7), x, a)), (0, 1))(jnp.full(2, 0.55), jnp.asarray(2.0))
-    np.testing.assert_allclose(value, 2.0, rtol=1e-9)
-    np.testing.assert_allclose(grads[0], 2 / 1.3, rtol=1e-7)
-    np.testing.assert_allclose(grads[1], 2 * 0.55 / 1.3, rtol=1e-7)
-
-
 def test_mirror_descent_ends_at_a_fixed_point_of_its_step():
     """On the simplex, ``y = x / Σx`` minimises ``Σ y log(y / x)``; its derivative by the rule of that step."""
     step = jaxopt.MirrorDescent.make_projection_grad(lambda v, _: jax.nn.softmax(v), jnp.log)
