@@ -313,7 +313,8 @@ def front(points: Mapping[str, Any], labels: Sequence[str] = ("first objective",
     Examples:
       >>> from bilevax import plots
       >>> ax = plots.front({"a": [[0.0, 2.0], [1.0, 1.0], [2.0, 1.5]], "b": [[2.0, 2.0]]})
-      >>> ax.get_lines()[0].get_xydata().tolist()  # of the first set, what no other of its points is better than in both
+      >>> first = ax.get_lines()[0]  # what no other point of its set is better than in both
+      >>> first.get_xydata().tolist()
       [[0.0, 2.0], [1.0, 1.0]]
     """
     plt = _pyplot()

@@ -24,7 +24,7 @@ def kkt(
     r"""Implicit differentiation of ``y* = argmin_y g(y, x) subject to c(y, x) = 0, h(y, x) <= 0``, through its optimality conditions.
 
     .. math::
-        \begin{pmatrix} \nabla^2_{yy} L & C^\top & H_a^\top \\ C & 0 & 0 \\ H_a & 0 & 0 \end{pmatrix}
+        \begin{pmatrix} \nabla^2_{yy} L & C^\top & H_a^\top \\ C & 0 & 0 \\ H_a & 0 & 0\end{pmatrix}
         \begin{pmatrix} q \\ p \\ r \end{pmatrix} = \begin{pmatrix} w \\ 0 \\ 0 \end{pmatrix},
         \qquad dx = -\nabla^2_{xy} L \; q - (\partial_x c)^\top p - (\partial_x h_a)^\top r,
 
