@@ -1,5 +1,6 @@
-"""Types: a user's type checkers accept what the documentation shows, and point at what is wrong."""
+"""Types: the package's own functions have them; a user's checkers accept what the documentation shows, and point at what is wrong."""
 
+import ast
 import doctest
 import importlib
 import inspect
@@ -57,6 +58,27 @@ def step(state: InnerState) -> InnerState:
 
 solver = InnerSolver(init=init, step=step, steps="three")
 """
+
+
+# ---- the package
+
+
+def test_functions_of_modules_and_classes_are_annotated():
+    """Those inside functions are traced on whatever surrounds them, and are left to inference."""
+
+    def bare(body, where):
+        for node in body:
+            if isinstance(node, ast.ClassDef):
+                yield from bare(node.body, f"{where}.{node.name}")
+            elif isinstance(node, ast.FunctionDef):
+                given = node.args
+                named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
+                untyped = [a.arg for a in named if a is not None and a.annotation is None and a.arg not in ("self", "cls")]
+                if untyped or (node.returns is None and node.name != "__init__"):
+                    yield f"{where}.{node.name}: {untyped or 'returns'}"
+
+    found = [line for path in sorted((ROOT / "bilevax").rglob("*.py")) for line in bare(ast.parse(path.read_text()).body, path.stem)]
+    assert not found, "\n".join(found)
 
 
 # ---- a user's script

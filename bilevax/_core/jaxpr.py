@@ -15,7 +15,7 @@ def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
     return list(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1])
 
 
-def dependences(fn: Callable, argument: Any) -> tuple[list[bool], list[bool]]:
+def dependences(fn: Callable[..., Any], argument: Any) -> tuple[list[bool], list[bool]]:
     """Of one trace: what `reads` says, and the same where a dependence through ``stop_gradient`` counts for nothing.
 
     Functions that bring a derivative of their own are not looked into.

@@ -21,8 +21,8 @@ class Play(NamedTuple):
     player's optimizer, and `seen` is what `field` gave at `params`.
     """
 
-    init: Callable
-    step: Callable
+    init: Callable[..., Any]
+    step: Callable[..., Any]
 
     def __repr__(self) -> str:
         return repr(self.step)
@@ -122,11 +122,11 @@ def consensus(strength: float = 1.0) -> Play:
     return Play(Bound("init", _nothing), Bound("consensus", _consensus, strength=numbers.positive(strength, "strength")))
 
 
-def _nothing(params: PyTree) -> tuple:
+def _nothing(params: PyTree) -> tuple[Any, ...]:
     return ()
 
 
-def _last(params: PyTree) -> tuple:
+def _last(params: PyTree) -> tuple[Any, ...]:
     return tree.zeros_like(params), jnp.asarray(False)
 
 

@@ -63,7 +63,7 @@ class GameState(NamedTuple):
     memory: PyTree
 
 
-def _init(problem: Game, inner: InnerState, outer: dict, *, play: Play) -> GameState:
+def _init(problem: Game, inner: InnerState, outer: dict[Any, Any], *, play: Play) -> GameState:
     opts = {name: optimizer.init(opt, outer[name]) for name, opt in problem.optimizers.items()}
     return GameState(inner, outer, opts, play.init(outer))
 
@@ -113,10 +113,10 @@ def solve_game(
     num_steps: int = 100,
     key: jax.Array | None = None,
     project: dict[str, Callable[[PyTree], PyTree]] | None = None,
-    metrics: Metrics | Callable | None = None,
+    metrics: Metrics | Callable[..., Any] | None = None,
     tol: float | None = None,
     state: RunState | None = None,
-    callbacks: Sequence[Callable | Callback] = (),
+    callbacks: Sequence[Callable[..., Any] | Callback] = (),
     progress: bool = False,
     checkpoint: Checkpointing | None = None,
     sharding: Sharding | None = None,

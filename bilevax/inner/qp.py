@@ -15,7 +15,9 @@ from bilevax.inner import _local, _quadratic
 from bilevax.inner._constraints import as_constraints
 
 
-def qp(equality: Callable | None = None, inequality: Callable | None = None, *, maxiter: int = 50, tol: float = 1e-8) -> InnerSolver:
+def qp(
+    equality: Callable[..., Any] | None = None, inequality: Callable[..., Any] | None = None, *, maxiter: int = 50, tol: float = 1e-8
+) -> InnerSolver:
     r"""Solve a convex quadratic program to rounding, whatever it starts from.
 
     .. math::
@@ -60,7 +62,7 @@ def qp(equality: Callable | None = None, inequality: Callable | None = None, *, 
     return InnerSolver(init=Bound("init", _init), step=Bound("qp", _solve, **settings), reversible=False, constraints=settings["constraints"])
 
 
-def _init(params: PyTree) -> tuple:
+def _init(params: PyTree) -> tuple[Any, ...]:
     return ()
 
 

@@ -22,7 +22,9 @@ MEMORY = 4  # values of merit that a new one is compared with: curved constraint
 STALL = 8  # steps without a better point
 
 
-def sqp(equality: Callable | None = None, inequality: Callable | None = None, *, maxiter: int = 50, tol: float = 1e-8) -> InnerSolver:
+def sqp(
+    equality: Callable[..., Any] | None = None, inequality: Callable[..., Any] | None = None, *, maxiter: int = 50, tol: float = 1e-8
+) -> InnerSolver:
     r"""Solve a smooth constrained problem by a sequence of quadratic programs with a line search.
 
     .. math::
@@ -63,7 +65,7 @@ def sqp(equality: Callable | None = None, inequality: Callable | None = None, *,
     return InnerSolver(init=Bound("init", _init), step=Bound("sqp", _solve, **settings), reversible=False, constraints=settings["constraints"])
 
 
-def _init(params: PyTree) -> tuple:
+def _init(params: PyTree) -> tuple[Any, ...]:
     return ()
 
 
@@ -73,7 +75,7 @@ class _Carry(NamedTuple):
     inequality: Any
     weight: Any  # ν
     merits: Any  # the last few, at the weight that each was taken with
-    best: tuple  # y, multipliers, residual
+    best: tuple[Any, ...]  # y, multipliers, residual
     stalled: Any
     iterations: Any
 

@@ -23,7 +23,7 @@ class Tag(NamedTuple):
     """A value that is a parameter leaf, or a row of it for each of `depth` scans, after some `steps` that move entries about."""
 
     leaf: int
-    steps: tuple = ()  # ("transpose", axes) or ("reshape", shape)
+    steps: tuple[Any, ...] = ()  # ("transpose", axes) or ("reshape", shape)
     depth: int = 0
 
 
@@ -64,7 +64,7 @@ class Walk:
       example: a batch of one example, or shapes.
     """
 
-    def __init__(self, fn: Callable, params: PyTree, example: PyTree):
+    def __init__(self, fn: Callable[..., Any], params: PyTree, example: PyTree):
         flat, self._treedef = jax.tree.flatten(params)
         self._count = len(flat)
         self._closed = jax.make_jaxpr(fn)(params, example)
@@ -92,7 +92,7 @@ class Walk:
 
     # ---- the walk
 
-    def _run(self, closed, args, tags, live, added, found, loops) -> list[Any]:
+    def _run(self, closed: Any, args: Any, tags: Any, live: Any, added: Any, found: Any, loops: Any) -> list[Any]:
         """The program's outputs. `added` is None in the first walk, which fills `uses`; later it is what remains to be added, in order."""
         import jax.extend.core as jex
 
@@ -116,7 +116,7 @@ class Walk:
                 tag[variable] = after if i == 0 else None
         return [read(v) for v in closed.jaxpr.outvars]
 
-    def _equation(self, eqn, values, marks, batch, added, found, loops) -> list[Any]:
+    def _equation(self, eqn: Any, values: Any, marks: Any, batch: PyTree, added: Any, found: Any, loops: Any) -> list[Any]:
         name, marked = eqn.primitive.name, [i for i, mark in enumerate(marks) if mark is not None]
         if marked and name == "scan":
             return self._scan(eqn, values, marks, batch, added, found, loops)
@@ -137,7 +137,7 @@ class Walk:
                 outs[0] = outs[0] + added.pop(0)
         return outs
 
-    def _scan(self, eqn, values, marks, batch, added, found, loops) -> list[Any]:
+    def _scan(self, eqn: Any, values: Any, marks: Any, batch: PyTree, added: Any, found: Any, loops: Any) -> list[Any]:
         p = eqn.params
         consts, carry = p["num_consts"], p["num_consts"] + p["num_carry"]
         # A row of a parameter has a tag only where nothing has moved its entries about.
@@ -174,7 +174,7 @@ class Walk:
         return [*state, *ys]
 
 
-def _called(eqn) -> Any:
+def _called(eqn: Any) -> Any:
     """The program that an equation calls, with as many inputs as it has; None where it calls none."""
     import jax.extend.core as jex
 
@@ -187,7 +187,7 @@ def _called(eqn) -> Any:
     return None
 
 
-def _moved(eqn, marks) -> Tag | None:
+def _moved(eqn: Any, marks: Any) -> Tag | None:
     """The tag of an equation's result, where that holds the entries of a tagged operand and nothing else."""
     mark = marks[0] if marks else None
     if mark is None:
@@ -202,7 +202,7 @@ def _moved(eqn, marks) -> Tag | None:
     return None
 
 
-def _fits(eqn, place: int, tag: Tag) -> bool:
+def _fits(eqn: Any, place: int, tag: Tag) -> bool:
     p = eqn.params
     if eqn.primitive.name == "conv_general_dilated":
         return place == 1 and p["feature_group_count"] == 1 and p["batch_group_count"] == 1
@@ -221,7 +221,7 @@ class Layout(NamedTuple):
     """How a leaf becomes matrices ``[layers, in, out]``: after `steps`, by axes behind the first `depth`. All static."""
 
     depth: int
-    steps: tuple
+    steps: tuple[Any, ...]
     layers: tuple[int, ...]
     inputs: tuple[int, ...]
     outputs: tuple[int, ...]

@@ -44,19 +44,19 @@ class Block(NamedTuple):
 class _Shape:
     """An array without entries, for `matrices`."""
 
-    def __init__(self, shape):
+    def __init__(self, shape: Any):
         self.shape = tuple(shape)
 
-    def reshape(self, *shape):
+    def reshape(self, *shape: Any) -> Any:
         size, known = int(np.prod(self.shape)), int(np.prod([n for n in shape if n >= 0]))
         return _Shape(size // known if n < 0 else n for n in shape)
 
-    def transpose(self, axes):
+    def transpose(self, axes: Any) -> Any:
         return _Shape(self.shape[i] for i in axes)
 
 
 @jax.tree_util.register_static
-class Layers(tuple):
+class Layers(tuple[Any, ...]):
     """The blocks of all leaves; printed, a table."""
 
     def __repr__(self) -> str:
@@ -86,7 +86,7 @@ class Plan(NamedTuple):
     uses: list[list[tuple[int, bool]]]  # of each leaf: which uses, and whether inputs and outputs change places
 
 
-def plan(value: Callable, params: PyTree, example: PyTree, *, small: int, largest: int, kronecker: bool = True) -> Plan:
+def plan(value: Callable[..., Any], params: PyTree, example: PyTree, *, small: int, largest: int, kronecker: bool = True) -> Plan:
     """What the blocks of a program's parameters are. `example`: a batch of one, or shapes."""
     walk = Walk(value, params, example)
     blocks: list[Block] = []
@@ -113,7 +113,7 @@ def plan(value: Callable, params: PyTree, example: PyTree, *, small: int, larges
     return Plan(walk, Layers(blocks), found)
 
 
-def _agreeing(uses: Sequence[Use], shape) -> list[bool] | None:
+def _agreeing(uses: Sequence[Use], shape: Any) -> list[bool] | None:
     """Of each use of one leaf, whether its inputs are the outputs of the first; None where they are neither, or there is no use."""
     if not uses:
         return None
@@ -274,7 +274,7 @@ def alone(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda a: jnp.asarray(a)[:, None], batch)
 
 
-def _root(loss: Callable, out: jax.Array, key: jax.Array, number: Any, every: bool) -> jax.Array:
+def _root(loss: Callable[..., Any], out: jax.Array, key: jax.Array, number: Any, every: bool) -> jax.Array:
     """A random vector whose second moment is the loss' Hessian, that Hessian being a block for each position along the last axis."""
     classes = out.shape[-1]
     _, product = jax.linearize(jax.grad(loss), out)

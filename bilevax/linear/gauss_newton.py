@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,9 @@ from bilevax.base import Bound, Linear, LinearInfo, LinearSolver, as_linear
 from bilevax.linear.preconditioner import Point, Preconditioner, at
 
 
-def gauss_newton(network: Callable, loss: Callable, linear: LinearSolver, *, regularizer: Callable | None = None) -> Linear:
+def gauss_newton(
+    network: Callable[..., Any], loss: Callable[..., Any], linear: LinearSolver, *, regularizer: Callable[..., Any] | None = None
+) -> Linear:
     r"""Solve with the Gauss-Newton matrix of an objective that is a loss of a network's outputs, in place of its Hessian.
 
     .. math::
@@ -70,14 +73,25 @@ def gauss_newton(network: Callable, loss: Callable, linear: LinearSolver, *, reg
     )
 
 
-def _blind(matvec, b, x0=None, *, network, loss, solver, regularizer, tol=None, preconditioner=None):
+def _blind(
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree,
+    x0: PyTree = None,
+    *,
+    network: Any,
+    loss: Any,
+    solver: Any,
+    regularizer: Any,
+    tol: Any = None,
+    preconditioner: Any = None,
+) -> None:
     raise TypeError(
         "linear.gauss_newton: got products with a matrix and not the objective behind it; expected to be called by hypergradient.implicit or "
         "attribution.implicit. Try its solver alone here."
     )
 
 
-def _at(point: Point, *, network, loss, solver, regularizer) -> Linear:
+def _at(point: Point, *, network: Any, loss: Any, solver: Any, regularizer: Any) -> Linear:
     solver = at(solver, point)
     held = solver.preconditioner
     if isinstance(held, Preconditioner):  # of this matrix, and not of the one whose products are given
@@ -87,16 +101,30 @@ def _at(point: Point, *, network, loss, solver, regularizer) -> Linear:
     return Linear(solve, solver.tol, solver.products, approximate=True, preconditioner=solver.preconditioner)
 
 
-def _refreshed(matvec, state, *, refresh, point, network, loss, regularizer):
+def _refreshed(matvec: Callable[[PyTree], PyTree], state: Any, *, refresh: Any, point: Any, network: Any, loss: Any, regularizer: Any) -> Any:
     return refresh(product(point, network, loss, regularizer), state)
 
 
-def _solve(matvec, b, x0=None, *, point, network, loss, solver, regularizer, tol=None, preconditioner=None) -> tuple[PyTree, LinearInfo]:
+def _solve(
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree,
+    x0: PyTree = None,
+    *,
+    point: Any,
+    network: Any,
+    loss: Any,
+    solver: Any,
+    regularizer: Any,
+    tol: Any = None,
+    preconditioner: Any = None,
+) -> tuple[PyTree, LinearInfo]:
     solver = solver._replace(tol=tol, preconditioner=preconditioner)
     return solver(product(point, network, loss, regularizer), b, x0)
 
 
-def product(point: Point, network: Callable, loss: Callable, regularizer: Callable | None = None) -> Callable[[PyTree], PyTree]:
+def product(
+    point: Point, network: Callable[..., Any], loss: Callable[..., Any], regularizer: Callable[..., Any] | None = None
+) -> Callable[[PyTree], PyTree]:
     """The product of a vector with the Gauss-Newton matrix at a point."""
 
     def mean(out):

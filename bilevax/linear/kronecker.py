@@ -65,9 +65,9 @@ class _Settings:
 
 
 def kfac(
-    outputs: tuple[Callable, Callable] | None = None,
+    outputs: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     *,
-    relabel: Callable | None = None,
+    relabel: Callable[..., Any] | None = None,
     draws: int | str = 4,
     damping: float | None = None,
     layers: Layers | None = None,
@@ -114,9 +114,9 @@ def kfac(
 
 
 def ekfac(
-    outputs: tuple[Callable, Callable] | None = None,
+    outputs: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     *,
-    relabel: Callable | None = None,
+    relabel: Callable[..., Any] | None = None,
     draws: int | str = 4,
     damping: float | None = None,
     layers: Layers | None = None,
@@ -183,9 +183,9 @@ def ekfac(
 
 
 def diagonal(
-    outputs: tuple[Callable, Callable] | None = None,
+    outputs: tuple[Callable[..., Any], Callable[..., Any]] | None = None,
     *,
-    relabel: Callable | None = None,
+    relabel: Callable[..., Any] | None = None,
     draws: int | str = 4,
     damping: float | None = None,
     layers: Layers | None = None,
@@ -223,7 +223,9 @@ def diagonal(
     return _made("diagonal", outputs, relabel, draws, damping, layers, 1, 1, at_once, key)
 
 
-def layers(objective: Callable, params: PyTree, *arguments: PyTree, small: int = _SMALL, largest: int = _LARGEST, kronecker: bool = True) -> Layers:
+def layers(
+    objective: Callable[..., Any], params: PyTree, *arguments: PyTree, small: int = _SMALL, largest: int = _LARGEST, kronecker: bool = True
+) -> Layers:
     """What `kfac` and `ekfac` make of an objective's parameters, leaf by leaf. Nothing is computed.
 
     Args:
@@ -281,7 +283,7 @@ def _shape(a: Any) -> jax.ShapeDtypeStruct:
     return a if isinstance(a, jax.ShapeDtypeStruct) else jax.eval_shape(lambda: jnp.asarray(a))
 
 
-def _made(kind, outputs, relabel, draws, damping, layers, small, largest, at_once, key) -> Linear:
+def _made(kind: Any, outputs: Any, relabel: Any, draws: Any, damping: Any, layers: Any, small: Any, largest: Any, at_once: Any, key: Any) -> Linear:
     if outputs is not None and not (isinstance(outputs, tuple) and len(outputs) == 2 and all(map(callable, outputs))):
         raise TypeError(f"outputs: got {numbers.shown(outputs)}; expected a pair of functions, (network, loss).")
     if not (relabel is None or callable(relabel)):
@@ -315,11 +317,11 @@ def _made(kind, outputs, relabel, draws, damping, layers, small, largest, at_onc
 # ---- the preconditioner
 
 
-def _no_products(b) -> int:
+def _no_products(b: PyTree) -> int:
     return 0
 
 
-def _init(b, *, layers, key) -> Any:
+def _init(b: PyTree, *, layers: Any, key: Any) -> Any:
     """With layers a state with which nothing is done; without, what it will look like is not known."""
     if layers is None:
         return None
@@ -338,14 +340,14 @@ def _init(b, *, layers, key) -> Any:
     return Curvature(parts, jax.random.key(0) if key is None else key, layers)
 
 
-def _blind(matvec, state, *, settings):
+def _blind(matvec: Callable[[PyTree], PyTree], state: Any, *, settings: Any) -> None:
     raise TypeError(
         f"linear.{settings.kind}: got products with a matrix and not the objective behind it; expected to be called by hypergradient.implicit or "
         "attribution.implicit. Try linear.nystrom or linear.nystrom_preconditioner here."
     )
 
 
-def _at(point: Point, *, settings, damping, layers, key) -> Preconditioner:
+def _at(point: Point, *, settings: Any, damping: Any, layers: Any, key: Any) -> Preconditioner:
     return Preconditioner(
         init=Bound("init", _init, layers=layers, key=key),
         refresh=Bound("refresh", _refreshed, point=point, settings=settings, damping=damping, layers=layers, key=key),
@@ -355,7 +357,9 @@ def _at(point: Point, *, settings, damping, layers, key) -> Preconditioner:
     )
 
 
-def _refreshed(matvec, state, *, point: Point, settings: _Settings, damping, layers, key) -> Curvature:
+def _refreshed(
+    matvec: Callable[[PyTree], PyTree], state: Any, *, point: Point, settings: _Settings, damping: Any, layers: Any, key: Any
+) -> Curvature:
     known = state.key if state is not None else key
     next_key, use = jax.random.split(jax.random.key(0) if known is None else known)
     if isinstance(settings.draws, str):
@@ -410,12 +414,12 @@ def _bases(made: Plan, number: int, found: Any) -> tuple[Any, Any, jax.Array]:
     return left, right, size[:, None, None] * along_left[:, :, None] * along_right[:, None, :]
 
 
-def _squares(made: Plan, bases: list, got: Gradients) -> list[Any]:
+def _squares(made: Plan, bases: list[Any], got: Gradients) -> list[Any]:
     """Along the eigenvectors, the squares of each leaf's gradients, summed over examples."""
     return [jnp.sum(of_block(made, number, got, left, right) ** 2, 0) if made.uses[number] else None for number, (left, right, _) in enumerate(bases)]
 
 
-def _centred(made: Plan, number: int, found: Any, base: tuple) -> tuple[Any, Any, jax.Array]:
+def _centred(made: Plan, number: int, found: Any, base: tuple[Any, ...]) -> tuple[Any, Any, jax.Array]:
     """Without what all examples share: the gradient of a leaf that is not captured holds the regulariser's."""
     if made.uses[number]:
         return base
@@ -440,7 +444,7 @@ def _apply(state: Curvature, v: PyTree) -> PyTree:
     return treedef.unflatten([_solved(block, part, leaf) for block, part, leaf in zip(state.layers, state.parts, leaves, strict=True)])
 
 
-def _solved(block, part: Part, leaf: jax.Array) -> jax.Array:
+def _solved(block: Any, part: Part, leaf: jax.Array) -> jax.Array:
     wide = matrices(block.layout, leaf).astype(part.divisor.dtype)
     if part.left is not None:
         wide = jnp.einsum("lrk,lrc->lkc", part.left, wide)
@@ -455,7 +459,7 @@ def _solved(block, part: Part, leaf: jax.Array) -> jax.Array:
     return back
 
 
-def _direct(matvec, b, x0=None, *, preconditioner) -> tuple[PyTree, LinearInfo]:
+def _direct(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, preconditioner: Any) -> tuple[PyTree, LinearInfo]:
     b, _ = _common.prepare(b, b)
     inverse, products = started(preconditioner, matvec, b)
     x = b if inverse is None else inverse(b)

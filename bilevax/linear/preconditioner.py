@@ -61,7 +61,7 @@ def _applied(v: Any, *, preconditioner: Any, state: Any) -> Any:
     return preconditioner.apply(state, v)
 
 
-def started(preconditioner: Any, matvec: Callable, b: PyTree) -> tuple[Callable[[PyTree], PyTree] | None, int]:
+def started(preconditioner: Any, matvec: Callable[..., Any], b: PyTree) -> tuple[Callable[[PyTree], PyTree] | None, int]:
     """A solver's preconditioner as a function of a vector, and the matvecs that this took."""
     if not isinstance(preconditioner, Preconditioner):
         return preconditioner, 0

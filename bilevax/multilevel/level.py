@@ -54,7 +54,7 @@ class Level:
     solver: Any
     hypergradient: Hypergradient | None = None
     reads: Sequence[str] | None = None
-    start: Callable | None = None
+    start: Callable[..., Any] | None = None
     every: int = 1
     look_ahead: bool = False
     freeze: bool = False

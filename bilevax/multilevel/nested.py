@@ -69,7 +69,7 @@ def total_objective(system: System, name: str) -> Objective:
     return Objective(Bound(system.objectives[name].name, _total, system=system, name=name), has_aux=True, stateful=True, keyed=True)
 
 
-def started(system: System, name: str, states: dict[str, InnerState], env: dict, key: Any, sees: bool) -> tuple[InnerState, Any]:
+def started(system: System, name: str, states: dict[str, InnerState], env: dict[Any, Any], key: Any, sees: bool) -> tuple[InnerState, Any]:
     """The state that a solve of this level begins with, and the pullback of a start of its own: see `starting.begun`."""
     own, pull = begun(system.starts.get(name), name, system.graph.names, system.solvers[name], states[name], env, key, sees)
     return start_state(system, name, {**states, name: own}), pull

@@ -17,7 +17,9 @@ from bilevax.starts import Start, as_start
 _STREAM = 0x5354  # apart from the other uses of a level's key
 
 
-def starts_of(levels: Sequence[Level], params: dict[str, PyTree], fixed: dict[str, PyTree], own: dict[str, PyTree], keys: dict) -> dict[str, Start]:
+def starts_of(
+    levels: Sequence[Level], params: dict[str, PyTree], fixed: dict[str, PyTree], own: dict[str, PyTree], keys: dict[Any, Any]
+) -> dict[str, Start]:
     """The starts of the levels that have one, tried on these shapes."""
     out = {}
     for level in levels:
@@ -38,7 +40,12 @@ def _others(variables: dict[str, PyTree], name: str) -> dict[str, PyTree]:
 
 
 def refuse_unread(
-    starts: dict[str, Start], methods: dict[str, Hypergradient], objectives: dict[str, Objective], params: dict, contexts: dict, frozen: Sequence[str]
+    starts: dict[str, Start],
+    methods: dict[str, Hypergradient],
+    objectives: dict[str, Objective],
+    params: dict[Any, Any],
+    contexts: dict[Any, Any],
+    frozen: Sequence[str],
 ) -> None:
     """A leaf of the top level that nothing reads; one that a start alone reads, with a method that gives starts no derivative.
 
@@ -75,8 +82,8 @@ def refuse_unread(
 
 
 def begun(
-    start: Start | None, name: str, names: Sequence[str], solver: InnerSolver, state: InnerState, env: dict, key: Any, sees: bool
-) -> tuple[InnerState, Callable | None]:
+    start: Start | None, name: str, names: Sequence[str], solver: InnerSolver, state: InnerState, env: dict[Any, Any], key: Any, sees: bool
+) -> tuple[InnerState, Callable[..., Any] | None]:
     """The state that a solve of level `name` begins with, and the pullback of its cotangent to the variables in ``moving``.
 
     Args:

@@ -12,7 +12,7 @@ from flax import nnx
 from bilevax.nn.net import Paths
 
 
-class GateParam(nnx.Param):
+class GateParam(nnx.Param):  # type: ignore[type-arg]  # nnx looks at its base classes
     """Rank gates, so that ``wrt=nn.GateParam`` finds them."""
 
 

@@ -56,7 +56,7 @@ def soft_choice(logits: jax.Array, options: Sequence[Any], *, temperature: float
     return sum(p[k].astype(option.dtype) * option for k, option in enumerate(options))
 
 
-class ArchParam(nnx.Param):
+class ArchParam(nnx.Param):  # type: ignore[type-arg]  # nnx looks at its base classes
     """Architecture parameters, so that ``wrt=nn.ArchParam`` finds them: ``nn.from_nnx(net, (nnx.Not(nn.ArchParam), nn.ArchParam))``."""
 
 
