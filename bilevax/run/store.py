@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import math
 import os
 import re
 import time
@@ -24,13 +23,12 @@ import numpy as np
 from bilevax import tree
 from bilevax.base import PyTree
 from bilevax.checkpoint import Checkpointing
-from bilevax.run import digest, fingerprint
+from bilevax.run import digest, fingerprint, stored
 from bilevax.run.lock import Lock
 from bilevax.run.state import Best
 
 FORMAT = 2  # 1 had no fingerprint
 LISTING = "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete
-_RECOVERY = "recovery"  # begins the paths of what failures may go back to
 _NAME = re.compile(r"^step_(\d+)$")
 
 
@@ -98,7 +96,7 @@ class Store:
             raise FileExistsError(
                 f"checkpoint: {self.path(step)} exists already, and a save over it would be lost; expected a directory that no other run writes to."
             )
-        leaves = {path: _plain(leaf) for path, leaf in _flat_state(run, recovery).items()}
+        leaves = {path: stored.plain(leaf) for path, leaf in stored.flat_state(run, recovery).items()}
         if jax.default_backend() == "cpu":  # there the writer may read the very buffers that the next chunk overwrites
             leaves = {path: tree.copy(leaf) for path, leaf in leaves.items()}
         rows = {path: column.copy() for path, column in rows.items()}
@@ -106,15 +104,15 @@ class Store:
             "format": FORMAT,
             "start": self.start,
             "fingerprint": self.fingerprint,
-            "leaves": {path: _describe(leaf) for path, leaf in leaves.items()},
+            "leaves": {path: stored.describe(leaf) for path, leaf in leaves.items()},
             "digests": digest.of_arrays(list(leaves.values())),
-            "history": {path: _describe(column) for path, column in rows.items()},
+            "history": {path: stored.describe(column) for path, column in rows.items()},
             "history_digest": digest.of_columns(rows),
             "place": {name: mark.tobytes().hex() for name, mark in (place or {}).items()} if jax.process_count() == 1 else {},
         }
         text = json.dumps(manifest)
         metadata = {"manifest": text, "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest()}
-        self._writer.save(self.path(step), _numbered(leaves, rows), custom_metadata=metadata)
+        self._writer.save(self.path(step), stored.numbered(leaves, rows), custom_metadata=metadata)
         self.saved = self._unlisted = step
         self.seconds += time.perf_counter() - begin
 
@@ -224,13 +222,13 @@ class Store:
         """The manifest of a checkpoint whose files are all there."""
         metadata = self._writer.metadata(self.path(step)).custom_metadata
         if not metadata or "manifest" not in metadata:
-            raise _Damaged("it has no manifest")
+            raise stored.Damaged("it has no manifest")
         text = metadata["manifest"]
         if hashlib.blake2b(text.encode(), digest_size=16).hexdigest() != metadata.get("digest"):
-            raise _Damaged("its manifest does not have the manifest's digest")
+            raise stored.Damaged("its manifest does not have the manifest's digest")
         was, now = self._listing(step), self._files(step)
         if was is not None and was != now:
-            raise _Damaged(f"files are missing or have another size: {sorted(dict(was.items() ^ now.items()))[:5]}")
+            raise stored.Damaged(f"files are missing or have another size: {sorted(dict(was.items() ^ now.items()))[:5]}")
         return json.loads(text)
 
     def _listing(self, step: int) -> dict[Any, Any] | None:
@@ -254,12 +252,12 @@ class Store:
                 f"checkpoint: {self.path(step)} belongs to a run that started at step {manifest['start']}, and this one starts at {self.start}; "
                 "expected a directory for each call of its own."
             )
-        want = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
-        got = {path: text for path, text in manifest["leaves"].items() if not path.startswith(_RECOVERY)}
+        want = {path: stored.describe(stored.plain(leaf)) for path, leaf in stored.flat(run).items()}
+        got = {path: text for path, text in manifest["leaves"].items() if not path.startswith(stored.RECOVERY)}
         paths = [
             f"{path} ({got.get(path, 'absent')} there, {want.get(path, 'absent')} here)"
             for path in {**want, **got}
-            if want.get(path) != got.get(path) and _part(path) != ".best"  # whether one is kept is this call's to say
+            if want.get(path) != got.get(path) and stored.part(path) != ".best"  # whether one is kept is this call's to say
         ]
         saved = manifest.get("fingerprint")
         if saved is None or saved["versions"] != self.fingerprint["versions"]:
@@ -271,7 +269,7 @@ class Store:
             )
         parts = {} if saved is None else fingerprint.differing(saved, self.fingerprint)
         self.differing = [*parts, *(["the state's structure"] if paths else [])]
-        lost = sorted({_part(path) for path in {**want, **got} if want.get(path) != got.get(path)} & set(_PARAMETERS))
+        lost = sorted({stored.part(path) for path in {**want, **got} if want.get(path) != got.get(path)} & set(_PARAMETERS))
         if not self.differing or (self.spec.resume == "continue" and not lost):
             return
         if self.spec.resume == "continue":
@@ -288,48 +286,48 @@ class Store:
         )
 
     def _read(self, run: PyTree, recovery: dict[Any, Any], manifest: dict[Any, Any], step: int) -> tuple[PyTree, dict[Any, Any], dict[Any, Any]]:
-        wanted = {path: _plain(leaf) for path, leaf in _flat_state(run, recovery).items()}
+        wanted = {path: stored.plain(leaf) for path, leaf in stored.flat_state(run, recovery).items()}
         saved = manifest["leaves"]
-        others = [text for path, text in saved.items() if not _describes(wanted.get(path), text)]
+        others = [text for path, text in saved.items() if not stored.describes(wanted.get(path), text)]
         self._bound([*others, *manifest["history"].values()], step)
-        like = {path: _place(wanted[path]) if _describes(wanted.get(path), text) else _empty(text) for path, text in saved.items()}
-        columns = {path: _empty(text) for path, text in manifest["history"].items()}
-        restored = self._writer.restore(self.path(step), _numbered(like, columns))
+        like = {path: stored.place(wanted[path]) if stored.describes(wanted.get(path), text) else stored.empty(text) for path, text in saved.items()}
+        columns = {path: stored.empty(text) for path, text in manifest["history"].items()}
+        restored = self._writer.restore(self.path(step), stored.numbered(like, columns))
         leaves = {path: restored.get(f"s{i}", wanted.get(path)) for i, path in enumerate(like)}  # an array without entries is not written
         if digest.of_arrays(list(leaves.values())) != manifest["digests"]:
             pairs = zip(digest.of_arrays(list(leaves.values())), manifest["digests"], strict=True)
             wrong = sorted({list(leaves)[i // 2] for i, (a, b) in enumerate(pairs) if a != b})
-            raise _Damaged(f"the digest differs at {wrong[:5]}")
+            raise stored.Damaged(f"the digest differs at {wrong[:5]}")
         rows = {path: np.asarray(restored.get(f"h{i}", column)) for i, (path, column) in enumerate(columns.items())}
         if digest.of_columns(rows) != manifest["history_digest"]:
-            raise _Damaged("the digest of the history differs")
-        same = all(_describes(wanted.get(path), text) for path, text in saved.items()) and len(saved) == len(wanted)
+            raise stored.Damaged("the digest of the history differs")
+        same = all(stored.describes(wanted.get(path), text) for path, text in saved.items()) and len(saved) == len(wanted)
         if self.differing:
             return self._continued(run, leaves, saved), {}, rows
-        own = {path: leaf for path, leaf in wanted.items() if _part(path) == ".best"}
-        kept = all(_describes(leaf, saved.get(path, "")) for path, leaf in own.items())
-        out = _filled(run, leaves if kept else {**leaves, **own})
-        return out if kept else _kept_anew(out), _filled(recovery, leaves, _RECOVERY) if same else {}, rows
+        own = {path: leaf for path, leaf in wanted.items() if stored.part(path) == ".best"}
+        kept = all(stored.describes(leaf, saved.get(path, "")) for path, leaf in own.items())
+        out = stored.filled(run, leaves if kept else {**leaves, **own})
+        return out if kept else _kept_anew(out), stored.filled(recovery, leaves, stored.RECOVERY) if same else {}, rows
 
     def _bound(self, texts: list[str], step: int) -> None:
         """Refuse what claims more memory than its files can hold: a file of zeros packs a few thousand times at most."""
-        claimed, held = sum(_size(text) for text in texts), sum(self._files(step).values())
+        claimed, held = sum(stored.size(text) for text in texts), sum(self._files(step).values())
         if claimed > 2**24 + 4096 * held:
-            raise _Damaged(f"it claims {claimed} bytes in {held} bytes of files")
+            raise stored.Damaged(f"it claims {claimed} bytes in {held} bytes of files")
 
     def _continued(self, run: PyTree, leaves: dict[str, Any], saved: dict[str, str]) -> PyTree:
         """The state of another problem, as far as its parts have the structure of this one's; the rest as in `run`."""
-        wanted = {path: _describe(_plain(leaf)) for path, leaf in _flat(run).items()}
+        wanted = {path: stored.describe(stored.plain(leaf)) for path, leaf in stored.flat(run).items()}
         parts: dict[str, list[str]] = {}
         for path in {**wanted, **saved}:
-            if not path.startswith(_RECOVERY):
-                parts.setdefault(_part(path), []).append(path)
+            if not path.startswith(stored.RECOVERY):
+                parts.setdefault(stored.part(path), []).append(path)
         same = [part for part, paths in parts.items() if all(wanted.get(path) == saved.get(path) for path in paths)]
         taken = [part for part in same if part not in _ANEW]
         self.continued = {"differs": self.differing, "taken": taken, "begun anew": [part for part in parts if part not in taken]}
         logging.getLogger("bilevax").warning("checkpoint: goes on from another problem: %s", self.continued)
-        mixed = {path: leaves[path] if _part(path) in taken else _plain(leaf) for path, leaf in _flat(run).items()}
-        return _kept_anew(_filled(run, mixed))
+        mixed = {path: leaves[path] if stored.part(path) in taken else stored.plain(leaf) for path, leaf in stored.flat(run).items()}
+        return _kept_anew(stored.filled(run, mixed))
 
 
 # ---- what is in a checkpoint
@@ -338,74 +336,9 @@ _PARAMETERS = (".algorithm.inner.params", ".algorithm.outer")
 _ANEW = (".key", ".code", ".first_norm", ".best")  # of another problem, or decided by this call
 
 
-def _part(path: str) -> str:
-    """The part of a state that a leaf belongs to, which is taken whole or not at all."""
-    depth = 3 if path.startswith(".algorithm.inner.") else 2 if path.startswith(".algorithm") else 1
-    return "".join(re.findall(r"\.\w+", path)[:depth]) or path
-
-
-def _plain(leaf: Any) -> Any:
-    """A leaf as an array that can be written: PRNG keys as their data."""
-    return jax.random.key_data(leaf) if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else leaf
-
-
-def _flat(value: PyTree) -> dict[str, Any]:
-    """Leaves by path."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(value)}
-
-
-def _flat_state(run: PyTree, recovery: dict[Any, Any]) -> dict[str, Any]:
-    """The leaves of a run and of what its failures may go back to."""
-    return _flat(run) | {_RECOVERY + path: leaf for path, leaf in _flat(recovery).items()}
-
-
-def _filled(like: PyTree, leaves: dict[str, Any], prefix: str = "") -> PyTree:
-    """`like` with these plain leaves, placed and typed as its own were."""
-    out = []
-    for path, old in _flat(like).items():
-        new = leaves[prefix + path]
-        # What was on no particular device before must not be bound to one now: the step would be compiled again.
-        new = new if _plain(old).committed else jnp.asarray(np.asarray(new))
-        keyed = jnp.issubdtype(old.dtype, jax.dtypes.prng_key)
-        out.append(jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if keyed else new)
-    return jax.tree.structure(like).unflatten(out)
-
-
 def _kept_anew(run: PyTree) -> PyTree:
     """`run` with the point where it stands as its kept iterate, to be replaced by the first that is scored."""
     if run.best is None:
         return run
     point, worst = run.algorithm, jnp.full_like(run.best.score, jnp.inf)
     return run._replace(best=Best(worst, *tree.copy((run.step, point.inner.params, point.inner.model, point.outer))))
-
-
-def _place(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding)
-
-
-def _describes(leaf: Any, text: str) -> bool:
-    return leaf is not None and _describe(leaf) == text
-
-
-def _describe(leaf: Any) -> str:
-    return f"{leaf.dtype}{list(leaf.shape)}"
-
-
-class _Damaged(Exception):
-    """A checkpoint that does not give back what was saved."""
-
-
-def _numbered(leaves: dict[Any, Any], rows: dict[Any, Any]) -> dict[Any, Any]:
-    """Names that any storage takes, in the order of the manifest; arrays without entries are left out."""
-    out = {f"s{i}": leaf for i, leaf in enumerate(leaves.values()) if np.prod(leaf.shape, dtype=np.int64)}
-    return out | {f"h{i}": column for i, column in enumerate(rows.values()) if column.size}
-
-
-def _size(text: str) -> int:
-    dtype, shape = text.split("[", 1)
-    return jnp.dtype(dtype).itemsize * math.prod(json.loads("[" + shape))
-
-
-def _empty(text: str) -> np.ndarray:
-    dtype, shape = text.split("[", 1)
-    return np.zeros(json.loads("[" + shape), jnp.dtype(dtype))
