@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -26,6 +27,8 @@ def params(value: PyTree, argument: str) -> None:
     leaves = jax.tree_util.tree_leaves_with_path(value)
     if not leaves:
         raise ValueError(f"{argument}: got {value!r}, which has no leaf; expected a pytree of arrays.")
+    if not any(leaf.size for _, leaf in leaves):
+        raise ValueError(f"{argument}: got {_shapes(value)}, without an entry; expected at least one number.")
     for path, leaf in leaves:
         place = argument + jax.tree_util.keystr(path)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
@@ -40,7 +43,13 @@ def params(value: PyTree, argument: str) -> None:
 
 def arrays(value: PyTree, argument: str) -> PyTree:
     """`value` with strong arrays as leaves, or an error that names the leaf that cannot be one."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(value):
+    try:
+        leaves = jax.tree_util.tree_leaves_with_path(value)
+    except (SystemError, RecursionError, ValueError) as error:  # one that holds itself, or whose keys have no order
+        raise TypeError(
+            f"{argument}: got {describe(value)}, which is no pytree ({error}); expected nested dicts, lists or tuples of arrays."
+        ) from error
+    for path, leaf in leaves:
         if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)) or getattr(leaf, "dtype", None) == np.dtype(object):
             raise TypeError(
                 f"{argument}{jax.tree_util.keystr(path)}: got {describe(leaf)}; expected an array or a number. Keep functions, strings and "
@@ -140,6 +149,10 @@ def problem(
     for name, optional in (("inner_init", inner_init), ("project", project)):
         if optional is not None and not callable(optional):
             raise TypeError(f"{name}: got {describe(optional)}; expected a function of outer_params, or None.")
+    if inner_init is not None:
+        numbers.takes(
+            functools.partial(inner_init, key=None) if takes_key(inner_init) else inner_init, "inner_init", "(outer_params) -> inner_params"
+        )
     if project is not None:
         numbers.takes(project, "project", "(outer_params) -> outer_params")
     if objective(outer_objective).indexed:
@@ -243,7 +256,7 @@ def evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: C
     except ValueError:  # no signature to read (some builtins): the call itself will tell
         pass
     try:
-        out = jax.eval_shape(obj.fn, *args, **kwargs)
+        out = jax.eval_shape(Bound("returned", _called, fn=obj.fn, name=name), *args, **kwargs)
     except Exception as error:
         shapes = [_shapes(given) for given in args[:3]]
         missing = " No data was given for this level." if ctx.batch is None else ""
@@ -273,6 +286,15 @@ def evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: C
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise TypeError(f"{name}: returned {value.dtype}; expected a real floating-point scalar, since it is differentiated.")
     return value.dtype, (rest[0] if obj.has_aux else rest) if obj.stateful else None
+
+
+def _called(*args, fn, name, **kwargs):
+    out = fn(*args, **kwargs)
+    for path, leaf in jax.tree_util.tree_leaves_with_path(out):
+        if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
+            where = f" at {jax.tree_util.keystr(path)}" if path else ""
+            raise TypeError(f"{name}: returned {describe(leaf)}{where}; expected arrays and numbers.")
+    return out
 
 
 def _flags(obj: Objective) -> str:

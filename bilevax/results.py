@@ -82,9 +82,10 @@ _MESSAGES = {
         "Check it with jnp.isfinite before the run."
     ),
     RESULTS.inner_nonfinite: (
-        "The inner solve left the finite numbers: the lower level diverged. Usually the inner step size is too large for its curvature (which "
+        "The inner solve left the finite numbers: the lower level's parameters or its model state diverged. Usually the inner step size is too large for its curvature (which "
         "moves with the outer parameters), or the outer step is so large that it made the lower level unbounded. Try a smaller inner step, a line "
-        "search (inner.lbfgs, inner.agd), gradient clipping, a smaller outer step, or project= to keep the outer parameters in a safe set."
+        "search (inner.lbfgs, inner.agd), gradient clipping, a smaller outer step, or project= to keep the outer parameters in a safe set. "
+        "If model_state alone is not finite, look at what updates it."
     ),
     RESULTS.inner_not_converged: (
         "The inner solver stopped short of its tolerance, so the point is not the best response. Try more iterations, a looser tolerance (float32 "

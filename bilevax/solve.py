@@ -22,7 +22,7 @@ from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
 from bilevax.run.state import RunState
 from bilevax.run.watch import Callback
-from bilevax.run.window import first_context, needs_key, reading, refuse_one_pass, source_draw
+from bilevax.run.window import first_context, needs_key, reading, refuse_one_pass, refuse_shared, source_draw
 from bilevax.sharding import placement
 
 
@@ -129,6 +129,7 @@ def solve_bilevel(
     inner_source, outer_source = as_source(inner_data, "inner_data"), as_source(outer_data, "outer_data")
     hyper_source = inner_source if hyper_data is None else as_source(hyper_data, "hyper_data")
     sources = numbered((inner_source, hyper_source, outer_source))
+    refuse_shared(sources)
     inner_draw, hyper_draw, outer_draw = (source_draw(s) for s in sources)
     problem = check.problem(inner_objective, outer_objective, inner_draw, hyper_draw, outer_draw, inner_init, project)
     run_key = key if state is None else state.key

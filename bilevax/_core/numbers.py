@@ -143,6 +143,8 @@ def key(value: Any, name: str = "key") -> Any:
     if not old_style and not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
         seed = value if isinstance(value, int) and not isinstance(value, bool) else 0
         raise TypeError(f"{name}: got {shown(value)}; expected a PRNG key. Try jax.random.key({seed}).")
+    if value.ndim != (1 if old_style else 0):
+        raise ValueError(f"{name}: got keys of shape {list(value.shape)}; expected one key. Try {name}[0], or jax.vmap over them.")
     return value
 
 

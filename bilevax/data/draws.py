@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from bilevax._core import numbers
 from bilevax.base import Bound, Ctx, Draw, Feed, Objective, Problem
 from bilevax.data.permutation import permuted, round_keys, walk
 
@@ -215,9 +216,9 @@ def whole(draw: Draw, algorithm: str) -> Draw:
     return same
 
 
-def generated(feed: Feed, i: Any, *, fn: Callable[..., Any]) -> Ctx:
+def generated(feed: Feed, i: Any, *, fn: Callable[..., Any], argument: str = "data") -> Ctx:
     """Draw: what a user's ``fn(key, step)`` makes. A run without a key has a function that reads none."""
     key = draw_key(feed, i)
-    if key is None:
-        return Ctx(fn(jax.random.key(0), draw_number(feed, i)))
-    return Ctx(fn(jax.random.fold_in(key, 0), draw_number(feed, i)), jax.random.fold_in(key, 1))
+    batch = fn(jax.random.key(0) if key is None else jax.random.fold_in(key, 0), draw_number(feed, i))
+    numbers.arrays(batch, f"{argument}'s batch")
+    return Ctx(batch, None if key is None else jax.random.fold_in(key, 1))

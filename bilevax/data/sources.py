@@ -153,7 +153,7 @@ def as_source(data: Any, argument: str) -> Any:
     refuse_uniterable(data, argument)
     if callable(data):
         numbers.takes(data, argument, "(key, step) -> batch")
-        return Source(Bound("generated", generated, fn=data), None, True)
+        return Source(Bound("generated", generated, fn=data, argument=argument), None, True)
     container = isinstance(data, (dict, list, tuple, np.ndarray, jax.Array)) or not jax.tree_util.all_leaves([data])
     if not container and isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         return Stream(data, argument)

@@ -184,6 +184,8 @@ def compare_hypergradients(
     Source: Grazzi et al., "On the iteration complexity of hypergradient computation" (ICML 2020), for the comparison of unrolled and implicit.
     """
     repeats = numbers.count(repeats, "repeats")
+    if methods is None and not isinstance(solver, InnerSolver):
+        raise TypeError(f"solver: got {numbers.shown(solver)}; expected an InnerSolver. Try inner.optax(optax.sgd(0.1), steps=10).")
     chosen = default_methods(solver, key) if methods is None and isinstance(solver, InnerSolver) else methods
     if not isinstance(chosen, Mapping) or not chosen:
         raise TypeError(f"methods: got {chosen!r}; expected a mapping from names to Hypergradient methods, or None.")

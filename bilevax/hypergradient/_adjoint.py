@@ -24,6 +24,7 @@ def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tup
     linear = default if linear is None else linear
     if not callable(linear):
         raise TypeError(f"linear: got {numbers.shown(linear)}; expected a solver (matvec, b, x0) -> (x, info), such as linear.cg(maxiter=20).")
+    numbers.takes(linear, "linear", "(matvec, b, x0) -> (x, info)")
     return as_linear(linear), max_residual
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -28,7 +29,8 @@ def tunable(factory: Callable[..., optax.GradientTransformation], /, **hyperpara
       A ``GradientTransformation`` that is a pytree of its numbers. Use it wherever optax's own are used.
 
     Raises:
-      TypeError: if `factory` is not callable, or does not return a ``GradientTransformation``.
+      TypeError: if `factory` is not callable, or does not return a ``GradientTransformation``; for a number as text.
+      ValueError: for a float that is not finite.
 
     Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
@@ -41,6 +43,11 @@ def tunable(factory: Callable[..., optax.GradientTransformation], /, **hyperpara
     """
     if not callable(factory):
         raise TypeError(f"factory: got {numbers.describe(factory)}; expected a function such as optax.adam, not what it returns.")
+    for name, value in hyperparams.items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{name}: got {value}; expected a finite number.")
+        if isinstance(value, str) and value.replace(".", "").replace("e-", "").isdigit():
+            raise TypeError(f"{name}: got the text {value!r}; expected a number. Try {name}={value}.")
     built = factory(**hyperparams)
     if not isinstance(built, optax.GradientTransformation):
         raise TypeError(

@@ -67,6 +67,8 @@ class MultilevelGradFn:
         key: Key | None = None,
     ) -> Estimate:
         """Value and gradient of the top level at `params`; see `value_and_multilevel_grad`."""
+        if state is not None and not isinstance(state, MultilevelEstimateState):
+            raise TypeError(f"state: got {check.describe(state)}; expected an estimate's state, or None.")
         floats, fixed = split_params(self.levels, params)
         names = [level.name for level in self.levels]
         batches = {n: check.batch(b, f"batches[{n!r}]") for n, b in check_names(batches, names, "batches").items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from bilevax import check, tree
 from bilevax._core import numbers
 from bilevax._core.settings import name_of
-from bilevax.base import Hypergradient, InnerSolver, PyTree, objective
+from bilevax.base import Hypergradient, InnerSolver, Objective, PyTree, objective
 from bilevax.starts import takes_key
 
 
@@ -65,13 +65,15 @@ class Level:
         where = f"Level {self.name!r}"
         if not callable(self.objective):
             raise TypeError(f"{where}, objective: got {check.describe(self.objective)}; expected a function (params, batch) -> scalar.")
+        if not isinstance(self.objective, Objective):
+            numbers.takes(self.objective, f"{where}, objective", "(params, batch) -> scalar")
         if not isinstance(self.solver, InnerSolver):
             check.transformation(self.solver, f"{where}, solver")
         if self.hypergradient is not None and not isinstance(self.hypergradient, Hypergradient):
             hint = " Call the factory: hypergradient.implicit()." if callable(self.hypergradient) else " Try hypergradient.implicit()."
             raise TypeError(f"{where}, hypergradient: got {check.describe(self.hypergradient)}; expected a Hypergradient.{hint}")
         if self.reads is not None:
-            if isinstance(self.reads, str) or not all(isinstance(name, str) for name in self.reads):
+            if isinstance(self.reads, str) or not isinstance(self.reads, Iterable) or not all(isinstance(name, str) for name in self.reads):
                 raise TypeError(f"{where}, reads: got {self.reads!r}; expected a sequence of level names. Try reads=({self.reads!r},).")
             object.__setattr__(self, "reads", tuple(self.reads))
         numbers.count(self.every, f"{where}, every")

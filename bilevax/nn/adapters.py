@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bilevax._core import numbers
 from bilevax.nn.net import Paths
 
 
@@ -90,6 +91,7 @@ def add_lora(
       >>> nn.from_nnx(model, wrt=(nnx.LoRAParam, nn.GateParam))
       Net(30 learned numbers)
     """
+    rank = numbers.count(rank, "rank")
     found = [(path, layer) for path, layer in nnx.iter_graph(model) if isinstance(layer, nnx.Linear) and path and chosen(path, layer)]
     if not found:
         names = ["/".join(map(str, path)) for path, layer in nnx.iter_graph(model) if isinstance(layer, nnx.Linear)]

@@ -6,6 +6,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bilevax._core import numbers
+
 
 class WeightNet(nnx.Module):
     """A weight in (0, 1) for each example, from its loss and whatever else is known of it.
@@ -31,7 +33,9 @@ class WeightNet(nnx.Module):
     """
 
     def __init__(self, features: int = 0, hidden: int = 32, *, rngs: nnx.Rngs):
-        self.hidden = nnx.Linear(1 + features, hidden, rngs=rngs)
+        if features != 0:
+            features = numbers.count(features, "features")
+        self.hidden = nnx.Linear(1 + features, numbers.count(hidden, "hidden"), rngs=rngs)
         self.out = nnx.Linear(hidden, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(self, losses: jax.Array, features: jax.Array | None = None) -> jax.Array:

@@ -46,7 +46,13 @@ class Lock:
         self.check()
 
     def check(self) -> None:
-        """Raise where somebody else has taken the folder."""
+        """Raise where somebody else has taken the folder, or where it is gone."""
+        if not self.path.exists():
+            what = "has lost the lock of this run" if self.path.parent.is_dir() else "is gone"
+            raise FileNotFoundError(
+                f"checkpoint: the directory {str(self.path.parent)!r} {what}; expected nobody to touch it while a run writes there. "
+                "Nothing more is saved here."
+            )
         holder = self._read()
         if holder.get("token") != self.me["token"]:
             raise RuntimeError(

@@ -54,6 +54,8 @@ def check_options(
 ) -> Options:
     """`Options`, or an error that names the argument."""
     num_steps = numbers.count(num_steps, "num_steps")
+    if num_steps >= 2**31:
+        raise ValueError(f"num_steps: got {num_steps}; expected fewer than 2**31, since steps are counted in 32 bits.")
     numbers.choice(keep, "keep", ("best", "last"))
     numbers.choice(on_failure, "on_failure", ("stop", "skip", "rollback"))
     if tol is not None:

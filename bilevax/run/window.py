@@ -283,6 +283,18 @@ def reading(problem: Problem, draws: Draws, sources: tuple[Any, ...]) -> Problem
     return count_steps(problem, draws.inner)
 
 
+def refuse_shared(sources: tuple[Any, ...]) -> None:
+    """Two levels cannot read one iterator: each would get every other batch."""
+    seen: dict[int, Stream] = {}
+    for stream in filter(None, map(stream_of, sources)):
+        other = seen.setdefault(id(stream.iterable), stream)
+        if stream.one_pass and other is not stream:
+            raise ValueError(
+                f"{stream.argument}: got the iterator ({type(stream.iterable).__name__}) that {other.argument} is; expected one of its own, since "
+                "each would get every other batch. Try a second iterator, or what makes them: a loader, or a class with __iter__."
+            )
+
+
 def refuse_one_pass(sources: tuple[Any, ...]) -> None:
     """A run that goes on from a state cannot tell where an iterator stands."""
     for stream in filter(None, map(stream_of, sources)):

@@ -34,7 +34,11 @@ def _linear(forward: Callable[..., Any], backward: Callable[..., Any], value: An
 
 def tracked(axis: str) -> bool:
     """Whether JAX tracks here which values differ along `axis` (``check_vma=True``)."""
-    return axis in _varying(lax.axis_index(axis))
+    try:
+        index = lax.axis_index(axis)
+    except NameError as error:
+        raise ValueError(f"axis_name: got {axis!r}, which no map around this has; expected the axis of a jax.shard_map or pmap.") from error
+    return axis in _varying(index)
 
 
 def _varying(value: Any) -> Any:

@@ -116,6 +116,8 @@ def dry_run(driver: Callable[..., Any], *args: Any, **kwargs: Any) -> Report:
       >>> report.state_bytes == report.total_bytes  # on one device
       True
     """
+    if not callable(driver):
+        raise TypeError(f"driver: got {numbers.describe(driver)}; expected bilevax.solve_bilevel or bilevax.solve_multilevel.")
     sharding = kwargs.pop("sharding", None)
     if not isinstance(sharding, Sharding):
         raise TypeError(f"sharding: got {sharding!r}; expected one of sharding's factories. Try sharding.data_parallel().")
