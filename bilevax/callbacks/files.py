@@ -161,14 +161,21 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
         file = path.open("a", encoding="utf-8")
 
         def write(steps, columns):
-            plain = {name: _plain(column) for name, column in columns.items()}
-            rows = ({"step": s} | {n: c[i] for n, c in plain.items()} for i, s in enumerate(steps))
-            file.writelines(json.dumps(row) + "\n" for row in rows)
+            names = (json.dumps(name).replace("%", "%%") for name in ("step", *columns))
+            row = f"{{{', '.join(f'{name}: %s' for name in names)}}}\n"
+            texts = zip(map(str, steps), *map(_texts, columns.values()), strict=True)
+            file.writelines(map(row.__mod__, texts))
 
         return Log(write, file.flush, file.close)
 
     begin = _checked(path, logfile.read_jsonl)
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
+
+
+def _texts(column: np.ndarray) -> list[str]:
+    """The rows of a column as JSON has them; numbers all at once, which long runs of short steps feel."""
+    plain = _plain(column)
+    return json.dumps(plain)[1:-1].split(", ") if column.ndim == 1 and plain else [json.dumps(value) for value in plain]
 
 
 def _plain(value: Any) -> Any:
@@ -216,7 +223,7 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
 
         def write(steps, columns):
             nonlocal header, file
-            scalar = {"step": steps} | {n: list(c) for n, c in columns.items() if c.ndim == 1}
+            scalar = {"step": steps} | {n: c.tolist() for n, c in columns.items() if c.ndim == 1}
             new = [name for name in scalar if name not in header]
             if new and header and _replaceable(path):
                 file.close()

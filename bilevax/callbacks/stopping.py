@@ -14,6 +14,9 @@ from bilevax.run.watch import Callback, Event
 def every(n: int, fn: Callable[[Event], bool | None]) -> Callback:
     """Call `fn` every `n` steps, and once more at the end.
 
+    The compiled calls of a run may go past such a step (they take about a tenth of a second), and `fn` then looks back at it. They are done again
+    up to there if `fn` stops the run, and until it first reads ``event.state``; what steps print or call back to the host, they do so again then.
+
     Args:
       n: steps between calls, at least 1.
       fn: takes an `Event`; returning True stops the run.
@@ -32,6 +35,7 @@ def every(n: int, fn: Callable[[Event], bool | None]) -> Callback:
     """
     if not callable(fn):
         raise TypeError(f"fn: got {check.describe(fn)}; expected a function of an Event.")
+    numbers.takes(fn, "fn", "(event)")
     return Callback(fn, numbers.count(n, "n"))
 
 
@@ -77,9 +81,10 @@ def early_stopping(
 
     def stop(event: Event) -> bool:
         nonlocal seen, best, best_row
-        if name not in event.history:
-            raise KeyError(f"early_stopping: got {name!r}; expected one of the history's columns: {sorted(event.history)}.")
-        column = event.history[name]
+        history = event.history
+        if name not in history:
+            raise KeyError(f"early_stopping: got {name!r}; expected one of the history's columns: {sorted(history)}.")
+        column = history[name]
         if len(column) < seen:  # another run, whose beginning nobody told
             again()
         for row, value in enumerate((sign * column[seen:]).tolist(), seen):

@@ -6,6 +6,7 @@ import contextlib
 import functools
 import signal
 import time
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import numpy as np
 from jax import lax
 
 from bilevax import results, tree
+from bilevax._core import numbers
 from bilevax._core.peers import Peers
 from bilevax._core.refusal import undifferentiable
 from bilevax._core.settings import name_of
@@ -36,6 +38,7 @@ from bilevax.sharding.report import Compiled
 
 MOST_VALUES = 2**18  # a call takes more steps only where their history is that small
 LONGEST, QUICK = 4096, 0.1  # a call takes at most so many steps in about so many seconds: a failure or a signal is to be seen soon
+LOOK_BACK = 2**26  # bytes of a state that is small enough to be kept while a call goes past the steps at which somebody looks
 GROWTH = 16  # the first calls are of one step, whose time nobody knows; each later one is at most so many times longer
 
 
@@ -234,7 +237,13 @@ class Loop:
         self.history, self.recovery = History(), Recovery(options.on_failure)
         self.store: store_lib.Store | None = None
         self.peers, self.result, self.done, self.resumed = Peers(), RESULTS.success, 0, self.start
-        self.called = dict.fromkeys(range(len(options.watchers)), 0)  # steps done when each watcher was called last
+        self.first = 0  # steps that were done before the last call
+        self.called = [0] * len(options.watchers)  # steps done when each watcher was called last
+        self.every = [w.every or min(self.capacity, CHUNK) for w in options.watchers]
+        small = sum(leaf.nbytes for leaf in jax.tree.leaves(run)) <= LOOK_BACK
+        self.looks_back = small and self.peers.count == 1 and options.on_failure == "stop" and not self.window.streaming
+        self.reads_state = [not (watcher.exact and self.looks_back) for watcher in options.watchers]
+        self.before: tuple[Any, ...] | None = None  # what the last call was given, where its steps may have to be done again
 
     # ---- the parts of a round
 
@@ -252,13 +261,13 @@ class Loop:
                 self.history = History(rows)
                 self.recovery.resume(recovery)
         self.resumed, self.result = int(self.run.step), RESULTS(int(self.run.code))
-        self.done = self.resumed - self.start
+        self.done = self.first = self.resumed - self.start
+        self.called = [self.done] * len(self.called)
         if self.store is not None and self.done > options.num_steps:
             raise ValueError(
                 f"num_steps: got {options.num_steps}, fewer than the {self.done} steps that {self.store.spec.directory!r} has of this run; "
                 "expected at least as many. Give this run a directory of its own."
             )
-        self.called = dict.fromkeys(self.called, self.done)
         self.window.seek(self.resumed, self._place)
 
     @property
@@ -266,15 +275,19 @@ class Loop:
         return self.done >= self.options.num_steps or self.result is not RESULTS.success
 
     def steps(self) -> None:
-        """One call of compiled steps: up to where somebody wants to look."""
-        due = [every - self.done % every for every in map(self._every, self.options.watchers) if every]
+        """One call of compiled steps: up to where the state is to be seen."""
+        exact = [(i, every - self.done % every) for i, every in enumerate(self.every) if self.options.watchers[i].exact]
+        due = [left for i, left in exact if self.reads_state[i]]
         if self.store is not None:
             due.append(self.store.spec.every - (self.start + self.done) % self.store.spec.every)
         due.append(self.recovery.before(self.run, self.done))
         n = min([self.length, self.capacity, self.options.num_steps - self.done, *due])
         data, steps = self.window.read(self.start + self.done, n)
+        self.first = self.done
         if steps:
             since, first = time.perf_counter(), self.start + self.done
+            passed = any(left < steps for _, left in exact)
+            self.before = (tree.copy(self.run), data, self.done) if passed else None
             with contextlib.nullcontext() if self.first_chunk else compiling(name_of(self.plan.algorithm.step)):
                 self.run, rows, count = run_chunk(self.static, self.capacity, self.run, self.dynamic, data, steps)
             self.window.prefetch(self.length, self.start + self.options.num_steps)
@@ -290,10 +303,6 @@ class Loop:
         if self.window.exhausted and not self.over:
             self.result = RESULTS.data_exhausted
 
-    def _every(self, watcher: watch.Callback) -> int | None:
-        """Steps between two calls that a chunk is cut short for."""
-        return (watcher.every or min(self.capacity, CHUNK)) if watcher.exact else None
-
     def _pace(self, each: float) -> None:
         """The length of the next call, by the time of this one. That of the first is mostly compilation."""
         if not self.first_chunk:
@@ -303,21 +312,87 @@ class Loop:
 
     def look(self, heard: Signals) -> None:
         """Callbacks, signals, and what the other processes say of theirs."""
-        over, stop = self.over, False
-        event = None
-        for i, watcher in enumerate(self.options.watchers):
-            since, every = self.done - self.called[i], watcher.every or min(self.capacity, CHUNK)
-            if over or (self.done % every == 0 if watcher.exact else since >= every):
-                self.called[i] = self.done
-                step, steps = int(self.run.step), self.options.num_steps
-                resumed = self.resumed - self.start
-                event = event or watch.Event(step, self.done, steps, self.history.all(), self.run, self.start, resumed)
-                stop = bool(watcher.fn(event)) or stop
+        stop = False
+        for place in self._passed():
+            try:
+                stop = self._call(place, self._due(place))
+            except BaseException:
+                self._back(place)
+                raise
+            if stop or heard.terminate or heard.interrupt:
+                self._back(place)
+                break
+        else:
+            over = self.over
+            stop = self._call(self.done, self._uncalled() if over else self._due(self.done))
+        self.before = None
         said = self.peers.gather([stop, heard.terminate, heard.interrupt, self.length])
         stop, terminate, interrupt = (any(one[i] for one in said) for i in range(3))
         self.length = min(one[3] for one in said)
-        if not over and (stop or terminate or interrupt):
+        if not self.over and (stop or terminate or interrupt):
             self.result = RESULTS.interrupted if interrupt else RESULTS.preempted if terminate else RESULTS.stopped
+            self._call(self.done, self._uncalled())
+
+    def _passed(self) -> list[int]:
+        """The steps done, before the end of the last call, at which somebody is to look."""
+        watched = (every for every, watcher in zip(self.every, self.options.watchers, strict=True) if watcher.exact)
+        places = {place for every in watched for place in range(self.first - self.first % every + every, self.done, every)}
+        return sorted(places)
+
+    def _due(self, done: int) -> list[int]:
+        """The watchers that are to be called after so many steps."""
+        each = enumerate(zip(self.options.watchers, self.every, self.called, strict=True))
+        end = done == self.done  # of a call, when those may look that need not be exact
+        return [i for i, (watcher, every, last) in each if (done % every == 0 if watcher.exact else end and done - last >= every)]
+
+    def _uncalled(self) -> list[int]:
+        """The watchers that have not seen the last step: each is called once more at the end."""
+        return [i for i, last in enumerate(self.called) if last != self.done]
+
+    def _call(self, done: int, watchers: list[int]) -> bool:
+        """Let these watchers look at the run as it was after so many steps: whether one of them says stop."""
+        stop = False
+        failed = done == self.done and self.result.failed  # a step that is in the history and not in the state
+        event = watch.Event.seen(
+            self.start + done - failed, done, self.options.num_steps, self._rows, self._state, self.start, self.resumed - self.start
+        )
+        for i in watchers:
+            self.called[i], self._calling = done, i
+            said = self.options.watchers[i].fn(event)
+            try:
+                stop = bool(said) or stop
+            except (TypeError, ValueError) as error:
+                raise TypeError(f"callbacks[{i}]: returned {numbers.describe(said)}; expected True to end the run, or nothing.") from error
+        return stop
+
+    def last_rows(self) -> list[Callable[[], Any]]:
+        """What gives the logs the rows that they have not seen, where the run ends by an error."""
+        late = [i for i in self._uncalled() if not self.options.watchers[i].exact]
+        return [functools.partial(self._call, self.done, [i]) for i in late]
+
+    def _rows(self, done: int) -> dict[str, Any]:
+        return self.history.all(len(self.history) - self.done + done)
+
+    def _state(self, done: int) -> RunState:
+        """The state after so many steps of the last call. Who asks for one that was passed will find the calls cut short for it."""
+        if done == self.done:
+            return self.run
+        if self.before is None or not self.before[2] < done < self.done:
+            raise RuntimeError(
+                f"state: got a look at step {self.start + done}, of which the run has gone on; expected one while the callback is called."
+            )
+        self.reads_state[self._calling] = True
+        return self._again(done)
+
+    def _again(self, done: int) -> RunState:
+        run, data, first = self.before  # type: ignore[misc]
+        return run_chunk(self.static, self.capacity, tree.copy(run), self.dynamic, data, done - first)[0]
+
+    def _back(self, done: int) -> None:
+        """Let the run be what it was after so many steps: those of the last call are done again up to there."""
+        self.run, self.result = jax.block_until_ready(self._again(done)), RESULTS.success
+        self.history.cut(len(self.history) - self.done + done)
+        self.done = done
 
     def save(self) -> None:
         """Save the run where that is due."""

@@ -12,6 +12,8 @@ from bilevax.results import RESULTS
 def closed(loop: Any, error: BaseException | None) -> BaseException | None:
     """Close all that is open, each whatever becomes of the others; the first error, with a note of those that followed."""
     closers = [w.close for w in loop.options.watchers if w.close is not None]
+    if error is not None:
+        closers = [*loop.last_rows(), *closers]
     if loop.store is not None:
         closers.append(loop.store.close)
     for close in [*closers, lambda: loop.peers.close(error)]:  # noqa: B023 (called at once)

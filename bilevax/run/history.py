@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from typing import Any
 
@@ -22,6 +23,7 @@ class History:
         self._buffers: dict[str, np.ndarray] = dict(self._restored)
         self._rows = max((len(column) for column in self._restored.values()), default=0)
         self._structure: Any = None  # of a row, and the paths of its leaves
+        self._views: dict[str, Any] | None = None  # what `all` gives, until a row is added
 
     def __len__(self) -> int:
         return self._rows
@@ -32,7 +34,7 @@ class History:
         if self._structure is None:
             self._structure = jax.tree.structure(rows), list(flat)
             self._meet(flat)
-        total = self._rows + count
+        total, self._views = self._rows + count, None
         for path, leaf in flat.items():
             self._room(path, total)[self._rows : total] = leaf[:count]
         for path in self.ended:
@@ -56,6 +58,14 @@ class History:
                 )
         for path in self.ended:
             self._buffers[path] = before[path].astype(_with_nan(before[path].dtype))
+        if self.begun or self.ended:
+            begun, ended = self.names()
+            logging.getLogger("bilevax").warning("checkpoint: the history's columns %s begin at row %d, and %s end there", begun, self._rows, ended)
+
+    def names(self) -> tuple[list[str], list[str]]:
+        """The columns that begin and those that end where this process goes on."""
+        plain = lambda paths: sorted("/".join(re.findall(r"\w+", path)) for path in paths)
+        return plain(self.begun), plain(self.ended)
 
     def _room(self, path: str, total: int) -> np.ndarray:
         buffer = self._buffers[path]
@@ -69,8 +79,19 @@ class History:
         """Columns by path: views of the rows so far."""
         return {path: buffer[: self._rows] for path, buffer in self._buffers.items()}
 
-    def all(self) -> dict[str, Any]:
-        """The nested columns: views, only to be read."""
+    def all(self, rows: int | None = None) -> dict[str, Any]:
+        """The nested columns, or the first `rows` of each: views, only to be read."""
+        if self._views is None:
+            self._views = self._nested()
+        if rows is None or rows == self._rows:
+            return dict(self._views)
+        return {name: a[:rows] if type(a) is np.ndarray else jax.tree.map(lambda a: a[:rows], a) for name, a in self._views.items()}
+
+    def cut(self, rows: int) -> None:
+        """Forget all rows but the first `rows`."""
+        self._rows, self._views = rows, None
+
+    def _nested(self) -> dict[str, Any]:
         columns = self.flat()
         for column in columns.values():
             column.flags.writeable = False

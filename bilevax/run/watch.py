@@ -8,9 +8,10 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from bilevax import check
+from bilevax._core import numbers
 
 
-class Event(NamedTuple):
+class Event:
     """What a callback is given.
 
     Attributes:
@@ -19,19 +20,44 @@ class Event(NamedTuple):
       num_steps: steps that this call was asked for.
       history: columns of all rows of this call so far, as numpy arrays by name that are only to be
         read: they are the run's own.
-      state: the run's state on the device. Its buffers are reused by the next chunk: copy what must
-        outlive the call.
+      state: the run's state on the device, to be read while the callback is called. Its buffers are
+        reused by the next chunk: copy what must outlive the call.
       start: the step that this call began at; row ``i`` of the history is step ``start + i``.
       resumed: how many of the rows an earlier process did, and a checkpoint brought back.
     """
 
-    step: int
-    done: int
-    num_steps: int
-    history: dict[str, np.ndarray]
-    state: Any
-    start: int = 0
-    resumed: int = 0
+    __slots__ = ("_history", "_state", "done", "num_steps", "resumed", "start", "step")
+
+    def __init__(self, step: int, done: int, num_steps: int, history: dict[str, np.ndarray], state: Any, start: int = 0, resumed: int = 0):
+        self._put(step, done, num_steps, lambda done: history, lambda done: state, start, resumed)
+
+    def _put(self, step, done, num_steps, history, state, start, resumed) -> None:
+        self.step, self.done, self.num_steps, self.start, self.resumed = step, done, num_steps, start, resumed
+        self._history, self._state = history, state  # of a number of steps: most callbacks look at one of them, or at none
+
+    @classmethod
+    def seen(
+        cls,
+        step: int,
+        done: int,
+        num_steps: int,
+        history: Callable[[int], dict[str, np.ndarray]],
+        state: Callable[[int], Any],
+        start: int,
+        resumed: int,
+    ) -> Event:
+        """One whose history and state are made, from the number of steps done, when they are read."""
+        event = cls.__new__(cls)
+        event._put(step, done, num_steps, history, state, start, resumed)
+        return event
+
+    @property
+    def history(self) -> dict[str, np.ndarray]:
+        return self._history(self.done)
+
+    @property
+    def state(self) -> Any:
+        return self._state(self.done)
 
 
 class Callback(NamedTuple):
@@ -42,8 +68,8 @@ class Callback(NamedTuple):
       every: steps between calls.
       close: called when the run ends, however it ends.
       begin: called before the first step; what cannot work is refused there.
-      exact: whether it is called after each `every` steps to the step, for which chunks are cut
-        short; otherwise at the end of the first chunk after them.
+      exact: whether it is called with what the run was after each `every` steps, and a stop ends
+        the run there; otherwise at the end of the first chunk after them.
     """
 
     fn: Callable[[Event], bool | None]
@@ -59,6 +85,9 @@ def as_callback(fn: Any, position: int) -> Callback:
         return fn
     if not callable(fn):
         raise TypeError(f"callbacks[{position}]: got {check.describe(fn)}; expected a function of an Event, or callbacks.every(n, fn).")
+    if getattr(fn, "__annotations__", {}).get("return") in ("Callback", Callback):
+        raise TypeError(f"callbacks[{position}]: got the factory {fn.__name__}; expected what it returns. Try callbacks.{fn.__name__}(...).")
+    numbers.takes(fn, f"callbacks[{position}]", "(event)")
     return Callback(fn)
 
 

@@ -63,10 +63,50 @@ def test_long_chunks_are_short_ones(monkeypatch):
     same(run(40), short)
     lengths.clear()
     monkeypatch.setattr(chunk, "QUICK", 1e3)
-    watched = run(3000, callbacks=[lambda event: None, bx.callbacks.every(100, lambda event: None)])
-    assert max(lengths) == 100 and np.cumsum(lengths)[-1] == 3000
-    assert {100, 256, 300, 512, 2900} <= set(np.cumsum(lengths).tolist())  # each is called at its steps
+    seen, own = [], []
+    looks = [lambda event: seen.append((event.step, len(event.history["value"]))), bx.callbacks.every(100, lambda event: own.append(event.step))]
+    watched = run(3000, callbacks=looks)
+    assert lengths == [1, 1, 16, 256, 2726]  # nobody asks for a state
+    assert seen == [(n, n) for n in [*range(256, 3000, 256), 3000]] and own == list(range(100, 3001, 100))
     same(watched, long)
+
+
+def test_a_call_that_went_past_a_look_is_done_again_for_whoever_stops_there(monkeypatch):
+    """A stop, an error and a state are those of the step they belong to, to the bit, wherever the calls end."""
+    monkeypatch.setattr(chunk, "QUICK", 1e3)
+    states, kept = {}, []
+
+    def look(event):
+        kept.append(event)
+        states[event.step] = np.asarray(event.state.algorithm.outer)
+
+    stop = bx.callbacks.every(70, lambda event: event.step == 140)
+    for callbacks in ([stop], [bx.callbacks.every(35, look), stop], [bx.callbacks.every(7, lambda event: event.history["value"] is None), stop]):
+        out = run(900, callbacks=callbacks, keep="last")
+        assert out.result is bx.RESULTS.stopped and out.stats["steps"] == out.stats["best_step"] == 140
+        same(out, run(140, keep="last"))
+        same(run(200, state=out.state, keep="last")._replace(history=None), run(340, keep="last")._replace(history=None))
+    assert list(states) == [35, 70, 105, 140] and np.array_equal(states[140], out.outer_params)
+    assert np.array_equal(states[35], run(35, keep="last").outer_params)
+    with pytest.raises(RuntimeError, match="state: got a look at step 35, of which the run has gone on"):
+        _ = kept[0].state
+
+    def fail(event):
+        if event.step == 180:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError) as caught:
+        run(900, callbacks=[bx.callbacks.every(30, fail)], keep="last")
+    same(caught.value.solution, run(180, keep="last"))
+
+
+def test_a_look_far_inside_a_call_costs_little(monkeypatch):
+    """Counted: the compiled calls of a run are those that it makes when nobody looks."""
+    calls, plain = [], chunk.run_chunk
+    monkeypatch.setattr(chunk, "run_chunk", lambda *args: calls.append(args[-1]) or plain(*args))
+    monkeypatch.setattr(chunk, "QUICK", 1e3)
+    run(4000, callbacks=[bx.callbacks.every(10, lambda event: None), bx.callbacks.early_stopping("value", patience=10**6)])
+    assert len(calls) == 5
 
 
 def test_a_wide_history_takes_shorter_chunks_and_all_steps(monkeypatch):
