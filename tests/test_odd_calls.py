@@ -78,7 +78,7 @@ ROWS = {
     "aux of text": (lambda: go(outer=bx.objective(lambda y, x, b: (outer(y, x, b), {"a": "text"}), has_aux=True)), r"outer_objective.*str.*expected"),
     "axis_mean outside a map": (lambda: go(inner=S.axis_mean(inner, "data")), r"axis_name: got 'data'.*expected"),
     "a pattern that matches nothing": (
-        lambda: go(sharding=S.by_path(S.fsdp().mesh, {"nothing": jax.sharding.PartitionSpec()})), r"rules: got the pattern 'nothing'.*expected",
+        lambda: go(sharding=S.by_path(S.fsdp().mesh, {"nothing": jax.sharding.PartitionSpec()})), r"rules: got 'nothing', which matches no parameter; expected",
     ),
     "progress_bar, uncalled": (lambda: go(callbacks=[CB.progress_bar]), r"callbacks\[0\]: got the factory.*expected"),
     "jsonl, uncalled": (lambda: go(callbacks=[CB.jsonl]), r"callbacks\[0\]: got the factory.*expected"),

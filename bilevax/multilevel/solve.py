@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 
 from bilevax import check, tree
-from bilevax._core import optimizer
+from bilevax._core import numbers, optimizer
 from bilevax._core.transfers import by_intent
 from bilevax._core.types import Key
 from bilevax._estimate import told
@@ -31,7 +31,7 @@ from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
 from bilevax.run.state import RunState
 from bilevax.run.watch import Callback
-from bilevax.run.window import first_context, needs_key, refuse_one_pass, source_draw
+from bilevax.run.window import first_context, needs_key, refuse_one_pass, refuse_shared, source_draw
 from bilevax.sharding import Sharding
 
 
@@ -108,7 +108,7 @@ def solve_multilevel(
       callbacks: as in `solve_bilevel`.
       progress: as in `solve_bilevel`.
       checkpoint: as in `solve_bilevel`.
-      sharding: as in `solve_bilevel`: `sharding.data_parallel()`, `sharding.fsdp()` or `sharding.by_path(...)`.
+      sharding: as in `solve_bilevel`: `sharding.data_parallel()`, `fsdp()`, `tasks()` or `by_path(...)`.
       on_failure: as in `solve_bilevel`.
       read_ahead: as in `solve_bilevel`.
       strict: as in `solve_bilevel`.
@@ -146,11 +146,16 @@ def solve_multilevel(
         raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")
     if project is not None and not callable(project):
         raise TypeError(f"project: got {check.describe(project)}; expected a function of the top level's parameters, or None.")
+    if project is not None:
+        numbers.takes(project, "project", "params")
     names = [level.name for level in levels]
     upper = names[-1]
     given = check_names(data, names, "data")
     sources = dict(zip(names, numbered(tuple(as_source(given.get(n), f"data[{n!r}]") for n in names)), strict=True))
+    refuse_shared(tuple(sources.values()))
     models = {n: check.arrays(m, f"model_state[{n!r}]") for n, m in check_names(model_state, names, "model_state").items()}
+    for name, model in models.items():
+        check.finite(model, f"model_state[{name!r}]")
     run_key = key if state is None else state.key
     check_key(levels, run_key, [n for n, s in sources.items() if run_key is None and needs_key(s)])
     floats, fixed = split_params(levels, params)

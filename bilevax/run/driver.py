@@ -50,7 +50,9 @@ def ready(
     plan = Plan(problem, algorithm, options.metrics, options.tol, strict=options.strict)
     if options.sharding is not None:
         key = key if state is None else state.key
-        plan, sources, start, outer, key, spec = layout.place(options.sharding, plan, sources, start, outer, key)
+        sharding = layout.of_problem(options.sharding, problem, start)
+        options = options._replace(sharding=sharding)
+        plan, sources, start, outer, key, spec = layout.place(sharding, plan, sources, start, outer, key)
     shapes = jax.eval_shape(lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, options.keep), start, outer, key)
     if options.sharding is not None:
         plan = plan._replace(layout=layout.of_run(options.sharding, shapes, start, outer, spec))

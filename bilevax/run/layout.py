@@ -161,6 +161,11 @@ def wrap(sharding: Sharding, objective: Objective) -> Objective:
     return dataclasses.replace(objective, fn=Bound(objective.name, fn, fn=objective.fn, sharding=sharding))
 
 
+def of_problem(sharding: Sharding, problem: Any, start: InnerState) -> Sharding:
+    """The sharding as this problem takes it: tasks of more than two levels lie by path."""
+    return over_tasks.of_levels(sharding, start.params) if sharding.apart and not isinstance(problem, Problem) else sharding
+
+
 def place(sharding: Sharding, plan: Any, sources: tuple[Any, ...], start: InnerState, outer: PyTree, key: Any) -> tuple[Any, ...]:
     """The plan, the data and the starting point as they lie on the mesh, and the specs of the algorithm's state where they are known."""
     problem, spec = plan.problem, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,6 +16,7 @@ from bilevax.base import Algorithm, Bound, Ctx, Feed, InnerState, Lower, Objecti
 from bilevax.data.loaders import Stream
 from bilevax.results import WARNINGS
 from bilevax.sharding.axis import enter, leave
+from bilevax.sharding.placement import by_path
 from bilevax.starts import Start, takes_key
 
 SUMMED = ("inner_value",)  # diagnostics that add up over tasks
@@ -53,6 +55,23 @@ def distribute(sharding: Any, plan: Any, sources: tuple[Any, ...], start: Any, o
     spec = _state_spec(plan, sharding.axis, start, outer)
     settings = dict(step=algorithm.step, sharding=sharding, count=count, streams=streams, state_spec=spec)
     return plan._replace(problem=local, algorithm=algorithm._replace(step=Bound(repr(algorithm.step), _step, **settings))), spec
+
+
+def of_levels(sharding: Any, params: dict[str, PyTree]) -> Any:
+    """Tasks of more than two levels: the levels that have one copy a task lie split over the tasks, and the compiler finds the rest.
+
+    The lowest level has the tasks in front; the others are split that have as many.
+    """
+    devices = sharding.mesh.shape[sharding.axis]
+    lengths = {name: {int(leaf.shape[0]) if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(value)} for name, value in params.items()}
+    lowest, tasks = next(iter(lengths.items()))
+    if len(tasks) != 1 or 0 in tasks or max(tasks) % devices:
+        raise ValueError(
+            f"params[{lowest!r}]: got leading axes {sorted(tasks)} for tasks on {devices} devices; expected a common one, of the tasks, whose "
+            f"length is a multiple of {devices}."
+        )
+    rules = {rf"^inner\['{re.escape(name)}'\]": PartitionSpec(sharding.axis) for name, found in lengths.items() if found == tasks}
+    return dataclasses.replace(by_path(sharding.mesh, rules, rows=sharding.axis), dry=sharding.dry)
 
 
 def _localised(objective: Objective, axis: str, count: int, reduce: str) -> Objective:

@@ -193,6 +193,9 @@ def tasks(devices: Any = None, *, axis: str = "tasks") -> Sharding:
     are summed at the end of each evaluation. Inner parameters and batches have the task axis in front, and the inner objective is a sum over
     tasks, so that no task's gradient depends on another. A solver's or a linear solver's own stopping rule is then applied device by device.
 
+    Of more than two levels, the lowest one's parameters and the batches have the task axis in front; the levels below the top one that have it as
+    well lie split over the tasks, the others are on every device, and the step means what it means on one device.
+
     Args:
       devices: a sequence of devices, a `Mesh` that has `axis`, or None for all devices; their number divides the number of tasks.
       axis: name of the mesh axis.
@@ -201,7 +204,7 @@ def tasks(devices: Any = None, *, axis: str = "tasks") -> Sharding:
       A `Sharding` for ``solve_bilevel(..., sharding=...)``.
 
     Raises:
-      TypeError, ValueError: for arguments of another kind; in the run, for objectives that were not made by `bilevax.tasks`.
+      TypeError, ValueError: for arguments of another kind; in the run, for two levels whose objectives were not made by `bilevax.tasks`.
 
     Examples:
       >>> import bilevax as bx
@@ -227,7 +230,8 @@ def by_path(mesh: Mesh, rules: Mapping[str, PartitionSpec], *, rows: Any = None)
       A `Sharding` for ``solve_bilevel(..., sharding=...)``.
 
     Raises:
-      TypeError, ValueError: for arguments of another kind, or specs that name no axis of the mesh.
+      TypeError, ValueError: for arguments of another kind, or specs that name no axis of the mesh; in the run, for a pattern that no
+        parameter's path has.
 
     Examples:
       >>> import jax, bilevax as bx

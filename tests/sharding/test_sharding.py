@@ -106,7 +106,7 @@ def test_means_of_own_rows_equal_one_device(name):
     assert equal(run(name, sharding=S.data_parallel(mean=True)), alone(name))
 
 
-@pytest.mark.parametrize("name", [n if n in ("implicit", "sama", "soba") else pytest.param(n, marks=pytest.mark.slow) for n in MAIN])
+@pytest.mark.parametrize("name", [n if n in ("implicit", "soba") else pytest.param(n, marks=pytest.mark.slow) for n in MAIN])
 def test_fsdp_equals_one_device_and_keeps_its_layout(name):
     """Every large leaf of the state at one part in eight on each device, at the end as at the beginning."""
     out = run(name, sharding=S.fsdp(min_size=16))
@@ -173,7 +173,10 @@ LEVELS = [
 ]
 
 
-@pytest.mark.parametrize("sharding", [S.data_parallel, lambda: S.fsdp(min_size=16)], ids=["data_parallel", "fsdp"])
+@pytest.mark.parametrize(
+    "sharding",
+    [pytest.param(S.data_parallel, id="data_parallel"), pytest.param(lambda: S.fsdp(min_size=16), id="fsdp", marks=pytest.mark.slow)],
+)
 def test_multilevel_equals_one_device(sharding):
     start, data = {"y": jnp.zeros(WIDE), "x": jnp.zeros(FEW)}, {"y": TRAIN[0], "x": VALID[0]}
     solve = lambda **keywords: bx.solve_multilevel(LEVELS, start, data=data, num_steps=3, keep="last", **keywords)
@@ -227,7 +230,7 @@ def test_counted_and_weighed_all_reduces(name, entries, loop, count):
     assert others == []  # above all, nothing is gathered
 
 
-@pytest.mark.parametrize("name", ["sama", "implicit"])
+@pytest.mark.parametrize("name", ["sama", pytest.param("implicit", marks=pytest.mark.slow)])
 def test_without_the_mean_nothing_is_gathered_either(name):
     outside, inside, others = traffic(name, S.data_parallel())
     assert others == [] and total(inside) in (0, WIDE)
@@ -312,7 +315,7 @@ def test_tasks_equal_one_device_two_on_each(name):
             assert {shard.data.shape for shard in leaf.addressable_shards} == {(2, WAYS)}
 
 
-@pytest.mark.parametrize("name", OVER_TASKS)
+@pytest.mark.parametrize("name", QUICK_TASKS)
 def test_no_collective_in_a_task_s_loops(name):
     """The outer parameters' derivatives and a few scalars, once each; nothing inside a loop, nothing of the inner parameters' size."""
     report = run_tasks(name, driver=S.dry_run, sharding=S.tasks())
@@ -346,13 +349,39 @@ def test_tasks_with_an_inner_aux():
     assert out.history["inner_aux"].shape == (4, TASKS) and np.allclose(out.history["inner_aux"], one.history["inner_aux"], rtol=1e-10)
 
 
-@pytest.mark.parametrize("key", [KEY, jax.random.PRNGKey(4)], ids=["typed", "plain"])
+@pytest.mark.parametrize("key", [pytest.param(KEY, id="typed"), pytest.param(jax.random.PRNGKey(4), id="plain", marks=pytest.mark.slow)])
 def test_keyed_tasks_draw_the_keys_of_one_device(key):
     jitter = lambda fn: bx.objective(lambda y, x, b, *, key: fn(y + 0.1 * jax.random.normal(key, y.shape), x, b), keyed=True)
     objectives = bx.tasks(jitter(task_inner), "sum"), bx.tasks(jitter(task_outer))
     out, one = (run_tasks("soba", objectives=objectives, key=key, **k) for k in ({"sharding": S.tasks()}, {}))
     assert equal(out, one)
     assert not equal(one, run_tasks("soba", objectives=objectives, key=jax.random.key(99)))
+
+
+def test_tasks_of_three_levels():
+    """A head and a step size a task, and what all of them share: as on one device, with the tasks' state split."""
+    rng = np.random.default_rng(7)
+    rows = [(rng.standard_normal((TASKS, 4, 3)), rng.standard_normal((TASKS, 4))) for _ in range(2)]
+    fit = lambda w, b: jnp.mean((jnp.einsum("tij,tj->ti", b[0], w) - b[1]) ** 2, 1)
+    descent = bx.inner.optax(optax.adam(0.1), 2)
+    keyed = bx.objective(
+        lambda p, b, *, key: jnp.sum(
+            fit(p["w"]["v"] + 0.01 * jax.random.normal(key, p["w"]["v"].shape), b) + jnp.exp(p["s"]) * jnp.sum(p["w"]["v"] ** 2, 1)
+        ),
+        keyed=True,
+    )
+    levels = [
+        bx.Level("w", keyed, solver=descent, hypergradient=CG),
+        bx.Level("s", lambda p, b: jnp.mean(fit(p["w"]["v"], b)) + jnp.sum((p["s"] - p["x"]) ** 2), solver=descent, hypergradient=CG),
+        bx.Level("x", lambda p, b: jnp.mean(fit(p["w"]["v"], b)) + 0.1 * p["x"] ** 2, solver=optax.sgd(0.1)),
+    ]
+    start = {"w": {"v": jnp.zeros((TASKS, 3))}, "s": jnp.full(TASKS, -2.0), "x": jnp.asarray(-2.0)}
+    data = {"w": rows[0], "s": rows[1], "x": rows[1]}
+    solve = lambda **k: bx.solve_multilevel(levels, start, data=data, num_steps=3, keep="last", key=KEY, **k)
+    out, one = solve(sharding=S.tasks()), solve()
+    assert equal(out, one)
+    assert out.inner_params["w"]["v"].sharding.spec == out.inner_params["s"].sharding.spec == P("tasks")
+    assert out.outer_params.sharding.is_fully_replicated
 
 
 # ---- steps inside shard_map and pmap
@@ -431,7 +460,7 @@ def test_axis_mean_refuses_parameters_that_differ_by_device():
         (lambda: run_tasks("soba", objectives=(MEAN, MEAN), sharding=S.tasks()), ValueError, r"inner_objective.*expected bilevax\.tasks\(fn, 'sum'\)"),
         (lambda: run("soba", sharding=S.tasks()), ValueError, "inner_objective.*bilevax.tasks"),
         (lambda: run_tasks("soba", sharding=S.tasks(jax.devices()[:5])), ValueError, "inner_params: got shapes .* for tasks on 5 devices"),
-        (lambda: bx.solve_multilevel(LEVELS, {"y": jnp.zeros(8), "x": jnp.zeros(8)}, data={"y": jnp.ones((8, 8)), "x": jnp.ones((8, 8))}, sharding=S.tasks()), ValueError, "tasks.. for more than two levels"),
+        (lambda: bx.solve_multilevel(LEVELS, {"y": jnp.zeros(6), "x": jnp.zeros(6)}, data={"y": jnp.ones((8, 6)), "x": jnp.ones((8, 6))}, sharding=S.tasks()), ValueError, r"params\['y'\]: got leading axes \[6\] for tasks on 8 devices"),
         (lambda: S.axis_mean(inner, 3), TypeError, "axis_name: got int 3"),
         (lambda: jax.jit(lambda x: bx.solve_bilevel(inner, outer, START[0], x, inner_data=TRAIN, outer_data=VALID, algorithm=MAIN["soba"], num_steps=2, on_failure="skip").outer_params)(START[1]), ValueError, "on_failure.*under a JAX transformation"),
     ],
