@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 from typing import Any
 
@@ -10,9 +11,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+_PACKED = tuple(map(jnp.dtype, (jnp.uint8, jnp.int8, jnp.uint16, jnp.int16, jnp.bfloat16, jnp.float16)))
 
-def _bits(leaf: Any) -> Any:
-    """The leaf's bits as uint32, 64-bit entries as two along a last axis."""
+
+def _bits(leaf: Any, packed: bool) -> Any:
+    """The leaf's bits as uint32: 64-bit entries as two along a last axis, `packed` narrow ones together where they come out even."""
+    if packed and leaf.dtype in _PACKED and leaf.ndim and leaf.shape[-1] % (4 // leaf.dtype.itemsize) == 0:
+        together = leaf.reshape(*leaf.shape[:-1], -1, 4 // leaf.dtype.itemsize)  # a fourth or half of the work
+        return lax.bitcast_convert_type(together, jnp.uint32)
     if leaf.dtype == jnp.bool_ or (jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 4):
         return leaf.astype(jnp.int32).astype(jnp.uint32)
     size = leaf.dtype.itemsize
@@ -27,12 +33,12 @@ def _mixed(value: Any, constant: int) -> Any:
     return value ^ (value >> jnp.uint32(16))
 
 
-@jax.jit
-def _digests(leaves: list[Any]) -> Any:
+@functools.partial(jax.jit, static_argnums=1)
+def _digests(leaves: list[Any], packed: bool) -> Any:
     """Two words a leaf: wrapping sums of a bijection of each entry's bits, chosen by its place. Sums do not care who holds which part."""
     words: list[Any] = []
     for leaf in leaves:
-        bits = _bits(leaf)
+        bits = _bits(leaf, packed)
         place = jnp.zeros(bits.shape, jnp.uint32)
         for axis, length in enumerate(bits.shape):
             place = place * jnp.uint32(length % 2**32) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
@@ -43,12 +49,12 @@ def _digests(leaves: list[Any]) -> Any:
 
 def words(leaves: list[Any]) -> list[jax.Array]:
     """Two words a leaf as arrays, which nobody waits for."""
-    return _digests(leaves)
+    return _digests(leaves, True)
 
 
-def of_arrays(leaves: list[Any]) -> list[int]:
-    """Two words a leaf, computed where the leaves are."""
-    return [int(word) for word in jax.device_get(_digests(leaves))]
+def of_arrays(leaves: list[Any], packed: bool = True) -> list[int]:
+    """Two words a leaf, computed where the leaves are; not `packed`, as the first formats of checkpoints have them."""
+    return [int(word) for word in jax.device_get(_digests(leaves, packed))]
 
 
 def of_columns(columns: dict[str, np.ndarray]) -> str:

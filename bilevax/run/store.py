@@ -27,7 +27,7 @@ from bilevax.run import digest, fingerprint, stored
 from bilevax.run.lock import Lock
 from bilevax.run.state import Best
 
-FORMAT = 2  # 1 had no fingerprint
+FORMAT = 3  # 1 had no fingerprint, and up to 2 the digests of narrow entries were not packed
 LISTING = "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete
 _NAME = re.compile(r"^step_(\d+)$")
 
@@ -44,7 +44,13 @@ class Store:
         self.spec, self.start, self.fingerprint, self.primary = spec, start, fingerprint, jax.process_index() == 0
         self.folder = epath.Path(spec.directory)
         self._lock: Lock | None = None
-        if self.folder.exists() and not self.folder.is_dir():
+        try:
+            exists = self.folder.exists()
+        except ImportError as error:
+            raise ImportError(
+                f"checkpoint: got the directory {spec.directory!r}, whose store needs a package ({error}); expected one that is installed."
+            ) from error
+        if exists and not self.folder.is_dir():
             raise NotADirectoryError(f"checkpoint: got the directory {spec.directory!r}, which is a file; expected a folder.")
         if self.primary:
             try:
@@ -294,8 +300,9 @@ class Store:
         columns = {path: stored.empty(text) for path, text in manifest["history"].items()}
         restored = self._writer.restore(self.path(step), stored.numbered(like, columns))
         leaves = {path: restored.get(f"s{i}", wanted.get(path)) for i, path in enumerate(like)}  # an array without entries is not written
-        if digest.of_arrays(list(leaves.values())) != manifest["digests"]:
-            pairs = zip(digest.of_arrays(list(leaves.values())), manifest["digests"], strict=True)
+        digests = digest.of_arrays(list(leaves.values()), packed=manifest["format"] > 2)
+        if digests != manifest["digests"]:
+            pairs = zip(digests, manifest["digests"], strict=True)
             wrong = sorted({list(leaves)[i // 2] for i, (a, b) in enumerate(pairs) if a != b})
             raise stored.Damaged(f"the digest differs at {wrong[:5]}")
         rows = {path: np.asarray(restored.get(f"h{i}", column)) for i, (path, column) in enumerate(columns.items())}

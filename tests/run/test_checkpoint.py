@@ -385,6 +385,12 @@ def test_the_digest_tells_places_apart():
 
     a = jnp.arange(6.0).reshape(2, 3)
     assert digest.of_arrays([a]) == digest.of_arrays([jax.device_put(a, jax.devices()[3])]) != digest.of_arrays([a[::-1]])
+    mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
+    for kind in (jnp.uint8, jnp.bfloat16):  # packed, also across the borders of devices
+        b = jnp.arange(32).astype(kind).reshape(2, 16)
+        split = jax.device_put(b, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "i")))
+        assert digest.of_arrays([b]) == digest.of_arrays([split]) != digest.of_arrays([b[:, ::-1]])
+        assert digest.of_arrays([b]) != digest.of_arrays([b], packed=False) == digest.of_arrays([split], packed=False)
     for kind in (jnp.bfloat16, jnp.float32, jnp.int8, jnp.bool_, jnp.uint32, jnp.int64):
         one = jnp.zeros(4, kind)
         assert len({tuple(digest.of_arrays([x])) for x in (one, one.at[0].set(jnp.ones((), kind)), one.at[1].set(jnp.ones((), kind)))}) == 3

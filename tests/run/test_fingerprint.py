@@ -166,8 +166,8 @@ def test_checkpoints_of_other_versions(tmp_path):
     altered(tmp_path, 20, lambda m: (m.pop("fingerprint"), m.update(format=1)))
     with pytest.warns(RuntimeWarning, match="kept no fingerprint"):
         assert solve(tmp_path, num_steps=30).stats["resumed_from"] == 20
-    altered(tmp_path, 30, lambda m: m.update(format=3))
-    with pytest.raises(ValueError, match="written by a later version of bilevax, in format 3"):
+    altered(tmp_path, 30, lambda m: m.update(format=4))
+    with pytest.raises(ValueError, match="written by a later version of bilevax, in format 4"):
         solve(tmp_path)
 
 
