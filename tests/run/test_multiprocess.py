@@ -11,9 +11,14 @@ import numpy as np
 import pytest
 
 from bilevax import RESULTS
+from tests.run.multiprocess_problem import CASES, solve
 
 ROOT = pathlib.Path(__file__).parents[2]
-CASES = ("data_parallel", "fsdp")
+
+
+def here(folder: pathlib.Path, steps: int) -> dict:
+    """The same on four devices of this process."""
+    return solve(0, 1, folder, steps, jax.devices()[:4])
 
 
 def run(processes: int, folder: pathlib.Path, steps: int, *flags: str) -> list[dict]:
@@ -57,7 +62,7 @@ def same(a, b, tol=1e-10):
 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory):
-    return run(1, tmp_path_factory.mktemp("one"), 12)[0]
+    return here(tmp_path_factory.mktemp("one"), 12)
 
 
 def test_two_processes_equal_one(alone, tmp_path):
@@ -67,7 +72,7 @@ def test_two_processes_equal_one(alone, tmp_path):
         assert same(first[case], alone[case]) and same(second[case], alone[case])
         assert np.array_equal(first[case]["outer"], second[case]["outer"])
     assert "12/12" in first["stderr"] and "12/12" not in second["stderr"]  # one of them shows its progress
-    again = run(1, tmp_path, 14)[0]  # what two saved, one goes on with
+    again = here(tmp_path, 14)  # what two saved, one goes on with
     assert all(again[case]["from"] == 12 and again[case]["steps"] == 14 for case in CASES)
     assert all(
         same({**again[c], "value": again[c]["value"][:12]}, {**alone[c], "inner": again[c]["inner"], "outer": again[c]["outer"]}) for c in CASES

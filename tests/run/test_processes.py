@@ -15,14 +15,14 @@ import pytest
 ROOT = pathlib.Path(__file__).parent.parent.parent
 
 
-def run(mode, folder, seconds=100):
-    """What both processes printed, and how long the first took after the second was done with (or was meddled with)."""
+def run(modes, folder, seconds=300):
+    """What both processes printed, by mode."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cache = str(jax.config.jax_compilation_cache_dir)
     environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": cache}
-    command = [sys.executable, "-m", "tests.run.process_problem", mode]
+    command = [sys.executable, "-m", "tests.run.process_problem", ",".join(modes)]
     children = [
         subprocess.Popen(
             [*command, str(rank), str(port), str(folder)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
@@ -32,10 +32,11 @@ def run(mode, folder, seconds=100):
     try:
         said = []
         for child in children:
-            if mode == "freeze" and child is children[1]:
+            if "freeze" in modes and child is children[1]:
                 child.send_signal(signal.SIGKILL)
             out, words = child.communicate(timeout=seconds)
-            said.append("\n".join(line for line in out.split("\n") if line.startswith(("DONE", "ERROR"))) or words[-2000:])
+            lines = dict(line.split(" ", 1) for line in out.split("\n") if line.startswith(tuple(modes)))
+            said.append({mode: lines.get(mode, words[-2000:]) for mode in modes})
         return said
     finally:
         for child in children:
@@ -51,25 +52,39 @@ DIFFERING = {
 }
 
 
-@pytest.mark.parametrize("mode", ["rows", pytest.param("start", marks=pytest.mark.slow), pytest.param("key", marks=pytest.mark.slow), "steps"])
-def test_what_differs_is_named_on_both(mode, tmp_path):
-    for words in run(mode, tmp_path):
-        assert words.startswith("ERROR ValueError") and re.search(DIFFERING[mode], words), words
+@pytest.fixture(scope="module")
+def together(tmp_path_factory):
+    """All of it in one pair of processes, the last of which dies."""
+    folder = tmp_path_factory.mktemp("processes")
+    return (*run([*DIFFERING, "stop", "raise", "kill"], folder), folder / "kill", time.time())
 
 
-def test_a_stop_on_one_stops_all(tmp_path):
-    assert run("stop", tmp_path) == ["DONE stopped 64"] * 2
+@pytest.mark.parametrize("mode", list(DIFFERING))
+def test_what_differs_is_named_on_both(mode, together):
+    for said in together[:2]:
+        assert said[mode].startswith("ERROR ValueError") and re.search(DIFFERING[mode], said[mode]), said[mode]
 
 
-def test_an_error_on_one_is_told_to_the_other(tmp_path):
-    first, second = run("raise", tmp_path)
+def test_a_stop_on_one_stops_all(together):
+    assert [said["stop"] for said in together[:2]] == ["DONE stopped 64"] * 2
+
+
+def test_an_error_on_one_is_told_to_the_other(together):
+    first, second = (said["raise"] for said in together[:2])
     assert "process 1 of 2 ended the run by ZeroDivisionError: of this process alone" in first and first.endswith("steps 64"), first
     assert second.startswith("ERROR ZeroDivisionError") and second.endswith("steps 64"), second
 
 
-@pytest.mark.parametrize("mode", ["kill", pytest.param("freeze", marks=pytest.mark.slow)])
-def test_a_process_that_is_gone_is_not_waited_for(mode, tmp_path):
-    first, _ = run(mode, tmp_path, 300)
-    assert first.startswith("ERROR"), first
-    saved = [path.stat().st_mtime for path in tmp_path.iterdir() if path.name.startswith("step_")]
-    assert saved and time.time() - max(saved) < 75  # what was saved is there, and the end came within a minute of it
+def gone(words, folder, end):
+    assert words.startswith("ERROR"), words
+    saved = [path.stat().st_mtime for path in folder.iterdir() if path.name.startswith("step_")]
+    assert saved and end - max(saved) < 60  # what was saved is there, and the end came within a minute of it
+
+
+def test_a_process_that_is_gone_is_not_waited_for(together):
+    gone(together[0]["kill"], *together[2:])
+
+
+@pytest.mark.slow
+def test_a_process_that_stands_still_is_not_waited_for(tmp_path):
+    gone(run(["freeze"], tmp_path)[0]["freeze"], tmp_path / "freeze", time.time())
