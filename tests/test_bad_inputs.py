@@ -245,7 +245,10 @@ FACTORIES = [
     (
         "text in the batch of a level",
         lambda: bx.value_and_multilevel_grad(
-            [bx.Level("y", inner, solver=SOLVER, hypergradient=METHOD), bx.Level("x", outer, solver=optax.sgd(0.1))]
+            [
+                bx.Level("y", lambda p, b: inner(p["y"], p["x"], b), solver=SOLVER, hypergradient=METHOD),
+                bx.Level("x", lambda p, b: outer(p["y"], p["x"], b), solver=optax.sgd(0.1)),
+            ]
         )({"y": jnp.zeros(2), "x": jnp.ones(2)}, {"y": {"split": "train"}}),
         TypeError,
         r"batches\['y'\]\['split'\]: got str 'train'; expected an array or a number",
