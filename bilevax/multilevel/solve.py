@@ -139,9 +139,8 @@ def solve_multilevel(
         num_steps, metrics, tol, keep, callbacks, progress, throw,
         on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict, name="solve_multilevel",
     )  # fmt: skip
-    if sharding is not None and (sharding.apart or sharding.mean):
-        got = "tasks()" if sharding.apart else "mean=True"
-        raise ValueError(f"sharding: got {got} for more than two levels; expected data_parallel(), fsdp() or by_path(...) there.")
+    if sharding is not None and sharding.mean:
+        raise ValueError("sharding: got mean=True for more than two levels; expected data_parallel() without it, fsdp(), tasks() or by_path(...).")
     if state is not None and not isinstance(state, RunState):
         raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")
     if project is not None and not callable(project):
