@@ -146,7 +146,7 @@ def solve_multilevel(
     if project is not None and not callable(project):
         raise TypeError(f"project: got {check.describe(project)}; expected a function of the top level's parameters, or None.")
     if project is not None:
-        numbers.takes(project, "project", "params")
+        numbers.takes(project, "project", "(params) -> params")
     names = [level.name for level in levels]
     upper = names[-1]
     given = check_names(data, names, "data")

@@ -84,10 +84,7 @@ def metrics(
     numbers.arrays(data, "data")
     if select is not None and not isinstance(select, str):
         raise TypeError(f"select: got {check.describe(select)}; expected the name of a metric, or None.")
-    every, stateful = numbers.count(every, "every"), numbers.flag(stateful, "stateful")
-    taken = ("inner_params", "outer_params", "data", *(["model_state"] if stateful else []))
-    numbers.takes(fn, "metrics with stateful=True" if stateful else "metrics", *taken)
-    return Metrics(fn, jax.tree.map(jnp.asarray, data), every, select, mode, stateful)
+    return Metrics(fn, jax.tree.map(jnp.asarray, data), numbers.count(every, "every"), select, mode, numbers.flag(stateful, "stateful"))
 
 
 def check_metrics(value: Metrics, inner: PyTree, outer: PyTree, model: PyTree, taken: set[str]) -> Metrics:
