@@ -142,7 +142,7 @@ def run(argv=None):
     if not available(given.python) and not {"-h", "--help"} & set(rest):
         print(f"betty: skipped, since {given.python} has no torch or no betty-ml. How to get them, and --python, are in {Path(__file__).name}.")
         return None
-    return main("betty", __doc__.split("\n")[0], cases(given.python), rest)
+    return main("betty", __doc__.split("\n\n")[0], cases(given.python), rest)
 
 
 if __name__ == "__main__":

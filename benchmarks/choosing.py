@@ -142,7 +142,7 @@ def write(page, tables):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--quick", action="store_true", help="a small run that writes nothing but to --out")
     parser.add_argument("--repeats", type=int, help="timed calls of each method (default 9, with --quick 1)")
     parser.add_argument("--out", type=Path, help="folder of choosing.png, in place of the page")

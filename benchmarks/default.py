@@ -107,7 +107,7 @@ def shown(entry):
 
 
 def main(argv=None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--only", default="", help="part of a problem's name")
     parser.add_argument("--keys", type=int, default=1, help="runs of a sampled problem")
     parser.add_argument("--more", action="store_true", help="the ten further problems")

@@ -201,7 +201,7 @@ def compared(before: Checkout, now: Checkout, what: str, name: str, steps: int, 
 
 def main() -> None:
     """Compare, print a table, write the results."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--before", type=Path, help="the checkout to compare with")
     parser.add_argument("--now", type=Path, default=HERE, help="the checkout to judge (default: this one)")
     parser.add_argument("--pairs", type=int, help=f"pairs of each measurement (default {PAIRS}; {QUICK_PAIRS} with --quick)")

@@ -54,7 +54,7 @@ def _path(value: object, public: str) -> str:
 def _first_line(value: object) -> str:
     if not (inspect.isfunction(value) or inspect.isclass(value)):
         return ""
-    return (value.__doc__ or "\n").splitlines()[0].replace("``", "`").replace("|", "\\|")
+    return " ".join((value.__doc__ or "").split("\n\n")[0].split()).replace("``", "`").replace("|", "\\|")
 
 
 # ---- examples: their code, their levels, what they measured

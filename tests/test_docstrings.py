@@ -49,7 +49,8 @@ def arguments(fn) -> list[str]:
 def test_summary(name):
     doc = inspect.getdoc(public()[name])
     assert doc, f"{name} has no docstring"
-    assert doc.splitlines()[0].strip().endswith((".", ":", "?")), f"{name}: the first line is no sentence"
+    summary = doc.split("\n\n")[0].strip()
+    assert summary.endswith((".", ":", "?")) and len(summary.splitlines()) <= 2, f"{name}: it begins with no sentence of one or two lines"
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))

@@ -109,7 +109,7 @@ def main(problems: int, runs: int) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--problems", type=int, default=1000)
     parser.add_argument("--runs", type=int, default=8, help="runs of MAID with a certificate")
     args = parser.parse_args()

@@ -272,7 +272,7 @@ def main(problems: int, only: str, seed: int) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--problems", type=int, default=300)
     parser.add_argument("--only", default="", help="part of a structure's name")
     parser.add_argument("--seed", type=int, default=0)

@@ -112,7 +112,7 @@ def main(draws: int, only: str) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     parser.add_argument("--draws", type=int, default=8)
     parser.add_argument("--only", default="")
     args = parser.parse_args()
