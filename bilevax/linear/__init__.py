@@ -6,7 +6,7 @@
 | `minres` | symmetric, indefinite | 1 an iteration |
 | `gmres`, `bicgstab` | anything invertible | 1, 2 an iteration |
 | `neumann`, `nystrom` | of fixed cost, approximate; read the residual | as many as terms, columns |
-| `ekfac`, `kfac`, `diagonal` | networks: made of layers; also preconditioners | 1, for the residual |
+| `ekfac`, `kfac`, `diagonal` | networks: of layers; preconditioners, too | 1, for the residual |
 | `gauss_newton` | networks: the Gauss-Newton matrix for the Hessian | those of its solver |
 | `cholesky`, `lu` | small problems, references | as many as unknowns |
 | `identity` | one-step hypergradients | 1, for the residual |
