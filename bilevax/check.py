@@ -288,7 +288,7 @@ def evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: C
     return value.dtype, (rest[0] if obj.has_aux else rest) if obj.stateful else None
 
 
-def _called(*args, fn, name, **kwargs):
+def _called(*args: Any, fn: Callable[..., Any], name: str, **kwargs: Any) -> Any:
     out = fn(*args, **kwargs)
     for path, leaf in jax.tree_util.tree_leaves_with_path(out):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):

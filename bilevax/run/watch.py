@@ -31,7 +31,7 @@ class Event:
     def __init__(self, step: int, done: int, num_steps: int, history: dict[str, np.ndarray], state: Any, start: int = 0, resumed: int = 0):
         self._put(step, done, num_steps, lambda done: history, lambda done: state, start, resumed)
 
-    def _put(self, step, done, num_steps, history, state, start, resumed) -> None:
+    def _put(self, step: Any, done: Any, num_steps: Any, history: Any, state: Any, start: Any, resumed: Any) -> None:
         self.step, self.done, self.num_steps, self.start, self.resumed = step, done, num_steps, start, resumed
         self._history, self._state = history, state  # of a number of steps: most callbacks look at one of them, or at none
 
