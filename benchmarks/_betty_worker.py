@@ -1,6 +1,8 @@
-"""Betty's half of betty.py: runs under a Python of its own, which has torch and betty-ml, and takes its orders line by line.
+"""Betty's half of betty.py: runs under a Python of its own, which has torch and betty-ml, and takes
+its orders line by line.
 
-Reads the problem (JSON) from the first line of its input, then a method's name a line; answers each with a line of JSON.
+Reads the problem (JSON) from the first line of its input, then a method's name a line; answers each
+with a line of JSON.
 """
 
 import contextlib
@@ -31,7 +33,10 @@ class Inner(ImplicitProblem):
     def training_step(self, batch):
         x, y = batch
         loss = torch.nn.functional.cross_entropy(self.module(x), y)
-        decay = sum((torch.exp(d) * w * w).sum() for d, w in zip(self.outer.module.parameters(), self.module.parameters(), strict=True))
+        decay = sum(
+            (torch.exp(d) * w * w).sum()
+            for d, w in zip(self.outer.module.parameters(), self.module.parameters(), strict=True)
+        )
         return loss + 0.5 * decay
 
 
@@ -45,14 +50,17 @@ class Outer(ImplicitProblem):
 
 
 def run(problem, data, method):
-    """`steps` outer steps from the common start: the loss of every tenth of them, last first in the answer."""
+    """`steps` outer steps from the common start: the loss of every tenth of them, last first in the
+    answer."""
     features, classes = data["train"][0].shape[1], problem["classes"]
     linear = torch.nn.Linear(features, classes)
     for p in linear.parameters():
         torch.nn.init.zeros_(p)
     settings = {
         "cg": dict(cg_iterations=problem["cg"], cg_alpha=1.0),
-        "neumann": dict(neumann_iterations=problem["terms"] - 1, neumann_alpha=problem["neumann_step"]),
+        "neumann": dict(
+            neumann_iterations=problem["terms"] - 1, neumann_alpha=problem["neumann_step"]
+        ),
         "darts": dict(darts_alpha=problem["radius"]),
         "sama": dict(sama_adam_alpha=problem["radius"]),
     }[method]
@@ -84,7 +92,10 @@ def main():
     os.dup2(2, 1)  # Betty prints where it likes
     torch.set_num_threads(1)
     problem = json.loads(sys.stdin.readline())
-    data = {name: (torch.tensor(x, dtype=torch.float32), torch.tensor(y)) for name, (x, y) in problem.pop("data").items()}
+    data = {
+        name: (torch.tensor(x, dtype=torch.float32), torch.tensor(y))
+        for name, (x, y) in problem.pop("data").items()
+    }
     for line in sys.stdin:
         try:
             with contextlib.redirect_stdout(sys.stderr):

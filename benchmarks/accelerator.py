@@ -1,8 +1,10 @@
-"""All that a device can tell of the library, in one short run: right, fast, small, and the same to the bit.
+"""All that a device can tell of the library, in one short run: right, fast, small, and the same to
+the bit.
 
-    python benchmarks/accelerator.py --out results                  # every part; about six minutes on one large GPU
-    python benchmarks/accelerator.py --out results --parts bert     # some of them
-    python benchmarks/accelerator.py --out results --rehearse       # the same in small on CPU, on eight virtual devices
+    python benchmarks/accelerator.py --out results                  # every part; about six minutes
+    on one large GPU python benchmarks/accelerator.py --out results --parts bert     # some of them
+    python benchmarks/accelerator.py --out results --rehearse       # the same in small on CPU, on
+    eight virtual devices
 
 A part is a process of its own, so that what it breaks, leaks or outlasts is its own. The parts of
 a wave compile side by side, and take times one after the other, when all of them have compiled.
@@ -32,7 +34,19 @@ from typing import Any, NamedTuple
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 GRACE = 20.0  # seconds after its time in which a part ends what it is at
-PACKAGES = ("bilevax", "jax", "jaxlib", "jax-cuda13-plugin", "optax", "flax", "torch", "betty-ml", "jaxopt", "optimistix", "numpy")
+PACKAGES = (
+    "bilevax",
+    "jax",
+    "jaxlib",
+    "jax-cuda13-plugin",
+    "optax",
+    "flax",
+    "torch",
+    "betty-ml",
+    "jaxopt",
+    "optimistix",
+    "numpy",
+)
 RECORDED = "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,CONDITIONAL,WHILE"
 GRAPHS = f"--xla_gpu_enable_command_buffer={RECORDED} --xla_gpu_graph_min_graph_size=1"
 DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
@@ -91,12 +105,23 @@ def environment() -> dict[str, Any]:
         with contextlib.suppress(importlib.metadata.PackageNotFoundError):
             packages[name] = importlib.metadata.version(name)
     try:
-        query = ["nvidia-smi", "--query-gpu=name,driver_version,memory.total", "--format=csv,noheader"]
-        device = subprocess.run(query, capture_output=True, text=True, check=False, timeout=20).stdout.strip()
+        query = [
+            "nvidia-smi",
+            "--query-gpu=name,driver_version,memory.total",
+            "--format=csv,noheader",
+        ]
+        device = subprocess.run(
+            query, capture_output=True, text=True, check=False, timeout=20
+        ).stdout.strip()
     except (OSError, subprocess.TimeoutExpired):
         device = ""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"python": platform.python_version(), "packages": packages, "device": device or platform.processor() or "cpu", "cores": cores}
+    return {
+        "python": platform.python_version(),
+        "packages": packages,
+        "device": device or platform.processor() or "cpu",
+        "cores": cores,
+    }
 
 
 class Worker:
@@ -105,16 +130,42 @@ class Worker:
     def __init__(self, spec: Spec, args: argparse.Namespace, folder: Path):
         self.spec, self.folder = spec, folder
         self.file = spec.name.replace(", ", "_")
-        command = [sys.executable, str(Path(__file__).resolve()), "--worker", self.file, "--module", spec.module, "--folder", str(folder)]
-        command += ["--rehearse"] * args.rehearse + (["--peer", str(args.peer)] if args.peer else [])
-        flags = [os.environ.get("XLA_FLAGS", "")] + ([spec.flags] if spec.flags and not args.rehearse else [])
+        command = [
+            sys.executable,
+            str(Path(__file__).resolve()),
+            "--worker",
+            self.file,
+            "--module",
+            spec.module,
+            "--folder",
+            str(folder),
+        ]
+        command += ["--rehearse"] * args.rehearse + (
+            ["--peer", str(args.peer)] if args.peer else []
+        )
+        flags = [os.environ.get("XLA_FLAGS", "")] + (
+            [spec.flags] if spec.flags and not args.rehearse else []
+        )
         if args.rehearse and "host_platform_device_count" not in flags[0]:
-            flags.append("--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0")
-        settings = {"XLA_FLAGS": " ".join(filter(None, flags)), "XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "2"}
+            flags.append(
+                "--xla_force_host_platform_device_count=8 --xla_backend_optimization_level=0"
+            )
+        settings = {
+            "XLA_FLAGS": " ".join(filter(None, flags)),
+            "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+            "TF_CPP_MIN_LOG_LEVEL": "2",
+        }
         if args.rehearse:
             settings["JAX_PLATFORMS"] = "cpu"
         self.log = open(folder / f"{self.file}.log", "w")  # noqa: SIM115 (closed with the process)
-        self.process = subprocess.Popen(command, stdout=self.log, stderr=subprocess.STDOUT, env={**os.environ, **settings}, cwd=ROOT, process_group=0)
+        self.process = subprocess.Popen(
+            command,
+            stdout=self.log,
+            stderr=subprocess.STDOUT,
+            env={**os.environ, **settings},
+            cwd=ROOT,
+            process_group=0,
+        )
         self.limit = float("inf")  # when it is killed
 
     def ended(self) -> bool:
@@ -137,7 +188,11 @@ class Worker:
 
     def record(self, why: str = "") -> dict[str, Any]:
         path = self.folder / f"{self.file}.json"
-        record = json.loads(path.read_text()) if path.exists() else {"rows": [], "skipped": {}, "errors": {}, "notes": {}}
+        record = (
+            json.loads(path.read_text())
+            if path.exists()
+            else {"rows": [], "skipped": {}, "errors": {}, "notes": {}}
+        )
         if not record.pop("done", False):
             record["skipped"]["the rest"] = why or f"ended with exit status {self.process.poll()}"
             record["log"] = (self.folder / f"{self.file}.log").read_text(errors="replace")[-3000:]
@@ -166,12 +221,16 @@ class Runner:
 
     def keep(self, workers: Sequence[Worker], why: str = "") -> None:
         for worker in workers:
-            self.result["parts"][worker.spec.name] = worker.record(why or ("still at it" if not worker.ended() else ""))
+            self.result["parts"][worker.spec.name] = worker.record(
+                why or ("still at it" if not worker.ended() else "")
+            )
         self.save()
 
     def wave(self, specs: Sequence[Spec]) -> None:
         workers = [Worker(spec, self.args, self.folder) for spec in specs]
-        gate = min(time.time() + self.args.gate, self.end)  # times are taken from then on, whoever still compiles
+        gate = min(
+            time.time() + self.args.gate, self.end
+        )  # times are taken from then on, whoever still compiles
         holder: Worker | None = None
         try:
             while any(not worker.ended() for worker in workers) and time.time() < self.end + GRACE:
@@ -179,12 +238,18 @@ class Runner:
                 if holder is not None and (holder.ended() or now > holder.limit):
                     holder.kill()
                     holder = None
-                waiting = [worker for worker in workers if worker.ready() and not worker.ended() and worker.limit == float("inf")]
+                waiting = [
+                    worker
+                    for worker in workers
+                    if worker.ready() and not worker.ended() and worker.limit == float("inf")
+                ]
                 still = [worker for worker in workers if not worker.ready() and not worker.ended()]
                 if holder is None and waiting and (not still or now > gate) and now < self.end:
                     holder = waiting[0]
                     holder.grant(min(now + holder.spec.seconds * self.args.slow, self.end))
-                if holder is None and not waiting and now > gate + self.args.gate:  # what has not compiled by now will not
+                if (
+                    holder is None and not waiting and now > gate + self.args.gate
+                ):  # what has not compiled by now will not
                     break
                 if holder is None and now > self.end:
                     break
@@ -194,20 +259,35 @@ class Runner:
             for worker in workers:
                 late = not worker.ended()
                 worker.kill()
-                self.result["parts"][worker.spec.name] = worker.record("no time left" if late else "")
+                self.result["parts"][worker.spec.name] = worker.record(
+                    "no time left" if late else ""
+                )
             self.save()
         for worker in workers:
             took = self.result["parts"][worker.spec.name].get("seconds")
-            print(f"{worker.spec.name}: {took} s, {time.time() - self.begin:.0f} s in all", flush=True)
+            print(
+                f"{worker.spec.name}: {took} s, {time.time() - self.begin:.0f} s in all", flush=True
+            )
 
     def run(self) -> dict[str, Any]:
         for specs in WAVES:
-            chosen = [spec for spec in specs if spec.name in self.args.parts] if self.args.parts else list(specs)
-            if self.args.rehearse and not self.args.parts:  # flags are a device's: without them these are other parts again
+            chosen = (
+                [spec for spec in specs if spec.name in self.args.parts]
+                if self.args.parts
+                else list(specs)
+            )
+            if (
+                self.args.rehearse and not self.args.parts
+            ):  # flags are a device's: without them these are other parts again
                 chosen = [spec for spec in chosen if spec.name == spec.name.split(", ")[0]]
             if time.time() > self.end - 20:
                 for spec in chosen:
-                    self.result["parts"][spec.name] = {"rows": [], "skipped": {"all of it": "no time left"}, "errors": {}, "notes": {}}
+                    self.result["parts"][spec.name] = {
+                        "rows": [],
+                        "skipped": {"all of it": "no time left"},
+                        "errors": {},
+                        "notes": {},
+                    }
             elif chosen:
                 self.wave(chosen)
         self.save()
@@ -242,23 +322,50 @@ def table(rows: Sequence[dict[str, Any]]) -> list[str]:
 
 def report(result: dict[str, Any]) -> str:
     where = result["environment"]
-    lines = [f"### accelerator{' (rehearsal)' if result['rehearsal'] else ''}", "", f"{where['device']}; {shown(where['packages'])}"]
+    lines = [
+        f"### accelerator{' (rehearsal)' if result['rehearsal'] else ''}",
+        "",
+        f"{where['device']}; {shown(where['packages'])}",
+    ]
     for name, part in result["parts"].items():
         lines += ["", f"#### {name} ({part.get('seconds', 0)} s)", *table(part["rows"])]
         if part["notes"].get("found"):
-            lines += ["", *(f"- {what}: {shown(value)}" for what, value in part["notes"]["found"].items())]
+            lines += [
+                "",
+                *(f"- {what}: {shown(value)}" for what, value in part["notes"]["found"].items()),
+            ]
         lines += [f"- skipped: {what}: {why}" for what, why in part["skipped"].items()]
-        lines += [f"- FAILED: {what}: {trace.strip().splitlines()[-1][:300]}" for what, trace in part["errors"].items()]
+        lines += [
+            f"- FAILED: {what}: {trace.strip().splitlines()[-1][:300]}"
+            for what, trace in part["errors"].items()
+        ]
     return "\n".join(lines) + "\n"
 
 
 def parsed(argv: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__.split("\n\n")[0], formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--out", type=Path, help="folder of accelerator.json and accelerator.md")
-    parser.add_argument("--rehearse", action="store_true", help="small problems on CPU: to see that it runs; its numbers mean nothing")
-    parser.add_argument("--parts", nargs="*", help=f"of: {', '.join(spec.name for wave in WAVES for spec in wave)}")
-    parser.add_argument("--budget", type=float, help="seconds for all of it (default 370; 900 with --rehearse)")
-    parser.add_argument("--gate", type=float, help="seconds that a wave may compile before times are taken (default 110; 600 with --rehearse)")
+    parser.add_argument(
+        "--rehearse",
+        action="store_true",
+        help="small problems on CPU: to see that it runs; its numbers mean nothing",
+    )
+    parser.add_argument(
+        "--parts", nargs="*", help=f"of: {', '.join(spec.name for wave in WAVES for spec in wave)}"
+    )
+    parser.add_argument(
+        "--budget", type=float, help="seconds for all of it (default 370; 900 with --rehearse)"
+    )
+    parser.add_argument(
+        "--gate",
+        type=float,
+        help=(
+            "seconds that a wave may compile before times are taken (default 110; 600 with "
+            "--rehearse)"
+        ),
+    )
     parser.add_argument("--peer", type=Path, help="a checkout of benchopt/benchmark_bilevel")
     for hidden in ("--worker", "--module"):
         parser.add_argument(hidden, help=argparse.SUPPRESS)
@@ -292,7 +399,11 @@ def main(argv: Sequence[str] | None = None) -> dict[str, Any] | None:
 
 def broken(result: dict[str, Any]) -> list[str]:
     """Parts in which something was raised, or which did not come to their end."""
-    return [name for name, part in result["parts"].items() if part["errors"] or "the rest" in part["skipped"]]
+    return [
+        name
+        for name, part in result["parts"].items()
+        if part["errors"] or "the rest" in part["skipped"]
+    ]
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""The measurements on docs/choosing.md: every method on one problem, at a short and at a long inner solve.
+"""The measurements on docs/choosing.md: every method on one problem, at a short and at a long inner
+solve.
 
-python benchmarks/choosing.py            # writes docs/choosing.png and the tables of docs/choosing.md
-python benchmarks/choosing.py --quick    # a small run that writes nothing but to --out
+python benchmarks/choosing.py            # writes docs/choosing.png and the tables of
+docs/choosing.md python benchmarks/choosing.py --quick    # a small run that writes nothing but to
+--out
 """
 
 import argparse
@@ -40,7 +42,11 @@ def problem(rows):
     labels = np.where(rng.random(rows) < 1 / 3, rng.integers(0, 10, rows), y[:rows])
     train, valid = (x[:rows], labels), (x[rows : 2 * rows], y[rows : 2 * rows])
     start = {"w": jnp.zeros((x.shape[1], 10)), "b": jnp.zeros(10)}
-    return start, {"weights": jnp.zeros(rows), "decay": jnp.full(10, -4.0)}, *jax.tree.map(jnp.asarray, (train, valid))
+    return (
+        start,
+        {"weights": jnp.zeros(rows), "decay": jnp.full(10, -4.0)},
+        *jax.tree.map(jnp.asarray, (train, valid)),
+    )
 
 
 def losses(y, batch):
@@ -48,7 +54,9 @@ def losses(y, batch):
 
 
 def inner(y, x, batch):
-    return jnp.mean(jax.nn.sigmoid(x["weights"]) * losses(y, batch)) + 0.5 * jnp.sum(jnp.exp(x["decay"]) * jnp.sum(y["w"] ** 2, axis=0))
+    return jnp.mean(jax.nn.sigmoid(x["weights"]) * losses(y, batch)) + 0.5 * jnp.sum(
+        jnp.exp(x["decay"]) * jnp.sum(y["w"] ** 2, axis=0)
+    )
 
 
 def outer(y, x, batch):
@@ -59,13 +67,19 @@ def methods(solver):
     """Family, and what `compare_hypergradients` takes, by name."""
     H, L = bx.hypergradient, bx.linear
     steps = solver.steps
-    lbfgs, adam = bx.inner.lbfgs(maxiter=max(5, steps // 4), tol=1e-6), bx.inner.optax(optax.adam(0.03), steps)
+    lbfgs, adam = (
+        bx.inner.lbfgs(maxiter=max(5, steps // 4), tol=1e-6),
+        bx.inner.optax(optax.adam(0.03), steps),
+    )
     return {
         "implicit, CG": ("implicit", H.implicit(L.cg(200, 1e-4), max_residual=jnp.inf)),
         "implicit, 5 CG": ("implicit", H.implicit(L.cg(5), max_residual=jnp.inf)),
         "implicit, 10 Neumann": ("implicit", H.implicit(L.neumann(10), max_residual=jnp.inf)),
         "implicit, Nyström 10": ("implicit", H.implicit(L.nystrom(10), max_residual=jnp.inf)),
-        "implicit, CG, after L-BFGS": ("implicit", (lbfgs, H.implicit(L.cg(200, 1e-4), max_residual=jnp.inf))),
+        "implicit, CG, after L-BFGS": (
+            "implicit",
+            (lbfgs, H.implicit(L.cg(200, 1e-4), max_residual=jnp.inf)),
+        ),
         "SHINE, after L-BFGS": ("implicit", (lbfgs, H.shine(max_residual=jnp.inf))),
         "unrolled": ("through the steps", H.unrolled()),
         "unrolled, sqrt": ("through the steps", H.unrolled(checkpoint="sqrt")),
@@ -84,7 +98,8 @@ def compare(rows, steps, repeats):
     solver = bx.inner.optax(optax.sgd(0.5, momentum=0.9), steps)
     chosen = methods(solver)
     table = bx.compare_hypergradients(
-        inner, outer, y, x, solver=solver, methods={name: pair for name, (_, pair) in chosen.items()}, inner_batch=train, outer_batch=valid,
+        inner, outer, y, x, solver=solver, methods={name: pair for name, (_,
+        pair) in chosen.items()}, inner_batch=train, outer_batch=valid,
         reference="dense", repeats=repeats, key=jax.random.key(0),
     )  # fmt: skip
     return table, {name: family for name, (family, _) in chosen.items()}
@@ -99,7 +114,9 @@ def angle(row):
 
 PANELS = {
     "relative error": lambda row: max(row.relative_error, 1e-16),
-    "angle to the reference [degrees]": lambda row: max(angle(row), 0.5),  # what four digits of a cosine resolve
+    "angle to the reference [degrees]": lambda row: max(
+        angle(row), 0.5
+    ),  # what four digits of a cosine resolve
     "time, solve included [ms]": lambda row: row.milliseconds,
     "temporary memory [MiB]": lambda row: row.memory / 2**20,
 }
@@ -109,23 +126,48 @@ def draw(tables, path):
     """A line a method; hollow markers for the shortest solve, full ones for the longest."""
     plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
     names = list(next(iter(tables.values()))[1])
-    fig, axes = plt.subplots(1, len(PANELS), figsize=(12, 0.3 * len(names) + 1.2), sharey=True, layout="constrained")
+    fig, axes = plt.subplots(
+        1, len(PANELS), figsize=(12, 0.3 * len(names) + 1.2), sharey=True, layout="constrained"
+    )
     for ax, (label, read) in zip(axes, PANELS.items(), strict=True):
         for place, (table, families) in enumerate(tables.values()):
             for y, (row, family) in enumerate(zip(table.rows, families.values(), strict=True)):
                 colour, marker = FAMILIES[family]
                 full = place == len(tables) - 1
-                ax.plot(read(row), y, marker, color=colour, markersize=6, markerfacecolor=colour if full else "white", zorder=3)
+                ax.plot(
+                    read(row),
+                    y,
+                    marker,
+                    color=colour,
+                    markersize=6,
+                    markerfacecolor=colour if full else "white",
+                    zorder=3,
+                )
         ax.set(xscale="log", xlabel=label)
         ax.grid(color="0.93")
         ax.tick_params(axis="y", length=0)
-    labels = [name if "truncated" not in name else "truncated to the last quarter" for name in names]
+    labels = [
+        name if "truncated" not in name else "truncated to the last quarter" for name in names
+    ]
     axes[0].set_yticks(range(len(names)), labels)
     axes[0].invert_yaxis()
-    handles = [plt.Line2D([], [], color=c, marker=m, linestyle="", label=name) for name, (c, m) in FAMILIES.items()]
+    handles = [
+        plt.Line2D([], [], color=c, marker=m, linestyle="", label=name)
+        for name, (c, m) in FAMILIES.items()
+    ]
     for place, steps in enumerate(tables):
         face = "0.4" if place == len(tables) - 1 else "white"
-        handles.append(plt.Line2D([], [], color="0.4", marker="o", markerfacecolor=face, linestyle="", label=f"{steps} inner steps"))
+        handles.append(
+            plt.Line2D(
+                [],
+                [],
+                color="0.4",
+                marker="o",
+                markerfacecolor=face,
+                linestyle="",
+                label=f"{steps} inner steps",
+            )
+        )
     fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
     fig.savefig(path, dpi=100)
     plt.close(fig)
@@ -135,22 +177,38 @@ def write(page, tables):
     text = page.read_text()
     for steps, (table, _) in tables.items():
         block = f"<!-- measured: {steps} steps -->\n{table.to_markdown()}\n<!-- end -->"
-        text, count = re.subn(rf"<!-- measured: {steps} steps -->\n.*?<!-- end -->", lambda _, block=block: block, text, flags=re.DOTALL)
+        text, count = re.subn(
+            rf"<!-- measured: {steps} steps -->\n.*?<!-- end -->",
+            lambda _, block=block: block,
+            text,
+            flags=re.DOTALL,
+        )
         if count != 1:
-            raise ValueError(f"{page}: expected one table marked 'measured: {steps} steps', found {count}.")
+            raise ValueError(
+                f"{page}: expected one table marked 'measured: {steps} steps', found {count}."
+            )
     page.write_text(text)
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    parser.add_argument("--quick", action="store_true", help="a small run that writes nothing but to --out")
-    parser.add_argument("--repeats", type=int, help="timed calls of each method (default 9, with --quick 1)")
+    parser.add_argument(
+        "--quick", action="store_true", help="a small run that writes nothing but to --out"
+    )
+    parser.add_argument(
+        "--repeats", type=int, help="timed calls of each method (default 9, with --quick 1)"
+    )
     parser.add_argument("--out", type=Path, help="folder of choosing.png, in place of the page")
     args = parser.parse_args(argv)
-    rows, lengths, repeats = (60, (8, 16), args.repeats or 1) if args.quick else (600, (20, 200), args.repeats or 9)
+    rows, lengths, repeats = (
+        (60, (8, 16), args.repeats or 1) if args.quick else (600, (20, 200), args.repeats or 9)
+    )
     tables = {steps: compare(rows, steps, repeats) for steps in lengths}
     for steps, (table, _) in tables.items():
-        print(f"## {steps} inner steps\n\n{table.to_markdown()}\n\nexact adjoint at the solver's point: {table.solve_error:.1e}")
+        print(
+            f"## {steps} inner steps\n\n{table.to_markdown()}\n\nexact adjoint at the solver's "
+            f"point: {table.solve_error:.1e}"
+        )
         print(f"{table.recommendation}\n")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)

@@ -1,9 +1,11 @@
-"""The algorithm that runs when none is named, on problems that people bring: what it reaches, and what that costs.
+"""The algorithm that runs when none is named, on problems that people bring: what it reaches, and
+what that costs.
 
     python benchmarks/default.py [--only PART_OF_A_NAME] [--keys 3] [--more] [--quick]
 
-Eighteen problems have limits: values that were reached once, by whatever method. ``--more`` runs ten further problems, whose limits are the best
-of three long reference runs, made in the same call. Costs are counted: inner gradients and products with second derivatives; no time is taken.
+Eighteen problems have limits: values that were reached once, by whatever method. ``--more`` runs
+ten further problems, whose limits are the best of three long reference runs, made in the same call.
+Costs are counted: inner gradients and products with second derivatives; no time is taken.
 """
 
 from __future__ import annotations
@@ -27,7 +29,9 @@ import bilevax as bx
 from bilevax import data
 
 STEPS = {False: 100, True: 300}  # by whether batches are sampled
-SLACK = 1.02  # what three keys may be above a limit, and the further problems above their references
+SLACK = (
+    1.02  # what three keys may be above a limit, and the further problems above their references
+)
 A, H = bx.algorithms, bx.hypergradient
 
 
@@ -43,8 +47,16 @@ def exact(rate):
 
 # long runs, by whether batches are sampled: name -> (algorithm, times the steps)
 REFERENCES = {
-    False: {"exact adam .1": (lambda: exact(0.1), 10), "exact adam .03": (lambda: exact(0.03), 10), "maid": (A.maid, 10)},
-    True: {"adam 1e-3": (lambda: adam(1e-3), 3), "adam 3e-3": (lambda: adam(3e-3), 3), "adam 3e-4": (lambda: adam(3e-4), 5)},
+    False: {
+        "exact adam .1": (lambda: exact(0.1), 10),
+        "exact adam .03": (lambda: exact(0.03), 10),
+        "maid": (A.maid, 10),
+    },
+    True: {
+        "adam 1e-3": (lambda: adam(1e-3), 3),
+        "adam 3e-3": (lambda: adam(3e-3), 3),
+        "adam 3e-4": (lambda: adam(3e-4), 5),
+    },
 }
 
 
@@ -59,13 +71,18 @@ def run(problem, key, algorithm=None, times=1.0):
     if problem.model is not None:
         kinds["model_state"] = problem.model
     return bx.solve_bilevel(
-        problem.inner, problem.outer, problem.y, problem.x, project=problem.project, algorithm=algorithm,
+        problem.inner, problem.outer, problem.y, problem.x, project=problem.project,
+        algorithm=algorithm,
         num_steps=max(int(times * STEPS[sampled]), 2), throw=False, **kinds,
     )  # fmt: skip
 
 
 def counted(history):
-    return {name: int(np.sum(history[name])) for name in ("lower_steps", "adjoint_steps") if name in history}
+    return {
+        name: int(np.sum(history[name]))
+        for name in ("lower_steps", "adjoint_steps")
+        if name in history
+    }
 
 
 def row(name, problem, measure, limit, keys, times):
@@ -81,8 +98,10 @@ def row(name, problem, measure, limit, keys, times):
     met = np.mean(reached) <= (SLACK if len(reached) > 1 else 1.0) * limit and steps == wanted
     warnings = {code.name: count for code, count in solution.warnings.items()}
     return {
-        "problem": name, "by": solution.stats["algorithm"], "measure": measure, "start": start, "limit": limit, "reached": reached,
-        "result": ended, "steps": steps, **counted(solution.history), "warnings": warnings, "met": bool(met),
+        "problem": name, "by": solution.stats["algorithm"], "measure": measure, "start": start,
+        "limit": limit, "reached": reached,
+        "result": ended, "steps": steps, **counted(solution.history), "warnings": warnings,
+        "met": bool(met),
     }  # fmt: skip
 
 
@@ -101,7 +120,8 @@ def shown(entry):
     spent = entry.get("lower_steps", 0) + entry.get("adjoint_steps", 0)
     cost = f"{spent:,}" if spent else ""
     return (
-        f"| {entry['problem']} | {entry['by']} | {entry['measure']} | {entry['start']:.5g} | {entry['limit']:.5g} | {reached} "
+        f"| {entry['problem']} | {entry['by']} | {entry['measure']} | {entry['start']:.5g} | "
+        f"{entry['limit']:.5g} | {reached} "
         f"| {cost} | {'yes' if entry['met'] else 'no'} |"
     )
 
@@ -111,22 +131,30 @@ def main(argv=None) -> int:
     parser.add_argument("--only", default="", help="part of a problem's name")
     parser.add_argument("--keys", type=int, default=1, help="runs of a sampled problem")
     parser.add_argument("--more", action="store_true", help="the ten further problems")
-    parser.add_argument("--quick", action="store_true", help="a tenth of the steps, for a look at whether all runs")
+    parser.add_argument(
+        "--quick", action="store_true", help="a tenth of the steps, for a look at whether all runs"
+    )
     parser.add_argument("--out", type=Path, help="a JSON file")
     args = parser.parse_args(argv)
     times, rows = 0.1 if args.quick else 1.0, []
     print("| problem | by | judged by | start | limit | reached | gradients and products | met |")
     print("| --- | --- | --- | --- | --- | --- | --- | --- |", flush=True)
-    for name, (make, measure, *limit) in (more.PROBLEMS if args.more else problems.PROBLEMS).items():
+    for name, (make, measure, *limit) in (
+        more.PROBLEMS if args.more else problems.PROBLEMS
+    ).items():
         if args.only not in name:
             continue
         problem = make()
         references = [] if limit else reference(problem, measure, times)
-        entry = row(name, problem, measure, limit[0] if limit else SLACK * min(references), args.keys, times)
+        entry = row(
+            name, problem, measure, limit[0] if limit else SLACK * min(references), args.keys, times
+        )
         rows.append(entry | ({"references": references} if references else {}))
         print(shown(entry), flush=True)
     if args.out:
-        args.out.write_text(json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n")
+        args.out.write_text(
+            json.dumps({"environment": environment(), "rows": rows}, indent=1) + "\n"
+        )
     return 0
 
 

@@ -1,4 +1,5 @@
-"""What solve_bilevel costs over the same mathematics written by hand as one jitted lax.scan, history on in both; and what callbacks cost.
+"""What solve_bilevel costs over the same mathematics written by hand as one jitted lax.scan,
+history on in both; and what callbacks cost.
 
 python benchmarks/driver.py            what steps of 20 ms, 1.5 ms and 0.4 ms feel of the driver
 """
@@ -17,13 +18,20 @@ import bilevax as bx
 
 
 def mnist_linear():
-    """20,000 training and 5,000 validation images, from the folder that BILEVAX_DATA names; None where it is not there."""
+    """20,000 training and 5,000 validation images, from the folder that BILEVAX_DATA names; None
+    where it is not there."""
     path = os.path.join(os.environ.get("BILEVAX_DATA", ""), "mnist.npz")
     if not os.path.exists(path):
         return None
     data = np.load(path)
-    x, y = data["x_train"].reshape(-1, 784).astype(np.float32) / 255, data["y_train"].astype(np.int32)
-    return (x[:20000], y[:20000], np.arange(20000, dtype=np.int32)), (x[20000:25000], y[20000:25000])
+    x, y = (
+        data["x_train"].reshape(-1, 784).astype(np.float32) / 255,
+        data["y_train"].astype(np.int32),
+    )
+    return (x[:20000], y[:20000], np.arange(20000, dtype=np.int32)), (
+        x[20000:25000],
+        y[20000:25000],
+    )
 
 
 def digits(n):
@@ -45,7 +53,8 @@ def outer(w, logits, batch):
 
 
 def by_hand(inner_opt, inner_steps, cg_steps, outer_opt, steps):
-    """K inner steps, k CG iterations from the last adjoint, one Adam step: a scan of nothing else."""
+    """K inner steps, k CG iterations from the last adjoint, one Adam step: a scan of nothing
+    else."""
 
     def cg(matvec, b, x):
         r = b - matvec(x)
@@ -58,7 +67,11 @@ def by_hand(inner_opt, inner_steps, cg_steps, outer_opt, steps):
             new = jnp.sum(r * r)
             return x, r, r + (new / rr) * p, new, k + 1
 
-        return jax.lax.while_loop(lambda c: (c[3] > 1e-12 * jnp.sum(b * b)) & (c[4] < cg_steps), body, (x, r, r, jnp.sum(r * r), 0))[0]
+        return jax.lax.while_loop(
+            lambda c: (c[3] > 1e-12 * jnp.sum(b * b)) & (c[4] < cg_steps),
+            body,
+            (x, r, r, jnp.sum(r * r), 0),
+        )[0]
 
     def step(carry, _, train, valid):
         w, inner_state, q, logits, opt = carry
@@ -74,7 +87,10 @@ def by_hand(inner_opt, inner_steps, cg_steps, outer_opt, steps):
         q = cg(lambda v: products(v)[0], b, q)
         grad = -products(q)[1]
         updates, opt = outer_opt.update(grad, opt)
-        return (w, inner_state, q, optax.apply_updates(logits, updates), opt), (value, jnp.sqrt(jnp.sum(grad**2)))
+        return (w, inner_state, q, optax.apply_updates(logits, updates), opt), (
+            value,
+            jnp.sqrt(jnp.sum(grad**2)),
+        )
 
     @jax.jit
     def run(w, logits, train, valid):
@@ -106,40 +122,73 @@ def cases(args):
         )
 
         def ours(train=train, valid=valid, w=w, logits=logits, algorithm=algorithm, steps=steps):
-            solution = bx.solve_bilevel(inner, outer, w, logits, inner_data=train, outer_data=valid, algorithm=algorithm, num_steps=steps)
+            solution = bx.solve_bilevel(
+                inner,
+                outer,
+                w,
+                logits,
+                inner_data=train,
+                outer_data=valid,
+                algorithm=algorithm,
+                num_steps=steps,
+            )
             return solution.outer_params, solution.history["value"][-1]
 
         def theirs(train=train, valid=valid, w=w, logits=logits, hand=hand):
             (*_, logits, _), (values, _) = hand(w, logits, train, valid)
             return logits, values[-1]
 
-        yield Case(f"{label}, {steps} steps", {"by hand": theirs, "solve_bilevel": ours}, "by hand", lambda out: {"last value": out[1]})
+        yield Case(
+            f"{label}, {steps} steps",
+            {"by hand": theirs, "solve_bilevel": ours},
+            "by hand",
+            lambda out: {"last value": out[1]},
+        )
     yield callbacks(1000 if args.quick else 40_000)
 
 
 def callbacks(steps):
     """Steps of some microseconds, which feel whatever looks at them."""
     algorithm = bx.algorithms.double_loop(
-        bx.inner.optax(optax.sgd(0.5), 2), bx.hypergradient.implicit(bx.linear.cg(maxiter=2), max_residual=jnp.inf), optax.sgd(1e-5)
+        bx.inner.optax(optax.sgd(0.5), 2),
+        bx.hypergradient.implicit(bx.linear.cg(maxiter=2), max_residual=jnp.inf),
+        optax.sgd(1e-5),
     )
     folder = tempfile.mkdtemp()
 
     def run(*watchers):
         solution = bx.solve_bilevel(
-            small_inner, small_outer, jnp.zeros(2), jnp.ones(2), algorithm=algorithm, num_steps=steps, callbacks=[fn() for fn in watchers]
+            small_inner,
+            small_outer,
+            jnp.zeros(2),
+            jnp.ones(2),
+            algorithm=algorithm,
+            num_steps=steps,
+            callbacks=[fn() for fn in watchers],
         )
         return solution.outer_params, solution.history["value"][-1]
 
     entries = {
         "no callback": run,
-        "one that does nothing, every 10": lambda: run(lambda: bx.callbacks.every(10, lambda event: None)),
+        "one that does nothing, every 10": lambda: run(
+            lambda: bx.callbacks.every(10, lambda event: None)
+        ),
         "early_stopping": lambda: run(lambda: bx.callbacks.early_stopping("value", patience=10**7)),
-        "one that reads the history, every 100": lambda: run(lambda: bx.callbacks.every(100, lambda event: event.history["value"][-1] < 0)),
-        "one that reads the state, every 1000": lambda: run(lambda: bx.callbacks.every(1000, lambda event: event.state.code is None)),
+        "one that reads the history, every 100": lambda: run(
+            lambda: bx.callbacks.every(100, lambda event: event.history["value"][-1] < 0)
+        ),
+        "one that reads the state, every 1000": lambda: run(
+            lambda: bx.callbacks.every(1000, lambda event: event.state.code is None)
+        ),
         "jsonl": lambda: run(lambda: bx.callbacks.jsonl(f"{folder}/log.jsonl")),
         "csv": lambda: run(lambda: bx.callbacks.csv(f"{folder}/log.csv")),
     }
-    return Case(f"two coordinates, {steps} steps", entries, "no callback", lambda out: {"last value": out[1]})
+    return Case(
+        f"two coordinates, {steps} steps",
+        entries,
+        "no callback",
+        lambda out: {"last value": out[1]},
+    )
 
 
 def small_inner(y, x, batch):
@@ -151,4 +200,9 @@ def small_outer(y, x, batch):
 
 
 if __name__ == "__main__":
-    main("driver", "solve_bilevel over the same mathematics by hand as one jitted scan, history on; callbacks over none.", cases)
+    main(
+        "driver",
+        "solve_bilevel over the same mathematics by hand as one jitted scan, history on; callbacks "
+        "over none.",
+        cases,
+    )

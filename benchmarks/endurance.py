@@ -1,4 +1,5 @@
-"""Whether a long run, and many runs, stay as they began: memory and time over 200,000 steps and 2,000 calls; and what a digest costs.
+"""Whether a long run, and many runs, stay as they began: memory and time over 200,000 steps and
+2,000 calls; and what a digest costs.
 
 python benchmarks/endurance.py [--quick]
 """
@@ -19,7 +20,9 @@ import bilevax as bx
 from bilevax.run import digest
 
 ALGORITHM = bx.algorithms.double_loop(
-    bx.inner.optax(optax.sgd(0.5), 2), bx.hypergradient.implicit(bx.linear.cg(maxiter=2), max_residual=jnp.inf), optax.sgd(1e-5)
+    bx.inner.optax(optax.sgd(0.5), 2),
+    bx.hypergradient.implicit(bx.linear.cg(maxiter=2), max_residual=jnp.inf),
+    optax.sgd(1e-5),
 )
 
 
@@ -32,7 +35,9 @@ def outer(y, x, batch):
 
 
 def solve(steps, **keywords):
-    return bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.ones(2), algorithm=ALGORITHM, num_steps=steps, **keywords)
+    return bx.solve_bilevel(
+        inner, outer, jnp.zeros(2), jnp.ones(2), algorithm=ALGORITHM, num_steps=steps, **keywords
+    )
 
 
 def megabytes():
@@ -44,7 +49,14 @@ def megabytes():
 def long_run(steps):
     """Memory from a tenth of the run to its end, and the bytes of its history among it."""
     seen = []
-    solution = solve(steps, callbacks=[bx.callbacks.every(steps // 10, lambda event: seen.append((time.perf_counter(), megabytes())))])
+    solution = solve(
+        steps,
+        callbacks=[
+            bx.callbacks.every(
+                steps // 10, lambda event: seen.append((time.perf_counter(), megabytes()))
+            )
+        ],
+    )
     times = [b[0] - a[0] for a, b in itertools.pairwise(seen)]
     held = sum(column.nbytes for column in jax.tree.leaves(solution.history)) / 2**20
     return {
@@ -67,7 +79,12 @@ def many_calls(calls):
         spent.append(time.perf_counter() - since)
     tenth = calls // 10
     first, last = statistics.median(spent[tenth : 2 * tenth]), statistics.median(spent[-tenth:])
-    return {"calls": calls, "growth_mb": megabytes() - before, "call_ms_at_first": 1e3 * first, "call_ms_at_last": 1e3 * last}
+    return {
+        "calls": calls,
+        "growth_mb": megabytes() - before,
+        "call_ms_at_first": 1e3 * first,
+        "call_ms_at_last": 1e3 * last,
+    }
 
 
 def digests(megabytes):
@@ -86,14 +103,22 @@ def digests(megabytes):
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="a tenth of all, to see that it runs")
     given = parser.parse_args()
     less = 10 if given.quick else 1
     for _ in range(3):
         solve(40)  # compiled, and allocators have what they keep
-    found = {"long run": long_run(200_000 // less), "many calls": many_calls(2000 // less), "digest": digests(256 // less)}
+    found = {
+        "long run": long_run(200_000 // less),
+        "many calls": many_calls(2000 // less),
+        "digest": digests(256 // less),
+    }
     for name, figures in found.items():
         print(f"{name}: " + ", ".join(f"{key} {value:.4g}" for key, value in figures.items()))
     if not given.quick:
-        (RESULTS / "endurance.json").write_text(json.dumps({"environment": environment(), "found": found}, indent=1) + "\n")
+        (RESULTS / "endurance.json").write_text(
+            json.dumps({"environment": environment(), "found": found}, indent=1) + "\n"
+        )

@@ -1,9 +1,12 @@
-"""How long the first result takes: imports, README's ten lines, and the first call of four algorithms, beside another checkout of the library.
+"""How long the first result takes: imports, README's ten lines, and the first call of four
+algorithms, beside another checkout of the library.
 
-    python benchmarks/first_calls.py [--against PATH_OF_A_CHECKOUT] [--rounds 5] [--count] [--out FILE]
+    python benchmarks/first_calls.py [--against PATH_OF_A_CHECKOUT] [--rounds 5] [--count] [--out
+    FILE]
 
-Each measurement is a process of its own with an empty compilation cache; checkouts and algorithms take turns. `--count` takes no time but counts
-what the compiler is given: operations and loops of the largest program, as lowered. Take times on a machine that does nothing else.
+Each measurement is a process of its own with an empty compilation cache; checkouts and algorithms
+take turns. `--count` takes no time but counts what the compiler is given: operations and loops of
+the largest program, as lowered. Take times on a machine that does nothing else.
 """
 
 from __future__ import annotations
@@ -25,7 +28,8 @@ NAMES = (README, "default", "double loop", "SAMA", "SOBA")
 
 
 def problem():
-    """Ridge regression with a penalty a feature, 20 of them: what a first look at the library is like."""
+    """Ridge regression with a penalty a feature, 20 of them: what a first look at the library is
+    like."""
     import jax.numpy as jnp
     import numpy as np
 
@@ -34,7 +38,10 @@ def problem():
     targets = (rows[:, :5].sum(1) + rng.randn(160)).astype(np.float32)
     loss = lambda w, x, b: jnp.mean((b["x"] @ w - b["y"]) ** 2)
     inner = lambda w, x, b: loss(w, x, b) + jnp.sum(jnp.exp(x) * w * w)
-    halves = [{"x": jnp.asarray(rows[a:b]), "y": jnp.asarray(targets[a:b])} for a, b in ((0, 60), (60, 160))]
+    halves = [
+        {"x": jnp.asarray(rows[a:b]), "y": jnp.asarray(targets[a:b])}
+        for a, b in ((0, 60), (60, 160))
+    ]
     return inner, loss, jnp.zeros(20), jnp.zeros(20), halves
 
 
@@ -46,7 +53,9 @@ def algorithm(name: str):
     adam = bx.inner.optax(optax.adam(1e-2, eps_root=1e-8), 10)
     return {
         "default": lambda: None,
-        "double loop": lambda: bx.algorithms.double_loop(adam, bx.hypergradient.implicit(bx.linear.cg(maxiter=10)), optax.adam(1e-2)),
+        "double loop": lambda: bx.algorithms.double_loop(
+            adam, bx.hypergradient.implicit(bx.linear.cg(maxiter=10)), optax.adam(1e-2)
+        ),
         "SAMA": lambda: bx.algorithms.double_loop(adam, bx.hypergradient.sama(), optax.adam(1e-2)),
         "SOBA": lambda: bx.algorithms.soba(0.1, 0.1),
     }[name]()
@@ -70,17 +79,31 @@ def worker(name: str) -> None:
     inner, outer, y, x, (train, held_out) = problem()
     chosen = algorithm(name)
     ready = time.perf_counter()
-    bx.solve_bilevel(inner, outer, y, x, inner_data=train, outer_data=held_out, algorithm=chosen, num_steps=10, throw=False)
+    bx.solve_bilevel(
+        inner,
+        outer,
+        y,
+        x,
+        inner_data=train,
+        outer_data=held_out,
+        algorithm=chosen,
+        num_steps=10,
+        throw=False,
+    )
     print(json.dumps({"import": imported - began, "first call": time.perf_counter() - ready}))
 
 
 def measured(checkout: Path, name: str, dump: str | None = None) -> dict:
-    environment = dict(os.environ, PYTHONPATH=str(checkout), JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="0")
+    environment = dict(
+        os.environ, PYTHONPATH=str(checkout), JAX_PLATFORMS="cpu", JAX_ENABLE_COMPILATION_CACHE="0"
+    )
     environment.pop("JAX_COMPILATION_CACHE_DIR", None)
     if dump:
         environment["JAX_DUMP_IR_TO"] = dump
     call = [sys.executable, str(Path(__file__).resolve()), "--worker", name]
-    done = subprocess.run(call, env=environment, cwd=checkout, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        call, env=environment, cwd=checkout, capture_output=True, text=True, check=False
+    )
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.strip().splitlines()[-1])
@@ -91,8 +114,19 @@ def counted(checkout: Path, name: str) -> dict:
     with tempfile.TemporaryDirectory() as folder:
         measured(checkout, name, folder)
         texts = [path.read_text() for path in Path(folder).rglob("*.mlir")]
-    sizes = sorted((len(re.findall(r"(?:stablehlo|chlo|func)\.\w+|call @", text)), text.count("stablehlo.while")) for text in texts)
-    return {"operations": sizes[-1][0], "loops": sizes[-1][1], "of all programs": sum(size for size, _ in sizes), "programs": len(sizes)}
+    sizes = sorted(
+        (
+            len(re.findall(r"(?:stablehlo|chlo|func)\.\w+|call @", text)),
+            text.count("stablehlo.while"),
+        )
+        for text in texts
+    )
+    return {
+        "operations": sizes[-1][0],
+        "loops": sizes[-1][1],
+        "of all programs": sum(size for size, _ in sizes),
+        "programs": len(sizes),
+    }
 
 
 def main(argv=None) -> int:
@@ -112,7 +146,10 @@ def main(argv=None) -> int:
     rows = []
     if args.count:
         for name in names:
-            rows += [{"name": name, "checkout": label} | counted(path, name) for label, path in checkouts.items()]
+            rows += [
+                {"name": name, "checkout": label} | counted(path, name)
+                for label, path in checkouts.items()
+            ]
             print("\n".join(str(row) for row in rows[-len(checkouts) :]), flush=True)
     else:
         taken: dict = {}
@@ -121,11 +158,19 @@ def main(argv=None) -> int:
                 for label, path in checkouts.items():
                     for part, seconds in measured(path, name).items():
                         taken.setdefault((name, part, label), []).append(seconds)
-        print("| what | part | " + " | ".join(checkouts) + " |\n| --- | --- |" + " --- |" * len(checkouts))
+        print(
+            "| what | part | "
+            + " | ".join(checkouts)
+            + " |\n| --- | --- |"
+            + " --- |" * len(checkouts)
+        )
         for name, part in dict.fromkeys(key[:2] for key in taken):
             medians = [statistics.median(taken[name, part, label]) for label in checkouts]
             rows.append({"name": name, "part": part} | dict(zip(checkouts, medians, strict=True)))
-            print(f"| {name} | {part} | " + " | ".join(f"{m:.2f} s" for m in medians) + " |", flush=True)
+            print(
+                f"| {name} | {part} | " + " | ".join(f"{m:.2f} s" for m in medians) + " |",
+                flush=True,
+            )
     if args.out:
         args.out.write_text(json.dumps({"rows": rows}, indent=1) + "\n")
     return 0

@@ -1,8 +1,10 @@
-"""One hypergradient of logistic regression, n=2000, d=500, a penalty a weight: against jaxopt's L-BFGS with its implicit gradient.
+"""One hypergradient of logistic regression, n=2000, d=500, a penalty a weight: against jaxopt's
+L-BFGS with its implicit gradient.
 
     python benchmarks/jaxopt_implicit.py
 
-Both sides solve to the same relative tolerance; the error of each hypergradient against an exact dense solve stands beside its time.
+Both sides solve to the same relative tolerance; the error of each hypergradient against an exact
+dense solve stands beside its time.
 """
 
 import functools
@@ -26,11 +28,17 @@ def problem(n, d, dtype):
     x = rng.normal(size=(n + n // 2, d))
     y = np.sign(x @ (rng.normal(size=d) * 3 / np.sqrt(d)) + rng.normal(size=len(x)))
     parts = (x[:n], y[:n]), (x[n:], y[n:])
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype), parts), jnp.zeros(d, dtype), jnp.full(d, -4.0, dtype)
+    return (
+        jax.tree.map(lambda a: jnp.asarray(a, dtype), parts),
+        jnp.zeros(d, dtype),
+        jnp.full(d, -4.0, dtype),
+    )
 
 
 def inner(w, lam, batch):
-    return jnp.mean(jax.nn.softplus(-batch[1] * (batch[0] @ w))) + 0.5 * jnp.sum(jnp.exp(lam) * w**2)
+    return jnp.mean(jax.nn.softplus(-batch[1] * (batch[0] @ w))) + 0.5 * jnp.sum(
+        jnp.exp(lam) * w**2
+    )
 
 
 def outer(w, lam, batch):
@@ -47,7 +55,9 @@ def exact(train, valid, lam):
         w = w - np.linalg.solve(hessian, -(x.T @ (y * p)) / len(y) + np.exp(lam) * w)
     p = sigmoid(-y * (x @ w))
     hessian = (x.T * (p * (1 - p))) @ x / len(y) + np.diag(np.exp(lam))
-    return -np.exp(lam) * w * np.linalg.solve(hessian, -(u.T @ (v * sigmoid(-v * (u @ w)))) / len(v))
+    return (
+        -np.exp(lam) * w * np.linalg.solve(hessian, -(u.T @ (v * sigmoid(-v * (u @ w)))) / len(v))
+    )
 
 
 def ours(method, tol):
@@ -57,8 +67,12 @@ def ours(method, tol):
 
 def peer(adjoint, tol):
     """jaxopt stops at an absolute gradient norm: `tol` is already multiplied by the first one."""
-    solver = jaxopt.LBFGS(inner, maxiter=500, tol=tol, implicit_diff=True, implicit_diff_solve=adjoint)
-    return lambda w, lam, train, valid: jax.grad(lambda lam: outer(solver.run(w, lam, train).params, lam, valid))(lam)
+    solver = jaxopt.LBFGS(
+        inner, maxiter=500, tol=tol, implicit_diff=True, implicit_diff_solve=adjoint
+    )
+    return lambda w, lam, train, valid: jax.grad(
+        lambda lam: outer(solver.run(w, lam, train).params, lam, valid)
+    )(lam)
 
 
 def cases(args):
@@ -69,16 +83,26 @@ def cases(args):
             start = float(jnp.linalg.norm(jax.grad(inner)(w, lam, train)))
             truth = exact(train, valid, lam)
             entries = {
-                "jaxopt, CG adjoint": peer(functools.partial(linear_solve.solve_cg, tol=tol, maxiter=200), tol * start),
+                "jaxopt, CG adjoint": peer(
+                    functools.partial(linear_solve.solve_cg, tol=tol, maxiter=200), tol * start
+                ),
                 "jaxopt, its default adjoint": peer(linear_solve.solve_normal_cg, tol * start),
-                "bilevax, implicit(cg)": ours(bx.hypergradient.implicit(bx.linear.cg(tol=tol), warm_start=False), tol),
+                "bilevax, implicit(cg)": ours(
+                    bx.hypergradient.implicit(bx.linear.cg(tol=tol), warm_start=False), tol
+                ),
                 "bilevax, shine(refine)": ours(bx.hypergradient.shine(refine=200, tol=tol), tol),
             }
             yield Case(
                 f"{np.dtype(dtype).name}, tol {tol:g}",
-                {name: _Entry(jax.jit(entry), (w, lam, train, valid)) for name, entry in entries.items()},
+                {
+                    name: _Entry(jax.jit(entry), (w, lam, train, valid))
+                    for name, entry in entries.items()
+                },
                 "jaxopt, CG adjoint",
-                lambda grad, truth=truth: {"relative error": np.linalg.norm(np.asarray(grad, np.float64) - truth) / np.linalg.norm(truth)},
+                lambda grad, truth=truth: {
+                    "relative error": np.linalg.norm(np.asarray(grad, np.float64) - truth)
+                    / np.linalg.norm(truth)
+                },
             )
 
 
@@ -98,4 +122,8 @@ class _Entry:
 
 
 if __name__ == "__main__":
-    main("jaxopt_implicit", "A hypergradient of logistic regression against jaxopt's implicit gradient.", cases)
+    main(
+        "jaxopt_implicit",
+        "A hypergradient of logistic regression against jaxopt's implicit gradient.",
+        cases,
+    )

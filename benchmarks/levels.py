@@ -1,7 +1,9 @@
-"""What levels cost: a nested level, its compilation, a ladder of diamonds, and a three-level step against its parts.
+"""What levels cost: a nested level, its compilation, a ladder of diamonds, and a three-level step
+against its parts.
 
-`flops` is XLA's count for the compiled gradient, a loop's body once. A product is timed as one call from Python and in a compiled loop: the first
-holds what a call costs whatever it does, the second nothing but arithmetic.
+`flops` is XLA's count for the compiled gradient, a loop's body once. A product is timed as one call
+from Python and in a compiled loop: the first holds what a call costs whatever it does, the second
+nothing but arithmetic.
 """
 
 from __future__ import annotations
@@ -31,10 +33,15 @@ HG, DIM = bx.hypergradient, 24
 
 
 def follower(name, above, below, matrix):
-    """Strongly convex in `name`, bent, following `above`; `below` reacts to it and comes back in a term of its own."""
+    """Strongly convex in `name`, bent, following `above`; `below` reacts to it and comes back in a
+    term of its own."""
 
     def objective(p, batch):
-        own = 0.5 * jnp.sum((p[name] - matrix @ p[above]) ** 2) + jnp.sum(jnp.cosh(p[name])) + 0.1 * jnp.sum(p[name]) ** 2
+        own = (
+            0.5 * jnp.sum((p[name] - matrix @ p[above]) ** 2)
+            + jnp.sum(jnp.cosh(p[name]))
+            + 0.1 * jnp.sum(p[name]) ** 2
+        )
         return own + (0.3 * jnp.sum(jnp.sin(p[below]) ** 2) if below else 0.0)
 
     return objective
@@ -48,13 +55,22 @@ def stacked(depth, steps, linear):
     levels = [
         bx.Level(
             name,
-            follower(name, names[i + 1], names[i - 1] if i else None, jnp.asarray(rng.standard_normal((DIM, DIM)) / DIM**0.5)),
+            follower(
+                name,
+                names[i + 1],
+                names[i - 1] if i else None,
+                jnp.asarray(rng.standard_normal((DIM, DIM)) / DIM**0.5),
+            ),
             solver=solver,
             hypergradient=HG.implicit(linear),
         )
         for i, name in enumerate(names[:-1])
     ]
-    top = bx.Level("x", lambda p, batch: jnp.sum((p[names[-2]] - 1.0) ** 2) + 0.1 * jnp.sum(p["x"] ** 2), solver=optax.sgd(0.1))
+    top = bx.Level(
+        "x",
+        lambda p, batch: jnp.sum((p[names[-2]] - 1.0) ** 2) + 0.1 * jnp.sum(p["x"] ** 2),
+        solver=optax.sgd(0.1),
+    )
     return [*levels, top], {name: jnp.asarray(0.3 * rng.standard_normal(DIM)) for name in names}
 
 
@@ -64,8 +80,12 @@ def ladder(rungs):
     mix = jnp.asarray(np.random.default_rng(0).standard_normal((8, 8)) / 8**0.5)
 
     def reads(name, below):
-        # With elementwise arithmetic alone, XLA would do the levels below again inside each fused kernel, and count it.
-        return lambda p, batch: 0.5 * jnp.sum((p[name] - sum(jnp.sin(mix @ p[b]) for b in below)) ** 2) + jnp.sum(jnp.cosh(mix @ p[name]))
+        # With elementwise arithmetic alone, XLA would do the levels below again inside each fused
+        # kernel, and count it.
+        return lambda p, batch: (
+            0.5 * jnp.sum((p[name] - sum(jnp.sin(mix @ p[b]) for b in below)) ** 2)
+            + jnp.sum(jnp.cosh(mix @ p[name]))
+        )
 
     solver, method = bx.inner.optax(optax.sgd(0.3), 3), HG.implicit(bx.linear.cg(maxiter=3))
     levels, below = [], "x"
@@ -81,17 +101,27 @@ def ladder(rungs):
 
 
 def product(depth, joint, count=None):
-    """One product of the linear system that a level with `depth` levels inside it is differentiated with, at a given point.
+    """One product of the linear system that a level with `depth` levels inside it is differentiated
+    with, at a given point.
 
-    `joint`: the Hessian of the Lagrangian; otherwise that of the total objective, with the linear solves of the levels inside. A number `count` puts
-    that many products into one loop.
+    `joint`: the Hessian of the Lagrangian; otherwise that of the total objective, with the linear
+    solves of the levels inside. A number `count` puts that many products into one loop.
     """
     levels, params = stacked(depth + 1, 20, bx.linear.cg(maxiter=DIM))
     system = MultilevelGradFn(levels).system(params, dict.fromkeys(params), {}, None, {})
     name = f"l{depth}"
     side, given = nested.lower(system, name), {n: params[n] for n in system.graph[name].total}
-    feed = nested.level_feed(system, name, params, dict.fromkeys(params), None, jnp.zeros((), jnp.int32))
-    start = nested.start_state(system, name, {n: bx.base.InnerState(params[n], system.solvers[n].init(params[n])) for n in system.solvers})
+    feed = nested.level_feed(
+        system, name, params, dict.fromkeys(params), None, jnp.zeros((), jnp.int32)
+    )
+    start = nested.start_state(
+        system,
+        name,
+        {
+            n: bx.base.InnerState(params[n], system.solvers[n].init(params[n]))
+            for n in system.solvers
+        },
+    )
     ctx = nested.hyper_context(side, feed)._replace(model=start.model)
     if joint:
         u = jax.jit(lambda: nested.point(system, name, start.params, given, ctx))()
@@ -99,7 +129,9 @@ def product(depth, joint, count=None):
     else:
         u, gradient = start.params, jax.grad(lambda y: side.objective(y, given, ctx)[0])
 
-    _, hvp = jax.jit(lambda u: jax.linearize(gradient, u))(u)  # once for each solve, as a linear solver has it
+    _, hvp = jax.jit(lambda u: jax.linearize(gradient, u))(
+        u
+    )  # once for each solve, as a linear solver has it
 
     def run(hvp, v):
         if count is None:
@@ -116,20 +148,24 @@ def product(depth, joint, count=None):
 
 
 def step_and_parts(rows, width, steps):
-    """A step of three chained levels, and programs of its parts: both lower levels' gradient steps, each pullback, the outer gradient."""
+    """A step of three chained levels, and programs of its parts: both lower levels' gradient steps,
+    each pullback, the outer gradient."""
     rng = np.random.default_rng(0)
     data = jnp.asarray(rng.standard_normal((rows, width)))
     target = jnp.asarray(rng.standard_normal(rows))
 
     def z_objective(p, batch):
         x, t = batch
-        return jnp.mean(jnp.log(jnp.cosh(jnp.tanh(x @ p["z"]["w"]) @ p["z"]["v"] - t))) + 0.05 * sum(
-            jnp.sum(a**2) for a in jax.tree.leaves(p["z"])
-        ) * (1 + jnp.sum(p["x"] ** 2))
+        return jnp.mean(
+            jnp.log(jnp.cosh(jnp.tanh(x @ p["z"]["w"]) @ p["z"]["v"] - t))
+        ) + 0.05 * sum(jnp.sum(a**2) for a in jax.tree.leaves(p["z"])) * (1 + jnp.sum(p["x"] ** 2))
 
     def y_objective(p, batch):
         x, t = batch
-        near = sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(p["y"]), jax.tree.leaves(p["z"]), strict=True))
+        near = sum(
+            jnp.sum((a - b) ** 2)
+            for a, b in zip(jax.tree.leaves(p["y"]), jax.tree.leaves(p["z"]), strict=True)
+        )
         return jnp.mean(jnp.log(jnp.cosh(jnp.tanh(x @ p["y"]["w"]) @ p["y"]["v"] - t))) + 0.5 * near
 
     def x_objective(p, batch):
@@ -138,7 +174,10 @@ def step_and_parts(rows, width, steps):
 
     solver = bx.inner.optax(optax.sgd(0.1), steps)
     method = HG.implicit(bx.linear.cg(maxiter=5, tol=1e-30), warm_start=False, max_residual=jnp.inf)
-    model = {"w": jnp.asarray(rng.standard_normal((width, 64)) / width**0.5), "v": jnp.asarray(rng.standard_normal(64) / 8)}
+    model = {
+        "w": jnp.asarray(rng.standard_normal((width, 64)) / width**0.5),
+        "v": jnp.asarray(rng.standard_normal(64) / 8),
+    }
     params = {"z": model, "y": model, "x": jnp.zeros(4)}
     batches = dict.fromkeys(params, (data, target))
     levels = [
@@ -149,7 +188,11 @@ def step_and_parts(rows, width, steps):
     whole = bx.value_and_multilevel_grad(levels)
 
     def solve(objective, name, params):
-        lower = bx.base.Lower(bx.objective(lambda y, others, batch: objective({**others, name: y}, batch)), solver, same)
+        lower = bx.base.Lower(
+            bx.objective(lambda y, others, batch: objective({**others, name: y}, batch)),
+            solver,
+            same,
+        )
         feed = bx.base.Feed((data, target), None, jnp.zeros((), jnp.int32))
         others = {n: v for n, v in params.items() if n != name}
         return lower, feed, others, bx.base.InnerState(params[name], solver.init(params[name]))
@@ -157,7 +200,9 @@ def step_and_parts(rows, width, steps):
     def part(objective, name):
         def run(params):
             lower, feed, others, state = solve(objective, name, params)
-            solution, pullback = method.vjp(lower, state, others, feed, lower.draw(feed, steps), method.init(params[name]))
+            solution, pullback = method.vjp(
+                lower, state, others, feed, lower.draw(feed, steps), method.init(params[name])
+            )
             return solution.params, pullback(jax.tree.map(jnp.ones_like, params[name]))[0]
 
         return run
@@ -202,10 +247,18 @@ def cases(args):
     ):
         made = {f"{d} nested below": product(d, joint, many) for d in (1, 2, 3)}
         sizes = ", ".join(str(size) for size, _ in made.values())
-        yield Case(f"{label} ({sizes} unknowns)", {name: run for name, (_, run) in made.items()}, reference="1 nested below")
+        yield Case(
+            f"{label} ({sizes} unknowns)",
+            {name: run for name, (_, run) in made.items()},
+            reference="1 nested below",
+        )
     for depth in (2, 3):
         levels, params = stacked(depth, 5, bx.linear.minres(maxiter=50))
-        yield Case(f"gradient over {depth} nested levels of {DIM}", {"gradient": Counted(levels, params)}, reference="gradient")
+        yield Case(
+            f"gradient over {depth} nested levels of {DIM}",
+            {"gradient": Counted(levels, params)},
+            reference="gradient",
+        )
     rungs = (1, 2, 5) if args.quick else range(1, 11)
     yield Case(
         "ladder of diamonds",
@@ -214,7 +267,11 @@ def cases(args):
         metrics=lambda out: {"flops": out[1]},
     )
     whole, parts = step_and_parts(*((256, 32, 5) if args.quick else (2048, 64, 10)))
-    yield Case("three-level step", {"step": whole, "its parts, one after another": parts}, reference="its parts, one after another")
+    yield Case(
+        "three-level step",
+        {"step": whole, "its parts, one after another": parts},
+        reference="its parts, one after another",
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""The solver classes of a checkout of benchopt/benchmark_bilevel, run without its command line: what `solvers.py --peer` puts beside ours."""
+"""The solver classes of a checkout of benchopt/benchmark_bilevel, run without its command line:
+what `solvers.py --peer` puts beside ours."""
 
 from __future__ import annotations
 
@@ -26,11 +27,15 @@ class Run(NamedTuple):
 
 
 def _stand_in() -> None:
-    """What the solvers take of benchopt itself, where that is not installed: a base class and two names."""
+    """What the solvers take of benchopt itself, where that is not installed: a base class and two
+    names."""
     try:
         importlib.import_module("benchopt")
     except ModuleNotFoundError:
-        package, criteria = types.ModuleType("benchopt"), types.ModuleType("benchopt.stopping_criterion")
+        package, criteria = (
+            types.ModuleType("benchopt"),
+            types.ModuleType("benchopt.stopping_criterion"),
+        )
         package.BaseSolver = type("BaseSolver", (), {})
         package.safe_import_context = contextlib.nullcontext
         criteria.SufficientProgressCriterion = lambda **_: None
@@ -50,7 +55,8 @@ class Peer(NamedTuple):
         return self.maker(task, name, block)(step, ratio)
 
     def maker(self, task, name: str, block: int) -> Callable[[float, float], Run]:
-        """From a step size and a ratio to a `Run`; all of them share one compiled program, since theirs takes step sizes as values."""
+        """From a step size and a ratio to a `Run`; all of them share one compiled program, since
+        theirs takes step sizes as values."""
         cls = self.classes[name]
         solver = cls()
         for key, values in cls.parameters.items():
@@ -71,7 +77,12 @@ class Peer(NamedTuple):
             else:
                 point = carry = solver.one_epoch(carry, block)
             jax.block_until_ready(carry)
-            return (carry, done + block), point["inner_var"], point["outer_var"], _calls(name, solver) * block
+            return (
+                (carry, done + block),
+                point["inner_var"],
+                point["outer_var"],
+                _calls(name, solver) * block,
+            )
 
         def at(step: float, ratio: float) -> Run:
             def start():
@@ -96,12 +107,22 @@ def _sliced(objective: Callable, data: dict) -> Callable:
 
 
 def _calls(name: str, solver) -> float:
-    """Oracle calls of one of their steps, counted as ours are; full refreshes spread over their period."""
-    terms, inner = getattr(solver, "n_shia_steps", getattr(solver, "n_hia_steps", 10)), getattr(solver, "n_inner_steps", 1)
+    """Oracle calls of one of their steps, counted as ours are; full refreshes spread over their
+    period."""
+    terms, inner = (
+        getattr(solver, "n_shia_steps", getattr(solver, "n_hia_steps", 10)),
+        getattr(solver, "n_inner_steps", 1),
+    )
     if name == "srba":
         batches = (solver.n_inner_samples + solver.n_outer_samples) / solver.batch_size
         return 8 + 2 * batches / max(int(batches * solver.period_frac), 1)
-    table = {"amigo": 2 * inner + 2, "stocbio": inner + terms + 2, "mrbo": 2 * terms + 6, "sustain": 2 * terms + 6, "bsa": inner + terms + 1}
+    table = {
+        "amigo": 2 * inner + 2,
+        "stocbio": inner + terms + 2,
+        "mrbo": 2 * terms + 6,
+        "sustain": 2 * terms + 6,
+        "bsa": inner + terms + 1,
+    }
     return table.get(name, {"ttsa": terms + 2, "fsla": 7}.get(name, 4))
 
 
@@ -116,11 +137,15 @@ def load(path: Path) -> Peer:
     """
     path = Path(path).resolve()
     if not (path / "benchmark_utils" / "stochastic_jax_solver.py").is_file():
-        raise FileNotFoundError(f"--peer: got {path}; expected a checkout of github.com/benchopt/benchmark_bilevel.")
+        raise FileNotFoundError(
+            f"--peer: got {path}; expected a checkout of github.com/benchopt/benchmark_bilevel."
+        )
     _stand_in()
     sys.path.insert(0, str(path))
     files = {name: path / "solvers" / f"{name}.py" for name in SOLVERS}
-    return Peer({name: _module(name, file).Solver for name, file in files.items() if file.is_file()})
+    return Peer(
+        {name: _module(name, file).Solver for name, file in files.items() if file.is_file()}
+    )
 
 
 def _module(name: str, file: Path) -> Any:

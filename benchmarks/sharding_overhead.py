@@ -1,4 +1,5 @@
-"""What the driver costs over a sharded loop written by hand: eight virtual devices, data parallel, SAMA on an MLP.
+"""What the driver costs over a sharded loop written by hand: eight virtual devices, data parallel,
+SAMA on an MLP.
 
 python benchmarks/sharding_overhead.py
 """
@@ -28,7 +29,10 @@ def logits(y, x):
 
 def inner(y, weights, batch):
     x, labels, index = batch
-    return jnp.mean(jax.nn.sigmoid(weights[index]) * optax.softmax_cross_entropy_with_integer_labels(logits(y, x), labels))
+    return jnp.mean(
+        jax.nn.sigmoid(weights[index])
+        * optax.softmax_cross_entropy_with_integer_labels(logits(y, x), labels)
+    )
 
 
 def outer(y, weights, batch):
@@ -50,12 +54,18 @@ def own_means(mesh):
 
 
 def by_hand(mesh, inner_steps, steps):
-    """K steps of descent, SAMA for it (the adaptation is the rate itself) and one outer step: nothing of the library."""
+    """K steps of descent, SAMA for it (the adaptation is the rate itself) and one outer step:
+    nothing of the library."""
     g, f = own_means(mesh)
 
     def step(carry, _, train, valid):
         y, x = carry
-        y = lax.fori_loop(0, inner_steps, lambda i, y: jax.tree.map(lambda p, d: p - RATE * d, y, jax.grad(g)(y, x, train)), y)
+        y = lax.fori_loop(
+            0,
+            inner_steps,
+            lambda i, y: jax.tree.map(lambda p, d: p - RATE * d, y, jax.grad(g)(y, x, train)),
+            y,
+        )
         value, w = jax.value_and_grad(f)(y, x, valid)
         norm = jnp.sqrt(sum(jnp.sum(d**2) for d in jax.tree.leaves(jax.grad(g)(y, x, train))))
         q = jax.tree.map(lambda a: RATE * a, w)
@@ -70,7 +80,8 @@ def by_hand(mesh, inner_steps, steps):
 
 
 def own_loop(mesh, solver, method, steps):
-    """The library's hypergradient in a sharded loop of one's own: what is left out is the driver."""
+    """The library's hypergradient in a sharded loop of one's own: what is left out is the
+    driver."""
     fn = bx.value_and_hypergrad(*own_means(mesh), solver=solver, hypergradient=method)
     optimizer = optax.sgd(OUTER_RATE)
 
@@ -80,7 +91,10 @@ def own_loop(mesh, solver, method, steps):
             y, x, opt, state = carry
             estimate = fn(y, x, train, valid, state=state)
             updates, opt = optimizer.update(estimate.grad, opt)
-            return (estimate.inner_params, optax.apply_updates(x, updates), opt, estimate.state), (estimate.value, estimate.info)
+            return (estimate.inner_params, optax.apply_updates(x, updates), opt, estimate.state), (
+                estimate.value,
+                estimate.info,
+            )
 
         (y, x, _, _), rows = lax.scan(step, (y, x, optimizer.init(x), fn.init(y)), length=steps)
         return (y, x), rows
@@ -98,16 +112,38 @@ def cases(args):
         rows_split, everywhere = NamedSharding(mesh, P("data")), NamedSharding(mesh, P())
         train = jax.device_put((x[0], labels[0], np.arange(rows, dtype=np.int32)), rows_split)
         valid = jax.device_put((x[1], labels[1]), rows_split)
-        y = {"a": 0.1 * rng.standard_normal((features, hidden)), "b": 0.1 * rng.standard_normal((hidden, 10))}
-        y, weights = jax.device_put((jax.tree.map(np.float32, y), np.zeros(rows, np.float32)), everywhere)
+        y = {
+            "a": 0.1 * rng.standard_normal((features, hidden)),
+            "b": 0.1 * rng.standard_normal((hidden, 10)),
+        }
+        y, weights = jax.device_put(
+            (jax.tree.map(np.float32, y), np.zeros(rows, np.float32)), everywhere
+        )
         solver, method = bx.inner.optax(optax.sgd(RATE), 5), bx.hypergradient.sama()
         hand, loop = by_hand(mesh, 5, steps), own_loop(mesh, solver, method, steps)
         algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(OUTER_RATE))
         sharding = bx.sharding.data_parallel(mean=True)
 
-        def ours(y=y, weights=weights, train=train, valid=valid, algorithm=algorithm, steps=steps, sharding=sharding):
+        def ours(
+            y=y,
+            weights=weights,
+            train=train,
+            valid=valid,
+            algorithm=algorithm,
+            steps=steps,
+            sharding=sharding,
+        ):
             out = bx.solve_bilevel(
-                inner, outer, y, weights, inner_data=train, outer_data=valid, algorithm=algorithm, num_steps=steps, sharding=sharding, keep="last"
+                inner,
+                outer,
+                y,
+                weights,
+                inner_data=train,
+                outer_data=valid,
+                algorithm=algorithm,
+                num_steps=steps,
+                sharding=sharding,
+                keep="last",
             )
             return out.outer_params, out.history["value"][-1]
 
@@ -121,8 +157,15 @@ def cases(args):
             "solve_bilevel": ours,
             "all by hand": functools.partial(theirs, hand),
         }
-        yield Case(label, entries, "value_and_hypergrad, own loop", lambda out: {"last value": out[1]})
+        yield Case(
+            label, entries, "value_and_hypergrad, own loop", lambda out: {"last value": out[1]}
+        )
 
 
 if __name__ == "__main__":
-    main("sharding_overhead", "solve_bilevel with data_parallel over the same sharded step in a loop of one's own, eight virtual devices.", cases)
+    main(
+        "sharding_overhead",
+        "solve_bilevel with data_parallel over the same sharded step in a loop of one's own, eight "
+        "virtual devices.",
+        cases,
+    )

@@ -24,11 +24,18 @@ if _TYPE_CHECKING:
     from bilevax.multilevel import Level, solve_multilevel, value_and_multilevel_grad
     from bilevax.multilevel.explain import explain
 
-# Imported when first used, so that importing the package stays quick: where a name is found, None for a module of that name.
+# Imported when first used, so that importing the package stays quick: where a name is found, None
+# for a module of that name.
 _LATER = {
-    **dict.fromkeys(("algorithms", "attribution", "diagnostics", "games", "nn", "plots", "replay", "testing")),
-    **dict.fromkeys(("check_hypergradient", "compare_hypergradients", "error_bound"), "diagnostics"),
-    **dict.fromkeys(("Level", "explain", "solve_multilevel", "value_and_multilevel_grad"), "multilevel"),
+    **dict.fromkeys(
+        ("algorithms", "attribution", "diagnostics", "games", "nn", "plots", "replay", "testing")
+    ),
+    **dict.fromkeys(
+        ("check_hypergradient", "compare_hypergradients", "error_bound"), "diagnostics"
+    ),
+    **dict.fromkeys(
+        ("Level", "explain", "solve_multilevel", "value_and_multilevel_grad"), "multilevel"
+    ),
 }
 
 

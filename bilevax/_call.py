@@ -1,4 +1,6 @@
-"""The preparation of a call: what every way into the library does with the objectives and parameters that it is given."""
+"""The preparation of a call: what every way into the library does with the objectives and
+parameters that it is given.
+"""
 
 from __future__ import annotations
 
@@ -28,8 +30,16 @@ class Call(NamedTuple):
     model: PyTree
 
     def traced(self, inner_ctx: Ctx, outer_ctx: Ctx, steps: int = 1) -> tuple[Problem, Any]:
-        """The problem bound to the traced arrays that its objectives capture, after both were tried on these shapes; the value's dtype."""
-        given = self.inner, self.outer, self.model, with_number(self.problem.inner, inner_ctx), outer_ctx
+        """The problem bound to the traced arrays that its objectives capture, after both were tried
+        on these shapes; the value's dtype.
+        """
+        given = (
+            self.inner,
+            self.outer,
+            self.model,
+            with_number(self.problem.inner, inner_ctx),
+            outer_ctx,
+        )
         dtype = check.objectives(self.problem, *given, steps)
         return check.captured(self.problem, *given, steps), dtype
 
@@ -56,12 +66,28 @@ def prepared(
       finite: look at the values, of those that have one.
     """
     check.key(key, problem, sampled)
-    inner_params, outer_params = check.arrays(inner_params, "inner_params"), check.arrays(outer_params, "outer_params")
+    inner_params, outer_params = (
+        check.arrays(inner_params, "inner_params"),
+        check.arrays(outer_params, "outer_params"),
+    )
     model_state = None if model_state is None else check.arrays(model_state, "model_state")
     for value, name in ((inner_params, "inner_params"), (outer_params, "outer_params")):
         check.params(value, name)
     if finite:
-        for value, name in ((inner_params, "inner_params"), (outer_params, "outer_params"), (model_state, "model_state")):
+        for value, name in (
+            (inner_params, "inner_params"),
+            (outer_params, "outer_params"),
+            (model_state, "model_state"),
+        ):
             check.finite(value, name)
-    (inner, inner_fixed), (outer, outer_fixed) = tree.partition(inner_params), tree.partition(outer_params)
-    return Call(check.bind_fixed(problem, inner_fixed, outer_fixed), inner, outer, (inner_fixed, outer_fixed), model_state)
+    (inner, inner_fixed), (outer, outer_fixed) = (
+        tree.partition(inner_params),
+        tree.partition(outer_params),
+    )
+    return Call(
+        check.bind_fixed(problem, inner_fixed, outer_fixed),
+        inner,
+        outer,
+        (inner_fixed, outer_fixed),
+        model_state,
+    )

@@ -1,4 +1,6 @@
-"""Traced arrays that a user's function captures, as values: only as such can they be differentiated, batched or refused."""
+"""Traced arrays that a user's function captures, as values: only as such can they be
+differentiated, batched or refused.
+"""
 
 from __future__ import annotations
 
@@ -14,17 +16,28 @@ from bilevax.base import Objective
 
 
 def hoisted(objective: Objective, *args: Any) -> Objective:
-    """`objective` with the traced arrays that its function captures bound to it; `args` are values or shapes of its arguments.
+    """`objective` with the traced arrays that its function captures bound to it; `args` are values
+    or shapes of its arguments.
 
     Where nothing traced is captured, it is `objective` itself.
     """
-    found = {id(const): const for const in _constants(objective, *args) if isinstance(const, jax.core.Tracer)}
+    found = {
+        id(const): const
+        for const in _constants(objective, *args)
+        if isinstance(const, jax.core.Tracer)
+    }
     if found:  # JAX remembers the trace of a function, perhaps of a trace that has ended
         again = jax.make_jaxpr(lambda *args: objective(*args))(*args).consts
         found = {id(const): const for const in again if isinstance(const, jax.core.Tracer)}
     if not found:
         return objective
-    fn = Bound(objective.name, _with_captured, fn=objective.fn, ids=tuple(found), captured=tuple(found.values()))
+    fn = Bound(
+        objective.name,
+        _with_captured,
+        fn=objective.fn,
+        ids=tuple(found),
+        captured=tuple(found.values()),
+    )
     return dataclasses.replace(objective, fn=fn)
 
 
@@ -36,8 +49,14 @@ def _constants(objective: Objective, *args: Any) -> list[Any]:
     return jax.make_jaxpr(objective)(*args).consts
 
 
-def _with_captured(*args: Any, fn: Callable[..., Any], ids: Any, captured: Any, **kwargs: Any) -> Any:
-    closed, shape = jax.make_jaxpr(lambda args, kwargs: fn(*args, **kwargs), return_shape=True)(args, kwargs)
+def _with_captured(
+    *args: Any, fn: Callable[..., Any], ids: Any, captured: Any, **kwargs: Any
+) -> Any:
+    closed, shape = jax.make_jaxpr(lambda args, kwargs: fn(*args, **kwargs), return_shape=True)(
+        args, kwargs
+    )
     given = dict(zip(ids, captured, strict=True))
     consts = [given.get(id(const), const) for const in closed.consts]
-    return jax.tree.unflatten(jax.tree.structure(shape), evaluate(closed.jaxpr, consts, jax.tree.leaves((args, kwargs))))
+    return jax.tree.unflatten(
+        jax.tree.structure(shape), evaluate(closed.jaxpr, consts, jax.tree.leaves((args, kwargs)))
+    )

@@ -1,14 +1,17 @@
-"""The derivative of an estimate: of its value the estimate's own gradient, of that the exact one or a refusal.
+"""The derivative of an estimate: of its value the estimate's own gradient, of that the exact one or
+a refusal.
 
-The value of an estimate is a function of everything that its objectives read: outer parameters, batches, captured
-arrays. The tangent of the value is the inner product of the tangents with the gradient by the estimate's own method,
-pulled back to whatever of these moves and to nothing else. The gradient's tangent is exact for a method of order 2
-(`argmin.attach` at the solved point, with the method's own linear solver). For a method of order 1 it is NaN going
-forwards, where its use cannot be seen, and raises where a cotangent comes back to it. The solution and the aux carry the
-best response's derivative: backwards by the method's pullback, forwards for order 2 only. Infos and states are constants.
+The value of an estimate is a function of everything that its objectives read: outer parameters,
+batches, captured arrays. The tangent of the value is the inner product of the tangents with the
+gradient by the estimate's own method, pulled back to whatever of these moves and to nothing else.
+The gradient's tangent is exact for a method of order 2 (`argmin.attach` at the solved point, with
+the method's own linear solver). For a method of order 1 it is NaN going forwards, where its use
+cannot be seen, and raises where a cotangent comes back to it. The solution and the aux carry the
+best response's derivative: backwards by the method's pullback, forwards for order 2 only. Infos and
+states are constants.
 
-A method of order 2 without a linear solver carries all its derivatives in its own operations, those in the starting
-point among them, and nothing is done here.
+A method of order 2 without a linear solver carries all its derivatives in its own operations, those
+in the starting point among them, and nothing is done here.
 """
 
 from __future__ import annotations
@@ -50,7 +53,9 @@ MAX_RESIDUAL = 1e-2  # of a linear solve inside a derivative of a gradient: abov
 
 
 class Theta(NamedTuple):
-    """All that a value depends on and that may move: outer parameters, what the problem's functions are bound to, the data of the three streams."""
+    """All that a value depends on and that may move: outer parameters, what the problem's functions
+    are bound to, the data of the three streams.
+    """
 
     outer: PyTree
     problem: tuple[Any, ...]
@@ -75,15 +80,25 @@ class _Out(NamedTuple):
 
 
 def differentiable(
-    problem: Problem, solver: Any, method: Hypergradient, inner: InnerState, outer: PyTree, feeds: Feeds, state: PyTree
+    problem: Problem,
+    solver: Any,
+    method: Hypergradient,
+    inner: InnerState,
+    outer: PyTree,
+    feeds: Feeds,
+    state: PyTree,
 ) -> tuple[InnerState, Estimate]:
     """`estimate`, as one compiled program and with the derivatives above."""
     bound, captured = split(problem)
     pieces, numbers = split((solver, method))
     shared = feeds.hyper.data is feeds.inner.data  # as one operand, so that it moves as one
     data = (feeds.inner.data, None if shared else feeds.hyper.data, feeds.outer.data)
-    bare = feeds._replace(**{name: getattr(feeds, name)._replace(data=None) for name in ("inner", "hyper", "outer")})
-    return _run((bound, pieces, shared), Given(numbers, inner, state, bare), Theta(outer, captured, data))
+    bare = feeds._replace(
+        **{name: getattr(feeds, name)._replace(data=None) for name in ("inner", "hyper", "outer")}
+    )
+    return _run(
+        (bound, pieces, shared), Given(numbers, inner, state, bare), Theta(outer, captured, data)
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -97,7 +112,9 @@ def _run(static: tuple[Any, ...], given: Given, theta: Theta) -> tuple[InnerStat
     out = _pulled(static, which, given, theta)
     opt, model, state, info = out.rest
     grad = jax.tree.unflatten(jax.tree.structure(theta.outer), out.grads)
-    return InnerState(out.params, opt, model), Estimate(out.value, grad, out.params, state, info, out.aux)
+    return InnerState(out.params, opt, model), Estimate(
+        out.value, grad, out.params, state, info, out.aux
+    )
 
 
 def _parts(static: tuple[Any, ...], given: Given, theta: Theta) -> tuple[Any, ...]:
@@ -107,17 +124,23 @@ def _parts(static: tuple[Any, ...], given: Given, theta: Theta) -> tuple[Any, ..
     method = over(method, solver)
     inner, hyper, outer = theta.data
     data = {"inner": inner, "hyper": inner if shared else hyper, "outer": outer}
-    feeds = given.feeds._replace(**{name: getattr(given.feeds, name)._replace(data=d) for name, d in data.items()})
+    feeds = given.feeds._replace(
+        **{name: getattr(given.feeds, name)._replace(data=d) for name, d in data.items()}
+    )
     return problem, solver, method, feeds
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
 def _pulled(static: tuple[Any, ...], which: tuple[Any, ...], given: Given, theta: Theta) -> _Out:
-    """An estimate, with its gradients in the leaves `which` of `theta`; all of the outer parameters are among these."""
+    """An estimate, with its gradients in the leaves `which` of `theta`; all of the outer parameters
+    are among these.
+    """
     problem, solver, method, feeds = _parts(static, given, theta)
     count = len(jax.tree.leaves(theta.outer))
     if not any(which[count:]):
-        solution, est = estimate(problem, solver, method, given.inner, theta.outer, feeds, given.method)
+        solution, est = estimate(
+            problem, solver, method, given.inner, theta.outer, feeds, given.method
+        )
         return _out(solution, est, jax.tree.leaves(est.grad), est.info)
     problem, outer = _extended(static, which, problem, theta)
     solution, est = estimate(problem, solver, method, given.inner, outer, feeds, given.method)
@@ -128,29 +151,44 @@ def _pulled(static: tuple[Any, ...], which: tuple[Any, ...], given: Given, theta
 
 
 def _out(solution: InnerState, est: Estimate, grads: list[Any], info: dict[Any, Any]) -> _Out:
-    return _Out(est.value, grads, solution.params, est.aux, (solution.opt, solution.model, est.state, info))
+    return _Out(
+        est.value, grads, solution.params, est.aux, (solution.opt, solution.model, est.state, info)
+    )
 
 
 # ---- a problem whose outer parameters are joined by batches and captured arrays
 
 
-def _extended(static: tuple[Any, ...], which: tuple[Any, ...], problem: Problem, theta: Theta) -> tuple[Problem, PyTree]:
+def _extended(
+    static: tuple[Any, ...], which: tuple[Any, ...], problem: Problem, theta: Theta
+) -> tuple[Problem, PyTree]:
     """The same problem with outer parameters ``(outer, [further leaves of theta])``."""
     leaves, count = jax.tree.leaves(theta), len(jax.tree.leaves(theta.outer))
     extra = [leaf for leaf, flag in zip(leaves[count:], which[count:], strict=True) if flag]
     how = _How(static[0], static[2], which[count:], jax.tree.structure(theta))
     rest = leaves[count:]
     names = ("inner", "hyper", "outer")
-    draws = {f"{name}_draw": Bound("placed", _placed, draw=getattr(problem, f"{name}_draw"), stream=name) for name in names}
+    draws = {
+        f"{name}_draw": Bound("placed", _placed, draw=getattr(problem, f"{name}_draw"), stream=name)
+        for name in names
+    }
     adapt = Bound("extended", _adapted, how=how, rest=rest)
     inner, outer = (
-        Objective(Bound(getattr(problem, name).name, _moved, how=how, rest=rest, level=name), True, True, True, adapt=adapt)
+        Objective(
+            Bound(getattr(problem, name).name, _moved, how=how, rest=rest, level=name),
+            True,
+            True,
+            True,
+            adapt=adapt,
+        )
         for name in ("inner", "outer")
     )
     outer = dataclasses.replace(outer, trajectory=problem.outer.trajectory)
     if problem.inner_init is not None:
         begun = Bound("inner_init", _begun, fn=problem.inner_init)
-        problem = problem._replace(inner_init=starts.Start(begun, starts.takes_key(problem.inner_init)))
+        problem = problem._replace(
+            inner_init=starts.Start(begun, starts.takes_key(problem.inner_init))
+        )
     return problem._replace(inner=inner, outer=outer, **draws), (theta.outer, extra)
 
 
@@ -171,7 +209,9 @@ class _How:
     def theta(self, outer: tuple[Any, ...], rest: list[Any]) -> Theta:
         own, extra = outer
         moved = iter(extra)
-        leaves = [next(moved) if flag else leaf for leaf, flag in zip(rest, self.moving, strict=True)]
+        leaves = [
+            next(moved) if flag else leaf for leaf, flag in zip(rest, self.moving, strict=True)
+        ]
         return jax.tree.unflatten(self.structure, [*jax.tree.leaves(own), *leaves])
 
     def context(self, theta: Theta, batch: tuple[Any, ...], model: PyTree) -> Ctx:
@@ -179,7 +219,9 @@ class _How:
         _, (feed, i, stream) = batch
         problem = join(self.problem, theta.problem)
         place = {"inner": 0, "hyper": 0 if self.shared else 1, "outer": 2}[stream.name]
-        return getattr(problem, f"{stream.name}_draw")(feed._replace(data=theta.data[place]), i)._replace(model=model)
+        return getattr(problem, f"{stream.name}_draw")(
+            feed._replace(data=theta.data[place]), i
+        )._replace(model=model)
 
 
 @jax.tree_util.register_static
@@ -194,7 +236,17 @@ def _placed(feed: Feed, i: Any, *, draw: Any, stream: Any) -> Any:
     return ctx._replace(batch=(ctx.batch, (feed._replace(data=None), i, _Stream(stream))))
 
 
-def _moved(inner: PyTree, outer: PyTree, batch: PyTree, model: PyTree, *, key: Any, how: Any, rest: Any, level: Any) -> Any:
+def _moved(
+    inner: PyTree,
+    outer: PyTree,
+    batch: PyTree,
+    model: PyTree,
+    *,
+    key: Any,
+    how: Any,
+    rest: Any,
+    level: Any,
+) -> Any:
     theta = how.theta(outer, rest)
     objective = getattr(join(how.problem, theta.problem), level)
     value, (model, aux) = objective(inner, theta.outer, how.context(theta, batch, model))
@@ -202,10 +254,22 @@ def _moved(inner: PyTree, outer: PyTree, batch: PyTree, model: PyTree, *, key: A
 
 
 def _adapted(mapping: Any, *, how: Any, rest: Any) -> Any:
-    return Objective(Bound(mapping.name, _mapped, mapping=mapping, how=how, rest=rest), True, True, True)
+    return Objective(
+        Bound(mapping.name, _mapped, mapping=mapping, how=how, rest=rest), True, True, True
+    )
 
 
-def _mapped(inner: PyTree, outer: PyTree, batch: PyTree, model: PyTree, *, key: Any, mapping: Any, how: Any, rest: Any) -> Any:
+def _mapped(
+    inner: PyTree,
+    outer: PyTree,
+    batch: PyTree,
+    model: PyTree,
+    *,
+    key: Any,
+    mapping: Any,
+    how: Any,
+    rest: Any,
+) -> Any:
     theta = how.theta(outer, rest)
     like = join(how.problem, theta.problem).inner
     mapping = mapping if like.adapt is None else like.adapt(mapping)
@@ -216,7 +280,12 @@ def _mapped(inner: PyTree, outer: PyTree, batch: PyTree, model: PyTree, *, key: 
 # ---- the rule
 
 
-def _pulled_jvp(static: tuple[Any, ...], which: tuple[Any, ...], primals: tuple[Any, ...], tangents: tuple[Any, ...]) -> Any:
+def _pulled_jvp(
+    static: tuple[Any, ...],
+    which: tuple[Any, ...],
+    primals: tuple[Any, ...],
+    tangents: tuple[Any, ...],
+) -> Any:
     given, theta = primals
     moves = jax.tree.leaves(tangents[1], is_leaf=_is_zero)
     moving = tuple(not _is_zero(t) for t in moves)
@@ -230,17 +299,27 @@ def _pulled_jvp(static: tuple[Any, ...], which: tuple[Any, ...], primals: tuple[
     _, _, method, _ = _parts(static, given, theta)
     if any(moving[len(jax.tree.leaves(theta.outer)) :]) and not method.extends:
         raise ValueError(
-            f"hypergradient: got {_shown(static, given)}, which gives derivatives in the outer parameters only, and one in a batch or in an array "
-            "that an objective captures was asked for; expected a method such as hypergradient.implicit(), or that array among outer_params."
+            f"hypergradient: got {_shown(static, given)}, which gives derivatives in the outer "
+            "parameters only, and one in a batch or in an array "
+            "that an objective captures was asked for; expected a method such as "
+            "hypergradient.implicit(), or that array among outer_params."
         )
     directions = [t for t in moves if not _is_zero(t)]
-    pulled = [g for g, flag in zip(full.grads, [m for m, kept in zip(moving, both, strict=True) if kept], strict=True) if flag]
+    pulled = [
+        g
+        for g, flag in zip(
+            full.grads, [m for m, kept in zip(moving, both, strict=True) if kept], strict=True
+        )
+        if flag
+    ]
     value = _along(pulled, directions).astype(out.value.dtype)
     at = _At(static, moving, which)
     if method.order > 1:
         params, grads = _exact(at, given, theta, out, directions)
     else:
-        params = known_backwards(partial(_pull_solution, at), out.params, (given, theta), directions)
+        params = known_backwards(
+            partial(_pull_solution, at), out.params, (given, theta), directions
+        )
         grads = known_backwards(partial(_refuse, _shown(static, given)), out.grads, (), directions)
     aux = _aux(at, given, theta, out, params, directions)
     return out, still._replace(value=value, params=params, grads=grads, aux=aux)
@@ -256,13 +335,20 @@ class _At(NamedTuple):
 
 
 def _is_zero(tangent: PyTree) -> bool:
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
+    return (
+        isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+        or getattr(tangent, "dtype", None) == jax.dtypes.float0
+    )
 
 
 def _still(leaf: Any) -> Any:
     """A tangent of zero."""
     leaf = jnp.asarray(leaf)
-    return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else np.zeros(leaf.shape, jax.dtypes.float0)
+    return (
+        jnp.zeros_like(leaf)
+        if jnp.issubdtype(leaf.dtype, jnp.inexact)
+        else np.zeros(leaf.shape, jax.dtypes.float0)
+    )
 
 
 def _along(grads: list[Any], directions: list[Any]) -> Any:
@@ -286,17 +372,25 @@ def _shown(static: tuple[Any, ...], given: Given) -> str:
 def _with(theta: Theta, flags: tuple[Any, ...], moved: list[Any]) -> Theta:
     values = iter(moved)
     leaves, structure = jax.tree.flatten(theta)
-    return structure.unflatten([next(values) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)])
+    return structure.unflatten(
+        [next(values) if flag else leaf for leaf, flag in zip(leaves, flags, strict=True)]
+    )
 
 
-def _exact(at: _At, given: Given, theta: Theta, out: _Out, directions: list[Any]) -> tuple[PyTree, list[Any]]:
-    """Tangents of the solution and of the gradients, by the implicit function theorem at the solved point."""
+def _exact(
+    at: _At, given: Given, theta: Theta, out: _Out, directions: list[Any]
+) -> tuple[PyTree, list[Any]]:
+    """Tangents of the solution and of the gradients, by the implicit function theorem at the solved
+    point.
+    """
     model = out.rest[1]
     _, _, method, _ = _parts(at.static, given, theta)
 
     def inner_value(y, theta, given):
         problem, _, _, feeds = _parts(at.static, given, theta)
-        return problem.inner(y, theta.outer, problem.hyper_draw(feeds.hyper, 0)._replace(model=model))[0]
+        return problem.inner(
+            y, theta.outer, problem.hyper_draw(feeds.hyper, 0)._replace(model=model)
+        )[0]
 
     response = attach(inner_value, method.linear, max_residual=MAX_RESIDUAL)
 
@@ -311,15 +405,21 @@ def _exact(at: _At, given: Given, theta: Theta, out: _Out, directions: list[Any]
         return jax.grad(lambda asked: total(_with(here, at.which, asked)))(asked)
 
     leaves = [leaf for leaf, flag in zip(jax.tree.leaves(theta), at.moving, strict=True) if flag]
-    _, params = jax.jvp(lambda moved: response(out.params, _with(theta, at.moving, moved), given), (leaves,), (directions,))
+    _, params = jax.jvp(
+        lambda moved: response(out.params, _with(theta, at.moving, moved), given),
+        (leaves,),
+        (directions,),
+    )
     _, grads = jax.jvp(gradients, (leaves,), (directions,))
     return params, grads
 
 
 def _refuse(method: str, residuals: Any, cotangent: PyTree) -> None:
     raise ValueError(
-        f"hypergradient: got {method}, whose derivative is right once only, and a derivative of Estimate.grad was asked for; expected a method "
-        "of order 2, such as hypergradient.implicit(linear.cg()) or unrolled(). Estimate.value may be differentiated as it is."
+        f"hypergradient: got {method}, whose derivative is right once only, and a derivative of "
+        "Estimate.grad was asked for; expected a method "
+        "of order 2, such as hypergradient.implicit(linear.cg()) or unrolled(). Estimate.value may "
+        "be differentiated as it is."
     )
 
 
@@ -331,15 +431,27 @@ def _pull_solution(at: _At, residuals: Any, cotangent: PyTree) -> list[Any]:
     flags = tuple(i < count or flag for i, flag in enumerate(at.moving))
     problem, outer = _extended(at.static, flags, problem, theta)
     lower = Lower(problem.inner, solver, problem.inner_draw)
-    _, pullback = method.vjp(lower, given.inner, outer, feeds.inner, problem.hyper_draw(feeds.hyper, 0), given.method)
+    _, pullback = method.vjp(
+        lower, given.inner, outer, feeds.inner, problem.hyper_draw(feeds.hyper, 0), given.method
+    )
     still = tree.zeros_like(tree.partition(given.inner.model)[0])  # states are constants
     found, _, _, info = pullback(as_cotangent(method, cotangent, still))
     found = tree.nan_where(failed(info["code"]), jax.tree.leaves(found))
-    return [g for g, flag in zip(found, [m for m, f in zip(at.moving, flags, strict=True) if f], strict=True) if flag]
+    return [
+        g
+        for g, flag in zip(
+            found, [m for m, f in zip(at.moving, flags, strict=True) if f], strict=True
+        )
+        if flag
+    ]
 
 
-def _aux(at: _At, given: Given, theta: Theta, out: _Out, params: PyTree, directions: list[Any]) -> PyTree:
-    if not any(jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(out.aux)):
+def _aux(
+    at: _At, given: Given, theta: Theta, out: _Out, params: PyTree, directions: list[Any]
+) -> PyTree:
+    if not any(
+        jnp.issubdtype(jnp.result_type(leaf), jnp.inexact) for leaf in jax.tree.leaves(out.aux)
+    ):
         return jax.tree.map(_still, out.aux)
     model = out.rest[1]
 

@@ -1,4 +1,6 @@
-"""Newton's method and accelerated fixed-point iteration on pytrees, each to a tolerance, in one loop."""
+"""Newton's method and accelerated fixed-point iteration on pytrees, each to a tolerance, in one
+loop.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ _WORSE = 2.0  # growth of the residual from which on accelerated steps start ane
 
 
 class Reached(NamedTuple):
-    """Where a solve ended: the point, the norm of the residual there, iterations, and a `RESULTS` code."""
+    """Where a solve ended: the point, the norm of the residual there, iterations, and a `RESULTS`
+    code.
+    """
 
     point: PyTree
     residual: Any
@@ -42,12 +46,22 @@ class _Newton(NamedTuple):
     stuck: Any
 
 
-def newton(residual: Callable[[PyTree], PyTree], start: PyTree, solve: Callable[..., Any], *, maxiter: int, tol: Any) -> Reached:
-    r"""Newton's method with step lengths 1, 1/2, 1/4, 1/8, and from there tenths, of which the first that shrinks the residual is taken.
+def newton(
+    residual: Callable[[PyTree], PyTree],
+    start: PyTree,
+    solve: Callable[..., Any],
+    *,
+    maxiter: int,
+    tol: Any,
+) -> Reached:
+    r"""Newton's method with step lengths 1, 1/2, 1/4, 1/8, and from there tenths, of which the
+    first that shrinks the residual is taken.
 
-    It ends when the error that is left, :math:`\theta/(1-\theta)` times the last step with the ratio :math:`\theta` of the last two, is below
-    `tol` times the point: that depends on the units of neither the point nor the residual. At rounding, where no step shrinks the
-    residual any more, the last step's own length tells. ``solve(matvec, b)`` returns a direction and its system's relative residual.
+    It ends when the error that is left, :math:`\theta/(1-\theta)` times the last step with the
+    ratio :math:`\theta` of the last two, is below
+    `tol` times the point: that depends on the units of neither the point nor the residual. At
+    rounding, where no step shrinks the residual any more, the last step's own length tells.
+    ``solve(matvec, b)`` returns a direction and its system's relative residual.
     """
     unit = numbers.rounding_unit(start)
     size = tree.norm(start)
@@ -73,7 +87,11 @@ def newton(residual: Callable[[PyTree], PyTree], start: PyTree, solve: Callable[
             length, _, norm = trial
             return norm <= (1 - 1e-4 * length) * c.norm
 
-        trial = lax.while_loop(lambda t: ~shrinks(t) & (t[0] > _SHORTEST), lambda t: at(t[0] / jnp.where(t[0] > 0.2, 2, 10)), at(jnp.ones((), dtype)))
+        trial = lax.while_loop(
+            lambda t: ~shrinks(t) & (t[0] > _SHORTEST),
+            lambda t: at(t[0] / jnp.where(t[0] > 0.2, 2, 10)),
+            at(jnp.ones((), dtype)),
+        )
         good, (length, y, norm) = shrinks(trial), trial
         # A singular matrix gives no direction, which is not the same as one of no length.
         whole = jnp.where(left < 1, tree.norm(direction).astype(dtype), infinite)
@@ -91,11 +109,21 @@ def newton(residual: Callable[[PyTree], PyTree], start: PyTree, solve: Callable[
             stuck=~good,
         )
 
-    first = _Newton(start, tree.norm(residual(start)).astype(dtype), infinite, infinite, size, jnp.int32(0), jnp.asarray(False))
+    first = _Newton(
+        start,
+        tree.norm(residual(start)).astype(dtype),
+        infinite,
+        infinite,
+        size,
+        jnp.int32(0),
+        jnp.asarray(False),
+    )
     end = lax.while_loop(going, body, first)
     rounded = end.step <= enough(end, jnp.maximum(tol, unit**0.5))
     solved = (end.norm == 0) | (end.error <= enough(end, tol)) | rounded
-    return Reached(end.y, end.norm, end.iterations, _verdict(end.y, solved & jnp.isfinite(end.norm)))
+    return Reached(
+        end.y, end.norm, end.iterations, _verdict(end.y, solved & jnp.isfinite(end.norm))
+    )
 
 
 class _Anderson(NamedTuple):
@@ -109,14 +137,18 @@ class _Anderson(NamedTuple):
     iterations: Any
 
 
-def anderson(mapping: Callable[[PyTree], PyTree], start: PyTree, *, memory: int, maxiter: int, tol: Any) -> Reached:
-    r"""Fixed-point iteration with Anderson's acceleration over the last `memory` steps; plain iteration with 0.
+def anderson(
+    mapping: Callable[[PyTree], PyTree], start: PyTree, *, memory: int, maxiter: int, tol: Any
+) -> Reached:
+    r"""Fixed-point iteration with Anderson's acceleration over the last `memory` steps; plain
+    iteration with 0.
 
     .. math::
-        y_{k+1} = T(y_k) - (\Delta Y + \Delta F) \gamma, \qquad \gamma = \operatorname{argmin} \|f_k - \Delta F \gamma\|, \quad f = T(y) - y
+        y_{k+1} = T(y_k) - (\Delta Y + \Delta F) \gamma, \qquad
+        \gamma = \operatorname{argmin} \|f_k - \Delta F \gamma\|, \quad f = T(y) - y
 
-    Where a step makes the residual more than twice as large, it is undone and the memory begins anew. It ends at
-    ``‖T(y) − y‖ ≤ tol ‖y‖``.
+    Where a step makes the residual more than twice as large, it is undone and the memory begins
+    anew. It ends at ``‖T(y) − y‖ ≤ tol ‖y‖``.
     """
     unit = numbers.rounding_unit(start)
     dtype = tree.norm(start).dtype
@@ -138,7 +170,9 @@ def anderson(mapping: Callable[[PyTree], PyTree], start: PyTree, *, memory: int,
         ahead = tree.add(c.y, c.f)
         if memory:
             weights = _least_squares(c.changes, c.f, c.held)
-            ahead = tree.sub(ahead, tree.add(tree.rows_sum(weights, c.moves), tree.rows_sum(weights, c.changes)))
+            ahead = tree.sub(
+                ahead, tree.add(tree.rows_sum(weights, c.moves), tree.rows_sum(weights, c.changes))
+            )
         f = left(ahead)
         new = norm(f)
         plain = c.held == 0
@@ -157,18 +191,30 @@ def anderson(mapping: Callable[[PyTree], PyTree], start: PyTree, *, memory: int,
 
     rows = jax.tree.map(lambda a: jnp.zeros((memory, *a.shape), a.dtype), start)
     f = left(start)
-    end = lax.while_loop(going, body, _Anderson(start, f, norm(f), rows, rows, jnp.int32(0), norm(start), jnp.int32(0)))
+    end = lax.while_loop(
+        going,
+        body,
+        _Anderson(start, f, norm(f), rows, rows, jnp.int32(0), norm(start), jnp.int32(0)),
+    )
     done = solved(end)
-    point = tree.where(done, tree.add(end.y, end.f), end.y)  # one application more, which is there already
+    point = tree.where(
+        done, tree.add(end.y, end.f), end.y
+    )  # one application more, which is there already
     return Reached(point, end.norm, end.iterations, _verdict(point, done))
 
 
 def _pushed(rows: PyTree, row: PyTree) -> PyTree:
-    return jax.tree.map(lambda all_, one: jnp.concatenate([one[None], all_[:-1]]) if all_.shape[0] else all_, rows, row)
+    return jax.tree.map(
+        lambda all_, one: jnp.concatenate([one[None], all_[:-1]]) if all_.shape[0] else all_,
+        rows,
+        row,
+    )
 
 
 def _least_squares(rows: PyTree, target: PyTree, held: Any) -> jax.Array:
-    """``argmin ‖target − Σ w_i rows_i‖`` over the first `held` rows, directions that rounding hides left out."""
+    """``argmin ‖target − Σ w_i rows_i‖`` over the first `held` rows, directions that rounding hides
+    left out.
+    """
     gram = jax.vmap(tree.rows_dot, in_axes=(None, 0))(rows, rows)
     right = tree.rows_dot(rows, target)
     used = jnp.arange(gram.shape[0], dtype=jnp.int32) < held

@@ -1,4 +1,6 @@
-"""A user's function of ``(inner, *args)`` with nothing captured: what rules of differentiation are written for."""
+"""A user's function of ``(inner, *args)`` with nothing captured: what rules of differentiation are
+written for.
+"""
 
 from __future__ import annotations
 
@@ -28,13 +30,16 @@ class Outer(NamedTuple):
 class Traceable:
     """A user's function, traced to a jaxpr whose captured arrays are operands.
 
-    A custom rule that closes over a traced array leaks it as soon as the rule runs after the trace has ended (grad of jit, for one).
-    ``jax.closure_convert`` hoists floating-point tracers only; the constants of a jaxpr are all that is captured, keys and integers too.
+    A custom rule that closes over a traced array leaks it as soon as the rule runs after the trace
+    has ended (grad of jit, for one). ``jax.closure_convert`` hoists floating-point tracers only;
+    the constants of a jaxpr are all that is captured, keys and integers too.
     """
 
     def __init__(self, fn: Callable[..., Any], linear_solver: Any):
         # What is solved and what is differentiated are one program, so one precision serves both.
-        self._precision = "highest" if linear_solver is None else asked_by(base.as_linear(linear_solver))
+        self._precision = (
+            "highest" if linear_solver is None else asked_by(base.as_linear(linear_solver))
+        )
         plain = fn.fn if isinstance(fn, Objective) else fn
         self.name = Objective(plain).name
         self._static, self._dynamic = base.split(plain)
@@ -45,13 +50,21 @@ class Traceable:
         return lambda inner, args, settings: base.join(static, settings)(inner, *args)
 
     def traced(self, inner: PyTree, args: tuple[Any, ...]) -> tuple[Any, PyTree, Outer, Any]:
-        """The closed jaxpr, the float leaves of `inner`, what else is read, and the structure of the outputs with their shapes."""
-        inner, args = tree.strong(checked("inner_init", inner)), jax.tree.map(jnp.asarray, checked("args", args))
+        """The closed jaxpr, the float leaves of `inner`, what else is read, and the structure of
+        the outputs with their shapes.
+        """
+        inner, args = (
+            tree.strong(checked("inner_init", inner)),
+            jax.tree.map(jnp.asarray, checked("args", args)),
+        )
         params, fixed = tree.partition(inner)
-        make = lambda fn: under(self._precision, jax.make_jaxpr(fn, return_shape=True))(inner, args, self._dynamic)
+        make = lambda fn: under(self._precision, jax.make_jaxpr(fn, return_shape=True))(
+            inner, args, self._dynamic
+        )
         closed, shapes = make(self._flat)
         if any(isinstance(const, jax.core.Tracer) for const in closed.consts):
-            # JAX remembers the trace of a function; one that captured a tracer may be of a trace that has ended.
+            # JAX remembers the trace of a function; one that captured a tracer may be of a trace
+            # that has ended.
             closed, shapes = make(self._function())
         return closed, params, Outer(fixed, args, self._dynamic, list(closed.consts)), shapes
 
@@ -63,15 +76,23 @@ def outputs(jaxpr: Any, inner: PyTree, outer: Outer) -> list[Any]:
 
 
 def checked(name: str, values: PyTree) -> PyTree:
-    """`values`, if all its leaves are arrays or numbers, and real ones where they are to be solved for."""
+    """`values`, if all its leaves are arrays or numbers, and real ones where they are to be solved
+    for.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(values):
         where = f"{name}{jax.tree_util.keystr(path)}"
         try:
             dtype = jnp.result_type(leaf)
         except TypeError as error:
-            raise TypeError(f"{where}: got {leaf!r} of type {type(leaf).__name__}; expected an array or a number. Try capturing it.") from error
+            raise TypeError(
+                f"{where}: got {leaf!r} of type {type(leaf).__name__}; expected an array or a "
+                "number. Try capturing it."
+            ) from error
         if jnp.issubdtype(dtype, jnp.complexfloating) and name != "args":
-            raise TypeError(f"{where}: got dtype {dtype}; expected real numbers. Try its real and imaginary parts as two leaves.")
+            raise TypeError(
+                f"{where}: got dtype {dtype}; expected real numbers. Try its real and imaginary "
+                "parts as two leaves."
+            )
     return values
 
 
@@ -85,13 +106,17 @@ def constant(leaf: Any) -> Any:
 
 def is_zero(tangent: PyTree) -> bool:
     """Whether a tangent is none: symbolically zero, or of a leaf that is no real number."""
-    return isinstance(tangent, jax.custom_derivatives.SymbolicZero) or getattr(tangent, "dtype", None) == jax.dtypes.float0
+    return (
+        isinstance(tangent, jax.custom_derivatives.SymbolicZero)
+        or getattr(tangent, "dtype", None) == jax.dtypes.float0
+    )
 
 
 def together(vector: PyTree) -> PyTree:
     """`vector`, of which to the eyes of differentiation either every leaf moves or none does.
 
-    JAX transposes a linear solve only if all leaves of its right side are linear; where an argument reaches some leaves of the solution's system
-    and not the others (a bias that it does not enter), those would be constants.
+    JAX transposes a linear solve only if all leaves of its right side are linear; where an argument
+    reaches some leaves of the solution's system and not the others (a bias that it does not enter),
+    those would be constants.
     """
     return lax.optimization_barrier(vector) if len(jax.tree.leaves(vector)) > 1 else vector

@@ -1,4 +1,6 @@
-"""The solution map of a minimization as a function that can be differentiated any number of times."""
+"""The solution map of a minimization as a function that can be differentiated any number of
+times.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,18 @@ from bilevax._core import numbers
 from bilevax._core.jaxpr import has_rule_of_its_own
 from bilevax._core.transfers import by_intent
 from bilevax._traced import Outer, Traceable, constant, is_zero, outputs, together
-from bilevax.base import Bound, Ctx, Feed, InnerSolver, InnerState, LinearSolver, Lower, Objective, PyTree, Static
+from bilevax.base import (
+    Bound,
+    Ctx,
+    Feed,
+    InnerSolver,
+    InnerState,
+    LinearSolver,
+    Lower,
+    Objective,
+    PyTree,
+    Static,
+)
 from bilevax.hypergradient.parts import chosen
 from bilevax.inner.parts import active, lagrangian
 from bilevax.linear.cg import cg
@@ -30,7 +43,8 @@ class ArgminInfo(NamedTuple):
       value: the objective at the returned point.
       grad_norm: ``‖∇_y g‖`` there. The derivative is off by about this over the smallest curvature.
       code: a `RESULTS` code: ``success``, ``inner_not_converged`` or ``inner_nonfinite``.
-      warnings: a mask of what is rough about the point (`results.warnings_in`): an unsolved one that `strict` let pass.
+      warnings: a mask of what is rough about the point (`results.warnings_in`): an unsolved one
+        that `strict` let pass.
     """
 
     value: Any
@@ -52,42 +66,58 @@ def argmin(
     r"""Turn a minimization into a function of everything that its objective reads.
 
     .. math::
-        y^*(\theta) = \operatorname{argmin}_y g(y, \theta), \qquad \partial y^* = -(\nabla^2_{yy} g)^{-1} \nabla^2_{y\theta} g \; \partial\theta
+        y^*(\theta) = \operatorname{argmin}_y g(y, \theta), \qquad
+        \partial y^* = -(\nabla^2_{yy} g)^{-1} \nabla^2_{y\theta} g \; \partial\theta
 
-    The result is an ordinary JAX function: ``grad``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``, ``vmap`` and ``jit`` apply to any order, and
-    it may be called inside the objective of another `argmin`, to any depth. The solver runs undifferentiated, so a ``while_loop`` inside it
-    is welcome. Arrays that the objective closes over are differentiated like arguments, traced ones included.
+    The result is an ordinary JAX function: ``grad``, ``jvp``, ``jacrev``, ``jacfwd``, ``hessian``,
+    ``vmap`` and ``jit`` apply to any order, and it may be called inside the objective of another
+    `argmin`, to any depth. The solver runs undifferentiated, so a ``while_loop`` inside it is
+    welcome. Arrays that the objective closes over are differentiated like arguments, traced ones
+    included.
 
-    The derivative with respect to `inner_init` is zero: a solution does not depend on where the search for it began. Where it should
-    (meta-learning an initialisation), unroll the solve, or add a proximal term to the objective and pass the initialisation as an argument.
+    The derivative with respect to `inner_init` is zero: a solution does not depend on where the
+    search for it began. Where it should (meta-learning an initialisation), unroll the solve, or add
+    a proximal term to the objective and pass the initialisation as an argument.
 
     Args:
-      objective: pure function ``(inner, *args) -> scalar``; any number of arguments, any pytrees. As with ``jax.jit`` and ``jax.lax.scan``,
-        what it captures is read when it is first traced: what changes from call to call is an argument, or captured by a function made anew.
-      solver: an `InnerSolver`; it is run for its `steps` from `inner_init`, without batches. One with constraints (`inner.qp`, `inner.sqp`)
-        calls them as the objective, ``(inner, *args)``, and the solution is differentiated through all conditions of optimality; where it has
-        one-sided derivatives only (an active constraint without a multiplier, dependent ones), its derivative is NaN, or with
-        ``strict=False`` one of them.
-      linear_solver: solver of the symmetric systems in the inner Hessian; default ``linear.cg`` close to the precision of the inner
-        parameters. ``linear.minres()`` takes an indefinite Hessian, which a stationary point that is no minimum has.
-      tol: the largest ``‖∇_y g‖`` that counts as solved, one gradient more. Default: the solver's own word, if it gives one (a fixed number
+      objective: pure function ``(inner, *args) -> scalar``; any number of arguments, any pytrees.
+        As with ``jax.jit`` and ``jax.lax.scan``,
+        what it captures is read when it is first traced: what changes from call to call is an
+          argument, or captured by a function made anew.
+      solver: an `InnerSolver`; it is run for its `steps` from `inner_init`, without batches. One
+        with constraints (`inner.qp`, `inner.sqp`) calls them as the objective, ``(inner, *args)``,
+        and the solution is differentiated through all conditions of optimality; where it has
+        one-sided derivatives only (an active constraint without a multiplier, dependent ones), its
+        derivative is NaN, or with ``strict=False`` one of them.
+      linear_solver: solver of the symmetric systems in the inner Hessian; default ``linear.cg``
+        close to the precision of the inner parameters. ``linear.minres()`` takes an indefinite
+        Hessian, which a stationary point that is no minimum has.
+      tol: the largest ``‖∇_y g‖`` that counts as solved, one gradient more. Default: the solver's
+        own word, if it gives one (a fixed number
         of optax steps does not: give `tol` there). ``jnp.inf`` takes any finite point.
-      max_residual: relative residual of a linear solve above which the derivative is NaN instead of wrong. ``jnp.inf`` accepts anything.
-      strict: warnings that are failures: True for all, False for none, or a set of `RESULTS`. All by default, since a bare solution can carry no
-        warning; ``strict=False`` takes an unsolved point as it is.
-      throw: raise where a solve failed, under ``jit`` too. Costs a host callback in the program (taken on failure, and always under ``vmap``),
-        and a program with one is not kept in JAX's persistent compilation cache.
+      max_residual: relative residual of a linear solve above which the derivative is NaN instead of
+        wrong. ``jnp.inf`` accepts anything.
+      strict: warnings that are failures: True for all, False for none, or a set of `RESULTS`. All
+        by default, since a bare solution can carry no warning; ``strict=False`` takes an unsolved
+        point as it is.
+      throw: raise where a solve failed, under ``jit`` too. Costs a host callback in the program
+        (taken on failure, and always under ``vmap``), and a program with one is not kept in JAX's
+        persistent compilation cache.
 
     Returns:
-      ``fn(inner_init, *args) -> y*``, a pytree like `inner_init`. A solve that failed (left the finite numbers, or missed its tolerance) is
-      NaN in every floating-point leaf, its derivatives too, in its own lane under ``vmap``: no line search above accepts it and no result
-      hides it. ``fn.with_info(inner_init, *args) -> (y, ArgminInfo)`` returns the point as reached and the code that says what happened.
-      Under ``jit`` build it once; a new objective function is a new trace.
+      ``fn(inner_init, *args) -> y*``, a pytree like `inner_init`. A solve that failed (left the
+      finite numbers, or missed its tolerance) is NaN in every floating-point leaf, its derivatives
+      too, in its own lane under ``vmap``: no line search above accepts it and no result hides it.
+      ``fn.with_info(inner_init, *args) -> (y, ArgminInfo)`` returns the point as reached and the
+      code that says what happened. Under ``jit`` build it once; a new objective function is a new
+      trace.
 
     Raises:
       TypeError: for an objective or solver of another kind, complex or non-array leaves.
-      ValueError: for an objective that is not a real scalar, an `inner_init` without floating-point leaves, a `tol` that is not positive.
-      SolveError: with `throw`, when a solve failed. From compiled code it comes as ``jax.errors.JaxRuntimeError`` with the same text.
+      ValueError: for an objective that is not a real scalar, an `inner_init` without floating-point
+        leaves, a `tol` that is not positive.
+      SolveError: with `throw`, when a solve failed. From compiled code it comes as
+        ``jax.errors.JaxRuntimeError`` with the same text.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
@@ -97,14 +127,22 @@ def argmin(
       >>> w.round(4).tolist(), dw.round(4).tolist()
       ([0.5, 0.5], [-0.25, -0.25])
 
-    Source: Blondel et al., "Efficient and modular implicit differentiation" (NeurIPS 2022, arXiv 2105.15183), section 2. The composition
-    with ``jax.lax.custom_linear_solve``, which keeps every derivative symmetric and exact, is this library's.
+    Source: Blondel et al., "Efficient and modular implicit differentiation" (NeurIPS 2022, arXiv
+    2105.15183), section 2. The composition with ``jax.lax.custom_linear_solve``, which keeps every
+    derivative symmetric and exact, is this library's.
     """
-    if not (isinstance(solver, InnerSolver) or (callable(getattr(solver, "init", None)) and callable(getattr(solver, "step", None)))):
-        raise TypeError(f"solver: got {numbers.shown(solver)}; expected an InnerSolver such as inner.optax(optax.sgd(0.1), steps=100).")
+    if not (
+        isinstance(solver, InnerSolver)
+        or (callable(getattr(solver, "init", None)) and callable(getattr(solver, "step", None)))
+    ):
+        raise TypeError(
+            f"solver: got {numbers.shown(solver)}; expected an InnerSolver such as "
+            "inner.optax(optax.sgd(0.1), steps=100)."
+        )
     if getattr(solver, "optimality", None) is not None:
         raise TypeError(
-            f"solver: got {solver!r}, whose solutions are fixed points of a mapping and need not be stationary points of the objective; expected "
+            f"solver: got {solver!r}, whose solutions are fixed points of a mapping and need not "
+            "be stationary points of the objective; expected "
             "an unconstrained solver. Try value_and_hypergrad with hypergradient.fixed_point."
         )
     if tol is not None:
@@ -120,13 +158,20 @@ def argmin(
     )
 
 
-def attach(objective: Callable[..., Any], linear_solver: LinearSolver | None = None, *, max_residual: float = 1e-2) -> Callable[..., Any]:
+def attach(
+    objective: Callable[..., Any],
+    linear_solver: LinearSolver | None = None,
+    *,
+    max_residual: float = 1e-2,
+) -> Callable[..., Any]:
     r"""The identity on a solved point, with the implicit derivative of the point.
 
     .. math::
-        \mathrm{attach}(y, \theta) = y, \qquad \partial\,\mathrm{attach} = -(\nabla^2_{yy} g)^{-1} \nabla^2_{y\theta} g \; \partial\theta
+        \mathrm{attach}(y, \theta) = y, \qquad
+        \partial\,\mathrm{attach} = -(\nabla^2_{yy} g)^{-1} \nabla^2_{y\theta} g \; \partial\theta
 
-    `argmin` is a solve and this. Use it where the solve is your own: in a training loop that carries warm starts, say.
+    `argmin` is a solve and this. Use it where the solve is your own: in a training loop that
+    carries warm starts, say.
 
     Args:
       objective: ``(inner, *args) -> scalar`` that `y` minimizes.
@@ -134,8 +179,8 @@ def attach(objective: Callable[..., Any], linear_solver: LinearSolver | None = N
       max_residual: as for `argmin`.
 
     Returns:
-      ``fn(y, *args) -> y``, differentiable in `args` and in what `objective` closes over, any number of times. The tangent of `y` itself is
-      dropped.
+      ``fn(y, *args) -> y``, differentiable in `args` and in what `objective` closes over, any
+      number of times. The tangent of `y` itself is dropped.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bilevax as bx
@@ -151,16 +196,34 @@ def attach(objective: Callable[..., Any], linear_solver: LinearSolver | None = N
     def attached(y: PyTree, *args: PyTree) -> PyTree:
         traced = traceable.trace(y, args)
         static, dynamic = base.split((traced.value, linear))
-        return tree.combine(_attached(static, dynamic, traced.inner, traced.outer), traced.outer.fixed)
+        return tree.combine(
+            _attached(static, dynamic, traced.inner, traced.outer), traced.outer.fixed
+        )
 
     return attached
 
 
 class Argmin:
-    """What `argmin` returns: call it for the solution, or `with_info` for the solution and how the solve ended."""
+    """What `argmin` returns: call it for the solution, or `with_info` for the solution and how the
+    solve ended.
+    """
 
-    def __init__(self, traceable: _Traceable, solver: InnerSolver, linear: _Linear, tol: Any, throw: bool, strict: int) -> None:
-        self._traceable, self._solver, self._linear, self._tol, self._throw = traceable, solver, linear, tol, throw
+    def __init__(
+        self,
+        traceable: _Traceable,
+        solver: InnerSolver,
+        linear: _Linear,
+        tol: Any,
+        throw: bool,
+        strict: int,
+    ) -> None:
+        self._traceable, self._solver, self._linear, self._tol, self._throw = (
+            traceable,
+            solver,
+            linear,
+            tol,
+            throw,
+        )
         self._strict = strict
 
     def __repr__(self) -> str:
@@ -185,7 +248,9 @@ class Argmin:
 
     def _solve(self, mode: str, traced: _Traced) -> tuple[PyTree, ArgminInfo]:
         static, dynamic = base.split((traced.value, self._solver, self._linear, self._tol))
-        return _solved(static, mode, self._strict, self._traceable.name, dynamic, traced.inner, traced.outer)
+        return _solved(
+            static, mode, self._strict, self._traceable.name, dynamic, traced.inner, traced.outer
+        )
 
 
 # ---- the objective with nothing captured
@@ -214,16 +279,34 @@ class _Held(NamedTuple):
 
 
 class _Traceable(Traceable):
-    """A user's objective, traced to a scalar whose captured arrays are operands; with the solver's constraints, called as it is."""
+    """A user's objective, traced to a scalar whose captured arrays are operands; with the solver's
+    constraints, called as it is.
+    """
 
-    def __init__(self, objective: Callable[..., Any], linear_solver: LinearSolver | None, constraints: Objective | None = None) -> None:
-        if isinstance(objective, Objective) and (objective.has_aux or objective.stateful or objective.keyed):
-            raise TypeError(f"objective: got {objective!r}; expected a plain function (inner, *args) -> scalar. Pass state and keys as arguments.")
-        if not callable(objective):
-            raise TypeError(f"objective: got {type(objective).__name__}; expected a function (inner, *args) -> scalar.")
-        if constraints is not None and (constraints.stateful or constraints.keyed or constraints.indexed):
+    def __init__(
+        self,
+        objective: Callable[..., Any],
+        linear_solver: LinearSolver | None,
+        constraints: Objective | None = None,
+    ) -> None:
+        if isinstance(objective, Objective) and (
+            objective.has_aux or objective.stateful or objective.keyed
+        ):
             raise TypeError(
-                f"solver: got constraints {constraints!r}; expected plain functions (inner, *args) -> arrays. Pass state and keys as arguments."
+                f"objective: got {objective!r}; expected a plain function (inner, *args) -> "
+                "scalar. Pass state and keys as arguments."
+            )
+        if not callable(objective):
+            raise TypeError(
+                f"objective: got {type(objective).__name__}; expected a function (inner, *args) -> "
+                "scalar."
+            )
+        if constraints is not None and (
+            constraints.stateful or constraints.keyed or constraints.indexed
+        ):
+            raise TypeError(
+                f"solver: got constraints {constraints!r}; expected plain functions (inner, *args) "
+                "-> arrays. Pass state and keys as arguments."
             )
         super().__init__(objective, linear_solver)
         self._limits = None if constraints is None else Traceable(constraints, linear_solver)
@@ -231,15 +314,31 @@ class _Traceable(Traceable):
     def trace(self, inner: PyTree, args: tuple[Any, ...]) -> _Traced:
         closed, params, outer, _ = self.traced(inner, args)
         if not jax.tree.leaves(params):
-            raise ValueError(f"inner_init: got {inner!r}, which has no floating-point leaf; expected something to minimize over.")
-        if len(closed.out_avals) != 1 or closed.out_avals[0].shape != () or not jnp.issubdtype(closed.out_avals[0].dtype, jnp.floating):
+            raise ValueError(
+                f"inner_init: got {inner!r}, which has no floating-point leaf; expected something "
+                "to minimize over."
+            )
+        if (
+            len(closed.out_avals) != 1
+            or closed.out_avals[0].shape != ()
+            or not jnp.issubdtype(closed.out_avals[0].dtype, jnp.floating)
+        ):
             shapes = ", ".join(str(aval) for aval in closed.out_avals)
-            raise ValueError(f"objective: {self.name} returned ({shapes}); expected one real scalar. Try jnp.sum or jnp.mean, and no aux.")
+            raise ValueError(
+                f"objective: {self.name} returned ({shapes}); expected one real scalar. Try "
+                "jnp.sum or jnp.mean, and no aux."
+            )
         if self._limits is None:
-            return _Traced(Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr)), params, outer)
+            return _Traced(
+                Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr)), params, outer
+            )
         limits, _, read, form = self._limits.traced(inner, args)
         adapt = Bound("limits", _adapted, jaxpr=limits.jaxpr, form=jax.tree.structure(form))
-        return _Traced(Objective(Bound(self.name, _evaluate_own, jaxpr=closed.jaxpr), adapt=adapt), params, _Limited(outer, read))
+        return _Traced(
+            Objective(Bound(self.name, _evaluate_own, jaxpr=closed.jaxpr), adapt=adapt),
+            params,
+            _Limited(outer, read),
+        )
 
 
 def _evaluate(inner: PyTree, outer: Outer, batch: PyTree, *, jaxpr: Any) -> Any:
@@ -251,7 +350,9 @@ def _evaluate_own(inner: PyTree, outer: _Limited, batch: Any, *, jaxpr: Any) -> 
 
 
 def _adapted(mapping: Objective, *, jaxpr: Any, form: Any) -> Objective:
-    """The solver's constraints, which are those that were traced, with the objective's arguments."""
+    """The solver's constraints, which are those that were traced, with the objective's
+    arguments.
+    """
     return Objective(Bound("limits", _evaluate_limits, jaxpr=jaxpr, form=form))
 
 
@@ -267,10 +368,20 @@ def _lagrangian(point: Any, outer: _Held, batch: Any, *, value: Any, constraints
 
 
 @partial(jax.jit, static_argnums=(0, 1, 2, 3))
-def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple[Any, ...], inner: PyTree, outer: Any) -> tuple[PyTree, ArgminInfo]:
+def _solved(
+    static: Static,
+    mode: str,
+    strict: int,
+    name: str,
+    dynamic: tuple[Any, ...],
+    inner: PyTree,
+    outer: Any,
+) -> tuple[PyTree, ArgminInfo]:
     value, solver, linear, tol = base.join(static, dynamic)
     start, given, solver, tol = jax.tree.map(constant, (inner, outer, solver, tol))
-    state, report = Lower(value, solver, _no_batch).run(InnerState(start, solver.init(start)), given, Feed())
+    state, report = Lower(value, solver, _no_batch).run(
+        InnerState(start, solver.init(start)), given, Feed()
+    )
     y, report = lax.stop_gradient((state.params, report))
 
     own_word = report["code"][-1] if "code" in report else jnp.int32(RESULTS.success)
@@ -287,7 +398,9 @@ def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple[An
         own_word = jnp.where(grad_norm <= tol, RESULTS.success, RESULTS.inner_not_converged)
     own_word, warnings = as_warning(own_word)
     code = worst(own_word, jnp.where(tree.all_finite(y), RESULTS.success, RESULTS.inner_nonfinite))
-    info = lax.stop_gradient(ArgminInfo(reached, grad_norm, strictly(code, warnings, strict), warnings))
+    info = lax.stop_gradient(
+        ArgminInfo(reached, grad_norm, strictly(code, warnings, strict), warnings)
+    )
 
     if mode != "informed":
         bad = failed(info.code)
@@ -296,14 +409,17 @@ def _solved(static: Static, mode: str, strict: int, name: str, dynamic: tuple[An
             flag = jax.ShapeDtypeStruct((), jnp.bool_)
             bad = lax.cond(
                 bad,
-                lambda: jax.pure_callback(report_failure, flag, info.code, info.grad_norm, vmap_method="broadcast_all"),
+                lambda: jax.pure_callback(
+                    report_failure, flag, info.code, info.grad_norm, vmap_method="broadcast_all"
+                ),
                 lambda: jnp.asarray(False),
             )
         y = jax.tree.map(lambda leaf: jnp.where(bad, jnp.asarray(jnp.nan, leaf.dtype), leaf), y)
     if constraints is None:
         return _solution(*base.split((value, linear)), y, outer), info
     info = info._replace(warnings=info.warnings | found.warnings)
-    # At a point with one-sided derivatives the solution stands, and a derivative of it is NaN where nobody could hear a warning.
+    # At a point with one-sided derivatives the solution stands, and a derivative of it is NaN where
+    # nobody could hear a warning.
     silent = mode != "informed" and strict
     mask = tree.nan_where(found.warnings & strict != 0, found.mask) if silent else found.mask
     saddle = Objective(Bound("lagrangian", _lagrangian, value=value, constraints=constraints))
@@ -320,7 +436,11 @@ def _raise(codes: Any, grad_norms: Any, *, name: str) -> Any:
     if np.any(failed(codes)):
         worst_code = RESULTS(int(np.max(codes)))
         norm = float(np.max(grad_norms))
-        raise SolveError(worst_code, None, f" in argmin({name})" + ("" if norm < 0 else f", gradient norm {norm:.2e}"))
+        raise SolveError(
+            worst_code,
+            None,
+            f" in argmin({name})" + ("" if norm < 0 else f", gradient norm {norm:.2e}"),
+        )
     return np.zeros(codes.shape, np.bool_)
 
 
@@ -334,7 +454,10 @@ class _Linear(NamedTuple):
 
 def _linear(solver: Any, max_residual: Any) -> _Linear:
     if not (solver is None or callable(solver)):
-        raise TypeError(f"linear_solver: got {numbers.shown(solver)}; expected (matvec, b, x0) -> (x, info), such as linear.cg().")
+        raise TypeError(
+            f"linear_solver: got {numbers.shown(solver)}; expected (matvec, b, x0) -> (x, info), "
+            "such as linear.cg()."
+        )
     return _Linear(solver, numbers.positive(max_residual, "max_residual", infinite=True))
 
 
@@ -350,7 +473,9 @@ def _solution(static: Static, dynamic: tuple[Any, ...], inner: PyTree, outer: Ou
 
 def _solution_jvp(static: Static, primals: Any, tangents: Any) -> Any:
     dynamic, inner, outer = primals
-    inner = _solution(static, dynamic, inner, outer)  # through the rule again: derivatives of the derivative move the point, too
+    inner = _solution(
+        static, dynamic, inner, outer
+    )  # through the rule again: derivatives of the derivative move the point, too
     value, linear = base.join(static, dynamic)
     operands, treedef = jax.tree.flatten(outer)
     moves = jax.tree.leaves(tangents[2], is_leaf=is_zero)
@@ -365,27 +490,41 @@ def _solution_jvp(static: Static, primals: Any, tangents: Any) -> Any:
         return value(inner, treedef.unflatten(full), Ctx())[0]
 
     moved, direction = [operands[i] for i in moving], [moves[i] for i in moving]
-    derive = _by_symmetry if has_rule_of_its_own(jax.make_jaxpr(objective)(inner, moved).jaxpr) else _by_transposition
+    derive = (
+        _by_symmetry
+        if has_rule_of_its_own(jax.make_jaxpr(objective)(inner, moved).jaxpr)
+        else _by_transposition
+    )
     return inner, derive(objective, partial(_linear_solve, linear), inner, moved, direction)
 
 
-def _by_transposition(objective: Callable[..., Any], solve: Any, inner: PyTree, moved: Any, direction: Any) -> Any:
+def _by_transposition(
+    objective: Callable[..., Any], solve: Any, inner: PyTree, moved: Any, direction: Any
+) -> Any:
     """``-H⁻¹ M ẋ``, whose reverse mode transposes the product with the mixed derivative ``M``."""
     still, held = tree.zeros_like(inner), tree.zeros_like(moved)
     # The gradient holds the solves of all levels below, so it is written into the program once.
     _, products = jax.linearize(jax.grad(objective), inner, moved)
     mixed = products(still, direction)
-    # Linear already: linearized again, what the Hessian does not need of it is dead code instead of arithmetic on zeros.
+    # Linear already: linearized again, what the Hessian does not need of it is dead code instead of
+    # arithmetic on zeros.
     _, hvp = jax.linearize(lambda v: products(v, held), still)
-    return together(lax.custom_linear_solve(lambda v: together(hvp(v)), together(tree.neg(mixed)), solve, symmetric=True))
+    return together(
+        lax.custom_linear_solve(
+            lambda v: together(hvp(v)), together(tree.neg(mixed)), solve, symmetric=True
+        )
+    )
 
 
-def _by_symmetry(objective: Callable[..., Any], solve: Any, inner: PyTree, moved: Any, direction: Any) -> Any:
+def _by_symmetry(
+    objective: Callable[..., Any], solve: Any, inner: PyTree, moved: Any, direction: Any
+) -> Any:
     r"""``-H⁻¹ M ẋ``, whose reverse mode is a forward product, too.
 
-    The symmetric system ``(H, M, 0; M', 0, 1; 0, 1, 0) (u, s, n) = (0, 0, ẋ)`` has ``u = -H⁻¹ M ẋ``, and with the cotangent of ``u`` on its
-    right side its last unknown is what the transposed product would give: ``n = -M' H⁻¹ w``. What can be differentiated backwards only once
-    (a loop that keeps checkpoints) is differentiated backwards once.
+    The symmetric system ``(H, M, 0; M', 0, 1; 0, 1, 0) (u, s, n) = (0, 0, ẋ)`` has ``u = -H⁻¹ M
+    ẋ``, and with the cotangent of ``u`` on its right side its last unknown is what the transposed
+    product would give: ``n = -M' H⁻¹ w``. What can be differentiated backwards only once (a loop
+    that keeps checkpoints) is differentiated backwards once.
     """
     still, held = tree.zeros_like(inner), tree.zeros_like(moved)
     _, products = jax.linearize(jax.grad(objective, (0, 1)), inner, moved)
@@ -402,18 +541,26 @@ def _by_symmetry(objective: Callable[..., Any], solve: Any, inner: PyTree, moved
         u = solve(lambda v: by_inner(v)[0], tree.sub(first, mixed(s)))
         return u, s, tree.sub(second, by_inner(u)[1])
 
-    return together(lax.custom_linear_solve(matvec, together((still, held, direction)), solved, symmetric=True))[0]
+    return together(
+        lax.custom_linear_solve(matvec, together((still, held, direction)), solved, symmetric=True)
+    )[0]
 
 
 _solution.defjvp(_solution_jvp, symbolic_zeros=True)
 
 
 def _linear_solve(linear: _Linear, matvec: Callable[[PyTree], PyTree], b: PyTree) -> Any:
-    # A default near the rounding unit: what is differentiated again should not carry a looser error than it must.
+    # A default near the rounding unit: what is differentiated again should not carry a looser error
+    # than it must.
     unit = numbers.rounding_unit(b)
-    # In half precision that is no accuracy at all: there the solve goes on to where rounding stops it.
+    # In half precision that is no accuracy at all: there the solve goes on to where rounding stops
+    # it.
     half = unit > 1e-4
-    solver = cg(maxiter=1000, tol=unit / 2 if half else 100 * unit) if linear.solver is None else linear.solver
+    solver = (
+        cg(maxiter=1000, tol=unit / 2 if half else 100 * unit)
+        if linear.solver is None
+        else linear.solver
+    )
     x, info = solver(matvec, b, tree.zeros_like(b))
     bound = jnp.maximum(linear.max_residual, min(20 * unit, 0.2)) if half else linear.max_residual
     bad = ~(info.residual <= bound)

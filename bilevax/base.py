@@ -1,7 +1,8 @@
 """The core types: named tuples of pure functions, and a Protocol for each function in them.
 
-Everything that is configured here (objectives, solvers, methods, algorithms) is a pytree. Its functions and integers are static and
-compared by equality; its floats and arrays are leaves. A run therefore recompiles when the mathematics changes and not when a number does.
+Everything that is configured here (objectives, solvers, methods, algorithms) is a pytree. Its
+functions and integers are static and compared by equality; its floats and arrays are leaves. A run
+therefore recompiles when the mathematics changes and not when a number does.
 """
 
 from __future__ import annotations
@@ -24,9 +25,11 @@ from bilevax._core.types import Scalar as Scalar
 
 
 class Feed(NamedTuple):
-    """A stream of batches: `data` that `draw` reads, the stream's key, and the index of the next draw.
+    """A stream of batches: `data` that `draw` reads, the stream's key, and the index of the next
+    draw.
 
-    `order` is what each draw from here on would find out, found out for many of them at once: an array with an entry a draw.
+    `order` is what each draw from here on would find out, found out for many of them at once: an
+    array with an entry a draw.
     """
 
     data: PyTree = None
@@ -36,7 +39,9 @@ class Feed(NamedTuple):
 
 
 class Feeds(NamedTuple):
-    """The streams of one step of an algorithm, a key for its own randomness, the step's number, and how many steps led to the state."""
+    """The streams of one step of an algorithm, a key for its own randomness, the step's number, and
+    how many steps led to the state.
+    """
 
     inner: Feed = Feed()
     hyper: Feed = Feed()
@@ -68,45 +73,56 @@ class InnerInit(Protocol):
 
 
 class InnerStep(Protocol):
-    def __call__(self, objective: Objective, state: InnerState, outer: PyTree, ctx: Ctx) -> tuple[InnerState, dict[str, Scalar]]: ...
+    def __call__(
+        self, objective: Objective, state: InnerState, outer: PyTree, ctx: Ctx
+    ) -> tuple[InnerState, dict[str, Scalar]]: ...
 
 
 class Update(Protocol):
-    """An optimizer's update as a function of the gradient: ``(grads, opt, params, **extra) -> (updates, opt)``."""
+    """An optimizer's update as a function of the gradient: ``(grads, opt, params, **extra) ->
+    (updates, opt)``.
+    """
 
     def __call__(self, grads: PyTree, opt: PyTree, params: PyTree) -> tuple[PyTree, PyTree]: ...
 
 
 class Fixed(Protocol):
-    """A mapping whose fixed points an inner solver's solutions are: ``(objective, params, outer, ctx) -> params``."""
+    """A mapping whose fixed points an inner solver's solutions are: ``(objective, params, outer,
+    ctx) -> params``.
+    """
 
     def __call__(self, objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx) -> PyTree: ...
 
 
 class InnerSolver(NamedTuple):
-    """Moves `inner_params`: ``init(params) -> opt`` and ``step(objective, state, outer, ctx) -> (state, info)``, `steps` times.
+    """Moves `inner_params`: ``init(params) -> opt`` and ``step(objective, state, outer, ctx) ->
+    (state, info)``, `steps` times.
 
-    The first three say how it moves. The others say what else is known of it; their defaults are right
-    for a solver that says nothing.
+    The first three say how it moves. The others say what else is known of it; their defaults are
+    right for a solver that says nothing.
 
     Attributes:
       init: optimizer state from inner parameters.
       step: one step; its info has at least ``value`` (the inner objective before the step).
       steps: steps for each outer step.
       update: what SAMA differentiates; None where the solver is not a gradient transformation.
-      reversible: False where a ``while_loop`` inside forbids reverse mode, so that unrolling is refused.
+      reversible: False where a ``while_loop`` inside forbids reverse mode, so that unrolling is
+        refused.
       sees_outer: its settings may depend on the outer parameters: it is called as
         ``init(params, outer)`` and ``update(grads, opt, params, outer=outer)``.
       to_tolerance: ``(tol, maxiter) -> InnerSolver``: the same solver, run in one step until it is
-        solved to `tol` (a value or a traced scalar), at most `maxiter` iterations. None: a fixed number of
-        steps is all it can do.
-      optimality: what its solutions satisfy. None: the inner gradient is zero. Else the mapping whose fixed
-        points they are (a projected or proximal step), which implicit differentiation then goes through.
+        solved to `tol` (a value or a traced scalar), at most `maxiter` iterations. None: a fixed
+        number of steps is all it can do.
+      optimality: what its solutions satisfy. None: the inner gradient is zero. Else the mapping
+        whose fixed points they are (a projected or proximal step), which implicit differentiation
+        then goes through.
       gradients: the most inner gradients that one step takes. None: not known.
-      inverse_hessian: ``(opt, v) -> inner vector``: the product of v with an estimate of the inverse Hessian that
+      inverse_hessian: ``(opt, v) -> inner vector``: the product of v with an estimate of the
+        inverse Hessian that
         the optimizer state holds. None: it holds none.
-      constraints: the `Objective` form of ``(inner, outer, batch) -> (equality, inequality)``, of which its solutions make the
-        first zero and the second not positive; its info has the ``multipliers``, of the same form. None: there are none.
+      constraints: the `Objective` form of ``(inner, outer, batch) -> (equality, inequality)``, of
+        which its solutions make the first zero and the second not positive; its info has the
+        ``multipliers``, of the same form. None: there are none.
     """
 
     init: InnerInit
@@ -132,8 +148,8 @@ class InnerSolver(NamedTuple):
 class Lower(NamedTuple):
     """A lower level: objective, solver and the draw of its batches.
 
-    `keeps`: the info of a solve has the parameters after each step as ``steps``, and methods that declare
-    ``sees_steps`` return them, stacked, in place of the solution's.
+    `keeps`: the info of a solve has the parameters after each step as ``steps``, and methods that
+    declare ``sees_steps`` return them, stacked, in place of the solution's.
     """
 
     objective: Objective
@@ -141,23 +157,35 @@ class Lower(NamedTuple):
     draw: Draw
     keeps: bool = False
 
-    def step(self, state: InnerState, i: Any, outer: PyTree, feed: Feed) -> tuple[InnerState, dict[str, Scalar]]:
+    def step(
+        self, state: InnerState, i: Any, outer: PyTree, feed: Feed
+    ) -> tuple[InnerState, dict[str, Scalar]]:
         """The i-th step of the solve."""
         ctx = self.draw(feed, i)._replace(model=state.model)
         state, info = self.solver.step(self.objective, state, outer, ctx)
         return state, ({**info, "steps": state.params} if self.keeps else info)
 
-    def run(self, state: InnerState, outer: PyTree, feed: Feed, lo: int = 0, hi: int | None = None) -> tuple[InnerState, dict[str, Scalar]]:
-        """Steps `lo` to `hi` (default: all) of the solve. The info's leaves have a leading axis, a row a step."""
+    def run(
+        self, state: InnerState, outer: PyTree, feed: Feed, lo: int = 0, hi: int | None = None
+    ) -> tuple[InnerState, dict[str, Scalar]]:
+        """Steps `lo` to `hi` (default: all) of the solve. The info's leaves have a leading axis, a
+        row a step.
+        """
         hi = self.solver.steps if hi is None else hi
         if hi - lo == 1:  # no loop to trace, and the solver's own loop stays the outermost one
             state, info = self.step(state, lo, outer, feed)
             return state, jax.tree.map(lambda a: jnp.asarray(a)[None], info)
-        return lax.scan(lambda state, i: self.step(state, i, outer, feed), state, jnp.arange(lo, hi, dtype=jnp.int32))
+        return lax.scan(
+            lambda state, i: self.step(state, i, outer, feed),
+            state,
+            jnp.arange(lo, hi, dtype=jnp.int32),
+        )
 
 
 def as_cotangent(method: Hypergradient, params: PyTree, model: PyTree) -> PyTree:
-    """Cotangents on a solution's parameters and on the floating-point leaves of its model's state, as `method` takes them."""
+    """Cotangents on a solution's parameters and on the floating-point leaves of its model's state,
+    as `method` takes them.
+    """
     return InnerState(params, (), model) if method.sees_model else params
 
 
@@ -169,40 +197,60 @@ class HypergradientInit(Protocol):
 
 
 class HypergradientVjp(Protocol):
-    def __call__(self, lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree) -> tuple[InnerState, Pullback]: ...
+    def __call__(
+        self,
+        lower: Lower,
+        inner_state: InnerState,
+        outer: PyTree,
+        feed: Feed,
+        ctx: Ctx,
+        state: PyTree,
+    ) -> tuple[InnerState, Pullback]: ...
 
 
 class Hypergradient(NamedTuple):
-    """How a cotangent on a solved lower level is pulled back to what the solution depends on; the shape of ``jax.vjp``.
+    """How a cotangent on a solved lower level is pulled back to what the solution depends on; the
+    shape of ``jax.vjp``.
 
     ``solution, pullback = vjp(lower, inner_state, outer, feed, ctx, state)`` solves, and
     ``outer_cotangent, init_cotangent, state, info = pullback(inner_cotangent)`` pulls back.
 
     Attributes:
       init: method state (a warm adjoint, say) from inner parameters.
-      vjp: as above. `ctx` is the context of second-order products, drawn apart from the solve's own.
-      sees_init: the pullback returns a cotangent on the initial inner point; otherwise None stands there.
-        With `sees_model` that is an `InnerState`, of parameters and model state.
-      order: how often the solution may be differentiated: 1 where only this pullback is right; 2 where the
-        derivative is exact any number of times: through `linear`, by the implicit function theorem, and where
-        that is None through the operations of `vjp` itself.
-      sees_model: the pullback takes an `InnerState` of cotangents, on parameters and model state (its `opt` is
-        ``()``). Otherwise it takes that on the parameters, and the statistics count as constants.
+      vjp: as above. `ctx` is the context of second-order products, drawn apart from the solve's
+        own.
+      sees_init: the pullback returns a cotangent on the initial inner point; otherwise None stands
+        there. With `sees_model` that is an `InnerState`, of parameters and model state.
+      order: how often the solution may be differentiated: 1 where only this pullback is right; 2
+        where the
+        derivative is exact any number of times: through `linear`, by the implicit function theorem,
+        and where that is None through the operations of `vjp` itself.
+      sees_model: the pullback takes an `InnerState` of cotangents, on parameters and model state
+        (its `opt` is ``()``). Otherwise it takes that on the parameters, and the statistics count
+        as constants.
       sees_settings: it differentiates inner optimizer settings that depend on the outer parameters.
-      sees_steps: it differentiates the trajectory, not only its end (objectives declared `trajectory`).
-      batches: batches on which the pullback evaluates the inner objective. 0: none. 1: one, where need be the
+      sees_steps: it differentiates the trajectory, not only its end (objectives declared
+        `trajectory`).
+      batches: batches on which the pullback evaluates the inner objective. 0: none. 1: one, where
+        need be the
         one last trained on. More: as many, independent of each other and of the training.
-      cost: ``(inner solver) -> {"gradients": n, "hvps": n, "mixed_products": n}``, of one pullback. None: not known.
-      linear: the solver of the adjoint system, with its damping, for those who differentiate the solution by
-        the implicit function theorem, or solve a larger system in its place. None: there is none.
+      cost: ``(inner solver) -> {"gradients": n, "hvps": n, "mixed_products": n}``, of one pullback.
+        None: not known.
+      linear: the solver of the adjoint system, with its damping, for those who differentiate the
+        solution by the implicit function theorem, or solve a larger system in its place. None:
+        there is none.
       max_residual: the residual of that solve which is accepted. None: the solver's own tolerance.
-      extends: the pullback gives cotangents of all else that the objective reads (batches, captured arrays)
-        when that is appended to the outer parameters. Otherwise such derivatives are refused.
-      first_order_form: the method to take where the inner objective may be differentiated only once (it
+      extends: the pullback gives cotangents of all else that the objective reads (batches, captured
+        arrays) when that is appended to the outer parameters. Otherwise such derivatives are
+        refused.
+      first_order_form: the method to take where the inner objective may be differentiated only once
+        (it
         holds a solution of a first-order method). None: this method itself.
       precision: the `jax.default_matmul_precision` that its cotangent needs. None: the user's own.
-      mapping: what it differentiates beside the inner objective, as `objective` makes one: a constraint, say.
-      rows: like `vjp`, with a pullback of several cotangents at once (a leading axis), over solvers whose solutions are
+      mapping: what it differentiates beside the inner objective, as `objective` makes one: a
+        constraint, say.
+      rows: like `vjp`, with a pullback of several cotangents at once (a leading axis), over solvers
+        whose solutions are
         stationary points. None: they are pulled back one by one, vectorised.
     """
 
@@ -230,9 +278,9 @@ class Hypergradient(NamedTuple):
 class Problem(NamedTuple):
     """Both objectives and how their batches are drawn: what an algorithm solves.
 
-    `inner_init` maps outer parameters, and a key, to the inner parameters and the model state (or None: as it
-    stands) that each step starts from; None is a warm start. `project` maps outer parameters into their
-    feasible set after each outer step.
+    `inner_init` maps outer parameters, and a key, to the inner parameters and the model state (or
+    None: as it stands) that each step starts from; None is a warm start. `project` maps outer
+    parameters into their feasible set after each outer step.
     """
 
     inner: Objective
@@ -270,9 +318,10 @@ class StepInfo(NamedTuple):
       diagnostics: scalars by name, a column of the history each.
       aux: the outer objective's aux.
       warnings: what is known to be rough about this step, as a bit mask (`results.warning`).
-      scored: whether `value` may be compared with those of other steps: the inner level has caught up
-        with the outer one, as far as the step can tell.
-      lag: ``‖∇_y g‖`` where the value was taken, of algorithms that move both levels at once and cannot tell;
+      scored: whether `value` may be compared with those of other steps: the inner level has caught
+        up with the outer one, as far as the step can tell.
+      lag: ``‖∇_y g‖`` where the value was taken, of algorithms that move both levels at once and
+        cannot tell;
         the driver then compares it with those of other steps. None: `scored` says all.
     """
 
@@ -300,16 +349,23 @@ class AlgorithmInit(Protocol):
 
 
 class AlgorithmStep(Protocol):
-    def __call__(self, problem: Problem, state: PyTree, feeds: Feeds) -> tuple[PyTree, StepInfo]: ...
+    def __call__(
+        self, problem: Problem, state: PyTree, feeds: Feeds
+    ) -> tuple[PyTree, StepInfo]: ...
 
 
 class Algorithm(NamedTuple):
-    """Moves both levels: ``init(problem, inner_state, outer) -> state`` and ``step(problem, state, feeds) -> (state, StepInfo)``.
+    """Moves both levels: ``init(problem, inner_state, outer) -> state`` and ``step(problem, state,
+    feeds) -> (state, StepInfo)``.
 
-    A state has the fields `inner` (an `InnerState`) and `outer`. `draws` says how many batches a step draws from each stream. `undoes`: where a step
-    reports a failure, it returns the state that it was given. Otherwise the driver restores that, at the price of a copy of the whole state a step.
-    `around`: ``(wrap) -> Algorithm``, the same algorithm with its hypergradient method wrapped; None where it has none.
-    `finite`: ``(problem, feeds, draws) -> bool``, whether what a failed step has read is finite; None for a step that finds that out itself.
+    A state has the fields `inner` (an `InnerState`) and `outer`. `draws` says how many batches a
+    step draws from each stream. `undoes`: where a step reports a failure, it returns the state that
+      it was given. Otherwise the driver restores that, at the price of a copy of the whole state a
+      step.
+    `around`: ``(wrap) -> Algorithm``, the same algorithm with its hypergradient method wrapped;
+      None where it has none.
+    `finite`: ``(problem, feeds, draws) -> bool``, whether what a failed step has read is finite;
+    None for a step that finds that out itself.
     """
 
     init: AlgorithmInit
@@ -324,7 +380,9 @@ class Algorithm(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """One hypergradient: outer `value`, its `grad`, the solved `inner_params`, `state` to go on from, `info` to read, the outer `aux`."""
+    """One hypergradient: outer `value`, its `grad`, the solved `inner_params`, `state` to go on
+    from, `info` to read, the outer `aux`.
+    """
 
     value: Scalar
     grad: PyTree
@@ -342,8 +400,11 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "Algorithm", "AlgorithmInit", "AlgorithmStep", "Bound", "Ctx", "Draw", "Draws", "Estimate", "Feed", "Feeds", "Fixed", "Hypergradient",
-    "HypergradientInit", "HypergradientVjp", "InnerInit", "InnerSolver", "InnerState", "InnerStep", "Linear", "LinearInfo", "LinearSolver",
-    "Lower", "Objective", "Problem", "Static", "StepInfo", "Update", "as_cotangent", "as_linear", "join",
+    "Algorithm", "AlgorithmInit", "AlgorithmStep", "Bound", "Ctx", "Draw", "Draws", "Estimate",
+    "Feed", "Feeds", "Fixed", "Hypergradient",
+    "HypergradientInit", "HypergradientVjp", "InnerInit", "InnerSolver", "InnerState", "InnerStep",
+    "Linear", "LinearInfo", "LinearSolver",
+    "Lower", "Objective", "Problem", "Static", "StepInfo", "Update", "as_cotangent", "as_linear",
+    "join",
     "objective", "split",
 ]  # fmt: skip

@@ -1,4 +1,6 @@
-"""Refusals: what cannot work is said before anything is compiled, with the argument, what came, what was expected, and what to try."""
+"""Refusals: what cannot work is said before anything is compiled, with the argument, what came,
+what was expected, and what to try.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,18 @@ from bilevax import tree
 from bilevax._captured import hoisted
 from bilevax._core import numbers
 from bilevax._core.numbers import describe as describe
-from bilevax.base import Algorithm, Bound, Ctx, Draw, Hypergradient, InnerSolver, Objective, Problem, PyTree, objective
+from bilevax.base import (
+    Algorithm,
+    Bound,
+    Ctx,
+    Draw,
+    Hypergradient,
+    InnerSolver,
+    Objective,
+    Problem,
+    PyTree,
+    objective,
+)
 from bilevax.starts import as_start, takes_key
 
 # ---- parameters
@@ -26,17 +39,25 @@ def params(value: PyTree, argument: str) -> None:
     """A pytree of arrays with at least one real floating-point leaf."""
     leaves = jax.tree_util.tree_leaves_with_path(value)
     if not leaves:
-        raise ValueError(f"{argument}: got {value!r}, which has no leaf; expected a pytree of arrays.")
+        raise ValueError(
+            f"{argument}: got {value!r}, which has no leaf; expected a pytree of arrays."
+        )
     if not any(leaf.size for _, leaf in leaves):
-        raise ValueError(f"{argument}: got {_shapes(value)}, without an entry; expected at least one number.")
+        raise ValueError(
+            f"{argument}: got {_shapes(value)}, without an entry; expected at least one number."
+        )
     for path, leaf in leaves:
         place = argument + jax.tree_util.keystr(path)
         if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
-            raise TypeError(f"{place}: got {describe(leaf)}; expected real numbers. Try its real and imaginary parts as two leaves.")
+            raise TypeError(
+                f"{place}: got {describe(leaf)}; expected real numbers. Try its real and imaginary "
+                "parts as two leaves."
+            )
     if not any(tree.is_float(leaf) for _, leaf in leaves):
         kinds = sorted({str(leaf.dtype) for _, leaf in leaves})
         raise TypeError(
-            f"{argument}: got leaves of {', '.join(kinds)} only; expected at least one floating-point leaf, since nothing else can be learned by "
+            f"{argument}: got leaves of {', '.join(kinds)} only; expected at least one "
+            "floating-point leaf, since nothing else can be learned by "
             "gradient. Try jnp.asarray(value, jnp.float32)."
         )
 
@@ -45,14 +66,22 @@ def arrays(value: PyTree, argument: str) -> PyTree:
     """`value` with strong arrays as leaves, or an error that names the leaf that cannot be one."""
     try:
         leaves = jax.tree_util.tree_leaves_with_path(value)
-    except (SystemError, RecursionError, ValueError) as error:  # one that holds itself, or whose keys have no order
+    except (
+        SystemError,
+        RecursionError,
+        ValueError,
+    ) as error:  # one that holds itself, or whose keys have no order
         raise TypeError(
-            f"{argument}: got {describe(value)}, which is no pytree ({error}); expected nested dicts, lists or tuples of arrays."
+            f"{argument}: got {describe(value)}, which is no pytree ({error}); expected nested "
+            "dicts, lists or tuples of arrays."
         ) from error
     for path, leaf in leaves:
-        if not isinstance(leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)) or getattr(leaf, "dtype", None) == np.dtype(object):
+        if not isinstance(
+            leaf, (jax.Array, np.ndarray, np.generic, bool, int, float, complex)
+        ) or getattr(leaf, "dtype", None) == np.dtype(object):
             raise TypeError(
-                f"{argument}{jax.tree_util.keystr(path)}: got {describe(leaf)}; expected an array or a number. Keep functions, strings and "
+                f"{argument}{jax.tree_util.keystr(path)}: got {describe(leaf)}; expected an array "
+                "or a number. Keep functions, strings and "
                 "settings out of parameters."
             )
     numbers.arrays(value, argument)
@@ -64,7 +93,8 @@ def batch(value: PyTree, argument: str) -> PyTree:
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
         if isinstance(leaf, (str, bytes)) or callable(leaf):
             raise TypeError(
-                f"{argument}{jax.tree_util.keystr(path)}: got {describe(leaf)}; expected an array or a number. Let the objective capture texts, "
+                f"{argument}{jax.tree_util.keystr(path)}: got {describe(leaf)}; expected an array "
+                "or a number. Let the objective capture texts, "
                 "functions and settings."
             )
     numbers.arrays(value, argument)
@@ -74,34 +104,59 @@ def batch(value: PyTree, argument: str) -> PyTree:
 def finite(value: PyTree, argument: str) -> None:
     """No NaN or infinity in concrete leaves."""
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
-        if isinstance(leaf, jax.core.Tracer) or not tree.is_float(leaf) or not leaf.is_fully_addressable:
+        if (
+            isinstance(leaf, jax.core.Tracer)
+            or not tree.is_float(leaf)
+            or not leaf.is_fully_addressable
+        ):
             continue
-        with jax.ensure_compile_time_eval():  # a constant under a transformation is still looked at now
+        with (
+            jax.ensure_compile_time_eval()
+        ):  # a constant under a transformation is still looked at now
             bad = int(jnp.sum(~jnp.isfinite(leaf)))
         if bad:
             raise ValueError(
-                f"{argument}{jax.tree_util.keystr(path)}: got {bad} non-finite of {leaf.size} values at the start; expected finite numbers."
+                f"{argument}{jax.tree_util.keystr(path)}: got {bad} non-finite of {leaf.size} "
+                "values at the start; expected finite numbers."
             )
 
 
 def bind_fixed(problem: Problem, inner_fixed: PyTree, outer_fixed: PyTree) -> Problem:
-    """`problem` on floating-point leaves only: the other leaves ride along as bound values of its functions."""
+    """`problem` on floating-point leaves only: the other leaves ride along as bound values of its
+    functions.
+    """
     if problem.inner_init is not None:
-        problem = problem._replace(inner_init=as_start(problem.inner_init, outer_fixed, inner_fixed))
+        problem = problem._replace(
+            inner_init=as_start(problem.inner_init, outer_fixed, inner_fixed)
+        )
     if not jax.tree.leaves((inner_fixed, outer_fixed)):
         return problem
 
     def bind(obj: Objective) -> Objective:
         fixed = dict(inner_fixed=inner_fixed, outer_fixed=outer_fixed)
-        return dataclasses.replace(obj, fn=Bound(obj.name, _with_fixed, fn=obj.fn, **fixed), adapt=Bound("with_fixed", _adapted, **fixed))
+        return dataclasses.replace(
+            obj,
+            fn=Bound(obj.name, _with_fixed, fn=obj.fn, **fixed),
+            adapt=Bound("with_fixed", _adapted, **fixed),
+        )
 
     problem = problem._replace(inner=bind(problem.inner), outer=bind(problem.outer))
     if problem.project is not None:
-        problem = problem._replace(project=Bound("project", _init_with_fixed, fn=problem.project, outer_fixed=outer_fixed))
+        problem = problem._replace(
+            project=Bound("project", _init_with_fixed, fn=problem.project, outer_fixed=outer_fixed)
+        )
     return problem
 
 
-def _with_fixed(inner: PyTree, outer: PyTree, *args: Any, fn: Callable[..., Any], inner_fixed: PyTree, outer_fixed: PyTree, **kwargs: Any) -> Any:
+def _with_fixed(
+    inner: PyTree,
+    outer: PyTree,
+    *args: Any,
+    fn: Callable[..., Any],
+    inner_fixed: PyTree,
+    outer_fixed: PyTree,
+    **kwargs: Any,
+) -> Any:
     return fn(tree.combine(inner, inner_fixed), tree.combine(outer, outer_fixed), *args, **kwargs)
 
 
@@ -113,16 +168,31 @@ def _init_with_fixed(outer: PyTree, *, fn: Callable[..., Any], outer_fixed: PyTr
     return tree.partition(fn(tree.combine(outer, outer_fixed)))[0]
 
 
-def captured(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, inner_ctx: Ctx, outer_ctx: Ctx, steps: int = 1) -> Problem:
+def captured(
+    problem: Problem,
+    inner: PyTree,
+    outer: PyTree,
+    model: PyTree,
+    inner_ctx: Ctx,
+    outer_ctx: Ctx,
+    steps: int = 1,
+) -> Problem:
     """`problem` with the traced arrays that its objectives capture bound to them, as values."""
     return problem._replace(
         inner=hoisted(problem.inner, inner, outer, inner_ctx._replace(model=model)),
-        outer=hoisted(problem.outer, seen_by_outer(problem, inner, steps), outer, outer_ctx._replace(model=model)),
+        outer=hoisted(
+            problem.outer,
+            seen_by_outer(problem, inner, steps),
+            outer,
+            outer_ctx._replace(model=model),
+        ),
     )
 
 
 def seen_by_outer(problem: Problem, inner: PyTree, steps: int) -> PyTree:
-    """Shapes of what the outer objective is given of the inner level: a point, or those after each of `steps`."""
+    """Shapes of what the outer objective is given of the inner level: a point, or those after each
+    of `steps`.
+    """
     if not problem.outer.trajectory:
         return inner
     return jax.tree.map(lambda a: jax.ShapeDtypeStruct((steps, *jnp.shape(a)), a.dtype), inner)
@@ -144,70 +214,121 @@ def problem(
     for name, fn in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
         if not callable(fn):
             raise TypeError(
-                f"{name}: got {describe(fn)}; expected a function (inner_params, outer_params, batch) -> scalar, or objective(...) of one."
+                f"{name}: got {describe(fn)}; expected a function (inner_params, outer_params, "
+                "batch) -> scalar, or objective(...) of one."
             )
     for name, optional in (("inner_init", inner_init), ("project", project)):
         if optional is not None and not callable(optional):
-            raise TypeError(f"{name}: got {describe(optional)}; expected a function of outer_params, or None.")
+            raise TypeError(
+                f"{name}: got {describe(optional)}; expected a function of outer_params, or None."
+            )
     if inner_init is not None:
         numbers.takes(
-            functools.partial(inner_init, key=None) if takes_key(inner_init) else inner_init, "inner_init", "(outer_params) -> inner_params"
+            functools.partial(inner_init, key=None) if takes_key(inner_init) else inner_init,
+            "inner_init",
+            "(outer_params) -> inner_params",
         )
     if project is not None:
         numbers.takes(project, "project", "(outer_params) -> outer_params")
     if objective(outer_objective).indexed:
-        raise TypeError("outer_objective: got objective(..., indexed=True); expected it at the inner level only, whose steps have numbers.")
+        raise TypeError(
+            "outer_objective: got objective(..., indexed=True); expected it at the inner level "
+            "only, whose steps have numbers."
+        )
     for draw in (inner_draw, hyper_draw, outer_draw):
         if not callable(draw):
-            raise TypeError(f"inner_draw: got {describe(draw)}; expected a draw (feed, i) -> Ctx such as data.same or data.stacked.")
-    return Problem(objective(inner_objective), objective(outer_objective), inner_draw, hyper_draw, outer_draw, inner_init, project)
+            raise TypeError(
+                f"inner_draw: got {describe(draw)}; expected a draw (feed, i) -> Ctx such as "
+                "data.same or data.stacked."
+            )
+    return Problem(
+        objective(inner_objective),
+        objective(outer_objective),
+        inner_draw,
+        hyper_draw,
+        outer_draw,
+        inner_init,
+        project,
+    )
 
 
 def pieces(solver: Any, method: Any, argument: str = "solver") -> None:
     """An inner solver and a hypergradient method."""
     if not isinstance(solver, InnerSolver):
-        hint = " Try inner.optax(optimizer, steps)." if hasattr(solver, "update") else " Try inner.lbfgs() or inner.optax(optimizer, steps)."
+        hint = (
+            " Try inner.optax(optimizer, steps)."
+            if hasattr(solver, "update")
+            else " Try inner.lbfgs() or inner.optax(optimizer, steps)."
+        )
         raise TypeError(f"{argument}: got {describe(solver)}; expected an InnerSolver.{hint}")
     numbers.count(solver.steps, f"{argument}.steps")
     if not isinstance(method, Hypergradient):
-        hint = " Call the factory: hypergradient.implicit()." if callable(method) else " Try hypergradient.implicit()."
+        hint = (
+            " Call the factory: hypergradient.implicit()."
+            if callable(method)
+            else " Try hypergradient.implicit()."
+        )
         raise TypeError(f"hypergradient: got {describe(method)}; expected a Hypergradient.{hint}")
 
 
 def transformation(optimizer: Any, argument: str) -> None:
     """An optax transformation."""
-    if not (callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))):
-        hint = " Call it first, as in optax.adam(1e-2)." if callable(optimizer) else " Try optax.adam(1e-2)."
-        raise TypeError(f"{argument}: got {describe(optimizer)}; expected an optax gradient transformation.{hint}")
+    if not (
+        callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
+    ):
+        hint = (
+            " Call it first, as in optax.adam(1e-2)."
+            if callable(optimizer)
+            else " Try optax.adam(1e-2)."
+        )
+        raise TypeError(
+            f"{argument}: got {describe(optimizer)}; expected an optax gradient "
+            f"transformation.{hint}"
+        )
 
 
 def algorithm(value: Any) -> None:
     """An algorithm."""
     if isinstance(value, Algorithm):
         return
-    hint = " Call the factory, as in algorithms.double_loop(solver, hypergradient, outer_optimizer)." if callable(value) else ""
+    hint = (
+        " Call the factory, as in algorithms.double_loop(solver, hypergradient, outer_optimizer)."
+        if callable(value)
+        else ""
+    )
     if isinstance(value, Hypergradient) or hasattr(value, "update"):
         hint = " Try algorithms.double_loop(inner_solver, hypergradient, outer_optimizer)."
-    raise TypeError(f"algorithm: got {describe(value)}; expected an Algorithm, or None for the documented default.{hint}")
+    raise TypeError(
+        f"algorithm: got {describe(value)}; expected an Algorithm, or None for the documented "
+        f"default.{hint}"
+    )
 
 
 def trajectory(problem: Problem, method: Hypergradient) -> None:
     """A method that follows all of the solve's steps, where the outer objective reads them."""
     if problem.outer.trajectory and not method.sees_steps:
         raise ValueError(
-            f"outer_objective: got {problem.outer!r}, which reads every inner step, with {method!r}, which differentiates the last "
-            "point only; expected a method that sees the steps. Try hypergradient.unrolled() or forward()."
+            f"outer_objective: got {problem.outer!r}, which reads every inner step, with "
+            f"{method!r}, which differentiates the last "
+            "point only; expected a method that sees the steps. Try hypergradient.unrolled() or "
+            "forward()."
         )
 
 
 def key(value: Any, problem: Problem, sampled: bool) -> None:
     """A PRNG key where something draws."""
-    keyed = [name for name, obj in (("inner_objective", problem.inner), ("outer_objective", problem.outer)) if obj.keyed]
+    keyed = [
+        name
+        for name, obj in (("inner_objective", problem.inner), ("outer_objective", problem.outer))
+        if obj.keyed
+    ]
     keyed += ["inner_init"] if takes_key(problem.inner_init) else []
     if value is None:
         if keyed or sampled:
             cause = f"{' and '.join(keyed)} takes a key" if keyed else "the data is sampled"
-            raise ValueError(f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0).")
+            raise ValueError(
+                f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0)."
+            )
         return
     numbers.key(value)
 
@@ -215,10 +336,22 @@ def key(value: Any, problem: Problem, sampled: bool) -> None:
 # ---- objectives, by abstract evaluation
 
 
-def objectives(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, inner_ctx: Ctx, outer_ctx: Ctx, steps: int = 1) -> jnp.dtype:
-    """Both objectives return what they say they do on these shapes; the outer value's dtype. The user's own errors pass with their own frames."""
+def objectives(
+    problem: Problem,
+    inner: PyTree,
+    outer: PyTree,
+    model: PyTree,
+    inner_ctx: Ctx,
+    outer_ctx: Ctx,
+    steps: int = 1,
+) -> jnp.dtype:
+    """Both objectives return what they say they do on these shapes; the outer value's dtype. The
+    user's own errors pass with their own frames.
+    """
     if problem.inner_init is not None:
-        begun, moved = jax.eval_shape(lambda outer, key: problem.inner_init(outer, key), outer, inner_ctx.key)
+        begun, moved = jax.eval_shape(
+            lambda outer, key: problem.inner_init(outer, key), outer, inner_ctx.key
+        )
         same_structure(begun, inner, "inner_init", "inner_params")
         if moved is not None:
             same_structure(moved, model, "inner_init's model state", "model_state")
@@ -226,32 +359,45 @@ def objectives(problem: Problem, inner: PyTree, outer: PyTree, model: PyTree, in
         same_structure(jax.eval_shape(problem.project, outer), outer, "project", "outer_params")
     if model is not None and not (problem.inner.stateful or problem.outer.stateful):
         raise ValueError(
-            f"model_state: got {jax.tree.structure(model)} although neither objective takes it; expected None, or an inner objective wrapped by "
+            f"model_state: got {jax.tree.structure(model)} although neither objective takes it; "
+            "expected None, or an inner objective wrapped by "
             "objective(fn, stateful=True)."
         )
-    _, new_model = evaluate(problem.inner, "inner_objective", inner, outer, inner_ctx._replace(model=model))
+    _, new_model = evaluate(
+        problem.inner, "inner_objective", inner, outer, inner_ctx._replace(model=model)
+    )
     if problem.inner.stateful:
         same_structure(new_model, model, "inner_objective's new model_state", "model_state")
     inner = seen_by_outer(problem, inner, steps)
-    return evaluate(problem.outer, "outer_objective", inner, outer, outer_ctx._replace(model=model))[0]
+    return evaluate(
+        problem.outer, "outer_objective", inner, outer, outer_ctx._replace(model=model)
+    )[0]
 
 
-def evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[jnp.dtype, PyTree]:
+def evaluate(
+    obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: Ctx
+) -> tuple[jnp.dtype, PyTree]:
     """One objective on these shapes: the dtype of its value, and its new model state."""
     name = f"{argument} ({obj.name})"
     if obj.stateful and ctx.model is None:
-        raise ValueError(f"model_state: got None although {name} is stateful; expected its initial model state.")
+        raise ValueError(
+            f"model_state: got None although {name} is stateful; expected its initial model state."
+        )
     args = (inner, outer, ctx.batch) + ((ctx.model,) if obj.stateful else ())
     kwargs = {"key": ctx.key} if obj.keyed else {}
     if obj.indexed:
         kwargs["inner_step"] = ctx.inner_step
     named = "".join(f", {name}" for name in kwargs)
-    form = f"(inner_params, outer_params, batch{', model_state' if obj.stateful else ''}{', *' + named if named else ''})"
+    form = (
+        "(inner_params, outer_params, "
+        f"batch{', model_state' if obj.stateful else ''}{', *' + named if named else ''})"
+    )
     try:
         inspect.signature(obj.fn).bind(*args, **kwargs)
     except TypeError as error:
         raise TypeError(
-            f"{name}: got a function of {inspect.signature(obj.fn)}; expected one of {form}. Say by objective(fn, stateful=, keyed=) what it takes."
+            f"{name}: got a function of {inspect.signature(obj.fn)}; expected one of {form}. Say "
+            "by objective(fn, stateful=, keyed=) what it takes."
         ) from error
     except ValueError:  # no signature to read (some builtins): the call itself will tell
         pass
@@ -261,30 +407,51 @@ def evaluate(obj: Objective, argument: str, inner: PyTree, outer: PyTree, ctx: C
         shapes = [_shapes(given) for given in args[:3]]
         missing = " No data was given for this level." if ctx.batch is None else ""
         error.add_note(
-            f"{name}: raised this when called as {form} with inner_params={shapes[0]}, outer_params={shapes[1]}, batch={shapes[2]}; expected a "
+            f"{name}: raised this when called as {form} with inner_params={shapes[0]}, "
+            f"outer_params={shapes[1]}, batch={shapes[2]}; expected a "
             f"function that takes them in this order.{missing}"
         )
         raise
     if obj.has_aux or obj.stateful:
-        extra = "(model_state, aux)" if obj.has_aux and obj.stateful else "aux" if obj.has_aux else "model_state"
+        extra = (
+            "(model_state, aux)"
+            if obj.has_aux and obj.stateful
+            else "aux"
+            if obj.has_aux
+            else "model_state"
+        )
         want = f"(value, {extra})"
         if not (isinstance(out, tuple) and len(out) == 2):
-            raise TypeError(f"{name}: returned {_shapes(out)}; expected {want}, since it was wrapped with {_flags(obj)}.")
+            raise TypeError(
+                f"{name}: returned {_shapes(out)}; expected {want}, since it was wrapped with "
+                f"{_flags(obj)}."
+            )
         value, rest = out
-        if obj.has_aux and obj.stateful and not (isinstance(rest, (tuple, list)) and len(rest) == 2):
+        if (
+            obj.has_aux
+            and obj.stateful
+            and not (isinstance(rest, (tuple, list)) and len(rest) == 2)
+        ):
             raise TypeError(f"{name}: returned (value, {_shapes(rest)}); expected {want}.")
     else:
         value, rest = out, None
         if isinstance(out, (tuple, list, dict)):
             raise TypeError(
-                f"{name}: returned {_shapes(out)}; expected a scalar. Wrap it: objective({obj.name}, has_aux=True) if the rest is auxiliary."
+                f"{name}: returned {_shapes(out)}; expected a scalar. Wrap it: "
+                f"objective({obj.name}, has_aux=True) if the rest is auxiliary."
             )
     if not hasattr(value, "shape"):
         raise TypeError(f"{name}: returned {_shapes(value)}; expected a scalar array.")
     if value.shape != ():
-        raise ValueError(f"{name}: returned {describe(value)}; expected a scalar (shape ()). Try jnp.mean or jnp.sum over the batch.")
+        raise ValueError(
+            f"{name}: returned {describe(value)}; expected a scalar (shape ()). Try jnp.mean or "
+            "jnp.sum over the batch."
+        )
     if not jnp.issubdtype(value.dtype, jnp.floating):
-        raise TypeError(f"{name}: returned {value.dtype}; expected a real floating-point scalar, since it is differentiated.")
+        raise TypeError(
+            f"{name}: returned {value.dtype}; expected a real floating-point scalar, since it is "
+            "differentiated."
+        )
     return value.dtype, (rest[0] if obj.has_aux else rest) if obj.stateful else None
 
 
@@ -293,7 +460,9 @@ def _called(*args: Any, fn: Callable[..., Any], name: str, **kwargs: Any) -> Any
     for path, leaf in jax.tree_util.tree_leaves_with_path(out):
         if not hasattr(leaf, "dtype") and not isinstance(leaf, (bool, int, float, complex)):
             where = f" at {jax.tree_util.keystr(path)}" if path else ""
-            raise TypeError(f"{name}: returned {describe(leaf)}{where}; expected arrays and numbers.")
+            raise TypeError(
+                f"{name}: returned {describe(leaf)}{where}; expected arrays and numbers."
+            )
     return out
 
 
@@ -302,7 +471,11 @@ def _flags(obj: Objective) -> str:
 
 
 def _shapes(out: PyTree) -> str:
-    return str(jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") else type(a).__name__, out)).replace("'", "")
+    return str(
+        jax.tree.map(
+            lambda a: f"{a.dtype}{list(a.shape)}" if hasattr(a, "dtype") else type(a).__name__, out
+        )
+    ).replace("'", "")
 
 
 def same_structure(got: PyTree, want: PyTree, name: str, like: str) -> None:
@@ -310,11 +483,18 @@ def same_structure(got: PyTree, want: PyTree, name: str, like: str) -> None:
     got_leaves, got_def = jax.tree_util.tree_flatten_with_path(got)
     want_leaves, want_def = jax.tree_util.tree_flatten_with_path(want)
     if got_def != want_def:
-        paths_got, paths_want = ({jax.tree_util.keystr(p) or "the whole" for p, _ in leaves} for leaves in (got_leaves, want_leaves))
+        paths_got, paths_want = (
+            {jax.tree_util.keystr(p) or "the whole" for p, _ in leaves}
+            for leaves in (got_leaves, want_leaves)
+        )
         differing = sorted(paths_got ^ paths_want)
-        raise ValueError(f"{name}: got structure {got_def}; expected that of {like}, {want_def}. Differing paths: {differing or 'container types'}.")
+        raise ValueError(
+            f"{name}: got structure {got_def}; expected that of {like}, {want_def}. Differing "
+            f"paths: {differing or 'container types'}."
+        )
     for (path, a), (_, b) in zip(got_leaves, want_leaves, strict=True):
         if jnp.shape(a) != jnp.shape(b) or a.dtype != b.dtype:
             raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)}: got {a.dtype}{list(jnp.shape(a))}; expected {b.dtype}{list(jnp.shape(b))}, as in {like}."
+                f"{name}{jax.tree_util.keystr(path)}: got {a.dtype}{list(jnp.shape(a))}; expected "
+                f"{b.dtype}{list(jnp.shape(b))}, as in {like}."
             )

@@ -12,10 +12,13 @@ import numpy as np
 
 
 class RESULTS(enum.IntEnum):
-    """How a run ended. Failures carry what happened, the likely causes, and what to try (`message`).
+    """How a run ended. Failures carry what happened, the likely causes, and what to try
+    (`message`).
 
-    The integer is what compiled code carries; `worst` combines two of them. Failures end a run, undo its last step, and raise unless
-    ``throw=False``: ask `failed`, never compare numbers. Warnings stand for numbers that are rough; the run goes on (`warning`).
+    The integer is what compiled code carries; `worst` combines two of them. Failures end a run,
+    undo its last step, and raise unless
+    ``throw=False``: ask `failed`, never compare numbers. Warnings stand for numbers that are rough;
+    the run goes on (`warning`).
     """
 
     success = 0
@@ -48,11 +51,15 @@ class RESULTS(enum.IntEnum):
 
     @property
     def failed(self) -> bool:
-        """Whether this ends a run and raises. A warning's code does where ``strict=`` asked for it, and stands for a run nowhere else."""
+        """Whether this ends a run and raises. A warning's code does where ``strict=`` asked for it,
+        and stands for a run nowhere else.
+        """
         return bool(failed(self.value))
 
     def __bool__(self) -> bool:
-        """``if solution.result:`` asks whether it is none of the failures; as a number, success is 0."""
+        """``if solution.result:`` asks whether it is none of the failures; as a number, success is
+        0.
+        """
         return not self.failed
 
     @property
@@ -65,104 +72,153 @@ _MESSAGES = {
     RESULTS.success: "All steps were done.",
     RESULTS.converged: "The hypergradient's norm fell below tol times its first value.",
     RESULTS.stopped: "A callback asked to stop.",
-    RESULTS.tolerance_not_met: "All steps were done, and the hypergradient is still above tol. Give more steps, or a larger outer step.",
-    RESULTS.data_exhausted: "An iterator of batches came to its end before num_steps. Pass something that can be iterated again, or fewer steps.",
-    RESULTS.preempted: "SIGTERM came, and the run was saved. Start it again with the same arguments and checkpoint directory, and it goes on from there.",
-    RESULTS.interrupted: "An interrupt (Ctrl-C) came, and the run ended after its last whole chunk. Its state is in .state, from which it goes on.",
+    RESULTS.tolerance_not_met: (
+        "All steps were done, and the hypergradient is still above tol. Give more steps, or a "
+        "larger outer step."
+    ),
+    RESULTS.data_exhausted: (
+        "An iterator of batches came to its end before num_steps. Pass something that can be "
+        "iterated again, or fewer steps."
+    ),
+    RESULTS.preempted: (
+        "SIGTERM came, and the run was saved. Start it again with the same arguments and "
+        "checkpoint directory, and it goes on from there."
+    ),
+    RESULTS.interrupted: (
+        "An interrupt (Ctrl-C) came, and the run ended after its last whole chunk. Its state is in "
+        ".state, from which it goes on."
+    ),
     RESULTS.no_step_accepted: (
-        "No step length passed the test of sufficient decrease, so the point stayed where it was. At a solution that is rounding; elsewhere the "
-        "hypergradient is too rough for the value's own accuracy. Try a more accurate inner solve, float64, or a fixed outer step."
+        "No step length passed the test of sufficient decrease, so the point stayed where it was. "
+        "At a solution that is rounding; elsewhere the "
+        "hypergradient is too rough for the value's own accuracy. Try a more accurate inner solve, "
+        "float64, or a fixed outer step."
     ),
     RESULTS.statistics_constant: (
-        "The outer objective depends on the model's state (BatchNorm's statistics), which this method takes as constant, so its hypergradient leaves "
+        "The outer objective depends on the model's state (BatchNorm's statistics), which this "
+        "method takes as constant, so its hypergradient leaves "
         "that path out. Try hypergradient.unrolled() or forward(), or judge with frozen statistics."
     ),
     RESULTS.nonfinite_batch: (
-        "A batch held NaN or infinity. The data itself, or its preprocessing (a division by a zero spread, a log of zero), is the cause. "
+        "A batch held NaN or infinity. The data itself, or its preprocessing (a division by a zero "
+        "spread, a log of zero), is the cause. "
         "Check it with jnp.isfinite before the run."
     ),
     RESULTS.inner_nonfinite: (
-        "The inner solve left the finite numbers: the lower level's parameters or its model state diverged. Usually the inner step size is too large for its curvature (which "
-        "moves with the outer parameters), or the outer step is so large that it made the lower level unbounded. Try a smaller inner step, a line "
-        "search (inner.lbfgs, inner.agd), gradient clipping, a smaller outer step, or project= to keep the outer parameters in a safe set. "
+        "The inner solve left the finite numbers: the lower level's parameters or its model state "
+        "diverged. Usually the inner step size is too large for its curvature (which "
+        "moves with the outer parameters), or the outer step is so large that it made the lower "
+        "level unbounded. Try a smaller inner step, a line "
+        "search (inner.lbfgs, inner.agd), gradient clipping, a smaller outer step, or project= to "
+        "keep the outer parameters in a safe set. "
         "If model_state alone is not finite, look at what updates it."
     ),
     RESULTS.inner_not_converged: (
-        "The inner solver stopped short of its tolerance, so the point is not the best response. Try more iterations, a looser tolerance (float32 "
+        "The inner solver stopped short of its tolerance, so the point is not the best response. "
+        "Try more iterations, a looser tolerance (float32 "
         "rarely gets below 1e-5), or a regulariser that makes the lower level strongly convex."
     ),
     RESULTS.dependent_constraints: (
-        "Constraints that meet at the inner point have linearly dependent gradients, so their multipliers are not unique, and the solution may have "
-        "one-sided derivatives only. Try leaving out constraints that others imply; two that bound the same thing from both sides are one equality."
+        "Constraints that meet at the inner point have linearly dependent gradients, so their "
+        "multipliers are not unique, and the solution may have "
+        "one-sided derivatives only. Try leaving out constraints that others imply; two that bound "
+        "the same thing from both sides are one equality."
     ),
     RESULTS.adjoint_not_converged: (
-        "The adjoint system H q = f_y was left with a residual above its tolerance, so the hypergradient is rough. Likely an ill-conditioned or "
-        "singular inner Hessian, or too few iterations. Try more iterations, damping (implicit(damping=1e-3)), a preconditioner, a regulariser in "
+        "The adjoint system H q = f_y was left with a residual above its tolerance, so the "
+        "hypergradient is rough. Likely an ill-conditioned or "
+        "singular inner Hessian, or too few iterations. Try more iterations, damping "
+        "(implicit(damping=1e-3)), a preconditioner, a regulariser in "
         "the inner objective, or max_residual= if a rough hypergradient is enough."
     ),
     RESULTS.adjoint_breakdown: (
-        "The linear solver broke down: a division by (nearly) zero inside its recurrence. Likely a singular or non-symmetric inner Hessian. Try damping, "
+        "The linear solver broke down: a division by (nearly) zero inside its recurrence. Likely a "
+        "singular or non-symmetric inner Hessian. Try damping, "
         "linear.minres for symmetric indefinite Hessians, or linear.gmres for anything else."
     ),
     RESULTS.negative_curvature: (
-        "The adjoint solve met a direction in which the inner Hessian is negative: the point is no minimum of the lower level, or a saddle of it. "
-        "What was solved until there is used. Try more inner steps, damping larger than the negative curvature, linear.minres, or an unrolled "
+        "The adjoint solve met a direction in which the inner Hessian is negative: the point is no "
+        "minimum of the lower level, or a saddle of it. "
+        "What was solved until there is used. Try more inner steps, damping larger than the "
+        "negative curvature, linear.minres, or an unrolled "
         "hypergradient."
     ),
     RESULTS.adjoint_nonfinite: (
-        "The adjoint became NaN or infinite although the inner point is finite. Likely a Hessian that overflows, a kink (norm at zero, sqrt at zero) in "
-        "the inner objective, or a divergent Neumann series. Try a smooth form of the objective, damping, or linear.cg."
+        "The adjoint became NaN or infinite although the inner point is finite. Likely a Hessian "
+        "that overflows, a kink (norm at zero, sqrt at zero) in "
+        "the inner objective, or a divergent Neumann series. Try a smooth form of the objective, "
+        "damping, or linear.cg."
     ),
     RESULTS.difference_lost: (
-        "The finite difference moved the inner parameters by less than their dtype can hold, so the hypergradient would be noise. Try a larger "
-        "radius=, float32 inner parameters, or an exact mixed product (hypergradient.one_step, sama(product='exact'))."
+        "The finite difference moved the inner parameters by less than their dtype can hold, so "
+        "the hypergradient would be noise. Try a larger "
+        "radius=, float32 inner parameters, or an exact mixed product (hypergradient.one_step, "
+        "sama(product='exact'))."
     ),
     RESULTS.adaptation_zero: (
-        "The inner optimizer's update does not depend on the gradient to first order, so SAMA's adaptation of a non-zero cotangent is exactly zero and "
-        "with it the hypergradient. Sign updates (optax.lion, sign_sgd), a MultiSteps step that only accumulates, clipping of every entry and a "
-        "learning rate of zero all do this; so does Adam when the whole gradient is exactly zero (give it eps_root=1e-12). Try another inner "
-        "optimizer, or hypergradient.one_step, finite_difference or implicit, which do not differentiate the update."
+        "The inner optimizer's update does not depend on the gradient to first order, so SAMA's "
+        "adaptation of a non-zero cotangent is exactly zero and "
+        "with it the hypergradient. Sign updates (optax.lion, sign_sgd), a MultiSteps step that "
+        "only accumulates, clipping of every entry and a "
+        "learning rate of zero all do this; so does Adam when the whole gradient is exactly zero "
+        "(give it eps_root=1e-12). Try another inner "
+        "optimizer, or hypergradient.one_step, finite_difference or implicit, which do not "
+        "differentiate the update."
     ),
     RESULTS.not_stationary: (
-        "The inner solver says that it is done, and its point does not satisfy the condition that this method differentiates: the derivative would "
-        "be that of another problem. Try hypergradient.fixed_point with the solver's mapping, or an unconstrained solver."
+        "The inner solver says that it is done, and its point does not satisfy the condition that "
+        "this method differentiates: the derivative would "
+        "be that of another problem. Try hypergradient.fixed_point with the solver's mapping, or "
+        "an unconstrained solver."
     ),
     RESULTS.off_constraint: (
-        "The inner point is off its constraint, so the conditions that this method differentiates do not hold there. Try more inner steps or a "
+        "The inner point is off its constraint, so the conditions that this method differentiates "
+        "do not hold there. Try more inner steps or a "
         "tighter tolerance of the constrained solver."
     ),
     RESULTS.lower_level_failed: (
-        "A level inside this one failed: its own linear system had no usable answer. Look at that level alone (its curvature, its solver), try "
-        "linear.minres for a symmetric indefinite Hessian, damping, or a regulariser that makes it strongly convex."
+        "A level inside this one failed: its own linear system had no usable answer. Look at that "
+        "level alone (its curvature, its solver), try "
+        "linear.minres for a symmetric indefinite Hessian, damping, or a regulariser that makes it "
+        "strongly convex."
     ),
     RESULTS.weakly_active: (
-        "An inequality is active with a multiplier of zero: the solution has one-sided derivatives only, and what is returned is one of them. "
+        "An inequality is active with a multiplier of zero: the solution has one-sided derivatives "
+        "only, and what is returned is one of them. "
         "Try outer parameters beside this point, or a smoothed constraint."
     ),
     RESULTS.outer_nonfinite: (
-        "The outer objective is NaN or infinite at a finite inner point. Look at the outer objective at the returned iterate: a log of zero, a division, "
+        "The outer objective is NaN or infinite at a finite inner point. Look at the outer "
+        "objective at the returned iterate: a log of zero, a division, "
         "an overflow. Working with logits and jax.nn's stable losses usually cures it."
     ),
     RESULTS.hypergradient_nonfinite: (
-        "The hypergradient, or the outer parameters after its step (an optimizer's overflow, project=), are NaN or infinite although both "
-        "objectives are finite. Where Adam, RMSProp or their like are unrolled, set eps_root=1e-12 in the optimizer first: at a gradient of exactly "
-        "zero (a dead unit, a masked weight) they have no derivative. Else likely one that does not exist (sqrt or a norm at zero, jnp.where around a "
-        "NaN branch), or a reverse pass that overflowed. Try smooth forms, fewer unrolled steps, or implicit."
+        "The hypergradient, or the outer parameters after its step (an optimizer's overflow, "
+        "project=), are NaN or infinite although both "
+        "objectives are finite. Where Adam, RMSProp or their like are unrolled, set eps_root=1e-12 "
+        "in the optimizer first: at a gradient of exactly "
+        "zero (a dead unit, a masked weight) they have no derivative. Else likely one that does "
+        "not exist (sqrt or a norm at zero, jnp.where around a "
+        "NaN branch), or a reverse pass that overflowed. Try smooth forms, fewer unrolled steps, "
+        "or implicit."
     ),
     RESULTS.diverged: (
-        "The run left its start by orders of magnitude without becoming infinite: outer value or hypergradient grew past any use. Usually the inner, "
-        "adjoint or outer step is too large for the curvature. Try a tenth of it, or algorithm=None."
+        "The run left its start by orders of magnitude without becoming infinite: outer value or "
+        "hypergradient grew past any use. Usually the inner, "
+        "adjoint or outer step is too large for the curvature. Try a tenth of it, or "
+        "algorithm=None."
     ),
     RESULTS.metric_nonfinite: (
-        "The metric that selects the kept iterate was never finite. Check the metric at the returned iterate, which is the last."
+        "The metric that selects the kept iterate was never finite. Check the metric at the "
+        "returned iterate, which is the last."
     ),
 }
 
 
 _FIRST_FAILURE = 10  # of the numbers above; those below are ends, and three warnings
 
-# What may be rough about a step that goes on, in the order of their bits in a mask. The order never changes: masks stand in histories
-# and checkpoints.
+# What may be rough about a step that goes on, in the order of their bits in a mask. The order never
+# changes: masks stand in histories and checkpoints.
 WARNINGS = (
     RESULTS.adjoint_not_converged,
     RESULTS.adjoint_breakdown,
@@ -185,15 +241,22 @@ _SMALL_WARNINGS = tuple(int(code) for code in WARNINGS if code < _FIRST_FAILURE)
 
 
 class SolveError(RuntimeError):
-    """A run failed. `solution` holds all that it reached: the kept iterate, the state before the failing step, the history."""
+    """A run failed. `solution` holds all that it reached: the kept iterate, the state before the
+    failing step, the history.
+    """
 
     def __init__(self, result: RESULTS, solution: Any, where: str = ""):
         self.result, self.solution = result, solution
-        super().__init__(f"{result.name}{where}: {result.message} (throw=False returns the solution instead; it is also in this error's .solution.)")
+        super().__init__(
+            f"{result.name}{where}: {result.message} (throw=False returns the solution instead; it "
+            "is also in this error's .solution.)"
+        )
 
 
 def worst(*codes: Any) -> Any:
-    """The largest of some codes, as int32: failures win over successes, and the order of the enum decides among failures."""
+    """The largest of some codes, as int32: failures win over successes, and the order of the enum
+    decides among failures.
+    """
     out = jnp.asarray(codes[0], jnp.int32)
     for code in codes[1:]:
         out = jnp.maximum(out, jnp.asarray(code, jnp.int32))
@@ -201,7 +264,9 @@ def worst(*codes: Any) -> Any:
 
 
 def first(*codes: Any) -> Any:
-    """The first failure among some codes, in the order in which a step meets them; otherwise the largest."""
+    """The first failure among some codes, in the order in which a step meets them; otherwise the
+    largest.
+    """
     out = worst(*codes)
     for code in reversed(codes):
         code = jnp.asarray(code, jnp.int32)
@@ -209,8 +274,11 @@ def first(*codes: Any) -> Any:
     return out
 
 
-def ladder(*said: Any, inner: Any = True, value: Any = True, adjoint: Any = True, grad: Any = True) -> Any:
-    """The code of a step: its quantities in the order in which it meets them, and the first that no number came of names it.
+def ladder(
+    *said: Any, inner: Any = True, value: Any = True, adjoint: Any = True, grad: Any = True
+) -> Any:
+    """The code of a step: its quantities in the order in which it meets them, and the first that no
+    number came of names it.
 
     Args:
       *said: codes of the solves on the way (adjoints), asked after the outer value.
@@ -230,7 +298,8 @@ def ladder(*said: Any, inner: Any = True, value: Any = True, adjoint: Any = True
 
 
 def failed(code: Any) -> Any:
-    """Whether a code (an integer, an array of them) is a failure: no number could come, or ``strict=`` forbade the one that did.
+    """Whether a code (an integer, an array of them) is a failure: no number could come, or
+    ``strict=`` forbade the one that did.
 
     A warning stands in a mask and not in a code; where it stands in a code, it was made a failure.
     """
@@ -241,14 +310,18 @@ def failed(code: Any) -> Any:
 
 
 def warning(condition: Any, code: RESULTS) -> Any:
-    """The bit mask of one warning: `code`'s bit where `condition` (a traced scalar) holds, else 0."""
+    """The bit mask of one warning: `code`'s bit where `condition` (a traced scalar) holds, else
+    0.
+    """
     return jnp.where(condition, jnp.int32(1 << WARNINGS.index(code)), jnp.int32(0))
 
 
 def warnings_in(masks: Any) -> dict[RESULTS, Any]:
-    """How often each warning stands in an array of bit masks, along its last axis; those that never do are left out.
+    """How often each warning stands in an array of bit masks, along its last axis; those that never
+    do are left out.
 
-    Counts are integers for one axis and arrays for more (a lane each). Traced masks give a traced count of every warning.
+    Counts are integers for one axis and arrays for more (a lane each). Traced masks give a traced
+    count of every warning.
     """
     if isinstance(masks, jax.core.Tracer):
         return {code: jnp.sum((masks >> bit) & 1, axis=-1) for bit, code in enumerate(WARNINGS)}
@@ -258,9 +331,11 @@ def warnings_in(masks: Any) -> dict[RESULTS, Any]:
 
 
 def as_warning(code: Any) -> Any:
-    """A code as ``(code, mask)``: what is a warning moves from the one to the other, failures and ends stay.
+    """A code as ``(code, mask)``: what is a warning moves from the one to the other, failures and
+    ends stay.
 
-    Inner solvers say in one code how they ended; of their words, that they were not content is a warning to those above.
+    Inner solvers say in one code how they ended; of their words, that they were not content is a
+    warning to those above.
     """
     code = jnp.asarray(code, jnp.int32)
     mask, rough = jnp.int32(0), jnp.asarray(False)
@@ -270,11 +345,20 @@ def as_warning(code: Any) -> Any:
 
 
 def strictness(strict: Any, argument: str = "strict") -> int:
-    """The mask of the warnings that are to be failures: none for False, all for True, else those of a set of `RESULTS`."""
+    """The mask of the warnings that are to be failures: none for False, all for True, else those of
+    a set of `RESULTS`.
+    """
     if isinstance(strict, bool):
         return (1 << len(WARNINGS)) - 1 if strict else 0
-    expected = f"expected True, False or a set of {', '.join(code.name for code in WARNINGS)}. Try {argument}={{RESULTS.negative_curvature}}."
-    if isinstance(strict, (str, bytes)) or not isinstance(strict, Iterable) or hasattr(strict, "dtype"):
+    expected = (
+        f"expected True, False or a set of {', '.join(code.name for code in WARNINGS)}. Try "
+        f"{argument}={{RESULTS.negative_curvature}}."
+    )
+    if (
+        isinstance(strict, (str, bytes))
+        or not isinstance(strict, Iterable)
+        or hasattr(strict, "dtype")
+    ):
         raise TypeError(f"{argument}: got {type(strict).__name__}; {expected}")
     mask = 0
     for code in strict:
@@ -285,12 +369,16 @@ def strictness(strict: Any, argument: str = "strict") -> int:
 
 
 def strictly(code: Any, warnings: Any, mask: int) -> Any:
-    """`code`, or the first of the `warnings` that `mask` makes a failure, where nothing has failed already."""
+    """`code`, or the first of the `warnings` that `mask` makes a failure, where nothing has failed
+    already.
+    """
     found = jnp.asarray(code, jnp.int32)
     chosen = jnp.int32(RESULTS.success)
     for bit in reversed(range(len(WARNINGS))):
         if (mask >> bit) & 1:
-            chosen = jnp.where((jnp.asarray(warnings, jnp.int32) >> bit) & 1 != 0, jnp.int32(WARNINGS[bit]), chosen)
+            chosen = jnp.where(
+                (jnp.asarray(warnings, jnp.int32) >> bit) & 1 != 0, jnp.int32(WARNINGS[bit]), chosen
+            )
     return jnp.where(failed(found) | (chosen == RESULTS.success), found, chosen)
 
 

@@ -46,32 +46,42 @@ def root(
     max_residual: float = 1e-2,
     strict: bool = True,
 ) -> Root:
-    r"""Turn a system of equations into its solution as a function of everything that the equations read.
+    r"""Turn a system of equations into its solution as a function of everything that the equations
+    read.
 
     .. math::
-        F(y, \theta) = 0, \qquad \partial y = -(\partial_y F)^{-1} \, \partial_\theta F \; \partial\theta
+        F(y, \theta) = 0, \qquad \partial y = -(\partial_y F)^{-1} \,
+        \partial_\theta F \; \partial\theta
 
-    The result is an ordinary JAX function: ``grad``, ``jvp``, ``hessian``, ``vmap`` and ``jit`` apply to any order, and it may stand inside
-    another equation, an objective, or a layer of a network. Solved by Newton's method with a search along its direction, which runs
-    undifferentiated. Arrays that the equations close over are differentiated like arguments. The derivative with respect to `inner_init` is
-    zero; which of several solutions is found depends on it.
+    The result is an ordinary JAX function: ``grad``, ``jvp``, ``hessian``, ``vmap`` and ``jit``
+    apply to any order, and it may stand inside another equation, an objective, or a layer of a
+    network. Solved by Newton's method with a search along its direction, which runs
+    undifferentiated. Arrays that the equations close over are differentiated like arguments. The
+    derivative with respect to `inner_init` is zero; which of several solutions is found depends on
+    it.
 
     Args:
-      equation: pure function ``(inner, *args) -> residual``, a pytree of the structure and shapes of `inner`.
+      equation: pure function ``(inner, *args) -> residual``, a pytree of the structure and shapes
+        of `inner`.
       maxiter: the most Newton steps.
-      tol: relative error of the solution, estimated from the last two steps. Default: 10 rounding units.
-      linear_solver: solves the systems of Newton's method and of the derivative, which are not symmetric; default ``linear.lu()`` for
-        at most 64 unknowns, above ``linear.gmres`` close to the precision of the unknowns.
-      max_residual: relative residual of a linear solve above which a derivative is NaN instead of wrong. ``jnp.inf`` accepts anything.
+      tol: relative error of the solution, estimated from the last two steps. Default: 10 rounding
+        units.
+      linear_solver: solves the systems of Newton's method and of the derivative, which are not
+        symmetric; default ``linear.lu()`` for at most 64 unknowns, above ``linear.gmres`` close to
+        the precision of the unknowns.
+      max_residual: relative residual of a linear solve above which a derivative is NaN instead of
+        wrong. ``jnp.inf`` accepts anything.
       strict: an unsolved point is NaN; with False it is returned as it was reached.
 
     Returns:
-      ``fn(inner_init, *args) -> y``, a pytree like `inner_init`; ``fn.with_info(inner_init, *args) -> (y, RootInfo)`` returns the point as
-      reached and how the solve ended. Under ``jit`` build it once; a new function is a new trace.
+      ``fn(inner_init, *args) -> y``, a pytree like `inner_init`; ``fn.with_info(inner_init, *args)
+      -> (y, RootInfo)`` returns the point as reached and how the solve ended. Under ``jit`` build
+      it once; a new function is a new trace.
 
     Raises:
       TypeError: for equations that are no function, complex or non-array leaves.
-      ValueError: for a residual of another structure or shape than the unknowns, and numbers outside their range.
+      ValueError: for a residual of another structure or shape than the unknowns, and numbers
+        outside their range.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bilevax as bx
@@ -80,13 +90,15 @@ def root(
       >>> round(float(y), 4), round(float(dy), 4)  # and 1 / (2 y)
       (1.4142, 0.3536)
 
-    Source: Blondel et al., "Efficient and modular implicit differentiation" (NeurIPS 2022), section 2; Deuflhard, "Newton methods for nonlinear
-    problems" (2004), for the rule that ends it.
+    Source: Blondel et al., "Efficient and modular implicit differentiation" (NeurIPS 2022), section
+    2; Deuflhard, "Newton methods for nonlinear problems" (2004), for the rule that ends it.
     """
     settings = _settings(equation, "equation", tol, linear_solver, max_residual, strict)
     maxiter = numbers.count(maxiter, "maxiter")
     traceable, linear, tol, strict = settings
-    return Root("root", traceable, Bound("newton", _newton, maxiter=maxiter), _residual, linear, tol, strict)
+    return Root(
+        "root", traceable, Bound("newton", _newton, maxiter=maxiter), _residual, linear, tol, strict
+    )
 
 
 def fixed_point(
@@ -99,18 +111,22 @@ def fixed_point(
     max_residual: float = 1e-2,
     strict: bool = True,
 ) -> Root:
-    r"""Turn a mapping into its fixed point as a function of everything that the mapping reads: an equilibrium layer, for one.
+    r"""Turn a mapping into its fixed point as a function of everything that the mapping reads: an
+    equilibrium layer, for one.
 
     .. math::
-        y = T(y, \theta), \qquad \partial y = (I - \partial_y T)^{-1} \, \partial_\theta T \; \partial\theta
+        y = T(y, \theta), \qquad \partial y = (I - \partial_y T)^{-1} \,
+        \partial_\theta T \; \partial\theta
 
-    As `root`, with iteration in place of Newton's method: no linear system is solved on the way to the solution, and one for each derivative.
-    For a mapping that is a contraction near its fixed point; accelerated, others often converge, too.
+    As `root`, with iteration in place of Newton's method: no linear system is solved on the way to
+    the solution, and one for each derivative. For a mapping that is a contraction near its fixed
+    point; accelerated, others often converge, too.
 
     Args:
       mapping: pure function ``(inner, *args) -> inner``.
       maxiter: the most applications of the mapping.
-      tol: end at ``‖T(y) − y‖ ≤ tol ‖y‖``; with a contraction by q the error is at most ``q / (1 − q)`` times that. Default: 100 rounding units.
+      tol: end at ``‖T(y) − y‖ ≤ tol ‖y‖``; with a contraction by q the error is at most ``q / (1 −
+        q)`` times that. Default: 100 rounding units.
       memory: steps that Anderson's acceleration looks back on; 0 for plain iteration.
       linear_solver: as for `root`; ``linear.neumann(terms, step=1.0)`` is the classical iteration.
       max_residual: as for `root`.
@@ -129,20 +145,36 @@ def fixed_point(
       >>> round(float(z), 4), bool(abs(dz - z * (1 - z**2) / (1 - 0.5 * (1 - z**2))) < 1e-5)
       (0.6879, True)
 
-    Source: Bai, Kolter and Koltun, "Deep equilibrium models" (NeurIPS 2019); Walker and Ni, "Anderson acceleration for fixed-point iterations"
-    (SIAM J. Numer. Anal. 2011).
+    Source: Bai, Kolter and Koltun, "Deep equilibrium models" (NeurIPS 2019); Walker and Ni,
+    "Anderson acceleration for fixed-point iterations" (SIAM J. Numer. Anal. 2011).
     """
     settings = _settings(mapping, "mapping", tol, linear_solver, max_residual, strict)
     maxiter, memory = numbers.count(maxiter, "maxiter"), numbers.count(memory, "memory", least=0)
     traceable, linear, tol, strict = settings
-    return Root("fixed_point", traceable, Bound("anderson", _anderson, maxiter=maxiter, memory=memory), _left, linear, tol, strict)
+    return Root(
+        "fixed_point",
+        traceable,
+        Bound("anderson", _anderson, maxiter=maxiter, memory=memory),
+        _left,
+        linear,
+        tol,
+        strict,
+    )
 
 
-def _settings(fn: Callable[..., Any], name: str, tol: Any, linear_solver: Any, max_residual: Any, strict: Any) -> tuple[Any, ...]:
+def _settings(
+    fn: Callable[..., Any], name: str, tol: Any, linear_solver: Any, max_residual: Any, strict: Any
+) -> tuple[Any, ...]:
     if not callable(fn):
-        raise TypeError(f"{name}: got {numbers.shown(fn)}; expected a function (inner, *args) -> a pytree like inner.")
+        raise TypeError(
+            f"{name}: got {numbers.shown(fn)}; expected a function (inner, *args) -> a pytree like "
+            "inner."
+        )
     if not (linear_solver is None or callable(linear_solver)):
-        raise TypeError(f"linear_solver: got {numbers.shown(linear_solver)}; expected (matvec, b, x0) -> (x, info). Try linear.gmres().")
+        raise TypeError(
+            f"linear_solver: got {numbers.shown(linear_solver)}; expected (matvec, b, x0) -> (x, "
+            "info). Try linear.gmres()."
+        )
     tol = None if tol is None else numbers.positive(tol, "tol", example=1e-6)
     linear = _Linear(linear_solver, numbers.positive(max_residual, "max_residual", infinite=True))
     return _Equations(fn, linear_solver, name), linear, tol, numbers.flag(strict, "strict")
@@ -157,11 +189,21 @@ class _Equations(Traceable):
         closed, params, outer, shapes = self.traced(inner, args)
         like = jax.eval_shape(lambda: tree.strong(inner))
         same = jax.tree.structure(shapes) == jax.tree.structure(like)
-        if not same or [a.shape for a in jax.tree.leaves(shapes)] != [a.shape for a in jax.tree.leaves(like)]:
-            got, expected = (jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", t) for t in (shapes, like))
-            raise ValueError(f"{self._argument}: {self.name} returned {got}; expected {expected}, what inner_init is. Try one equation an unknown.")
+        if not same or [a.shape for a in jax.tree.leaves(shapes)] != [
+            a.shape for a in jax.tree.leaves(like)
+        ]:
+            got, expected = (
+                jax.tree.map(lambda a: f"{a.dtype}{list(a.shape)}", t) for t in (shapes, like)
+            )
+            raise ValueError(
+                f"{self._argument}: {self.name} returned {got}; expected {expected}, what "
+                "inner_init is. Try one equation an unknown."
+            )
         if not jax.tree.leaves(params):
-            raise ValueError(f"inner_init: got {inner!r}, which has no floating-point leaf; expected something to solve for.")
+            raise ValueError(
+                f"inner_init: got {inner!r}, which has no floating-point leaf; expected something "
+                "to solve for."
+            )
         return Bound(self.name, _floats, jaxpr=closed.jaxpr), params, outer
 
 
@@ -173,14 +215,35 @@ def _floats(inner: PyTree, outer: Outer, *, jaxpr: Any) -> PyTree:
 
 
 def _at_floats(inner: PyTree, whole: PyTree) -> PyTree:
-    return jax.tree.map(lambda mine, new: None if mine is None else new, inner, whole, is_leaf=lambda leaf: leaf is None)
+    return jax.tree.map(
+        lambda mine, new: None if mine is None else new,
+        inner,
+        whole,
+        is_leaf=lambda leaf: leaf is None,
+    )
 
 
 class Root:
-    """What `root` and `fixed_point` return: call it for the solution, or `with_info` for the solution and how the solve ended."""
+    """What `root` and `fixed_point` return: call it for the solution, or `with_info` for the
+    solution and how the solve ended.
+    """
 
-    def __init__(self, kind: str, traceable: _Equations, solver: Bound, residual: Callable[..., Any], linear: _Linear, tol: Any, strict: bool):
-        self._kind, self._traceable, self._solver, self._residual = kind, traceable, solver, residual
+    def __init__(
+        self,
+        kind: str,
+        traceable: _Equations,
+        solver: Bound,
+        residual: Callable[..., Any],
+        linear: _Linear,
+        tol: Any,
+        strict: bool,
+    ):
+        self._kind, self._traceable, self._solver, self._residual = (
+            kind,
+            traceable,
+            solver,
+            residual,
+        )
         self._linear, self._tol, self._strict = linear, tol, strict
 
     def __repr__(self) -> str:
@@ -212,7 +275,9 @@ def _left(fn: Callable[..., Any], inner: PyTree, outer: Outer) -> PyTree:
     return tree.sub(inner, fn(inner, outer))
 
 
-def _newton(fn: Callable[..., Any], start: Any, outer: PyTree, linear: _Linear, tol: Any, *, maxiter: int) -> Reached:
+def _newton(
+    fn: Callable[..., Any], start: Any, outer: PyTree, linear: _Linear, tol: Any, *, maxiter: int
+) -> Reached:
     tol = 10 * numbers.rounding_unit(start) if tol is None else tol
 
     def solve(products, right):
@@ -222,14 +287,29 @@ def _newton(fn: Callable[..., Any], start: Any, outer: PyTree, linear: _Linear, 
     return newton(lambda y: fn(y, outer), start, solve, maxiter=maxiter, tol=tol)
 
 
-def _anderson(fn: Callable[..., Any], start: Any, outer: PyTree, linear: _Linear, tol: Any, *, maxiter: int, memory: Any) -> Reached:
+def _anderson(
+    fn: Callable[..., Any],
+    start: Any,
+    outer: PyTree,
+    linear: _Linear,
+    tol: Any,
+    *,
+    maxiter: int,
+    memory: Any,
+) -> Reached:
     unit = numbers.rounding_unit(start)
     tol = (2 if unit > 1e-4 else 100) * unit if tol is None else tol
     return anderson(lambda y: fn(y, outer), start, memory=memory, maxiter=maxiter, tol=tol)
 
 
 @partial(jax.jit, static_argnums=(0, 1))
-def _solved(static: Static, residual: Callable[..., Any], dynamic: tuple[Any, ...], inner: PyTree, outer: Outer) -> tuple[PyTree, RootInfo]:
+def _solved(
+    static: Static,
+    residual: Callable[..., Any],
+    dynamic: tuple[Any, ...],
+    inner: PyTree,
+    outer: Outer,
+) -> tuple[PyTree, RootInfo]:
     fn, solver, linear, tol = base.join(static, dynamic)
     start, given, tol = jax.tree.map(constant, (inner, outer, tol))
     reached = lax.stop_gradient(solver(fn, start, given, linear, tol))
@@ -247,13 +327,21 @@ class _Linear(NamedTuple):
 
 
 @partial(jax.custom_jvp, nondiff_argnums=(0, 1))
-def _solution(static: Static, residual: Callable[..., Any], dynamic: tuple[Any, ...], inner: PyTree, outer: Outer) -> PyTree:
+def _solution(
+    static: Static,
+    residual: Callable[..., Any],
+    dynamic: tuple[Any, ...],
+    inner: PyTree,
+    outer: Outer,
+) -> PyTree:
     return inner
 
 
 def _solution_jvp(static: Static, residual: Callable[..., Any], primals: Any, tangents: Any) -> Any:
     dynamic, inner, outer = primals
-    inner = _solution(static, residual, dynamic, inner, outer)  # through the rule again: derivatives of the derivative move the point, too
+    inner = _solution(
+        static, residual, dynamic, inner, outer
+    )  # through the rule again: derivatives of the derivative move the point, too
     fn, linear = base.join(static, dynamic)
     operands, treedef = jax.tree.flatten(outer)
     moves = jax.tree.leaves(tangents[2], is_leaf=is_zero)
@@ -274,7 +362,11 @@ def _solution_jvp(static: Static, residual: Callable[..., Any], primals: Any, ta
     # Linear already: linearized again, what the matrix does not need of it is dead code.
     _, by_inner = jax.linearize(lambda v: products(v, held), still)
     solve = partial(_linear_solve, linear)
-    return inner, together(lax.custom_linear_solve(lambda v: together(by_inner(v)), together(right), solve, transpose_solve=solve))
+    return inner, together(
+        lax.custom_linear_solve(
+            lambda v: together(by_inner(v)), together(right), solve, transpose_solve=solve
+        )
+    )
 
 
 _solution.defjvp(_solution_jvp, symbolic_zeros=True)
@@ -284,11 +376,19 @@ def _default(linear: _Linear, b: PyTree) -> Any:
     if linear.solver is not None:
         return linear.solver
     unit = numbers.rounding_unit(b)
-    return lu() if tree.size(b) <= _FEW else gmres(maxiter=1000, tol=unit / 2 if unit > 1e-4 else 100 * unit, restart=50)
+    return (
+        lu()
+        if tree.size(b) <= _FEW
+        else gmres(maxiter=1000, tol=unit / 2 if unit > 1e-4 else 100 * unit, restart=50)
+    )
 
 
 def _linear_solve(linear: _Linear, matvec: Callable[[PyTree], PyTree], b: PyTree) -> Any:
     unit = numbers.rounding_unit(b)
     x, info = _default(linear, b)(matvec, b, tree.zeros_like(b))
-    bound = jnp.maximum(linear.max_residual, min(20 * unit, 0.2)) if unit > 1e-4 else linear.max_residual
+    bound = (
+        jnp.maximum(linear.max_residual, min(20 * unit, 0.2))
+        if unit > 1e-4
+        else linear.max_residual
+    )
     return tree.nan_where(~(info.residual <= bound), x)

@@ -1,4 +1,6 @@
-"""For a method of your own: a problem with an exact answer, and the checks that every method of the library passes."""
+"""For a method of your own: a problem with an exact answer, and the checks that every method of the
+library passes.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,8 @@ from bilevax.results import RESULTS
 
 
 class Quadratic(NamedTuple):
-    """``g = ½y'Ay + x'Cy + a'y`` and ``f = ½y'Fy + ½x'x``, with ``y*(x) = −A⁻¹(a + C'x)``; the inner parameters are a dict of two leaves.
+    """``g = ½y'Ay + x'Cy + a'y`` and ``f = ½y'Fy + ½x'x``, with ``y*(x) = −A⁻¹(a + C'x)``; the
+    inner parameters are a dict of two leaves.
 
     Attributes:
       inner_objective, outer_objective: functions of ``(inner_params, outer_params, batch)``.
@@ -39,7 +42,14 @@ class Quadratic(NamedTuple):
     largest: float
 
 
-def quadratic(key: Key, *, inner_size: int = 6, outer_size: int = 4, condition: float = 3.0, dtype: Any = float) -> Quadratic:
+def quadratic(
+    key: Key,
+    *,
+    inner_size: int = 6,
+    outer_size: int = 4,
+    condition: float = 3.0,
+    dtype: Any = float,
+) -> Quadratic:
     """A random quadratic bilevel problem whose hypergradient is known.
 
     Args:
@@ -59,7 +69,10 @@ def quadratic(key: Key, *, inner_size: int = 6, outer_size: int = 4, condition: 
       >>> import jax, bilevax as bx
       >>> problem = bx.testing.quadratic(jax.random.key(0))
       >>> bx.value_and_hypergrad(
-      ...     problem.inner_objective, problem.outer_objective, solver=bx.inner.lbfgs(tol=1e-5), hypergradient=bx.hypergradient.implicit()
+      ...     problem.inner_objective,
+      ...     problem.outer_objective,
+      ...     solver=bx.inner.lbfgs(tol=1e-5),
+      ...     hypergradient=bx.hypergradient.implicit(),
       ... )(problem.inner_params, problem.outer_params).grad.shape
       (4,)
     """
@@ -73,7 +86,9 @@ def quadratic(key: Key, *, inner_size: int = 6, outer_size: int = 4, condition: 
     hessian = (basis * jnp.linspace(1, condition, inner_size, dtype=basis.dtype)[None, :]) @ basis.T
     cross = jax.random.normal(keys[1], (outer_size, inner_size), dtype)
     linear = jax.random.normal(keys[2], (inner_size,), dtype)
-    root = jax.random.normal(keys[3], (inner_size, inner_size), dtype) / jnp.asarray(inner_size**0.5, dtype)
+    root = jax.random.normal(keys[3], (inner_size, inner_size), dtype) / jnp.asarray(
+        inner_size**0.5, dtype
+    )
     weight = root @ root.T
     head = inner_size // 2
 
@@ -99,15 +114,28 @@ def quadratic(key: Key, *, inner_size: int = 6, outer_size: int = 4, condition: 
 
     start = parts(jax.random.normal(keys[4], (inner_size,), dtype))
     return Quadratic(
-        inner_objective, outer_objective, start, jax.random.normal(keys[5], (outer_size,), dtype), solution, hypergradient, float(condition)
+        inner_objective,
+        outer_objective,
+        start,
+        jax.random.normal(keys[5], (outer_size,), dtype),
+        solution,
+        hypergradient,
+        float(condition),
     )
 
 
-def check_method(method: Hypergradient, solver: InnerSolver | None = None, *, exact: bool = True, rtol: float = 1e-3) -> None:
+def check_method(
+    method: Hypergradient,
+    solver: InnerSolver | None = None,
+    *,
+    exact: bool = True,
+    rtol: float = 1e-3,
+) -> None:
     """What is asked of every hypergradient method, asked of yours.
 
-    On a `quadratic`: the shapes, dtypes and structure of what it returns; `jax.jit` and `jax.vmap`; that a second call with other values does
-    not trace again; that an outer objective without inner parameters gives its own gradient; and, if `exact`, the hypergradient itself.
+    On a `quadratic`: the shapes, dtypes and structure of what it returns; `jax.jit` and `jax.vmap`;
+    that a second call with other values does not trace again; that an outer objective without inner
+    parameters gives its own gradient; and, if `exact`, the hypergradient itself.
 
     Args:
       method: a `Hypergradient`.
@@ -139,22 +167,45 @@ def check_method(method: Hypergradient, solver: InnerSolver | None = None, *, ex
     found = jitted(y, x)
     before = traces
     again = jitted(y, x + 1)
-    _require(traces == before, "a second call with other values traced the objective again: is a number of it static, or a new function each time?")
-    _require(jax.tree.structure(found.grad) == jax.tree.structure(x), "the gradient has another structure than the outer parameters")
-    _require(found.grad.shape == x.shape and found.grad.dtype == x.dtype, f"the gradient is {found.grad.dtype}{list(found.grad.shape)}")
+    _require(
+        traces == before,
+        "a second call with other values traced the objective again: is a number of it static, or "
+        "a new function each time?",
+    )
+    _require(
+        jax.tree.structure(found.grad) == jax.tree.structure(x),
+        "the gradient has another structure than the outer parameters",
+    )
+    _require(
+        found.grad.shape == x.shape and found.grad.dtype == x.dtype,
+        f"the gradient is {found.grad.dtype}{list(found.grad.shape)}",
+    )
     _require("code" in found.info, "info has no 'code'")
     _require(
-        not RESULTS(int(found.info["code"])).failed, f"the method reports {RESULTS(int(found.info['code'])).name} on a well-conditioned quadratic"
+        not RESULTS(int(found.info["code"])).failed,
+        f"the method reports {RESULTS(int(found.info['code'])).name} on a well-conditioned "
+        "quadratic",
     )
     for name, value in found.info.items():
-        _require(jnp.ndim(value) == 0, f"info[{name!r}] is no scalar, and the history has a column for each")
+        _require(
+            jnp.ndim(value) == 0,
+            f"info[{name!r}] is no scalar, and the history has a column for each",
+        )
 
     stacked = jax.vmap(lambda x: fn(y, x).grad)(jnp.stack([x, x + 1]))
     for one, single in zip(stacked, (found.grad, again.grad), strict=True):
         _require(_error(one, single) < rtol, "vmap and a loop differ")
 
-    plain = value_and_hypergrad(problem.inner_objective, lambda y, x, batch: jnp.sum(x**2), solver=solver, hypergradient=method)
-    _require(_error(jax.jit(plain)(y, x).grad, 2 * x) < rtol, "where the outer objective reads no inner parameter, the gradient is not its own")
+    plain = value_and_hypergrad(
+        problem.inner_objective,
+        lambda y, x, batch: jnp.sum(x**2),
+        solver=solver,
+        hypergradient=method,
+    )
+    _require(
+        _error(jax.jit(plain)(y, x).grad, 2 * x) < rtol,
+        "where the outer objective reads no inner parameter, the gradient is not its own",
+    )
     if exact:
         for at, got in ((x, found.grad), (x + 1, again.grad)):
             error = _error(got, problem.hypergradient(at))

@@ -1,6 +1,7 @@
 """Algebra on pytrees of arrays: the vectors of every solver here.
 
-Inner products are leafwise ``sum(a * b)``: unlike ``jnp.vdot`` they never reshape, so they keep any sharding of the leaves.
+Inner products are leafwise ``sum(a * b)``: unlike ``jnp.vdot`` they never reshape, so they keep any
+sharding of the leaves.
 """
 
 from __future__ import annotations
@@ -18,12 +19,16 @@ if TYPE_CHECKING:
 
 
 def accumulator(*leaves: Any) -> jnp.dtype:
-    """The dtype that sums over these leaves are taken in: their own, and float32 for the half precisions."""
+    """The dtype that sums over these leaves are taken in: their own, and float32 for the half
+    precisions.
+    """
     return reduce(_wider, (jnp.result_type(u) for u in leaves), jnp.dtype(jnp.float32))
 
 
 def _wider(a: Any, b: PyTree) -> jnp.dtype:
-    """The dtype that holds both; numpy's rule, since jnp's refuses two dtypes under strict promotion."""
+    """The dtype that holds both; numpy's rule, since jnp's refuses two dtypes under strict
+    promotion.
+    """
     return np.promote_types(a, b)
 
 
@@ -44,14 +49,23 @@ def dot(a: PyTree, b: PyTree) -> jax.Array:
 
 def norm(a: PyTree) -> jax.Array:
     """Euclidean norm over all leaves, also where squares would leave the numbers of the dtype."""
-    leaves = [jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf for leaf in jax.tree.leaves(a) if jnp.size(leaf)]
+    leaves = [
+        jnp.abs(leaf) if jnp.iscomplexobj(leaf) else leaf
+        for leaf in jax.tree.leaves(a)
+        if jnp.size(leaf)
+    ]
     if not leaves:
         return jnp.sqrt(dot(a, a))
     dtype = accumulator(*leaves)
-    largest = reduce(jnp.maximum, (jnp.max(jnp.abs(lax.stop_gradient(leaf))).astype(dtype) for leaf in leaves))
-    # A power of two, so that nothing is rounded; one wherever squares do no harm, and where there is nothing to save.
+    largest = reduce(
+        jnp.maximum, (jnp.max(jnp.abs(lax.stop_gradient(leaf))).astype(dtype) for leaf in leaves)
+    )
+    # A power of two, so that nothing is rounded; one wherever squares do no harm, and where there
+    # is nothing to save.
     reach = 2.0 ** (3 * int(jnp.finfo(dtype).maxexp) // 8)
-    unit = jnp.where(largest > reach, reach**-1, jnp.where((largest < 1 / reach) & (largest > 0), reach, 1.0)).astype(dtype)
+    unit = jnp.where(
+        largest > reach, reach**-1, jnp.where((largest < 1 / reach) & (largest > 0), reach, 1.0)
+    ).astype(dtype)
     scaled = jax.tree.map(lambda leaf: leaf.astype(dtype) * unit, leaves)
     return jnp.sqrt(dot(scaled, scaled)) / unit
 
@@ -76,7 +90,9 @@ def scale(s: Any, a: PyTree) -> PyTree:
 
     def leaf(u):
         dtype = accumulator(u)
-        return (jnp.asarray(s, dtype) * u.astype(dtype)).astype(u.dtype)  # a scalar from a wider leaf must not promote this one
+        return (jnp.asarray(s, dtype) * u.astype(dtype)).astype(
+            u.dtype
+        )  # a scalar from a wider leaf must not promote this one
 
     return jax.tree.map(leaf, a)
 
@@ -121,16 +137,21 @@ def where(condition: Any, a: PyTree, b: PyTree) -> PyTree:
 def nan_where(condition: Any, a: PyTree) -> PyTree:
     """NaN in the floating-point leaves of ``a`` if ``condition`` (a scalar), else ``a``.
 
-    One program, so that eager code that looks for NaN after each operation meets none where there is none.
+    One program, so that eager code that looks for NaN after each operation meets none where there
+    is none.
     """
-    return jax.tree.map(lambda u: jnp.where(condition, jnp.asarray(jnp.nan, u.dtype), u) if is_float(u) else u, a)
+    return jax.tree.map(
+        lambda u: jnp.where(condition, jnp.asarray(jnp.nan, u.dtype), u) if is_float(u) else u, a
+    )
 
 
 def normal_like(key: jax.Array, a: PyTree) -> PyTree:
     """A standard normal draw with the structure, shapes and dtypes of ``a``."""
     leaves, treedef = jax.tree.flatten(a)
     keys = jax.random.split(key, max(len(leaves), 1))
-    return treedef.unflatten([jax.random.normal(k, u.shape, u.dtype) for k, u in zip(keys, leaves, strict=False)])
+    return treedef.unflatten(
+        [jax.random.normal(k, u.shape, u.dtype) for k, u in zip(keys, leaves, strict=False)]
+    )
 
 
 def size(a: PyTree) -> int:
@@ -139,7 +160,9 @@ def size(a: PyTree) -> int:
 
 
 def is_float(leaf: Any) -> bool:
-    """Whether a leaf is a real floating-point array or number: what gradients are taken with respect to."""
+    """Whether a leaf is a real floating-point array or number: what gradients are taken with
+    respect to.
+    """
     return jnp.issubdtype(jnp.result_type(leaf), jnp.floating)
 
 
@@ -150,10 +173,12 @@ def all_finite(a: PyTree) -> jax.Array:
 
 
 def agreed(flag: jax.Array, like: jax.Array) -> jax.Array:
-    """A flag that holds only where it holds on every device, over the named axes along which it differs by device and ``like`` does not.
+    """A flag that holds only where it holds on every device, over the named axes along which it
+    differs by device and ``like`` does not.
 
-    For batches of ``jax.shard_map`` with ``check_vma``, which are each device's own: what is concluded from them must not be. Where ``like`` differs
-    too, devices go their own ways, and none may wait for another.
+    For batches of ``jax.shard_map`` with ``check_vma``, which are each device's own: what is
+    concluded from them must not be. Where ``like`` differs too, devices go their own ways, and none
+    may wait for another.
     """
     axes = _differing(flag) - _differing(like)
     return lax.pmin(flag.astype(jnp.int32), tuple(sorted(axes))) > 0 if axes else flag
@@ -165,7 +190,9 @@ def _differing(value: Any) -> frozenset[Any]:
 
 def partition(a: PyTree) -> tuple[PyTree, PyTree]:
     """Split into the floating-point leaves and the others, each with None in the other's places."""
-    return jax.tree.map(lambda u: u if is_float(u) else None, a), jax.tree.map(lambda u: None if is_float(u) else u, a)
+    return jax.tree.map(lambda u: u if is_float(u) else None, a), jax.tree.map(
+        lambda u: None if is_float(u) else u, a
+    )
 
 
 def combine(a: PyTree, b: PyTree) -> PyTree:
@@ -174,17 +201,25 @@ def combine(a: PyTree, b: PyTree) -> PyTree:
 
 
 def strong(a: PyTree) -> PyTree:
-    """Arrays in place of Python and numpy numbers, weak types stripped, so that ``f(0.1)`` and a float32 share one trace."""
+    """Arrays in place of Python and numpy numbers, weak types stripped, so that ``f(0.1)`` and a
+    float32 share one trace.
+    """
 
     def leaf(u):
         u = jnp.asarray(u)
-        return u if jnp.issubdtype(u.dtype, jax.dtypes.extended) else lax.convert_element_type(u, u.dtype)
+        return (
+            u
+            if jnp.issubdtype(u.dtype, jax.dtypes.extended)
+            else lax.convert_element_type(u, u.dtype)
+        )
 
     return jax.tree.map(leaf, a)
 
 
 def copy(a: PyTree) -> PyTree:
-    """Fresh buffers with the same values and shardings: what is donated later must not be the caller's."""
+    """Fresh buffers with the same values and shardings: what is donated later must not be the
+    caller's.
+    """
     return jax.tree.map(jnp.copy, strong(a))
 
 

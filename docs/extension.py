@@ -1,4 +1,5 @@
-"""What the pages hold beyond their own words: formulas as MathML, which browsers show by themselves, and what is written from the sources."""
+"""What the pages hold beyond their own words: formulas as MathML, which browsers show by
+themselves, and what is written from the sources."""
 
 import ast
 import html
@@ -17,15 +18,22 @@ from markdown.preprocessors import Preprocessor
 from markdown.treeprocessors import Treeprocessor
 
 ROOT = Path(__file__).resolve().parent.parent
-_MATH = re.compile(r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL)
-_MARKER = re.compile(r"<!-- (?P<what>results|api|table|code|levels|recipes):? ?(?P<name>[^>]*?) ?-->")
+_MATH = re.compile(
+    r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
+)
+_MARKER = re.compile(
+    r"<!-- (?P<what>results|api|table|code|levels|recipes):? ?(?P<name>[^>]*?) ?-->"
+)
 
 
 def results(_: str) -> str:
     """A heading for each code, with its advice."""
     from bilevax import RESULTS
 
-    return "\n\n".join(f"### `{code.name}` ({int(code)}{', a failure' if code.failed else ''})\n\n{code.message}" for code in RESULTS)
+    return "\n\n".join(
+        f"### `{code.name}` ({int(code)}{', a failure' if code.failed else ''})\n\n{code.message}"
+        for code in RESULTS
+    )
 
 
 # ---- pages of the API: what `__all__` names, and nothing else
@@ -40,7 +48,9 @@ def api(space: str) -> str:
     for name in names:
         path = _path(getattr(module, name), f"{module.__name__}.{name}")
         rows.append(f"| [`{name}`][{path}] | {_first_line(getattr(module, name))} |")
-        entries.append(f"::: {path}\n    options:\n      heading: {prefix}{name}\n      toc_label: {name}")
+        entries.append(
+            f"::: {path}\n    options:\n      heading: {prefix}{name}\n      toc_label: {name}"
+        )
     return "\n".join(rows) + "\n\n" + "\n\n".join(entries)
 
 
@@ -54,14 +64,19 @@ def _path(value: object, public: str) -> str:
 def _first_line(value: object) -> str:
     if not (inspect.isfunction(value) or inspect.isclass(value)):
         return ""
-    return " ".join((value.__doc__ or "").split("\n\n")[0].split()).replace("``", "`").replace("|", "\\|")
+    return (
+        " ".join((value.__doc__ or "").split("\n\n")[0].split())
+        .replace("``", "`")
+        .replace("|", "\\|")
+    )
 
 
 # ---- examples: their code, their levels, what they measured
 
 
 def code(name: str) -> str:
-    """Functions of an example, ``quickstart inner outer``, as they stand in its file, and what is given a name there."""
+    """Functions of an example, ``quickstart inner outer``, as they stand in its file, and what is
+    given a name there."""
     script, *wanted = name.split()
     text = (ROOT / "examples" / f"{script}.py").read_text()
     found = {}
@@ -74,21 +89,32 @@ def code(name: str) -> str:
 
 
 def levels(name: str) -> str:
-    """A drawing of the levels, lowest first, ``model: weighted examples | weights: clean examples``: who is solved for whom."""
+    """A drawing of the levels, lowest first, ``model: weighted examples | weights: clean
+    examples``: who is solved for whom."""
     parts = [part.strip().partition(": ") for part in name.split("|")]
     height, out = 78, []
     for i, (called, _, judged) in enumerate(reversed(parts)):
         y = 4 + i * height
         out.append(f'<rect x="4" y="{y}" width="332" height="46" rx="8"/>')
-        out.append(f'<text x="170" y="{y + 19}" class="name">{html.escape(called)}</text><text x="170" y="{y + 36}">{html.escape(judged)}</text>')
+        out.append(
+            f'<text x="170" y="{y + 19}" class="name">{html.escape(called)}</text><text x="170" '
+            f'y="{y + 36}">{html.escape(judged)}</text>'
+        )
         if i + 1 < len(parts):
-            out.append(f'<path d="M120 {y + 48} v26 m-4 -7 l4 7 l4 -7"/><text x="110" y="{y + 66}" class="left">decides</text>')
             out.append(
-                f'<path d="M220 {y + 74} v-26 m-4 7 l4 -7 l4 7" class="back"/><text x="230" y="{y + 66}" class="right">is differentiated</text>'
+                f'<path d="M120 {y + 48} v26 m-4 -7 l4 7 l4 -7"/><text x="110" y="{y + 66}" '
+                'class="left">decides</text>'
+            )
+            out.append(
+                f'<path d="M220 {y + 74} v-26 m-4 7 l4 -7 l4 7" class="back"/><text x="230" '
+                f'y="{y + 66}" class="right">is differentiated</text>'
             )
     size = 12 + (len(parts) - 1) * height + 46
     label = html.escape(", ".join(called for called, _, _ in parts))
-    return f'<svg class="levels" viewBox="0 0 340 {size}" role="img" aria-label="Levels, lowest first: {label}">{"".join(out)}</svg>'
+    return (
+        f'<svg class="levels" viewBox="0 0 340 {size}" role="img" aria-label="Levels, lowest '
+        f'first: {label}">{"".join(out)}</svg>'
+    )
 
 
 def recipes(_: str) -> str:
@@ -102,9 +128,18 @@ def recipes(_: str) -> str:
         doc = ast.get_docstring(tree) or ""
         if "python examples/" not in doc:
             continue  # what they share
-        body = [node for node in tree.body[1:] if not isinstance(node, (ast.Import, ast.ImportFrom, ast.If))]
+        body = [
+            node
+            for node in tree.body[1:]
+            if not isinstance(node, (ast.Import, ast.ImportFrom, ast.If))
+        ]
         shown = "\n".join(text.splitlines()[body[0].lineno - 1 : body[-1].end_lineno])
-        title = script.stem.replace("_", " ").capitalize().replace("Maml", "MAML").replace("Darts", "DARTS")
+        title = (
+            script.stem.replace("_", " ")
+            .capitalize()
+            .replace("Maml", "MAML")
+            .replace("Darts", "DARTS")
+        )
         about = doc.replace(f"`python examples/recipes/{script.name}`", "").strip()
         result = f"\n\nPrinted at the end: {printed[script.stem]}" if script.stem in printed else ""
         run = f"```bash\npython examples/recipes/{script.name}\n```"
@@ -112,30 +147,56 @@ def recipes(_: str) -> str:
     return "\n\n".join(sections)
 
 
-_COLUMNS = {"test": "test accuracy", "l2": "L2", "auc": "AUC", "step": "kept step", "held_out": "held-out loss", "rare": "accuracy on rare classes"}
+_COLUMNS = {
+    "test": "test accuracy",
+    "l2": "L2",
+    "auc": "AUC",
+    "step": "kept step",
+    "held_out": "held-out loss",
+    "rare": "accuracy on rare classes",
+}
 _COLUMNS_OF = {
     "denoising": {"test": "test PSNR, dB", "work": "gradients and products"},
     "nested_argmin": {"norm": "log10 of the gradient, over the first"},
     "no_tuning": {"value": "outer value", "relative": "gradient over the first"},
     "multihost": {"first": "first loss", "last": "last loss"},
 }
-_ROWS_OF = {"nested_argmin": "method", "no_tuning": "problem and algorithm", "multihost": "run", "data_pruning": "share of rows kept by"}
+_ROWS_OF = {
+    "nested_argmin": "method",
+    "no_tuning": "problem and algorithm",
+    "multihost": "run",
+    "data_pruning": "share of rows kept by",
+}
 
 
 def table(name: str) -> str:
-    """The table of an example's saved results: means over seeds and their standard errors, row by row."""
+    """The table of an example's saved results: means over seeds and their standard errors, row by
+    row."""
     saved = json.loads((ROOT / "docs" / "gallery" / f"{name}.json").read_text())
     found = saved["results"]
     named = _COLUMNS | _COLUMNS_OF.get(name, {})
-    nested = any(isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values()) for value in found.values())
+    nested = any(
+        isinstance(value, dict) and any(isinstance(inner, dict) for inner in value.values())
+        for value in found.values()
+    )
     out = []
     for title, rows in found.items() if nested else [("", found)]:
         columns = [
-            column for column in dict.fromkeys(c for row in rows.values() for c in row) if any(_cell(row.get(column)) for row in rows.values())
+            column
+            for column in dict.fromkeys(c for row in rows.values() for c in row)
+            if any(_cell(row.get(column)) for row in rows.values())
         ]
-        lines = [[_ROWS_OF.get(name, "row"), *(named.get(column, column) for column in columns)], ["---", *["---:"] * len(columns)]]
-        lines += [[row, *(_cell(cells.get(column)) for column in columns)] for row, cells in rows.items()]
-        out.append((f"**{title}**\n\n" if title else "") + "\n".join("| " + " | ".join(line) + " |" for line in lines))
+        lines = [
+            [_ROWS_OF.get(name, "row"), *(named.get(column, column) for column in columns)],
+            ["---", *["---:"] * len(columns)],
+        ]
+        lines += [
+            [row, *(_cell(cells.get(column)) for column in columns)] for row, cells in rows.items()
+        ]
+        out.append(
+            (f"**{title}**\n\n" if title else "")
+            + "\n".join("| " + " | ".join(line) + " |" for line in lines)
+        )
     run = saved["environment"]
     out.append(f"Means over seeds ± a standard error; {run['device']}, jax {run['jax']}.")
     return "\n\n".join(out)
@@ -161,8 +222,17 @@ class _Written(Preprocessor):
     """Markers such as ``<!-- api: linear -->``."""
 
     def run(self, lines: list[str]) -> list[str]:
-        writers = {"results": results, "api": api, "table": table, "code": code, "levels": levels, "recipes": recipes}
-        return _MARKER.sub(lambda found: writers[found["what"]](found["name"]), "\n".join(lines)).split("\n")
+        writers = {
+            "results": results,
+            "api": api,
+            "table": table,
+            "code": code,
+            "levels": levels,
+            "recipes": recipes,
+        }
+        return _MARKER.sub(
+            lambda found: writers[found["what"]](found["name"]), "\n".join(lines)
+        ).split("\n")
 
 
 class _Pictures(Treeprocessor):
@@ -183,7 +253,10 @@ class _Math(Postprocessor):
 
     def run(self, text: str) -> str:
         def mathml(found: re.Match) -> str:
-            return convert(html.unescape(found["tex"]).strip(), display="block" if found["tag"] == "div" else "inline")
+            return convert(
+                html.unescape(found["tex"]).strip(),
+                display="block" if found["tag"] == "div" else "inline",
+            )
 
         return _MATH.sub(mathml, text)
 

@@ -1,11 +1,13 @@
-"""Tutorials: sources in jupytext's percent format, from which pages and notebooks are made by running them.
+"""Tutorials: sources in jupytext's percent format, from which pages and notebooks are made by
+running them.
 
-    python docs/notebooks.py            # runs the quick ones; fails where a cell fails, writes nothing
-    python docs/notebooks.py --slow     # the slow ones, too
+    python docs/notebooks.py            # runs the quick ones; fails where a cell fails, writes
+    nothing python docs/notebooks.py --slow     # the slow ones, too
     python docs/notebooks.py --write    # runs them, and writes their pages, notebooks and pictures
     python docs/notebooks.py darts      # some of them, slow or not
 
-A source is a script, too: `python docs/tutorials/darts.py`. A first cell that is ``slow=true`` keeps it out of a quick run.
+A source is a script, too: `python docs/tutorials/darts.py`. A first cell that is ``slow=true``
+keeps it out of a quick run.
 """
 
 from __future__ import annotations
@@ -31,8 +33,10 @@ HOSTED = "https://colab.research.google.com/github/bilevax/bilevax/blob/main/doc
 # Text and lines of middle grey on nothing, which suit a light page and a dark one.
 GREY = "#808080"
 STYLE = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False, "svg.hashsalt": "bilevax",
-    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY, "ytick.color": GREY, "axes.titlecolor": GREY,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
+    "legend.frameon": False, "svg.hashsalt": "bilevax",
+    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY,
+    "ytick.color": GREY, "axes.titlecolor": GREY,
     "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
 }  # fmt: skip
 
@@ -54,7 +58,9 @@ class Output(NamedTuple):
 def cells(source: str) -> list[Cell]:
     """The cells of a script in percent format; comments of Markdown cells are their text."""
     found = []
-    for head, body in re.findall(r"^# %%([^\n]*)\n(.*?)(?=^# %%|\Z)", source, re.MULTILINE | re.DOTALL):
+    for head, body in re.findall(
+        r"^# %%([^\n]*)\n(.*?)(?=^# %%|\Z)", source, re.MULTILINE | re.DOTALL
+    ):
         code = "[markdown]" not in head
         text = body if code else re.sub(r"^# ?", "", body, flags=re.MULTILINE)
         found.append(Cell(code, text.strip("\n")))
@@ -82,7 +88,9 @@ def run(path: Path) -> list[Output | None]:
             with contextlib.redirect_stdout(out):
                 exec(compile(cell.text, f"{path.name}, cell {number}", "exec"), namespace)
             drawn = [number for number in plt.get_fignums() if number not in others]
-            outputs.append(Output(out.getvalue().rstrip(), [_svg(plt.figure(number)) for number in drawn]))
+            outputs.append(
+                Output(out.getvalue().rstrip(), [_svg(plt.figure(number)) for number in drawn])
+            )
             for number in drawn:
                 plt.close(number)
     return outputs
@@ -97,13 +105,18 @@ def _svg(figure: Any) -> str:
 def page(name: str, source: list[Cell], outputs: list[Output | None]) -> tuple[str, dict[str, str]]:
     """Markdown with what the cells printed, and the pictures by file name."""
     title, _, rest = source[0].text.partition("\n")
-    links = f"[Open in a hosted notebook]({HOSTED}{name}.ipynb) · the source is `docs/tutorials/{name}.py`, made into this page by running it."
+    links = (
+        f"[Open in a hosted notebook]({HOSTED}{name}.ipynb) · the source is "
+        f"`docs/tutorials/{name}.py`, made into this page by running it."
+    )
     parts, pictures = [title, links, rest.strip()], {}
     for cell, output in zip(source[1:], outputs[1:], strict=True):
         if not cell.code:
             parts.append(cell.text)
             continue
-        parts.append(f"```py\n{cell.text}\n```")  # py, not python: what runs these cells is this script
+        parts.append(
+            f"```py\n{cell.text}\n```"
+        )  # py, not python: what runs these cells is this script
         if output is not None and output.printed:
             parts.append(f"```text\n{output.printed}\n```")
         for picture in [] if output is None else output.pictures:
@@ -114,36 +127,67 @@ def page(name: str, source: list[Cell], outputs: list[Output | None]) -> tuple[s
 
 
 def notebook(source: list[Cell], outputs: list[Output | None]) -> str:
-    """The same as a notebook of nbformat 4, with an installing cell in front for hosts that have no bilevax."""
+    """The same as a notebook of nbformat 4, with an installing cell in front for hosts that have no
+    bilevax."""
     install = "%pip install -q bilevax scikit-learn matplotlib"
     made = [_code("install", install, None)]
     for number, (cell, output) in enumerate(zip(source, outputs, strict=True)):
         if cell.code:
             made.append(_code(f"c{number}", cell.text, output))
         else:
-            made.append({"cell_type": "markdown", "id": f"m{number}", "metadata": {}, "source": cell.text.splitlines(keepends=True)})
-    kernel = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}, "language_info": {"name": "python"}}
-    return json.dumps({"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5}, indent=1, ensure_ascii=False) + "\n"
+            made.append(
+                {
+                    "cell_type": "markdown",
+                    "id": f"m{number}",
+                    "metadata": {},
+                    "source": cell.text.splitlines(keepends=True),
+                }
+            )
+    kernel = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    return (
+        json.dumps(
+            {"cells": made, "metadata": kernel, "nbformat": 4, "nbformat_minor": 5},
+            indent=1,
+            ensure_ascii=False,
+        )
+        + "\n"
+    )
 
 
 def _code(name: str, text: str, output: Output | None) -> dict[str, Any]:
     shown: list[dict[str, Any]] = []
     if output is not None and output.printed:
-        shown.append({"output_type": "stream", "name": "stdout", "text": (output.printed + "\n").splitlines(keepends=True)})
+        shown.append(
+            {
+                "output_type": "stream",
+                "name": "stdout",
+                "text": (output.printed + "\n").splitlines(keepends=True),
+            }
+        )
     for picture in [] if output is None else output.pictures:
         data = {"image/svg+xml": picture.splitlines(keepends=True)}
         shown.append({"output_type": "display_data", "metadata": {}, "data": data})
     return {
-        "cell_type": "code", "id": name, "metadata": {}, "execution_count": None, "source": text.splitlines(keepends=True), "outputs": shown,
+        "cell_type": "code", "id": name, "metadata": {}, "execution_count": None,
+        "source": text.splitlines(keepends=True), "outputs": shown,
     }  # fmt: skip
 
 
 def main() -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("names", nargs="*", help="which (default: all quick ones)")
     parser.add_argument("--slow", action="store_true", help="the slow ones, too")
-    parser.add_argument("--write", action="store_true", help="write pages, notebooks and pictures beside the sources")
+    parser.add_argument(
+        "--write",
+        action="store_true",
+        help="write pages, notebooks and pictures beside the sources",
+    )
     args = parser.parse_args()
     sys.path.insert(0, str(FOLDER.parents[1]))
     for path in sorted(FOLDER.glob("*.py")):

@@ -1,7 +1,9 @@
-"""Lay a built site beside those of earlier versions, and write the list that the version menu reads.
+"""Lay a built site beside those of earlier versions, and write the list that the version menu
+reads.
 
-python docs/versions.py site pages 0.2      # copies site to pages/0.2 and pages/latest, and writes pages/versions.json
-python docs/versions.py site pages dev      # a version that is no number is never the latest
+python docs/versions.py site pages 0.2      # copies site to pages/0.2 and pages/latest, and writes
+pages/versions.json python docs/versions.py site pages dev      # a version that is no number is
+never the latest
 """
 
 import json
@@ -22,13 +24,18 @@ def _order(version: str) -> tuple:
 def deploy(site: Path, pages: Path, version: str) -> list[dict]:
     """Copy `site`, make the highest number the latest, list all; returns the list, newest first."""
     listed = pages / "versions.json"
-    known = {entry["version"] for entry in json.loads(listed.read_text())} if listed.exists() else set()
+    known = (
+        {entry["version"] for entry in json.loads(listed.read_text())} if listed.exists() else set()
+    )
     versions = sorted(known | {version}, key=_order)
     newest = versions[0]
     for name in [version, "latest"] if version == newest else [version]:
         shutil.rmtree(pages / name, ignore_errors=True)
         shutil.copytree(site, pages / name)
-    entries = [{"version": name, "title": name, "aliases": ["latest"] if name == newest else []} for name in versions]
+    entries = [
+        {"version": name, "title": name, "aliases": ["latest"] if name == newest else []}
+        for name in versions
+    ]
     listed.write_text(json.dumps(entries, indent=1) + "\n")
     (pages / "index.html").write_text(_HOME)
     (pages / ".nojekyll").touch()

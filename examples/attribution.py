@@ -94,7 +94,9 @@ def digits(seed, small):
         (jax.random.normal(second, (32, 10)) * 32**-0.5, jnp.zeros(10)),
     ]
     held = {"x": split.x_test[test], "y": split.y_test[test]}
-    return Problem(digit_losses, digit_losses, params, {"x": split.x_train[rows], "y": labels}, held, 50, wrong)
+    return Problem(
+        digit_losses, digit_losses, params, {"x": split.x_train[rows], "y": labels}, held, 50, wrong
+    )
 
 
 # ---- text
@@ -115,11 +117,20 @@ def judge(problem, steps, retrainings, seed):
     """Each method's influence, its datamodeling score, and how well weights of .9 are predicted."""
     count = len(jax.tree.leaves(problem.train)[0])
     rng = np.random.default_rng(100 + seed)
-    epochs = np.concatenate([rng.permutation(count)[: count // problem.batch * problem.batch] for _ in range(steps * problem.batch // count + 2)])
+    epochs = np.concatenate(
+        [
+            rng.permutation(count)[: count // problem.batch * problem.batch]
+            for _ in range(steps * problem.batch // count + 2)
+        ]
+    )
     order = epochs[: steps * problem.batch].reshape(steps, problem.batch)
     schedule = optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10 + 1, steps)
-    train = bx.attribution.training(problem.losses, optax.adam(schedule, eps_root=1e-6), problem.params, problem.train, order)
-    points = train.retrain(jnp.ones(count), checkpoints=np.linspace(steps // 5, steps, 5).astype(int))
+    train = bx.attribution.training(
+        problem.losses, optax.adam(schedule, eps_root=1e-6), problem.params, problem.train, order
+    )
+    points = train.retrain(
+        jnp.ones(count), checkpoints=np.linspace(steps // 5, steps, 5).astype(int)
+    )
     arguments = problem.losses, problem.measure
     found = {
         META: bx.attribution.metagradient(train, problem.measure, problem.test),
@@ -137,7 +148,9 @@ def judge(problem, steps, retrainings, seed):
     found[RANDOM] = jax.random.normal(jax.random.key(seed), found[META].scores.shape)
     measure = jax.jit(jax.vmap(problem.measure, (0, None)))
     retrain = lambda weights: measure(train.retrain(weights), problem.test)
-    judged = bx.attribution.linear_datamodeling_score(found, retrain, jax.random.key(7 + seed), subsets=retrainings, fraction=FRACTION)
+    judged = bx.attribution.linear_datamodeling_score(
+        found, retrain, jax.random.key(7 + seed), subsets=retrainings, fraction=FRACTION
+    )
     weights = jnp.asarray(1 - 0.1 * judged[META].removed[:16], jnp.float32)
     changes = np.asarray(retrain(weights)) - np.asarray(found[META].value)
     predicted = 0.1 * judged[META].predicted[:16]
@@ -149,13 +162,20 @@ def mislabelled(found, wrong):
     """Area under the curve of wrong labels against right ones by influence on the mean query."""
     from sklearn.metrics import roc_auc_score
 
-    return {name: float(roc_auc_score(wrong, np.mean(np.asarray(getattr(f, "scores", f)), 0))) for name, f in found.items()}
+    return {
+        name: float(roc_auc_score(wrong, np.mean(np.asarray(getattr(f, "scores", f)), 0)))
+        for name, f in found.items()
+    }
 
 
 def draw(path, problem, found, rows, name, judged):
     with report.figure(path, 3) as (_, (left, middle, right)):
-        report.bars(left, rows["text"], "datamodeling score", COLORS, "datamodeling score, character model")
-        report.bars(middle, rows["digits"], "datamodeling score", COLORS, "datamodeling score, digits")
+        report.bars(
+            left, rows["text"], "datamodeling score", COLORS, "datamodeling score, character model"
+        )
+        report.bars(
+            middle, rows["digits"], "datamodeling score", COLORS, "datamodeling score, digits"
+        )
         one = judged[META]
         right.plot(
             one.predicted.ravel(),
@@ -178,7 +198,9 @@ def draw(path, problem, found, rows, name, judged):
     ):
         pictures = [(problem.test["x"][query], f"query: {problem.test['y'][query]}")]
         pictures += [(problem.train["x"][i], f"helps: {problem.train['y'][i]}") for i in shown[:4]]
-        pictures += [(problem.train["x"][i], f"harms: {problem.train['y'][i]}") for i in shown[::-1][:4]]
+        pictures += [
+            (problem.train["x"][i], f"harms: {problem.train['y'][i]}") for i in shown[::-1][:4]
+        ]
         for ax, (image, title) in zip(axes, pictures, strict=True):
             ax.imshow(np.asarray(image).reshape(28, 28), cmap="gray_r")
             ax.set_title(title, fontsize=9)
@@ -196,7 +218,10 @@ def main(argv=None):
     args = report.parse(parser, argv)
     begin = time.perf_counter()
     names = (META, IMPLICIT, TRACIN, SIMILARITY, RANDOM)
-    rows = {task: {name: {"datamodeling score": [], "standard error": []} for name in names} for task in ("text", "digits")}
+    rows = {
+        task: {name: {"datamodeling score": [], "standard error": []} for name in names}
+        for task in ("text", "digits")
+    }
     errors, areas = {"text": [], "digits": []}, []
     for seed in range(args.seeds):
         for task, make in (("text", text), ("digits", digits)):
@@ -214,9 +239,14 @@ def main(argv=None):
     }
     for task in rows:
         print(f"{task}\n\n{report.table(rows[task], columns)}\n")
-        print(f"Weights of .9 in place of 1: the metagradient's prediction is off by {np.mean(errors[task]):.1%}.\n")
+        print(
+            "Weights of .9 in place of 1: the metagradient's prediction is off by "
+            f"{np.mean(errors[task]):.1%}.\n"
+        )
     for name in names:
-        print(f"wrong labels by {name}: area under the curve {np.mean([a[name] for a in areas]):.3f}")
+        print(
+            f"wrong labels by {name}: area under the curve {np.mean([a[name] for a in areas]):.3f}"
+        )
     draw(args.out / "attribution.png", problem, found, rows, "digits", judged)
     settings = dict(vars(args), fraction=FRACTION, damping=DAMPING, wrong=WRONG)
     report.save(args.out / "attribution.json", settings, rows, seconds, errors=errors, areas=areas)

@@ -26,10 +26,14 @@ def losses(params, tokens):
         parts = (norm(x) @ layer["qkv"]).reshape(*x.shape[:2], 3, HEADS, WIDTH // HEADS)
         query, key, value = (parts[:, :, i] for i in range(3))
         weights = jnp.einsum("bihd,bjhd->bhij", query, key) * (WIDTH // HEADS) ** -0.5
-        mixed = jnp.einsum("bhij,bjhd->bihd", jax.nn.softmax(jnp.where(mask, weights, -1e9), -1), value)
+        mixed = jnp.einsum(
+            "bhij,bjhd->bihd", jax.nn.softmax(jnp.where(mask, weights, -1e9), -1), value
+        )
         x = x + mixed.reshape(x.shape) @ layer["out"]
         x = x + jax.nn.gelu(norm(x) @ layer["up"]) @ layer["down"]
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(norm(x) @ params["head"], tokens[:, 1:]), -1)
+    return jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(norm(x) @ params["head"], tokens[:, 1:]), -1
+    )
 
 
 def transformer(key, symbols):
@@ -61,7 +65,8 @@ def alphabet():
 
 
 def pieces(kind, count, seed, skip=0):
-    """The alphabet, and `count` random pieces of one kind of text as codes ``[count, LENGTH + 1]``."""
+    """The alphabet, and `count` random pieces of one kind of text as codes ``[count, LENGTH +
+    1]``."""
     symbols = alphabet()
     codes = {character: code for code, character in enumerate(symbols)}
     text = texts()[kind][skip : skip + 200_000]

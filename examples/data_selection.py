@@ -66,7 +66,9 @@ def problem(seed, small):
     _, test = characters.pieces("plays", 64 if small else 512, seed, skip=400_000)
     _, code = characters.pieces("code", count // 6, seed)
     rng, rest = np.random.default_rng(seed), count // 2 - 2 * (count // 6)
-    shuffled = rng.permuted(characters.pieces("plays", count // 6, seed + 1, skip=700_000)[1], axis=1)
+    shuffled = rng.permuted(
+        characters.pieces("plays", count // 6, seed + 1, skip=700_000)[1], axis=1
+    )
     repeated = characters.pieces("plays", 4, seed + 2, skip=700_000)[1][rng.integers(0, 4, rest)]
     train = np.concatenate([good[64:], shuffled, code, repeated])
     kinds = np.repeat([0, 1, 2, 3], [count // 2, count // 6, count // 6, rest])
@@ -87,12 +89,16 @@ def measure(params, tokens):
 
 @functools.cache  # the same object for the same training, which is then compiled once
 def optimizer(steps):
-    return optax.adam(optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10 + 1, steps), eps_root=1e-6)
+    return optax.adam(
+        optax.warmup_cosine_decay_schedule(0.0, 3e-3, steps // 10 + 1, steps), eps_root=1e-6
+    )
 
 
 def training(pieces, rows, symbols, steps, seed):
     start = characters.transformer(jax.random.key(seed), len(symbols))
-    return bx.attribution.training(characters.losses, optimizer(steps), start, pieces, orders(rows, steps, seed))
+    return bx.attribution.training(
+        characters.losses, optimizer(steps), start, pieces, orders(rows, steps, seed)
+    )
 
 
 def search(d, steps, rounds, seed):
@@ -108,14 +114,18 @@ def search(d, steps, rounds, seed):
         values.append(float(found.value))
         gradient = np.asarray(found.grad)
         total += gradient / np.linalg.norm(gradient)  # breaks ties among equal weights
-        weights = np.clip(weights - NOTCH * np.sign(gradient) * (rng.random(len(weights)) < MOVED), 0, 2).astype(np.float32)
+        weights = np.clip(
+            weights - NOTCH * np.sign(gradient) * (rng.random(len(weights)) < MOVED), 0, 2
+        ).astype(np.float32)
     return weights - 1e-3 * total / np.abs(total).max(), values
 
 
 def main(argv=None):
     full, small = dict(seeds=1, steps=160, rounds=6), dict(seeds=1, steps=6, rounds=2)
     parser = report.parser(__doc__, full=full, small=small)
-    parser.add_argument("--rounds", type=int, help="rounds of the search (default 6, with --small 2)")
+    parser.add_argument(
+        "--rounds", type=int, help="rounds of the search (default 6, with --small 2)"
+    )
     args = report.parse(parser, argv)
     begin = time.perf_counter()
     rows, curves, kept = {name: {"test loss": [], "area": []} for name in NAMES}, [], None
@@ -143,10 +153,22 @@ def main(argv=None):
             steps = args.steps if name != LONGER else int(args.steps * (1 + CHEAP * args.rounds))
             params = fitted(training(pieces, chosen[name], symbols, steps, 100 + seed))
             rows[name]["test loss"].append(float(jnp.mean(evaluate(params, test))))
-            rows[name]["area"].append(float(roc_auc_score(kinds == 0, score[name])) if name in score else 0.5)
-        kept = {name: [float(np.mean(np.isin(np.flatnonzero(kinds == k), chosen[name]))) for k in range(4)] for name in NAMES}
+            rows[name]["area"].append(
+                float(roc_auc_score(kinds == 0, score[name])) if name in score else 0.5
+            )
+        kept = {
+            name: [
+                float(np.mean(np.isin(np.flatnonzero(kinds == k), chosen[name]))) for k in range(4)
+            ]
+            for name in NAMES
+        }
     seconds = time.perf_counter() - begin
-    print(report.table(rows, {"test loss": "test loss", "area": "area under the curve, good against junk"}) + "\n")
+    print(
+        report.table(
+            rows, {"test loss": "test loss", "area": "area under the curve, good against junk"}
+        )
+        + "\n"
+    )
     print("part kept of: plays, shuffled, code, repeated")
     for name in NAMES:
         print(f"{name:18} " + "  ".join(f"{part:.2f}" for part in kept[name]))
@@ -154,7 +176,9 @@ def main(argv=None):
         report.bars(left, rows, "test loss", COLORS, "test loss")
         for values in curves:
             right.plot(values, "o-", color=report.BLUE)
-        right.set(xlabel="round", ylabel="held-out loss after training", title="Metagradient descent")
+        right.set(
+            xlabel="round", ylabel="held-out loss after training", title="Metagradient descent"
+        )
     report.save(
         args.out / "data_selection.json",
         dict(vars(args), notch=NOTCH, moved=MOVED, batch=BATCH),

@@ -1,23 +1,31 @@
-"""Denoising whose regulariser is learned: the two parameters of total variation, then fields of experts with 48 filters.
+"""Denoising whose regulariser is learned: the two parameters of total variation, then fields of
+experts with 48 filters.
 
     python examples/denoising.py
 
-Inner level: the image that a regulariser makes of a noisy one, ``min_y ½‖y − b‖² + R_θ(y)``. Outer level: θ, judged by the squared error to the
-clean training crops. Total variation is ``R = e^θ₀ Σ (√(|∇y|² + e^{2θ₁}) − e^θ₁)`` and starts at (−5, −5). Fields of experts is the sum over 48
-filters of 7 x 7 of ``e^{w + s} Σ log(1 + (f * y)² / e^{2s})``, experts with heavy tails (Roth and Black, "Fields of experts", IJCV 2009; learned by
-implicit differentiation as in Samuel and Tappen, CVPR 2009); filters f, weights w and scales s are all learned, from the cosine basis.
+Inner level: the image that a regulariser makes of a noisy one, ``min_y ½‖y − b‖² + R_θ(y)``. Outer
+level: θ, judged by the squared error to the clean training crops. Total variation is ``R = e^θ₀ Σ
+(√(|∇y|² + e^{2θ₁}) − e^θ₁)`` and starts at (−5, −5). Fields of experts is the sum over 48 filters
+of 7 x 7 of ``e^{w + s} Σ log(1 + (f * y)² / e^{2s})``, experts with heavy tails (Roth and Black,
+"Fields of experts", IJCV 2009; learned by implicit differentiation as in Samuel and Tappen, CVPR
+2009); filters f, weights w and scales s are all learned, from the cosine basis.
 
-Total variation is learned by MAID with nothing to tune: accuracies and step sizes are its own affair. Beside it: the best of a grid of 30 x 30
-parameters, solved to a tight tolerance from warm starts, the same outer problem solved at fixed accuracies with Adam, and, as the most that total
-variation can give, its parameters learned on the test crops themselves. Fields of experts has 2,448 parameters, which a few crops do not determine:
-it is learned from a stream of small batches of more crops, at a fixed accuracy, with Adam, the filters at a fifteenth of the others' rate (their
-entries are that much smaller; with one rate for all, the first fifty steps undo the cosine basis). Its settings were chosen on crops of the training
-images alone. Work is counted in inner gradients and products with second derivatives, on 24 crops of 48 x 48 at once or as much. Test crops are of
-other images.
+Total variation is learned by MAID with nothing to tune: accuracies and step sizes are its own
+affair. Beside it: the best of a grid of 30 x 30 parameters, solved to a tight tolerance from warm
+starts, the same outer problem solved at fixed accuracies with Adam, and, as the most that total
+variation can give, its parameters learned on the test crops themselves. Fields of experts has 2,448
+parameters, which a few crops do not determine: it is learned from a stream of small batches of more
+crops, at a fixed accuracy, with Adam, the filters at a fifteenth of the others' rate (their entries
+are that much smaller; with one rate for all, the first fifty steps undo the cosine basis). Its
+settings were chosen on crops of the training images alone. Work is counted in inner gradients and
+products with second derivatives, on 24 crops of 48 x 48 at once or as much. Test crops are of other
+images.
 
-What came out (24 training and 24 test crops): total variation by MAID 26.66 dB, as the best of the grid, for a seventh of its work to the end, and
-for a twentieth to within .05 dB on the training crops; learned on the test crops themselves it has 26.69. Fields of experts: 27.60 dB. (The convex
-experts ``√((f * y)² + e^{2s})`` gained .13 dB over total variation where these gained .61, on held-out crops of the training images.)
+What came out (24 training and 24 test crops): total variation by MAID 26.66 dB, as the best of the
+grid, for a seventh of its work to the end, and for a twentieth to within .05 dB on the training
+crops; learned on the test crops themselves it has 26.69. Fields of experts: 27.60 dB. (The convex
+experts ``√((f * y)² + e^{2s})`` gained .13 dB over total variation where these gained .61, on
+held-out crops of the training images.)
 """
 
 from __future__ import annotations
@@ -40,39 +48,67 @@ SIZES = {
     False: dict(train=24, test=24, size=48, grid=30, pool=240, batch=8, experts=300),
     True: dict(train=2, test=2, size=16, grid=4, pool=4, batch=2, experts=3),
 }
-MAID = bx.algorithms.maid(constants=bx.algorithms.Constants(strong_convexity=1.0))  # the data term's own, whatever the regulariser
+MAID = bx.algorithms.maid(
+    constants=bx.algorithms.Constants(strong_convexity=1.0)
+)  # the data term's own, whatever the regulariser
 NOISY, TV, FOE = "noisy", "total variation, MAID", "fields of experts, Adam"
-GRID, FIXED, MOST = "total variation, grid of {}", "total variation, Adam, tolerance {:g}", "total variation learned on the test crops"
+GRID, FIXED, MOST = (
+    "total variation, grid of {}",
+    "total variation, Adam, tolerance {:g}",
+    "total variation learned on the test crops",
+)
 
 
 # ---- the two regularisers
 
 
 def total_variation(y, theta):
-    down, right = jnp.diff(y, axis=-2, append=y[..., -1:, :]), jnp.diff(y, axis=-1, append=y[..., :, -1:])
+    down, right = (
+        jnp.diff(y, axis=-2, append=y[..., -1:, :]),
+        jnp.diff(y, axis=-1, append=y[..., :, -1:]),
+    )
     smoothing = jnp.exp(theta[1])
-    return jnp.exp(theta[0]) * jnp.sum(jnp.sqrt(down**2 + right**2 + smoothing**2) - smoothing)  # 0 at a constant image
+    return jnp.exp(theta[0]) * jnp.sum(
+        jnp.sqrt(down**2 + right**2 + smoothing**2) - smoothing
+    )  # 0 at a constant image
 
 
 def fields_of_experts(y, theta):
     rows, columns = y.shape[-2:]
     padded = jnp.pad(y, ((0, 0), (WIDTH // 2,) * 2, (WIDTH // 2,) * 2), mode="symmetric")
-    # One matrix product with all patches: on a CPU, faster than the convolution that it is, and its derivatives more so.
-    patches = jnp.stack([padded[:, i : i + rows, j : j + columns] for i in range(WIDTH) for j in range(WIDTH)], axis=-1)
+    # One matrix product with all patches: on a CPU, faster than the convolution that it is, and its
+    # derivatives more so.
+    patches = jnp.stack(
+        [padded[:, i : i + rows, j : j + columns] for i in range(WIDTH) for j in range(WIDTH)],
+        axis=-1,
+    )
     responses = patches.reshape(-1, WIDTH**2) @ theta["filters"].reshape(-1, WIDTH**2).T
     scale = jnp.exp(theta["scale"])
     return jnp.sum(jnp.exp(theta["weight"]) * scale * jnp.log1p((responses / scale) ** 2))
 
 
 def cosines():
-    """The 48 products of cosines but the constant one: filters whose responses to a constant image are 0."""
+    """The 48 products of cosines but the constant one: filters whose responses to a constant image
+    are 0."""
     place = np.arange(WIDTH)
-    basis = np.stack([np.cos(np.pi * k * (place + 0.5) / WIDTH) * np.sqrt((1 if k == 0 else 2) / WIDTH) for k in range(WIDTH)])
-    return jnp.asarray((basis[:, None, :, None] * basis[None, :, None, :]).reshape(-1, WIDTH, WIDTH)[1:], jnp.float32)
+    basis = np.stack(
+        [
+            np.cos(np.pi * k * (place + 0.5) / WIDTH) * np.sqrt((1 if k == 0 else 2) / WIDTH)
+            for k in range(WIDTH)
+        ]
+    )
+    return jnp.asarray(
+        (basis[:, None, :, None] * basis[None, :, None, :]).reshape(-1, WIDTH, WIDTH)[1:],
+        jnp.float32,
+    )
 
 
 def experts_start():
-    return {"filters": cosines(), "weight": jnp.full(FILTERS, -5.7), "scale": jnp.full(FILTERS, -4.0)}
+    return {
+        "filters": cosines(),
+        "weight": jnp.full(FILTERS, -5.7),
+        "scale": jnp.full(FILTERS, -4.0),
+    }
 
 
 # ---- the bilevel problem: two functions
@@ -89,11 +125,14 @@ def upper(y, theta, clean):
 def learn(regulariser, theta, d, steps, algorithm=MAID):
     objective = partial(lower, regulariser)
     crops = dict(inner_data=bx.data.full(d["noisy"]), outer_data=bx.data.full(d["clean"]))
-    return bx.solve_bilevel(objective, upper, d["noisy"], theta, **crops, algorithm=algorithm, num_steps=steps, tol=1e-3)
+    return bx.solve_bilevel(
+        objective, upper, d["noisy"], theta, **crops, algorithm=algorithm, num_steps=steps, tol=1e-3
+    )
 
 
 def correction(z, theta, noisy):
-    """The lower objective in terms of what is added to the noisy image: a correction is a fair start for the next batch's, an image is not."""
+    """The lower objective in terms of what is added to the noisy image: a correction is a fair
+    start for the next batch's, an image is not."""
     return lower(fields_of_experts, noisy + z, theta, noisy)
 
 
@@ -105,7 +144,9 @@ def learn_experts(d, sizes):
     """Fields of experts from batches of the crops `d`, epoch after epoch in random order."""
     steps, batch, pool = sizes["experts"], sizes["batch"], sizes["pool"]
     rng = np.random.default_rng(0)
-    epochs = [rng.permutation(pool)[: pool // batch * batch] for _ in range(steps * batch // pool + 1)]
+    epochs = [
+        rng.permutation(pool)[: pool // batch * batch] for _ in range(steps * batch // pool + 1)
+    ]
     order = jnp.asarray(np.concatenate(epochs).reshape(-1, batch))
 
     def noisy(key, step):
@@ -115,11 +156,18 @@ def learn_experts(d, sizes):
         return {name: value[order[step]] for name, value in d.items()}
 
     def adam(rate):
-        return optax.adam(optax.warmup_cosine_decay_schedule(rate / 10, rate, min(20, steps - 1), steps))
+        return optax.adam(
+            optax.warmup_cosine_decay_schedule(rate / 10, rate, min(20, steps - 1), steps)
+        )
 
-    rates = optax.multi_transform({"filters": adam(0.001), "rest": adam(0.015)}, {"filters": "filters", "weight": "rest", "scale": "rest"})
+    rates = optax.multi_transform(
+        {"filters": adam(0.001), "rest": adam(0.015)},
+        {"filters": "filters", "weight": "rest", "scale": "rest"},
+    )
     algorithm = bx.algorithms.double_loop(
-        bx.inner.lbfgs(maxiter=300, tol=1e-3), bx.hypergradient.implicit(bx.linear.cg(maxiter=300, tol=1e-3), max_residual=jnp.inf), rates
+        bx.inner.lbfgs(maxiter=300, tol=1e-3),
+        bx.hypergradient.implicit(bx.linear.cg(maxiter=300, tol=1e-3), max_residual=jnp.inf),
+        rates,
     )
     start = jnp.zeros((batch, *d["noisy"].shape[1:]))
     return bx.solve_bilevel(
@@ -151,7 +199,8 @@ def denoiser(regulariser, tol):
 
 
 def psnr(image, clean):
-    """Of all crops together, which is what the outer level minimises; a mean over crops would ask for other parameters."""
+    """Of all crops together, which is what the outer level minimises; a mean over crops would ask
+    for other parameters."""
     return float(-10 * np.log10(np.mean((np.asarray(image) - np.asarray(clean)) ** 2)))
 
 
@@ -170,13 +219,20 @@ def grid_search(d, points):
             work += int(count)
             scores[i, j] = psnr(y, d["clean"])
     best = np.unravel_index(np.argmax(scores), scores.shape)
-    return dict(axes=axes, scores=scores, spent=work, theta=jnp.array([axes[0][best[0]], axes[1][best[1]]], jnp.float32))
+    return dict(
+        axes=axes,
+        scores=scores,
+        spent=work,
+        theta=jnp.array([axes[0][best[0]], axes[1][best[1]]], jnp.float32),
+    )
 
 
 def fixed(regulariser, theta, tol, d, steps, optimizer):
     """The same outer problem with one accuracy for all steps, and the work of it."""
     algorithm = bx.algorithms.double_loop(
-        bx.inner.lbfgs(maxiter=1000, tol=tol), bx.hypergradient.implicit(bx.linear.cg(maxiter=1000, tol=tol), max_residual=jnp.inf), optimizer
+        bx.inner.lbfgs(maxiter=1000, tol=tol),
+        bx.hypergradient.implicit(bx.linear.cg(maxiter=1000, tol=tol), max_residual=jnp.inf),
+        optimizer,
     )
     solution = learn(regulariser, theta, d, steps, algorithm)
     return solution, spent(solution, "inner_evaluations", "adjoint_iterations")
@@ -193,7 +249,10 @@ def crops(rng, images, count, size):
         top, left = (rng.integers(0, length - size + 1) for length in image.shape)
         out.append(image[top : top + size, left : left + size])
     clean = np.stack(out)
-    return {"clean": jnp.asarray(clean), "noisy": jnp.asarray(clean + NOISE * rng.standard_normal(clean.shape).astype(np.float32))}
+    return {
+        "clean": jnp.asarray(clean),
+        "noisy": jnp.asarray(clean + NOISE * rng.standard_normal(clean.shape).astype(np.float32)),
+    }
 
 
 def main(argv=None):
@@ -208,7 +267,11 @@ def main(argv=None):
         row = columns.setdefault(name, {"test": [], "work": []})
         row["test"].append(test)
         row["work"].append(work)
-        print(f"{name}: {test:.3f} dB, {work} inner gradients and products, {time.perf_counter() - begin:.0f} s", flush=True)
+        print(
+            f"{name}: {test:.3f} dB, {work} inner gradients and products, "
+            f"{time.perf_counter() - begin:.0f} s",
+            flush=True,
+        )
 
     for seed in range(args.seeds):
         rng = np.random.default_rng(seed)
@@ -226,39 +289,84 @@ def main(argv=None):
         add(TV, psnr(tv_image, test["clean"]), spent(tv, "lower_steps", "adjoint_steps"))
         for tol in (1e-2,) if args.small else (1e-2, 1e-5):
             solution, work = fixed(total_variation, START, tol, d, args.steps, optax.adam(0.2))
-            add(FIXED.format(tol), psnr(judged(total_variation, solution.outer_params), test["clean"]), work)
+            add(
+                FIXED.format(tol),
+                psnr(judged(total_variation, solution.outer_params), test["clean"]),
+                work,
+            )
         grid = grid_search(d, sizes["grid"])
         grid_image = judged(total_variation, grid["theta"])
-        add(GRID.format(f"{sizes['grid']} x {sizes['grid']}"), psnr(grid_image, test["clean"]), grid["spent"])
+        add(
+            GRID.format(f"{sizes['grid']} x {sizes['grid']}"),
+            psnr(grid_image, test["clean"]),
+            grid["spent"],
+        )
         most = learn(total_variation, grid["theta"], test, args.steps)
-        add(MOST, psnr(judged(total_variation, most.outer_params), test["clean"]), spent(most, "lower_steps", "adjoint_steps"))
+        add(
+            MOST,
+            psnr(judged(total_variation, most.outer_params), test["clean"]),
+            spent(most, "lower_steps", "adjoint_steps"),
+        )
         pool = crops(rng, [images[k] for k in order[:half]], sizes["pool"], sizes["size"])
         foe = learn_experts(pool, sizes)
         foe_image = judged(fields_of_experts, foe.outer_params)
         share = sizes["batch"] / sizes["train"]
-        add(FOE, psnr(foe_image, test["clean"]), round(share * spent(foe, "inner_evaluations", "adjoint_iterations")))
+        add(
+            FOE,
+            psnr(foe_image, test["clean"]),
+            round(share * spent(foe, "inner_evaluations", "adjoint_iterations")),
+        )
 
     seconds = time.perf_counter() - begin
-    print(report.table(columns, {"test": "test PSNR, dB", "work": "inner gradients and products"}, digits=2))
-    counted = f"{sizes['train']} training and {sizes['test']} test crops of {sizes['size']} x {sizes['size']}"
+    print(
+        report.table(
+            columns, {"test": "test PSNR, dB", "work": "inner gradients and products"}, digits=2
+        )
+    )
+    counted = (
+        f"{sizes['train']} training and {sizes['test']} test crops of {sizes['size']} x "
+        f"{sizes['size']}"
+    )
     print(f"{source}, {counted}; noise {NOISE}. {seconds:.0f} s in all.")
     draw(args.out / "denoising.png", test, tv, tv_image, foe, foe_image, grid, sizes)
-    more = dict(source=source, theta=np.asarray(tv.outer_params), grid_theta=grid["theta"], grid_train_psnr=grid["scores"])
-    report.save(args.out / "denoising.json", dict(vars(args), **sizes, noise=NOISE), columns, seconds, **more)
+    more = dict(
+        source=source,
+        theta=np.asarray(tv.outer_params),
+        grid_theta=grid["theta"],
+        grid_train_psnr=grid["scores"],
+    )
+    report.save(
+        args.out / "denoising.json",
+        dict(vars(args), **sizes, noise=NOISE),
+        columns,
+        seconds,
+        **more,
+    )
     return columns
 
 
 def draw(path, test, tv, tv_image, foe, foe_image, grid, sizes):
-    """Above: a test crop under each method. Below: the grid with MAID's way to its end, both histories, and the filters."""
-    share, epoch = sizes["batch"] / sizes["train"], min(sizes["pool"] // sizes["batch"], sizes["experts"])
+    """Above: a test crop under each method. Below: the grid with MAID's way to its end, both
+    histories, and the filters."""
+    share, epoch = (
+        sizes["batch"] / sizes["train"],
+        min(sizes["pool"] // sizes["batch"], sizes["experts"]),
+    )
     with report.figure(path, 4, width=4.2, height=8.4) as (fig, axes):
         for ax in axes:
             ax.remove()
         cells = fig.subplots(2, 4)
-        pictures = {"clean": test["clean"], "noisy": test["noisy"], "total variation": tv_image, "fields of experts": foe_image}
+        pictures = {
+            "clean": test["clean"],
+            "noisy": test["noisy"],
+            "total variation": tv_image,
+            "fields of experts": foe_image,
+        }
         for ax, (name, image) in zip(cells[0], pictures.items(), strict=True):
             ax.imshow(np.asarray(image[0]), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(name if name == "clean" else f"{name}: {psnr(image[:1], test['clean'][:1]):.2f} dB")
+            ax.set_title(
+                name if name == "clean" else f"{name}: {psnr(image[:1], test['clean'][:1]):.2f} dB"
+            )
             ax.axis("off")
         left, middle, right, last = cells[1]
         weights, smoothings = grid["axes"]
@@ -266,26 +374,53 @@ def draw(path, test, tv, tv_image, foe, foe_image, grid, sizes):
         fig.colorbar(shown, ax=left, location="bottom", label="training PSNR, dB")
         left.plot(*reversed(np.asarray(tv.outer_params)), "o", color=report.ORANGE, label="MAID")
         left.plot(*reversed(grid["theta"]), "x", color="white", label="grid's best")
-        left.set(xlabel="θ₁, log smoothing", ylabel="θ₀, log weight", title="Total variation on the grid")
+        left.set(
+            xlabel="θ₁, log smoothing", ylabel="θ₀, log weight", title="Total variation on the grid"
+        )
         left.legend(labelcolor="0.1", frameon=True, facecolor="0.75")
         for name, solution, columns, part, window, color in (
             ("total variation, MAID", tv, ("lower_steps", "adjoint_steps"), 1, 1, report.BLUE),
-            ("fields of experts, Adam", foe, ("inner_evaluations", "adjoint_iterations"), share, epoch, report.ORANGE),
+            (
+                "fields of experts, Adam",
+                foe,
+                ("inner_evaluations", "adjoint_iterations"),
+                share,
+                epoch,
+                report.ORANGE,
+            ),
         ):
             work = np.cumsum(sum(solution.history[column] for column in columns)) * part
             mean = np.convolve(2 * solution.history["value"], np.ones(window) / window, "valid")
             middle.plot(work[window - 1 :], -10 * np.log10(mean), color=color, label=name)
-        middle.set(xlabel="inner gradients and products", ylabel="training PSNR, dB", title="Learning (each on its own crops)", xscale="log")
+        middle.set(
+            xlabel="inner gradients and products",
+            ylabel="training PSNR, dB",
+            title="Learning (each on its own crops)",
+            xscale="log",
+        )
         middle.legend()
         work = np.cumsum(tv.history["lower_steps"] + tv.history["adjoint_steps"])
         last.semilogy(work, tv.history["grad_norm"], color=report.BLUE, label="hypergradient")
-        last.semilogy(work, tv.history["error_bound"], ":", color=report.BLUE, label="its error bound")
-        last.set(xlabel="inner gradients and products", title="Total variation, MAID: norm and error bound", xscale="log")
+        last.semilogy(
+            work, tv.history["error_bound"], ":", color=report.BLUE, label="its error bound"
+        )
+        last.set(
+            xlabel="inner gradients and products",
+            title="Total variation, MAID: norm and error bound",
+            xscale="log",
+        )
         last.legend(fontsize=8)
         filters = np.asarray(foe.outer_params["filters"])
-        scale = np.exp(np.asarray(foe.outer_params["weight"])) * np.sqrt(np.sum(filters**2, axis=(1, 2)))
-        tiles = [np.pad(filters[k] / np.abs(filters[k]).max(), 1, constant_values=np.nan) for k in np.argsort(-scale)]
-        right.imshow(np.vstack([np.hstack(tiles[8 * i : 8 * i + 8]) for i in range(6)]), cmap="gray")
+        scale = np.exp(np.asarray(foe.outer_params["weight"])) * np.sqrt(
+            np.sum(filters**2, axis=(1, 2))
+        )
+        tiles = [
+            np.pad(filters[k] / np.abs(filters[k]).max(), 1, constant_values=np.nan)
+            for k in np.argsort(-scale)
+        ]
+        right.imshow(
+            np.vstack([np.hstack(tiles[8 * i : 8 * i + 8]) for i in range(6)]), cmap="gray"
+        )
         right.set_title("Filters, the strongest first")
         right.axis("off")
 

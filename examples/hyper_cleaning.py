@@ -1,17 +1,21 @@
-"""Half of MNIST's training labels are replaced at random: learn a weight for each training example from a small clean validation set.
+"""Half of MNIST's training labels are replaced at random: learn a weight for each training example
+from a small clean validation set.
 
     python examples/hyper_cleaning.py
 
-Inner level: a model on weighted noisy examples, plus L2. Outer level: the logit of each weight, judged by the loss of the trained model on
-clean validation examples. Two models (softmax regression and a small Flax CNN) and, for the first, two sizes of the validation set.
+Inner level: a model on weighted noisy examples, plus L2. Outer level: the logit of each weight,
+judged by the loss of the trained model on clean validation examples. Two models (softmax regression
+and a small Flax CNN) and, for the first, two sizes of the validation set.
 
-What chooses what. A fifth of the validation set is held out of everything. Its loss, at the best temperature, says when to stop a bilevel run or
-the CNN's training, and it chooses L2: for each row that trains a softmax regression directly out of four values at every seed, for each
-bilevel row out of three at the first seed. The row "clean validation only" then trains on the whole validation set; the outer level sees
-four fifths. Test data chooses nothing.
+What chooses what. A fifth of the validation set is held out of everything. Its loss, at the best
+temperature, says when to stop a bilevel run or the CNN's training, and it chooses L2: for each row
+that trains a softmax regression directly out of four values at every seed, for each bilevel row out
+of three at the first seed. The row "clean validation only" then trains on the whole validation set;
+the outer level sees four fifths. Test data chooses nothing.
 
-What came out (softmax regression, 3 seeds): with 5,000 validation examples .909 ± .001 by either method, .906 for the clean examples alone and .915
-for the oracle; with 1,000, .897 ± .001, .876 and .916. The weights tell wrong labels from right ones with an AUC of .96 to .97.
+What came out (softmax regression, 3 seeds): with 5,000 validation examples .909 ± .001 by either
+method, .906 for the clean examples alone and .915 for the oracle; with 1,000, .897 ± .001, .876 and
+.916. The weights tell wrong labels from right ones with an AUC of .96 to .97.
 """
 
 from __future__ import annotations
@@ -57,14 +61,17 @@ SMALL = Sizes(1_000, (250,), 1_000, L2_BILEVEL[:1], 50, 4, 2)
 
 
 def _scaled_adam(learning_rate, size):
-    return optax.chain(optax.normalize_by_update_norm(scale_factor=size**0.5), optax.adam(learning_rate, eps=1.0))
+    return optax.chain(
+        optax.normalize_by_update_norm(scale_factor=size**0.5), optax.adam(learning_rate, eps=1.0)
+    )
 
 
 def outer_optimizer(learning_rate: float, size: int) -> optax.GradientTransformation:
     """Adam on the gradient scaled to entries of size one, with an epsilon of one.
 
-    Adam's own tiny epsilon moves every logit by the sign of its gradient and so throws away how sure the validation set is of each example;
-    here small gradients make small moves. Measured with 1,000 validation examples: AUC .96 in place of .94.
+    Adam's own tiny epsilon moves every logit by the sign of its gradient and so throws away how
+    sure the validation set is of each example; here small gradients make small moves. Measured with
+    1,000 validation examples: AUC .96 in place of .94.
     """
     return bx.tunable(_scaled_adam, learning_rate=learning_rate, size=float(size))
 
@@ -102,8 +109,9 @@ def accuracy(model, params, x, y):
 
 @partial(jax.jit, static_argnums=0)
 def held_out_loss(model, params, x, y):
-    """Loss at the best temperature. A model trained on wrong labels is unsure of everything, and grows surer while its weights are learned long
-    after its accuracy has begun to fall; the plain loss follows the first, this one the second."""
+    """Loss at the best temperature. A model trained on wrong labels is unsure of everything, and
+    grows surer while its weights are learned long after its accuracy has begun to fall; the plain
+    loss follows the first, this one the second."""
     scores = model.apply(params, x)
     at = lambda scale: jnp.mean(optax.softmax_cross_entropy_with_integer_labels(scale * scores, y))
     return jnp.min(lax.map(at, jnp.asarray(TEMPERATURES, jnp.float32)))
@@ -113,9 +121,12 @@ def held_out_loss(model, params, x, y):
 
 
 def inner(params, scores, batch, *, model):
-    """Train on weighted examples. A weight is 1/2 to begin with, hence the factor; each example knows the place of its weight."""
+    """Train on weighted examples. A weight is 1/2 to begin with, hence the factor; each example
+    knows the place of its weight."""
     weights = jax.nn.sigmoid(scores[batch["place"]])
-    return jnp.mean(2 * weights * losses(model, params, batch["x"], batch["y"])) + l2_penalty(params, batch.get("l2", 0.0))
+    return jnp.mean(2 * weights * losses(model, params, batch["x"], batch["y"])) + l2_penalty(
+        params, batch.get("l2", 0.0)
+    )
 
 
 def outer(params, scores, batch, *, model):
@@ -125,25 +136,36 @@ def outer(params, scores, batch, *, model):
 
 def watched(params, scores, sets, *, model):
     """Held-out loss, which decides when to stop, and test accuracy, for the picture."""
-    return {"held_out": held_out_loss(model, params, *sets["held"]), "test": accuracy(model, params, *sets["test"])}
+    return {
+        "held_out": held_out_loss(model, params, *sets["held"]),
+        "test": accuracy(model, params, *sets["test"]),
+    }
 
 
 LINEAR, CONVOLUTIONAL = Linear(), CNN()
-PROBLEMS = {model: (partial(inner, model=model), partial(outer, model=model), partial(watched, model=model)) for model in (LINEAR, CONVOLUTIONAL)}
+PROBLEMS = {
+    model: (partial(inner, model=model), partial(outer, model=model), partial(watched, model=model))
+    for model in (LINEAR, CONVOLUTIONAL)
+}
 
 
 # ---- methods: a line each, from the number of training examples that a step touches
 
 
 def _linear(hypergradient):
-    return lambda size: bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.3, momentum=0.9), 10), hypergradient, outer_optimizer(1.0, size))
+    return lambda size: bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.3, momentum=0.9), 10), hypergradient, outer_optimizer(1.0, size)
+    )
 
 
 def _cnn(hypergradient):
-    return lambda size: bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.05, momentum=0.9), 5), hypergradient, outer_optimizer(1.0, size))
+    return lambda size: bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.05, momentum=0.9), 5), hypergradient, outer_optimizer(1.0, size)
+    )
 
 
-# Few iterations of CG on purpose: more of them follow the adjoint into directions in which a small validation set is not to be trusted.
+# Few iterations of CG on purpose: more of them follow the adjoint into directions in which a small
+# validation set is not to be trusted.
 CG = bx.linear.cg(maxiter=3, tol=1e-2)
 METHODS: dict[nn.Module, dict[str, Callable]] = {
     LINEAR: {
@@ -164,7 +186,10 @@ def clean(model, d, algorithm, steps, params, *, l2=None, batch=None, every=1):
     if batch is None:
         inner_data = bx.data.full({**train, "l2": jnp.float32(l2)})
     else:
-        inner_data, outer_data = bx.data.minibatches(train, batch), bx.data.minibatches(outer_data, min(2 * batch, len(d.y_outer)))
+        inner_data, outer_data = (
+            bx.data.minibatches(train, batch),
+            bx.data.minibatches(outer_data, min(2 * batch, len(d.y_outer))),
+        )
     return bx.solve_bilevel(
         f,
         g,
@@ -175,7 +200,12 @@ def clean(model, d, algorithm, steps, params, *, l2=None, batch=None, every=1):
         algorithm=algorithm,
         num_steps=steps,
         key=jax.random.key(0),
-        metrics=bx.metrics(watch, {"held": (d.x_held, d.y_held), "test": (d.x_test, d.y_test)}, every=every, select="held_out"),
+        metrics=bx.metrics(
+            watch,
+            {"held": (d.x_held, d.y_held), "test": (d.x_test, d.y_test)},
+            every=every,
+            select="held_out",
+        ),
     )
 
 
@@ -183,8 +213,16 @@ def bilevel_row(model, d, solution, l2=None):
     """What the table, the JSON file and the picture take from a run."""
     scores = np.asarray(solution.outer_params)
     best = solution.stats["best_step"]
-    row = {"test": accuracy(model, solution.inner_params, d.x_test, d.y_test), "auc": roc_auc_score(d.wrong, -scores), "step": best}
-    return {**row, "seconds": solution.stats["seconds"], "held_out": solution.history["held_out"][best]} | ({} if l2 is None else {"l2": l2})
+    row = {
+        "test": accuracy(model, solution.inner_params, d.x_test, d.y_test),
+        "auc": roc_auc_score(d.wrong, -scores),
+        "step": best,
+    }
+    return {
+        **row,
+        "seconds": solution.stats["seconds"],
+        "held_out": solution.history["held_out"][best],
+    } | ({} if l2 is None else {"l2": l2})
 
 
 # ---- what it is compared with
@@ -198,7 +236,8 @@ regression = jax.jit(bx.argmin(weighted_loss, bx.inner.lbfgs(maxiter=300, tol=1e
 
 
 def linear_baseline(d, params, x, y, weight, whole=None):
-    """A softmax regression whose L2 is the best of four on the held-out part; then, if given, trained on the `whole`."""
+    """A softmax regression whose L2 is the best of four on the held-out part; then, if given,
+    trained on the `whole`."""
     models = {l2: regression(params, x, y, weight, l2) for l2 in L2_GRID}
     l2 = min(models, key=lambda l2: float(held_out_loss(LINEAR, models[l2], d.x_held, d.y_held)))
     model = models[l2] if whole is None else regression(params, *whole, jnp.ones(len(whole[1])), l2)
@@ -215,7 +254,9 @@ def _epoch(batch, params, state, x, y, key):
 
     def step(carry, place):
         params, state = carry
-        grads = jax.grad(lambda params: jnp.mean(losses(CONVOLUTIONAL, params, x[place], y[place])))(params)
+        grads = jax.grad(
+            lambda params: jnp.mean(losses(CONVOLUTIONAL, params, x[place], y[place]))
+        )(params)
         updates, state = ADAM.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
@@ -223,9 +264,12 @@ def _epoch(batch, params, state, x, y, key):
 
 
 def cnn_baseline(d, params, x, y, sizes, whole=None):
-    """A CNN stopped at the epoch of the smallest held-out loss; then, if given, trained on the `whole` for as many epochs."""
+    """A CNN stopped at the epoch of the smallest held-out loss; then, if given, trained on the
+    `whole` for as many epochs."""
     batch = min(sizes.cnn_batch, len(y))
-    epochs = sizes.cnn_epochs * max(1, round(len(d.y) / len(y) / 2))  # as small a set as the validation set takes more of them
+    epochs = sizes.cnn_epochs * max(
+        1, round(len(d.y) / len(y) / 2)
+    )  # as small a set as the validation set takes more of them
     models, run = [], (params, ADAM.init(params))
     for epoch in range(epochs):
         run = _epoch(batch, *run, x, y, jax.random.key(epoch))
@@ -259,7 +303,9 @@ class Data(NamedTuple):
 
     @property
     def validation(self):
-        return jnp.concatenate([self.x_outer, self.x_held]), jnp.concatenate([self.y_outer, self.y_held])
+        return jnp.concatenate([self.x_outer, self.x_held]), jnp.concatenate(
+            [self.y_outer, self.y_held]
+        )
 
 
 def problem(mnist, seed, validation, sizes) -> Data:
@@ -269,7 +315,18 @@ def problem(mnist, seed, validation, sizes) -> Data:
     outer, held = np.split(rest, [validation * 4 // 5])
     x, y = mnist.x_train, mnist.y_train
     noisy, drawn = data.replace_labels(rng, y[train], REPLACED, CLASSES)
-    parts = (x[train], noisy, noisy != y[train], drawn, x[outer], y[outer], x[held], y[held], mnist.x_test[: sizes.test], mnist.y_test[: sizes.test])
+    parts = (
+        x[train],
+        noisy,
+        noisy != y[train],
+        drawn,
+        x[outer],
+        y[outer],
+        x[held],
+        y[held],
+        mnist.x_test[: sizes.test],
+        mnist.y_test[: sizes.test],
+    )
     return Data(*(jnp.asarray(part) if i not in (2, 3) else part for i, part in enumerate(parts)))
 
 
@@ -277,27 +334,41 @@ def problem(mnist, seed, validation, sizes) -> Data:
 
 
 def linear_rows(d, algorithms, chosen, steps, sizes):
-    """All rows of the softmax regression at one seed. `chosen` remembers the L2 of each bilevel row from the first seed on."""
+    """All rows of the softmax regression at one seed. `chosen` remembers the L2 of each bilevel row
+    from the first seed on."""
     params = LINEAR.init(jax.random.key(0), d.x[:1])
     rows = {
         ALL: linear_baseline(d, params, d.x, d.y, jnp.ones(len(d.y))),
-        CLEAN: linear_baseline(d, params, d.x_outer, d.y_outer, jnp.ones(len(d.y_outer)), whole=d.validation),
+        CLEAN: linear_baseline(
+            d, params, d.x_outer, d.y_outer, jnp.ones(len(d.y_outer)), whole=d.validation
+        ),
     }
     histories, weights = {}, {}
     for name, algorithm in algorithms.items():
-        runs = {l2: clean(LINEAR, d, algorithm, steps, params, l2=l2) for l2 in ((chosen[name],) if name in chosen else sizes.l2)}
+        runs = {
+            l2: clean(LINEAR, d, algorithm, steps, params, l2=l2)
+            for l2 in ((chosen[name],) if name in chosen else sizes.l2)
+        }
         chosen[name] = l2 = min(runs, key=lambda l2: float(np.min(runs[l2].history["held_out"])))
         rows[name] = bilevel_row(LINEAR, d, runs[l2], l2)
-        histories[name], weights[name] = runs[l2].history, np.asarray(jax.nn.sigmoid(runs[l2].outer_params))
+        histories[name], weights[name] = (
+            runs[l2].history,
+            np.asarray(jax.nn.sigmoid(runs[l2].outer_params)),
+        )
     rows[ORACLE] = linear_baseline(d, params, d.x, d.y, jnp.asarray(~d.drawn, jnp.float32))
     return rows, histories, weights
 
 
 def cnn_rows(d, algorithms, seed, sizes):
     params = CONVOLUTIONAL.init(jax.random.key(seed), d.x[:1])
-    rows = {ALL: cnn_baseline(d, params, d.x, d.y, sizes), CLEAN: cnn_baseline(d, params, d.x_outer, d.y_outer, sizes, whole=d.validation)}
+    rows = {
+        ALL: cnn_baseline(d, params, d.x, d.y, sizes),
+        CLEAN: cnn_baseline(d, params, d.x_outer, d.y_outer, sizes, whole=d.validation),
+    }
     for name, algorithm in algorithms.items():
-        solution = clean(CONVOLUTIONAL, d, algorithm, sizes.cnn_steps, params, batch=sizes.cnn_batch, every=10)
+        solution = clean(
+            CONVOLUTIONAL, d, algorithm, sizes.cnn_steps, params, batch=sizes.cnn_batch, every=10
+        )
         rows[name] = bilevel_row(CONVOLUTIONAL, d, solution)
     right = np.flatnonzero(~d.drawn)
     rows[ORACLE] = cnn_baseline(d, params, d.x[right], d.y[right], sizes)
@@ -306,35 +377,72 @@ def cnn_rows(d, algorithms, seed, sizes):
 
 def gathered(seeds):
     """Row -> column -> a number a seed, from a list of seeds' rows."""
-    return {name: {key: np.asarray([rows[name][key] for rows in seeds], float) for key in row} for name, row in seeds[0].items()}
+    return {
+        name: {key: np.asarray([rows[name][key] for rows in seeds], float) for key in row}
+        for name, row in seeds[0].items()
+    }
 
 
 def draw(path, rows, histories, weights, wrong, title):
     names = list(histories)
-    colors = dict(zip(names, (report.BLUE, report.GREEN, report.PURPLE, report.SKY, report.ORANGE), strict=False))
+    colors = dict(
+        zip(
+            names,
+            (report.BLUE, report.GREEN, report.PURPLE, report.SKY, report.ORANGE),
+            strict=False,
+        )
+    )
     with report.figure(path, 3, width=5.2) as (fig, (left, middle, right)):
         fig.suptitle(title)
-        report.bars(left, rows, "test", {**colors, CLEAN: report.RED, ORACLE: report.BLACK}, "test accuracy")
-        left.set_title("Test accuracy" + (", ± 2 standard errors" if len(rows[CLEAN]["test"]) > 1 else ""))
+        report.bars(
+            left, rows, "test", {**colors, CLEAN: report.RED, ORACLE: report.BLACK}, "test accuracy"
+        )
+        left.set_title(
+            "Test accuracy" + (", ± 2 standard errors" if len(rows[CLEAN]["test"]) > 1 else "")
+        )
         for name in names:
             kept = int(rows[name]["step"][0])
             middle.plot(histories[name]["test"], color=colors[name], linewidth=2, label=name)
             middle.plot(kept, histories[name]["test"][kept], "o", color=colors[name], markersize=8)
         middle.axhline(rows[CLEAN]["test"][0], color=report.RED, linestyle="--", label=CLEAN)
         middle.axhline(rows[ORACLE]["test"][0], color=report.BLACK, linestyle=":", label=ORACLE)
-        middle.set(xlabel="outer step", ylabel="test accuracy", title="First seed; the dot is kept (held-out data)")
+        middle.set(
+            xlabel="outer step",
+            ylabel="test accuracy",
+            title="First seed; the dot is kept (held-out data)",
+        )
         middle.set_ylim(bottom=min(rows[CLEAN]["test"][0], rows[ALL]["test"][0]) - 0.02)
         middle.legend(fontsize=9)
         bins = np.linspace(0, 1, 31)
-        right.hist(weights[names[0]][~wrong], bins, color=report.BLUE, alpha=0.75, label="right label")
-        right.hist(weights[names[0]][wrong], bins, color=report.ORANGE, alpha=0.75, label="wrong label", hatch="//", edgecolor="white")
-        right.set(xlabel="learned weight", ylabel="training examples", title=names[0].replace("bilevel, ", "Weights, ") + ", first seed")
+        right.hist(
+            weights[names[0]][~wrong], bins, color=report.BLUE, alpha=0.75, label="right label"
+        )
+        right.hist(
+            weights[names[0]][wrong],
+            bins,
+            color=report.ORANGE,
+            alpha=0.75,
+            label="wrong label",
+            hatch="//",
+            edgecolor="white",
+        )
+        right.set(
+            xlabel="learned weight",
+            ylabel="training examples",
+            title=names[0].replace("bilevel, ", "Weights, ") + ", first seed",
+        )
         right.legend()
 
 
 def main(argv=None):
-    parser = report.parser(__doc__, full=dict(seeds=3, steps=26, cnn_seeds=1), small=dict(seeds=1, steps=4, cnn_seeds=1))
-    parser.add_argument("--cnn-seeds", type=int, help="random seeds of the CNN, 0 to leave it out (default 1)")
+    parser = report.parser(
+        __doc__,
+        full=dict(seeds=3, steps=26, cnn_seeds=1),
+        small=dict(seeds=1, steps=4, cnn_seeds=1),
+    )
+    parser.add_argument(
+        "--cnn-seeds", type=int, help="random seeds of the CNN, 0 to leave it out (default 1)"
+    )
     args = report.parse(parser, argv)
     sizes = SMALL if args.small else FULL
     mnist = data.mnist()
@@ -352,19 +460,36 @@ def main(argv=None):
             if seed == 0:
                 first = histories, weights, d.wrong
         rows = results[f"linear, {validation} validation"] = gathered(seeds)
-        title = f"Softmax regression, {sizes.train:,} training examples, {validation:,} for validation"
-        print(f"\n{title}; mean ± standard error over {args.seeds} seeds\n\n{report.table(rows, columns)}\n\nL2 of the bilevel rows: {chosen}")
+        title = (
+            f"Softmax regression, {sizes.train:,} training examples, {validation:,} for validation"
+        )
+        print(
+            f"\n{title}; mean ± standard error over {args.seeds} "
+            f"seeds\n\n{report.table(rows, columns)}\n\nL2 of the bilevel rows: {chosen}"
+        )
         draw(args.out / f"hyper_cleaning_{validation}.png", rows, *first, title)
 
     algorithms = {name: make(5 * sizes.cnn_batch) for name, make in METHODS[CONVOLUTIONAL].items()}
     validation = sizes.validation[0]
-    seeds = [cnn_rows(problem(mnist, seed, validation, sizes), algorithms, seed, sizes) for seed in range(args.cnn_seeds)]
+    seeds = [
+        cnn_rows(problem(mnist, seed, validation, sizes), algorithms, seed, sizes)
+        for seed in range(args.cnn_seeds)
+    ]
     if seeds:
         rows = results[f"cnn, {validation} validation"] = gathered(seeds)
-        print(f"\nCNN, {sizes.train:,} training examples, {validation:,} for validation; {args.cnn_seeds} seed(s)\n\n{report.table(rows, columns)}")
+        print(
+            f"\nCNN, {sizes.train:,} training examples, {validation:,} for validation; "
+            f"{args.cnn_seeds} seed(s)\n\n{report.table(rows, columns)}"
+        )
     seconds = time.perf_counter() - begin
     print(f"\n{seconds:.0f} s in all.")
-    settings = {**vars(args), **sizes._asdict(), "l2_grid": L2_GRID, "replaced": REPLACED, "methods": {k: repr(v) for k, v in algorithms.items()}}
+    settings = {
+        **vars(args),
+        **sizes._asdict(),
+        "l2_grid": L2_GRID,
+        "replaced": REPLACED,
+        "methods": {k: repr(v) for k, v in algorithms.items()},
+    }
     report.save(args.out / "hyper_cleaning.json", settings, results, seconds)
     return results
 

@@ -60,13 +60,17 @@ def train(params, log_rates, batches):
 
 
 def best(schedules, params, batches, held):
-    return min(schedules, key=lambda rates: float(inner(train(params, rates, batches), rates, held)))
+    return min(
+        schedules, key=lambda rates: float(inner(train(params, rates, batches), rates, held))
+    )
 
 
 def main(argv=None):
     full, small = dict(seeds=1, steps=160, rounds=10), dict(seeds=1, steps=8, rounds=2)
     parser = report.parser(__doc__, full=full, small=small)
-    parser.add_argument("--rounds", type=int, help="trainings with a way back (default 10, with --small 2)")
+    parser.add_argument(
+        "--rounds", type=int, help="trainings with a way back (default 10, with --small 2)"
+    )
     args = report.parse(parser, argv)
     begin = time.perf_counter()
     rows, curves = {name: {"test loss": [], "held-out loss": []} for name in NAMES}, []
@@ -78,8 +82,12 @@ def main(argv=None):
         batches = pieces[rng.integers(0, 512, (args.steps, BATCH))]
         params = characters.transformer(jax.random.key(seed), len(symbols))
         grid = GRID[:2] if args.small else GRID
-        cosine = lambda peak: optax.warmup_cosine_decay_schedule(peak / 100, peak, args.steps // 10 + 1, args.steps, peak / 100)
-        constant = best([jnp.full(args.steps, jnp.log(rate)) for rate in grid], params, batches, held)
+        cosine = lambda peak: optax.warmup_cosine_decay_schedule(
+            peak / 100, peak, args.steps // 10 + 1, args.steps, peak / 100
+        )
+        constant = best(
+            [jnp.full(args.steps, jnp.log(rate)) for rate in grid], params, batches, held
+        )
         found = {
             CONSTANT: constant,
             COSINE: best(
@@ -112,7 +120,9 @@ def main(argv=None):
         left.legend()
         for values in curves:
             right.plot(values, "o-", color=report.BLUE)
-        right.axhline(rows[COSINE]["held-out loss"][-1], color=report.ORANGE, linestyle="--", label=COSINE)
+        right.axhline(
+            rows[COSINE]["held-out loss"][-1], color=report.ORANGE, linestyle="--", label=COSINE
+        )
         right.set(xlabel="round", ylabel="held-out loss after training")
         right.legend()
     report.save(

@@ -1,19 +1,25 @@
-"""What should a masked autoencoder hide? Learn it from how well a classifier on the encoder does. Three levels, with a small vision transformer.
+"""What should a masked autoencoder hide? Learn it from how well a classifier on the encoder does.
+Three levels, with a small vision transformer.
 
     python examples/mlo_mae.py
 
-After Guo et al., "Downstream task guided masking learning in masked autoencoders using multi-level optimization" (TMLR 2025, arXiv 2402.18128).
-First level: a masked autoencoder; a masking network says which patches of an image are hidden, and how much each counts in the reconstruction
-loss. Second level: a linear head on the encoder, which it leaves as it is. Third level: the masking network, judged by the loss of head and encoder
-on validation images. SAMA differentiates both lower levels, whose optimizer is AdamW; the hidden patches are drawn, in proportion to the
-exponential of the network's logits, and no gradient goes through the draw.
+After Guo et al., "Downstream task guided masking learning in masked autoencoders using multi-level
+optimization" (TMLR 2025, arXiv 2402.18128). First level: a masked autoencoder; a masking network
+says which patches of an image are hidden, and how much each counts in the reconstruction loss.
+Second level: a linear head on the encoder, which it leaves as it is. Third level: the masking
+network, judged by the loss of head and encoder on validation images. SAMA differentiates both lower
+levels, whose optimizer is AdamW; the hidden patches are drawn, in proportion to the exponential of
+the network's logits, and no gradient goes through the draw.
 
-Two problems. Planted: images of a class pattern in which some patches, at places of their own in each image, show something else; it varies from
-image to image, fills all of them alike, and says nothing of the class. What should be reconstructed is known, so the masking network can be scored.
-CIFAR-10, 10,000 images: the accuracy of a linear probe on the frozen encoder, against uniform random masking for as many steps on the same
-images. The learned masking sees labels during pretraining, uniform masking does not.
-What came out (3 seeds): planted patches are told from the pattern's with an AUC of .98. On CIFAR-10 learned masking loses: .409 against .433 for
-uniform masking (-.024 ± .009 seed by seed) and .377 for the untrained encoder. Settings were chosen on the planted problem, other seeds.
+Two problems. Planted: images of a class pattern in which some patches, at places of their own in
+each image, show something else; it varies from image to image, fills all of them alike, and says
+nothing of the class. What should be reconstructed is known, so the masking network can be scored.
+CIFAR-10, 10,000 images: the accuracy of a linear probe on the frozen encoder, against uniform
+random masking for as many steps on the same images. The learned masking sees labels during
+pretraining, uniform masking does not. What came out (3 seeds): planted patches are told from the
+pattern's with an AUC of .98. On CIFAR-10 learned masking loses: .409 against .433 for uniform
+masking (-.024 ± .009 seed by seed) and .377 for the untrained encoder. Settings were chosen on the
+planted problem, other seeds.
 """
 
 from __future__ import annotations
@@ -37,12 +43,18 @@ WIDTH, HEADS, LAYERS, CLASSES, BATCH = 64, 4, 2, 10, 64
 SIDE, PATCH, HIDDEN = 24, 4, 27  # images of 24 x 24, patches of 4 x 4, of which there are 36
 PATCHES, PIXELS = (SIDE // PATCH) ** 2, 3 * PATCH**2
 SOLVER_STEPS = 5  # of the autoencoder for each step of the masking network
-UNIFORM, LEARNED, UNTRAINED, RAW = "uniform random masking", "learned masking", "untrained encoder", "pixels"
+UNIFORM, LEARNED, UNTRAINED, RAW = (
+    "uniform random masking",
+    "learned masking",
+    "untrained encoder",
+    "pixels",
+)
 CONTRAST = "a patch's contrast"
 
 
 class Images(NamedTuple):
-    """Images as patches (n, PATCHES, PIXELS) and labels; `planted` says which patches show something else."""
+    """Images as patches (n, PATCHES, PIXELS) and labels; `planted` says which patches show
+    something else."""
 
     x: np.ndarray
     y: np.ndarray
@@ -88,9 +100,17 @@ def blocks(x, layers):
 
 
 def init_blocks(key, layers):
-    shapes = {"qkv": (WIDTH, 3 * WIDTH), "out": (WIDTH, WIDTH), "up": (WIDTH, 4 * WIDTH), "down": (4 * WIDTH, WIDTH)}
+    shapes = {
+        "qkv": (WIDTH, 3 * WIDTH),
+        "out": (WIDTH, WIDTH),
+        "up": (WIDTH, 4 * WIDTH),
+        "down": (4 * WIDTH, WIDTH),
+    }
     keys = jax.random.split(key, len(shapes))
-    made = {name: jax.random.normal(k, (layers, *shape)) * shape[0] ** -0.5 for k, (name, shape) in zip(keys, shapes.items(), strict=True)}
+    made = {
+        name: jax.random.normal(k, (layers, *shape)) * shape[0] ** -0.5
+        for k, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
     return {**made, "bias": jnp.zeros((layers, 4 * WIDTH))}
 
 
@@ -132,7 +152,11 @@ def init(key):
         "blocks": init_blocks(keys[3], 1),
         "pixels": normal(keys[4], WIDTH, PIXELS),
     }
-    mask = {"patch": normal(keys[5], PIXELS, WIDTH), "image": normal(keys[6], PIXELS, WIDTH), "place": normal(keys[7], WIDTH, WIDTH)}
+    mask = {
+        "patch": normal(keys[5], PIXELS, WIDTH),
+        "image": normal(keys[6], PIXELS, WIDTH),
+        "place": normal(keys[7], WIDTH, WIDTH),
+    }
     return {
         "autoencoder": {"encoder": encoder, "decoder": decoder},
         "head": {"w": jnp.zeros((WIDTH, CLASSES)), "b": jnp.zeros(CLASSES)},
@@ -144,12 +168,15 @@ def init(key):
 
 
 def reconstruction(autoencoder, logits, x, key):
-    """Of hidden patches, each by its weight; pixels are standardised by patch, as is usual for these autoencoders."""
+    """Of hidden patches, each by its weight; pixels are standardised by patch, as is usual for
+    these autoencoders."""
     order = jnp.argsort(-lax.stop_gradient(logits) - jax.random.gumbel(key, logits.shape), -1)
     masked, kept = order[:, :HIDDEN], order[:, HIDDEN:]
     decoder = autoencoder["decoder"]
     visible = encode(autoencoder["encoder"], x, kept) @ decoder["into"]
-    tokens = jnp.concatenate([jnp.broadcast_to(decoder["token"], (*masked.shape, WIDTH)), visible], 1)
+    tokens = jnp.concatenate(
+        [jnp.broadcast_to(decoder["token"], (*masked.shape, WIDTH)), visible], 1
+    )
     tokens = tokens + jnp.take_along_axis(jnp.asarray(places())[None], order[..., None], 1)
     guess = blocks(tokens, decoder["blocks"])[:, :HIDDEN] @ decoder["pixels"]
     error = jnp.mean((guess - norm(jnp.take_along_axis(x, masked[..., None], 1))) ** 2, -1)
@@ -158,25 +185,36 @@ def reconstruction(autoencoder, logits, x, key):
 
 
 def autoencoder_loss(params, batch, *, key):
-    return reconstruction(params["autoencoder"], mask_logits(params["mask"], batch["x"]), batch["x"], key)
+    return reconstruction(
+        params["autoencoder"], mask_logits(params["mask"], batch["x"]), batch["x"], key
+    )
 
 
 def classify(params, batch):
-    out = features(params["autoencoder"]["encoder"], batch["x"]) @ params["head"]["w"] + params["head"]["b"]
+    out = (
+        features(params["autoencoder"]["encoder"], batch["x"]) @ params["head"]["w"]
+        + params["head"]["b"]
+    )
     return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(out, batch["y"]))
 
 
 AUTOENCODER = optax.adamw(1e-3, weight_decay=0.05)
 METHOD = bx.hypergradient.sama()
 LEVELS = (
-    bx.Level("autoencoder", bx.objective(autoencoder_loss, keyed=True), solver=bx.inner.optax(AUTOENCODER, SOLVER_STEPS), hypergradient=METHOD),
+    bx.Level(
+        "autoencoder",
+        bx.objective(autoencoder_loss, keyed=True),
+        solver=bx.inner.optax(AUTOENCODER, SOLVER_STEPS),
+        hypergradient=METHOD,
+    ),
     bx.Level("head", classify, solver=bx.inner.optax(optax.adamw(1e-2), 2), hypergradient=METHOD),
     bx.Level("mask", classify, solver=optax.adam(3e-3)),
 )
 
 
 def ordered(lower, mask, test):
-    """How often a patch of the image has a larger logit than a planted one (on test images; decides nothing)."""
+    """How often a patch of the image has a larger logit than a planted one (on test images; decides
+    nothing)."""
     logits = mask_logits(mask, test["x"])
     pairs = (~test["planted"])[:, :, None] & test["planted"][:, None, :]
     above = jnp.sign(logits[:, :, None] - logits[:, None, :]) / 2 + 0.5
@@ -184,9 +222,14 @@ def ordered(lower, mask, test):
 
 
 def learn(splits, steps, seed, checkpoint=None):
-    train, held = ({"x": jnp.asarray(p.x), "y": jnp.asarray(p.y)} for p in (splits.pretrain, splits.validation))
+    train, held = (
+        {"x": jnp.asarray(p.x), "y": jnp.asarray(p.y)} for p in (splits.pretrain, splits.validation)
+    )
     planted = splits.test.planted
-    shown = {"x": splits.test.x[:100], "planted": np.zeros((100, PATCHES), bool) if planted is None else planted[:100]}
+    shown = {
+        "x": splits.test.x[:100],
+        "planted": np.zeros((100, PATCHES), bool) if planted is None else planted[:100],
+    }
     solution = bx.solve_multilevel(
         LEVELS,
         init(jax.random.key(seed)),
@@ -223,7 +266,9 @@ def pretrain_uniformly(autoencoder, x, steps, key):
 
 
 def probe_loss(w, x, y, l2):
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(x @ w["w"] + w["b"], y)) + l2 * jnp.sum(w["w"] ** 2)
+    return jnp.mean(
+        optax.softmax_cross_entropy_with_integer_labels(x @ w["w"] + w["b"], y)
+    ) + l2 * jnp.sum(w["w"] ** 2)
 
 
 fit_probe = jax.jit(bx.argmin(probe_loss, bx.inner.lbfgs(maxiter=200, tol=1e-3), tol=jnp.inf))
@@ -232,7 +277,9 @@ fit_probe = jax.jit(bx.argmin(probe_loss, bx.inner.lbfgs(maxiter=200, tol=1e-3),
 @jax.jit
 def all_features(encoder, x):
     """In batches, for the caches' sake."""
-    return lax.map(partial(features, encoder), x.reshape(-1, 100, PATCHES, PIXELS)).reshape(len(x), WIDTH)
+    return lax.map(partial(features, encoder), x.reshape(-1, 100, PATCHES, PIXELS)).reshape(
+        len(x), WIDTH
+    )
 
 
 def probed(w, x, y):
@@ -241,7 +288,8 @@ def probed(w, x, y):
 
 
 def probe(splits, of):
-    """Test accuracy of a softmax regression on features, standardised by the pretraining images, with the L2 that is best on validation images."""
+    """Test accuracy of a softmax regression on features, standardised by the pretraining images,
+    with the L2 that is best on validation images."""
     train, held, test = (np.asarray(of(p.x)) for p in splits)
     mean, spread = train.mean(0), train.std(0) + 1e-6
     train, held, test = ((a - mean) / spread for a in (train, held, test))
@@ -249,18 +297,29 @@ def probe(splits, of):
     best = (0.0, 0.0)  # accuracy on validation and on test images
     for l2 in (1e-4, 1e-3, 1e-2):
         w = fit_probe(start, train, splits.pretrain.y, l2)
-        best = max(best, (probed(w, held, splits.validation.y), probed(w, test, splits.test.y)), key=lambda pair: pair[0])
+        best = max(
+            best,
+            (probed(w, held, splits.validation.y), probed(w, test, splits.test.y)),
+            key=lambda pair: pair[0],
+        )
     return best[1]
 
 
 def find(splits, steps, seed, checkpoint):
     """The planted problem: how well the masking network tells the patches apart, on test images."""
     solution = learn(splits, steps, seed, checkpoint)
-    logits, there = np.asarray(mask_logits(solution.outer_params, splits.test.x)), splits.test.planted.reshape(-1)
+    logits, there = (
+        np.asarray(mask_logits(solution.outer_params, splits.test.x)),
+        splits.test.planted.reshape(-1),
+    )
     scores = {LEARNED: logits, CONTRAST: splits.test.x.std(-1)}
     curve = solution.history["ordered"]
     auc = {name: roc_auc_score(~there, score.reshape(-1)) for name, score in scores.items()}
-    return {"auc": auc, "curve": curve[~np.isnan(curve)], "chance": hidden_chance(logits[:SHOWN], seed)}
+    return {
+        "auc": auc,
+        "curve": curve[~np.isnan(curve)],
+        "chance": hidden_chance(logits[:SHOWN], seed),
+    }
 
 
 def compare(splits, steps, seed, checkpoint):
@@ -269,16 +328,33 @@ def compare(splits, steps, seed, checkpoint):
     begin = time.perf_counter()
     solution = learn(splits, steps, seed, checkpoint)
     middle = time.perf_counter()
-    uniform = pretrain_uniformly(start["autoencoder"], jnp.asarray(splits.pretrain.x), steps * SOLVER_STEPS, jax.random.key(seed))
+    uniform = pretrain_uniformly(
+        start["autoencoder"],
+        jnp.asarray(splits.pretrain.x),
+        steps * SOLVER_STEPS,
+        jax.random.key(seed),
+    )
     uniform = jax.block_until_ready(uniform)["encoder"]
     seconds = {LEARNED: middle - begin, UNIFORM: time.perf_counter() - middle}
-    encoders = {LEARNED: solution.inner_params["autoencoder"]["encoder"], UNIFORM: uniform, UNTRAINED: start["autoencoder"]["encoder"]}
-    rows = {name: {"test": probe(splits, partial(all_features, encoder))} for name, encoder in encoders.items()}
+    encoders = {
+        LEARNED: solution.inner_params["autoencoder"]["encoder"],
+        UNIFORM: uniform,
+        UNTRAINED: start["autoencoder"]["encoder"],
+    }
+    rows = {
+        name: {"test": probe(splits, partial(all_features, encoder))}
+        for name, encoder in encoders.items()
+    }
     rows[RAW] = {"test": probe(splits, lambda x: x.reshape(len(x), -1))}
     for name, value in seconds.items():
         rows[name]["seconds"] = value
     logits = np.asarray(mask_logits(solution.outer_params, splits.test.x))
-    return {"rows": rows, "spread": logits.std(1).mean(), "chance": hidden_chance(logits[:SHOWN], seed), "value": solution.history["value"]}
+    return {
+        "rows": rows,
+        "spread": logits.std(1).mean(),
+        "chance": hidden_chance(logits[:SHOWN], seed),
+        "value": solution.history["value"],
+    }
 
 
 def hidden_chance(logits, seed, draws=400):
@@ -294,7 +370,12 @@ def patches(images):
     """Images (n, SIDE, SIDE, 3) as patches, in units of their overall spread."""
     n, k = len(images), SIDE // PATCH
     x = (images / 255 - 0.47) / 0.25
-    return x.reshape(n, k, PATCH, k, PATCH, 3).swapaxes(2, 3).reshape(n, PATCHES, PIXELS).astype(np.float32)
+    return (
+        x.reshape(n, k, PATCH, k, PATCH, 3)
+        .swapaxes(2, 3)
+        .reshape(n, PATCHES, PIXELS)
+        .astype(np.float32)
+    )
 
 
 def cifar(seed, sizes):
@@ -306,19 +387,33 @@ def cifar(seed, sizes):
     middle = lambda x: patches(x[:, edge:-edge, edge:-edge])
     train = Images(middle(given.x_train), given.y_train)
     test = Images(middle(given.x_test[: sizes.test]), given.y_test[: sizes.test])
-    return Splits(train.part(order[: sizes.pretrain]), train.part(order[sizes.pretrain :][: sizes.validation]), test)
+    return Splits(
+        train.part(order[: sizes.pretrain]),
+        train.part(order[sizes.pretrain :][: sizes.validation]),
+        test,
+    )
 
 
-PLANTED, LATENT = 12, 6  # patches of an image that show something else; dimensions in which that varies
+PLANTED, LATENT = (
+    12,
+    6,
+)  # patches of an image that show something else; dimensions in which that varies
 
 
 def planted(seed, sizes):
-    """A pattern a class plus noise. Planted patches of an image show the same picture, drawn anew for each image."""
+    """A pattern a class plus noise. Planted patches of an image show the same picture, drawn anew
+    for each image."""
     rng = np.random.default_rng(200 + seed)
     n = sum(sizes[:3])
     y = rng.integers(0, CLASSES, n)
-    x = (0.7 * rng.standard_normal((CLASSES, PIXELS)))[y][:, None] + 0.9 * rng.standard_normal((n, PATCHES, PIXELS))
-    picture = rng.standard_normal((n, LATENT)) @ rng.standard_normal((LATENT, PIXELS)) * (1.3 / LATENT) ** 0.5
+    x = (0.7 * rng.standard_normal((CLASSES, PIXELS)))[y][:, None] + 0.9 * rng.standard_normal(
+        (n, PATCHES, PIXELS)
+    )
+    picture = (
+        rng.standard_normal((n, LATENT))
+        @ rng.standard_normal((LATENT, PIXELS))
+        * (1.3 / LATENT) ** 0.5
+    )
     there = np.argsort(rng.random((n, PATCHES)), 1) < PLANTED
     x = np.where(there[..., None], picture[:, None], x).astype(np.float32)
     images, order = Images(x, y.astype(np.int32), there), np.arange(n)
@@ -337,31 +432,56 @@ def draw(path, rows, curves, values):
         for curve in curves:
             left.plot(5 * np.arange(len(curve)), curve, color=report.BLUE, alpha=0.7)
         left.axhline(0.5, color="0.6", linestyle=":")
-        left.set(xlabel="step of the masking network", ylabel="share of pairs within an image", title="Planted: pattern's patch above planted one")
+        left.set(
+            xlabel="step of the masking network",
+            ylabel="share of pairs within an image",
+            title="Planted: pattern's patch above planted one",
+        )
         left.set_ylim(0.3, 1.02)
         middle.plot(np.mean(values, 0), color=report.BLUE)
-        middle.set(xlabel="step of the masking network", ylabel="validation loss of the head", title="CIFAR-10: third level, mean over seeds")
+        middle.set(
+            xlabel="step of the masking network",
+            ylabel="validation loss of the head",
+            title="CIFAR-10: third level, mean over seeds",
+        )
         report.bars(right, rows, "test", colors, "test accuracy of a linear probe")
         right.set_title("CIFAR-10" + (", ± 2 standard errors" if len(curves) > 1 else ""))
 
 
 def picture(path, problems):
-    """Of each problem test images above, and below how often each patch is hidden; planted patches are framed."""
+    """Of each problem test images above, and below how often each patch is hidden; planted patches
+    are framed."""
     import matplotlib.pyplot as plt
 
     side = SIDE // PATCH
-    whole = lambda x: np.asarray(x).reshape(-1, side, side, PATCH, PATCH, 3).swapaxes(2, 3).reshape(-1, SIDE, SIDE, 3)
-    fig, axes = plt.subplots(2 * len(problems), SHOWN, figsize=(1.35 * SHOWN, 2.9 * len(problems)), layout="constrained")
+    whole = lambda x: (
+        np.asarray(x)
+        .reshape(-1, side, side, PATCH, PATCH, 3)
+        .swapaxes(2, 3)
+        .reshape(-1, SIDE, SIDE, 3)
+    )
+    fig, axes = plt.subplots(
+        2 * len(problems), SHOWN, figsize=(1.35 * SHOWN, 2.9 * len(problems)), layout="constrained"
+    )
     for (title, test, chance), above, below in zip(problems, axes[::2], axes[1::2], strict=True):
         for j, image in enumerate(whole(test.x[:SHOWN])):
             above[j].imshow(np.clip(image * 0.25 + 0.47, 0, 1))
-            shown = below[j].imshow(np.asarray(chance[j]).reshape(side, side), vmin=0, vmax=1, cmap="viridis")
+            shown = below[j].imshow(
+                np.asarray(chance[j]).reshape(side, side), vmin=0, vmax=1, cmap="viridis"
+            )
             for place in () if test.planted is None else np.flatnonzero(test.planted[j]):
                 corner = place % side - 0.45, place // side - 0.45
-                below[j].add_patch(plt.Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=report.RED, linewidth=1.2))
+                below[j].add_patch(
+                    plt.Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=report.RED, linewidth=1.2)
+                )
         framed = " (planted patches are framed)" * (test.planted is not None)
-        for ax, text in ((above[0], f"{title}: test images"), (below[0], f"how often each patch is hidden{framed}")):
-            ax.text(0, 1.06, text, transform=ax.transAxes).set_in_layout(False)  # it may run over its neighbours
+        for ax, text in (
+            (above[0], f"{title}: test images"),
+            (below[0], f"how often each patch is hidden{framed}"),
+        ):
+            ax.text(0, 1.06, text, transform=ax.transAxes).set_in_layout(
+                False
+            )  # it may run over its neighbours
     fig.get_layout_engine().set(h_pad=0.2)
     fig.colorbar(shown, ax=axes, shrink=0.5)
     for ax in axes.flat:
@@ -372,10 +492,23 @@ def picture(path, problems):
 
 
 def main(argv=None):
-    args = report.parse(report.parser(__doc__, full=dict(seeds=3, steps=150), small=dict(seeds=1, steps=2), pieces=True), argv)
+    args = report.parse(
+        report.parser(
+            __doc__, full=dict(seeds=3, steps=150), small=dict(seeds=1, steps=2), pieces=True
+        ),
+        argv,
+    )
     sizes = SMALL if args.small else FULL
     begin = time.perf_counter()
-    settings = {"steps": args.steps, **sizes._asdict(), "width": WIDTH, "layers": LAYERS, "batch": BATCH, "hidden": HIDDEN, "patches": PATCHES}
+    settings = {
+        "steps": args.steps,
+        **sizes._asdict(),
+        "width": WIDTH,
+        "layers": LAYERS,
+        "batch": BATCH,
+        "hidden": HIDDEN,
+        "patches": PATCHES,
+    }
     settings |= {"planted": PLANTED, "levels": repr(LEVELS), "solver_steps": SOLVER_STEPS}
     pieces, seeds = report.Pieces(args, settings), range(args.seeds)
     save = lambda: pieces.checkpoint("search", 50)
@@ -386,19 +519,45 @@ def main(argv=None):
     seconds = time.perf_counter() - begin
 
     auc = {name: {"AUC": [run["auc"][name] for run in found]} for name in (LEARNED, CONTRAST)}
-    print("\nPlanted: how often a patch of the pattern scores above a planted one (before training .5)\n")
+    print(
+        "\nPlanted: how often a patch of the pattern scores above a planted one (before training "
+        ".5)\n"
+    )
     print(report.table(auc, {"AUC": "AUC"}))
     rows = {
-        name: {key: [run["rows"][name][key] for run in compared] for key in compared[0]["rows"][name]} for name in (LEARNED, UNIFORM, UNTRAINED, RAW)
+        name: {
+            key: [run["rows"][name][key] for run in compared] for key in compared[0]["rows"][name]
+        }
+        for name in (LEARNED, UNIFORM, UNTRAINED, RAW)
     }
     print(f"\nCIFAR-10: linear probe, mean ± standard error over {args.seeds} seed(s)\n")
-    print(report.table(rows, {"test": "test accuracy", "seconds": "seconds of pretraining"}, better=(LEARNED, "test")))
+    print(
+        report.table(
+            rows,
+            {"test": "test accuracy", "seconds": "seconds of pretraining"},
+            better=(LEARNED, "test"),
+        )
+    )
     print(f"\n{seconds:.0f} s in all.")
-    draw(args.out / "mlo_mae.png", rows, [run["curve"] for run in found], [run["value"] for run in compared])
+    draw(
+        args.out / "mlo_mae.png",
+        rows,
+        [run["curve"] for run in found],
+        [run["value"] for run in compared],
+    )
     shown = [("planted", planted(0, sizes), found), ("CIFAR-10", cifar(0, sizes), compared)]
-    picture(args.out / "mlo_mae_masks.png", [(title, splits.test, runs[0]["chance"]) for title, splits, runs in shown])
+    picture(
+        args.out / "mlo_mae_masks.png",
+        [(title, splits.test, runs[0]["chance"]) for title, splits, runs in shown],
+    )
     results = {"planted": auc, "CIFAR-10": rows}
-    report.save(args.out / "mlo_mae.json", {**vars(args), **settings}, results, seconds, logit_spread=[run["spread"] for run in compared])
+    report.save(
+        args.out / "mlo_mae.json",
+        {**vars(args), **settings},
+        results,
+        seconds,
+        logit_spread=[run["spread"] for run in compared],
+    )
     return results
 
 

@@ -1,11 +1,14 @@
-"""Three levels nested in each other as ordinary functions, and Newton's method on top with the exact Hessian.
+"""Three levels nested in each other as ordinary functions, and Newton's method on top with the
+exact Hessian.
 
     python examples/nested_argmin.py
 
-A logistic regression with a penalty a feature (first level) is tuned on validation data, held near a prior by a second penalty (second level),
-whose strength a feature group is tuned on other data (third level). Each level is one call of `bx.argmin`; the third objective is then a function
-like any other, and jax.grad and jax.hessian of it are exact. To a gradient of 1e-8 of the first, Newton's method with a line search needs 3.4 steps
-(mean of 5 seeds), gradient descent 50, and Adam more than 60, each with the best of a grid of step sizes chosen in hindsight. The Hessian is checked
+A logistic regression with a penalty a feature (first level) is tuned on validation data, held near
+a prior by a second penalty (second level), whose strength a feature group is tuned on other data
+(third level). Each level is one call of `bx.argmin`; the third objective is then a function like
+any other, and jax.grad and jax.hessian of it are exact. To a gradient of 1e-8 of the first,
+Newton's method with a line search needs 3.4 steps (mean of 5 seeds), gradient descent 50, and Adam
+more than 60, each with the best of a grid of step sizes chosen in hindsight. The Hessian is checked
 against differences of the gradient.
 """
 
@@ -44,7 +47,8 @@ fitted = bx.argmin(fit, SOLVER, linear_solver=EXACT)
 
 
 def tune(penalties, strengths, batches):
-    """Validation loss of the fitted model, and a penalty on the penalties: each is drawn to its prior as strongly as its group says."""
+    """Validation loss of the fitted model, and a penalty on the penalties: each is drawn to its
+    prior as strongly as its group says."""
     train, validation, _ = batches
     w = fitted(jnp.zeros(FEATURES), penalties, train)
     pull = jnp.repeat(jnp.exp(strengths), FEATURES // GROUPS)
@@ -57,7 +61,9 @@ tuned = bx.argmin(tune, SOLVER, linear_solver=EXACT)
 def judge(strengths, batches):
     train, _, other = batches
     penalties = tuned(jnp.full(FEATURES, -2.0), strengths, batches)
-    return loss(fitted(jnp.zeros(FEATURES), penalties, train), other) + 0.005 * jnp.sum((strengths + 4.0) ** 2)
+    return loss(fitted(jnp.zeros(FEATURES), penalties, train), other) + 0.005 * jnp.sum(
+        (strengths + 4.0) ** 2
+    )
 
 
 # ---- methods on top, which need two compiled functions in all
@@ -73,7 +79,9 @@ def newton(x, batches, steps):
     norms = [float(jnp.linalg.norm(grad))]
     while len(norms) <= steps and norms[-1] > TOLERANCE * norms[0]:
         values, vectors = np.linalg.eigh(hessian(x, batches))
-        direction = -vectors @ ((vectors.T @ grad) / np.maximum(np.abs(values), 1e-4))  # downhill where the Hessian is indefinite, too
+        direction = -vectors @ (
+            (vectors.T @ grad) / np.maximum(np.abs(values), 1e-4)
+        )  # downhill where the Hessian is indefinite, too
         for size in 0.5 ** np.arange(8):
             tried, moved = value_and_grad(x + size * direction, batches)
             if tried <= value + 1e-4 * size * (grad @ direction) + 1e-14:
@@ -102,7 +110,9 @@ def problem(seed):
 
     def split():
         x = rng.standard_normal((ROWS_A_SPLIT, FEATURES))
-        return jnp.asarray(x), jnp.asarray(np.where(rng.random(ROWS_A_SPLIT) < 1 / (1 + np.exp(-x @ truth)), 1.0, -1.0))
+        return jnp.asarray(x), jnp.asarray(
+            np.where(rng.random(ROWS_A_SPLIT) < 1 / (1 + np.exp(-x @ truth)), 1.0, -1.0)
+        )
 
     return split(), split(), split()
 
@@ -115,12 +125,17 @@ def steps_needed(norms):
 
 def hessian_error(x, batches, h=1e-4):
     found = hessian(x, batches)
-    columns = [(value_and_grad(x + h * e, batches)[1] - value_and_grad(x - h * e, batches)[1]) / (2 * h) for e in jnp.eye(GROUPS)]
+    columns = [
+        (value_and_grad(x + h * e, batches)[1] - value_and_grad(x - h * e, batches)[1]) / (2 * h)
+        for e in jnp.eye(GROUPS)
+    ]
     return float(jnp.linalg.norm(found - jnp.stack(columns)) / jnp.linalg.norm(found))
 
 
 def main(argv=None):
-    args = report.parse(report.parser(__doc__, full=dict(seeds=5, steps=60), small=dict(seeds=2, steps=5)), argv)
+    args = report.parse(
+        report.parser(__doc__, full=dict(seeds=5, steps=60), small=dict(seeds=2, steps=5)), argv
+    )
     begin = time.perf_counter()
     rows = {name: {"steps": [], "norm": []} for name in (NEWTON, DESCENT, ADAM)}
     errors, curves = [], {}
@@ -131,7 +146,9 @@ def main(argv=None):
             found = {NEWTON: newton(start, batches, args.steps)}
             for name, make in ((DESCENT, optax.sgd), (ADAM, optax.adam)):
                 runs = [first_order(start, batches, args.steps, make(rate)) for rate in RATES[name]]
-                found[name] = min(runs, key=lambda norms: (steps_needed(norms), norms[-1]))  # in hindsight, to their favour
+                found[name] = min(
+                    runs, key=lambda norms: (steps_needed(norms), norms[-1])
+                )  # in hindsight, to their favour
             for name, norms in found.items():
                 rows[name]["steps"].append(steps_needed(norms))
                 rows[name]["norm"].append(np.log10(min(norms) / norms[0]))
@@ -144,14 +161,37 @@ def main(argv=None):
         "norm": "log10 of the smallest gradient over the first",
     }
     print(report.table(rows, columns, digits=1))
-    print(f"Hessian against central differences of the gradient: relative error {max(errors):.1e} at most over {args.seeds} seeds. {seconds:.1f} s.")
+    print(
+        f"Hessian against central differences of the gradient: relative error {max(errors):.1e} at "
+        f"most over {args.seeds} seeds. {seconds:.1f} s."
+    )
     with report.figure(args.out / "nested_argmin.png", 1, width=7.0) as (_, ax):
-        for (name, curve), color, mark in zip(curves.items(), (report.ORANGE, report.BLUE, report.BLACK), "os^", strict=True):
-            ax.semilogy(np.maximum(curve, 1e-16), color=color, marker=mark, markersize=4, label=name, linewidth=2)
+        for (name, curve), color, mark in zip(
+            curves.items(), (report.ORANGE, report.BLUE, report.BLACK), "os^", strict=True
+        ):
+            ax.semilogy(
+                np.maximum(curve, 1e-16),
+                color=color,
+                marker=mark,
+                markersize=4,
+                label=name,
+                linewidth=2,
+            )
         ax.axhline(TOLERANCE, color="0.7", linestyle="--", linewidth=1)
-        ax.set(xlabel="step", ylabel="norm of the gradient, of the first", title="A three-level problem, seed 0")
+        ax.set(
+            xlabel="step",
+            ylabel="norm of the gradient, of the first",
+            title="A three-level problem, seed 0",
+        )
         ax.legend()
-    settings = dict(vars(args), features=FEATURES, groups=GROUPS, rows=ROWS_A_SPLIT, tolerance=TOLERANCE, rates=RATES)
+    settings = dict(
+        vars(args),
+        features=FEATURES,
+        groups=GROUPS,
+        rows=ROWS_A_SPLIT,
+        tolerance=TOLERANCE,
+        rates=RATES,
+    )
     report.save(args.out / "nested_argmin.json", settings, rows, seconds, hessian_errors=errors)
     return rows
 

@@ -1,12 +1,14 @@
-"""Forty percent of the training labels are wrong, and only 60 examples are known to be clean: learn a weight for each training example.
+"""Forty percent of the training labels are wrong, and only 60 examples are known to be clean: learn
+a weight for each training example.
 
     python examples/quickstart.py
 
-The data are scikit-learn's handwritten digits; an annotator has written the next digit on 40 % of 800 training images. The model is a
-softmax regression with a penalty.
-Inner level: the model, trained on weighted examples. Outer level: the logit of each weight, judged by the trained model's loss on 40 of the
-clean examples. The other 20 say when to stop, and choose the penalty wherever one is chosen. All that is not used so far is the test set,
-which chooses nothing (but in the row that says so).
+The data are scikit-learn's handwritten digits; an annotator has written the next digit on 40 % of
+800 training images. The model is a softmax regression with a penalty.
+Inner level: the model, trained on weighted examples. Outer level: the logit of each weight, judged
+by the trained model's loss on 40 of the clean examples. The other 20 say when to stop, and choose
+the penalty wherever one is chosen. All that is not used so far is the test set, which chooses
+nothing (but in the row that says so).
 """
 
 from __future__ import annotations
@@ -26,7 +28,11 @@ import bilevax as bx
 TRAIN, OUTER, HELD_OUT, WRONG, CLASSES = 800, 40, 20, 0.4, 10
 L2 = 1e-3  # of every row that doesn't choose its own
 GRID = jnp.logspace(-4, 0, 20)
-EVERYTHING, CHOSEN, HINDSIGHT = "everything", "everything, best of 20 penalties", "... best of them on test"
+EVERYTHING, CHOSEN, HINDSIGHT = (
+    "everything",
+    "everything, best of 20 penalties",
+    "... best of them on test",
+)
 CLEAN, BILEVEL, ORACLE = "clean examples only", "bilevel", "oracle: right labels only"
 ROWS = (EVERYTHING, CHOSEN, HINDSIGHT, CLEAN, BILEVEL, ORACLE)
 
@@ -69,7 +75,8 @@ def outer(w, scores, batch):
 
 
 def held_out(w, scores, batches):
-    """Recorded at every step: the loss that decides when to stop, and the test accuracy for the picture."""
+    """Recorded at every step: the loss that decides when to stop, and the test accuracy for the
+    picture."""
     clean, test = batches
     return {"held_out": jnp.mean(losses(w, *clean)), "test": accuracy(w, *test)}
 
@@ -91,7 +98,9 @@ def bilevel(d, steps):
         outer_data=(d["x_outer"], d["y_outer"]),
         algorithm=ALGORITHM,
         num_steps=steps,
-        metrics=bx.metrics(held_out, ((d["x_held"], d["y_held"]), (d["x_test"], d["y_test"])), select="held_out"),
+        metrics=bx.metrics(
+            held_out, ((d["x_held"], d["y_held"]), (d["x_test"], d["y_test"])), select="held_out"
+        ),
     )
 
 
@@ -151,39 +160,86 @@ def problem(seed):
 
 
 def main(argv=None):
-    args = report.parse(report.parser(__doc__, full=dict(seeds=10, steps=30), small=dict(seeds=2, steps=10)), argv)
+    args = report.parse(
+        report.parser(__doc__, full=dict(seeds=10, steps=30), small=dict(seeds=2, steps=10)), argv
+    )
     begin = time.perf_counter()
-    d = jax.tree.map(lambda *leaves: jnp.stack(leaves), *[problem(seed) for seed in range(args.seeds)])
+    d = jax.tree.map(
+        lambda *leaves: jnp.stack(leaves), *[problem(seed) for seed in range(args.seeds)]
+    )
 
     solution = jax.jit(jax.vmap(partial(bilevel, steps=args.steps)))(d)  # all seeds at once
     compared = jax.jit(jax.vmap(others))(d)
-    tests = {**compared, BILEVEL: jax.vmap(accuracy)(solution.inner_params, d["x_test"], d["y_test"])}
+    tests = {
+        **compared,
+        BILEVEL: jax.vmap(accuracy)(solution.inner_params, d["x_test"], d["y_test"]),
+    }
     rows = {name: {"test": np.asarray(tests[name])} for name in ROWS}
 
     weights, wrong = np.asarray(jax.nn.sigmoid(solution.outer_params)), np.asarray(d["wrong"]) > 0
     seconds = time.perf_counter() - begin
     print(report.table(rows, {"test": "test accuracy"}, better=(BILEVEL, "test")))
     print(f"Mean ± standard error over {args.seeds} seeds; differences are taken seed by seed.")
-    print(f"Mean weight: {weights[wrong].mean():.2f} of wrong examples, {weights[~wrong].mean():.2f} of right ones. {seconds:.1f} s in all.")
+    print(
+        f"Mean weight: {weights[wrong].mean():.2f} of wrong examples, {weights[~wrong].mean():.2f} "
+        f"of right ones. {seconds:.1f} s in all."
+    )
 
     with report.figure(args.out / "quickstart.png", 3, width=5.0) as (_, (left, middle, right)):
-        report.bars(left, rows, "test", {BILEVEL: report.BLUE, ORACLE: report.BLACK, CLEAN: report.RED}, "test accuracy")
+        report.bars(
+            left,
+            rows,
+            "test",
+            {BILEVEL: report.BLUE, ORACLE: report.BLACK, CLEAN: report.RED},
+            "test accuracy",
+        )
         left.set_title("Test accuracy, ± 2 standard errors")
         history = {key: np.asarray(solution.history[key]) for key in ("value", "held_out", "test")}
         steps = np.arange(args.steps)
-        for key, label, color, line in (("value", "clean, trained on", report.ORANGE, "--"), ("held_out", "clean, held out", report.BLUE, "-")):
+        for key, label, color, line in (
+            ("value", "clean, trained on", report.ORANGE, "--"),
+            ("held_out", "clean, held out", report.BLUE, "-"),
+        ):
             middle.plot(steps, history[key].mean(0), line, color=color, label=label, linewidth=2)
         kept = np.asarray(solution.stats["best_step"])
-        middle.plot(kept, history["held_out"][np.arange(args.seeds), kept], "o", color=report.BLUE, alpha=0.6, label="kept step, one a seed")
+        middle.plot(
+            kept,
+            history["held_out"][np.arange(args.seeds), kept],
+            "o",
+            color=report.BLUE,
+            alpha=0.6,
+            label="kept step, one a seed",
+        )
         middle.set(xlabel="outer step", ylabel="loss", title="Stopped on held-out examples")
         middle.set_ylim(bottom=0)
         middle.legend()
         bins = np.linspace(0, 1, 26)
         right.hist(weights[~wrong], bins, color=report.BLUE, alpha=0.75, label="right label")
-        right.hist(weights[wrong], bins, color=report.ORANGE, alpha=0.75, label="wrong label", hatch="//", edgecolor="white")
-        right.set(xlabel="learned weight", ylabel="training examples, all seeds", title="What the weights found")
+        right.hist(
+            weights[wrong],
+            bins,
+            color=report.ORANGE,
+            alpha=0.75,
+            label="wrong label",
+            hatch="//",
+            edgecolor="white",
+        )
+        right.set(
+            xlabel="learned weight",
+            ylabel="training examples, all seeds",
+            title="What the weights found",
+        )
         right.legend()
-    settings = dict(vars(args), train=TRAIN, outer=OUTER, held_out=HELD_OUT, wrong=WRONG, l2=L2, grid=GRID, algorithm=repr(ALGORITHM))
+    settings = dict(
+        vars(args),
+        train=TRAIN,
+        outer=OUTER,
+        held_out=HELD_OUT,
+        wrong=WRONG,
+        l2=L2,
+        grid=GRID,
+        algorithm=repr(ALGORITHM),
+    )
     report.save(args.out / "quickstart.json", settings, rows, seconds, kept_steps=kept)
     return rows
 

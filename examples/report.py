@@ -1,4 +1,5 @@
-"""How the examples report: common flags, pieces that a second call reads back, tables, pictures, and a JSON file of all that a run depended on."""
+"""How the examples report: common flags, pieces that a second call reads back, tables, pictures,
+and a JSON file of all that a run depended on."""
 
 from __future__ import annotations
 
@@ -23,7 +24,16 @@ from data import Unavailable
 import bilevax as bx
 
 # Okabe and Ito's colours, distinguishable with any kind of colour vision; black last.
-BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = "#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#F0E442", "#000000"
+BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (
+    "#0072B2",
+    "#E69F00",
+    "#009E73",
+    "#CC79A7",
+    "#56B4E9",
+    "#D55E00",
+    "#F0E442",
+    "#000000",
+)
 
 Rows = Mapping[str, Mapping[str, Sequence[float]]]  # row -> column -> one number a seed
 
@@ -31,21 +41,48 @@ Rows = Mapping[str, Mapping[str, Sequence[float]]]  # row -> column -> one numbe
 # ---- flags
 
 
-def parser(doc: str, *, full: Mapping[str, int], small: Mapping[str, int], pieces: bool = False) -> argparse.ArgumentParser:
-    """A parser with the flags that every example has. `full` and `small` hold the defaults of ``seeds`` and ``steps`` in either mode.
+def parser(
+    doc: str, *, full: Mapping[str, int], small: Mapping[str, int], pieces: bool = False
+) -> argparse.ArgumentParser:
+    """A parser with the flags that every example has. `full` and `small` hold the defaults of
+    ``seeds`` and ``steps`` in either mode.
 
     `pieces`: the script works through `Pieces`, and has ``--checkpoint``.
     """
     summary, _, usage = doc.strip().partition("\n\n")
-    out = argparse.ArgumentParser(description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter)
-    out.add_argument("--small", action="store_true", help="a small run that finishes in seconds; its numbers mean nothing")
+    out = argparse.ArgumentParser(
+        description=summary, epilog=usage, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    out.add_argument(
+        "--small",
+        action="store_true",
+        help="a small run that finishes in seconds; its numbers mean nothing",
+    )
     for name, what in (("seeds", "random seeds"), ("steps", "outer steps")):
-        out.add_argument(f"--{name}", type=_positive, help=f"{what} (default {full[name]}, with --small {small[name]})")
-    out.add_argument("--out", type=Path, default=Path(__file__).parent / "output", help="folder of the picture and the JSON file")
-    out.add_argument("--device", help="where to run: cpu, gpu, tpu, or one of several, such as gpu:1 (default: what jax takes)")
+        out.add_argument(
+            f"--{name}",
+            type=_positive,
+            help=f"{what} (default {full[name]}, with --small {small[name]})",
+        )
+    out.add_argument(
+        "--out",
+        type=Path,
+        default=Path(__file__).parent / "output",
+        help="folder of the picture and the JSON file",
+    )
+    out.add_argument(
+        "--device",
+        help=(
+            "where to run: cpu, gpu, tpu, or one of several, such as gpu:1 (default: what jax "
+            "takes)"
+        ),
+    )
     if pieces:
         out.add_argument(
-            "--checkpoint", type=Path, metavar="DIR", help="folder that keeps what is finished and the run in flight; a second call goes on"
+            "--checkpoint",
+            type=Path,
+            metavar="DIR",
+            help="folder that keeps what is finished and the run in flight; a second call goes on",
         )
     out.set_defaults(modes={False: dict(full), True: dict(small)})
     return out
@@ -84,7 +121,8 @@ def _positive(text: str) -> int:
 
 
 def run(main: Callable) -> None:
-    """Call a script's main. Data that cannot be had skips a small run (exit status 0), and fails a full one."""
+    """Call a script's main. Data that cannot be had skips a small run (exit status 0), and fails a
+    full one."""
     try:
         main()
     except Unavailable as error:
@@ -99,8 +137,9 @@ def run(main: Callable) -> None:
 class Pieces:
     """What a script does, piece by piece: ``rows = pieces("seed 0, CG", lambda: train(...))``.
 
-    With ``--checkpoint DIR`` results are kept in a folder in there, named by the script and a digest of the `settings`, and a piece that is there is
-    read back. `settings` is all that results depend on; leave out what only says how many pieces there are, such as the number of seeds.
+    With ``--checkpoint DIR`` results are kept in a folder in there, named by the script and a
+    digest of the `settings`, and a piece that is there is read back. `settings` is all that results
+    depend on; leave out what only says how many pieces there are, such as the number of seeds.
     """
 
     def __init__(self, args: argparse.Namespace, settings: Mapping):
@@ -114,7 +153,8 @@ class Pieces:
             print(f"pieces are kept in {self.folder}", flush=True)
 
     def __call__(self, name: str, make: Callable):
-        """The result of ``make()`` as JSON gives it back (arrays are lists), or that of an earlier call of the script. One line of progress."""
+        """The result of ``make()`` as JSON gives it back (arrays are lists), or that of an earlier
+        call of the script. One line of progress."""
         path = None if self.folder is None else self.folder / f"{quote(name, safe=' ,=()')}.json"
         if path is not None and path.is_file():
             print(f"{self._clock()}  {name}: read back", flush=True)
@@ -130,9 +170,14 @@ class Pieces:
         return json.loads(text)
 
     def checkpoint(self, name: str, every: int):
-        """For ``solve_bilevel(..., checkpoint=...)``: the run called `name` of the piece in progress, saved every so many steps. Its checkpoints go
-        when the piece is finished. None without ``--checkpoint``."""
-        return None if self.folder is None else bx.checkpoint.every(every, self.folder / "running" / quote(name, safe=" ,=()"))
+        """For ``solve_bilevel(..., checkpoint=...)``: the run called `name` of the piece in
+        progress, saved every so many steps. Its checkpoints go when the piece is finished. None
+        without ``--checkpoint``."""
+        return (
+            None
+            if self.folder is None
+            else bx.checkpoint.every(every, self.folder / "running" / quote(name, safe=" ,=()"))
+        )
 
     def _clock(self) -> str:
         seconds = int(time.perf_counter() - self.begin)
@@ -140,7 +185,8 @@ class Pieces:
 
 
 def unless_preempted(solution: bx.Solution) -> bx.Solution:
-    """`solution`, unless a signal ended its run: then the script ends as well, since a part of a run is no result, and a second call goes on."""
+    """`solution`, unless a signal ended its run: then the script ends as well, since a part of a
+    run is no result, and a second call goes on."""
     if solution.result is bx.RESULTS.preempted:
         raise SystemExit("stopped by a signal; the same command goes on from here")
     return solution
@@ -161,11 +207,18 @@ def mean_se(values: Sequence[float], digits: int = 3, signed: bool = False) -> s
     return mean if np.isnan(error) else f"{mean} ± {error:.{digits}f}"
 
 
-def table(rows: Rows, columns: Mapping[str, str], *, better: tuple[str, str] | None = None, digits: int = 3) -> str:
+def table(
+    rows: Rows,
+    columns: Mapping[str, str],
+    *,
+    better: tuple[str, str] | None = None,
+    digits: int = 3,
+) -> str:
     """The rows as a Markdown table, mean ± standard error over seeds.
 
-    `columns` maps a key of a row to its heading. With ``better=(row, key)`` a last column says by how much that row is above each other one:
-    mean and standard error of the differences seed by seed (all rows of a seed share its data), and their ratio t.
+    `columns` maps a key of a row to its heading. With ``better=(row, key)`` a last column says by
+    how much that row is above each other one: mean and standard error of the differences seed by
+    seed (all rows of a seed share its data), and their ratio t.
     """
     lines = [["", *columns.values()] + ([f"{better[0]} is above it by"] if better else [])]
     for name, row in rows.items():
@@ -178,27 +231,45 @@ def table(rows: Rows, columns: Mapping[str, str], *, better: tuple[str, str] | N
         lines.append(cells)
     widths = [max(len(line[i]) for line in lines) for i in range(len(lines[0]))]
     lines.insert(1, ["-" * width for width in widths])
-    return "\n".join("| " + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)) + " |" for line in lines)
+    return "\n".join(
+        "| "
+        + " | ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        + " |"
+        for line in lines
+    )
 
 
 # ---- files
 
 
 @contextlib.contextmanager
-def figure(path: Path, columns: int, *, height: float = 4.2, width: float = 5.4, **keywords) -> Iterator[tuple]:
-    """``with figure(path, 2) as (fig, axes)``: draw, and the picture is saved at the end. Needs no display."""
+def figure(
+    path: Path, columns: int, *, height: float = 4.2, width: float = 5.4, **keywords
+) -> Iterator[tuple]:
+    """``with figure(path, 2) as (fig, axes)``: draw, and the picture is saved at the end. Needs no
+    display."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {"axes.spines.top": False, "axes.spines.right": False, "font.size": 11, "axes.titlesize": 12, "legend.frameon": False}
+    style = {
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "font.size": 11,
+        "axes.titlesize": 12,
+        "legend.frameon": False,
+    }
     style |= {"svg.hashsalt": "bilevax"}  # the same picture is the same file
     with plt.rc_context(style):
-        fig, axes = plt.subplots(1, columns, figsize=(width * columns, height), layout="constrained", **keywords)
+        fig, axes = plt.subplots(
+            1, columns, figsize=(width * columns, height), layout="constrained", **keywords
+        )
         yield fig, axes
         fig.savefig(path, dpi=130)
-        fig.savefig(path.with_suffix(".svg"), transparent=True, metadata={"Date": None})  # for the site, light and dark
+        fig.savefig(
+            path.with_suffix(".svg"), transparent=True, metadata={"Date": None}
+        )  # for the site, light and dark
         plt.close(fig)
     print(f"picture: {path}")
 
@@ -211,7 +282,14 @@ def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str) -> Non
         error = 0.0 if len(values) == 1 else 2 * standard_error(values)
         color = colors.get(name, "0.35")
         ax.errorbar(values.mean(), place, xerr=error, fmt="o", color=color, capsize=4, markersize=7)
-        ax.annotate(f"{values.mean():.3f}", (values.mean(), place), textcoords="offset points", xytext=(0, 8), ha="center", color=color)
+        ax.annotate(
+            f"{values.mean():.3f}",
+            (values.mean(), place),
+            textcoords="offset points",
+            xytext=(0, 8),
+            ha="center",
+            color=color,
+        )
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.7)
     ax.margins(x=0.12)
@@ -221,8 +299,16 @@ def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str) -> Non
 
 def save(path: Path, settings: Mapping, rows: Rows, seconds: float, **more) -> None:
     """Settings, results a seed, time and environment as JSON."""
-    settings = {name: value for name, value in settings.items() if name not in ("out", "checkpoint")}  # where it was written says nothing
-    content = {"settings": settings, "results": rows, "seconds": seconds, **more, "environment": environment()}
+    settings = {
+        name: value for name, value in settings.items() if name not in ("out", "checkpoint")
+    }  # where it was written says nothing
+    content = {
+        "settings": settings,
+        "results": rows,
+        "seconds": seconds,
+        **more,
+        "environment": environment(),
+    }
     path.write_text(json.dumps(content, indent=1, default=_plain) + "\n")
     print(f"numbers: {path}")
 
@@ -232,7 +318,9 @@ def environment() -> dict:
     packages = ("bilevax", "jax", "jaxlib", "numpy", "optax", "flax", "scikit-learn")
     versions = {}
     for name in packages:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):  # run from a checkout that is not installed
+        with contextlib.suppress(
+            importlib.metadata.PackageNotFoundError
+        ):  # run from a checkout that is not installed
             versions[name] = importlib.metadata.version(name)
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return {

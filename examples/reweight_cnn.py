@@ -2,17 +2,20 @@
 
     python examples/reweight_cnn.py
 
-The rarest of ten classes has a hundredth of the images of the most frequent one, and the test set is balanced. Ten images of each class are at
-hand besides, a balanced set of a hundred.
-Inner level: a small CNN with BatchNorm, on weighted examples. Outer level: a network from an example's loss and class to its weight, judged by
-the loss of the trained CNN on the balanced set. One inner step, one outer step, and so on.
+The rarest of ten classes has a hundredth of the images of the most frequent one, and the test set
+is balanced. Ten images of each class are at hand besides, a balanced set of a hundred.
+Inner level: a small CNN with BatchNorm, on weighted examples. Outer level: a network from an
+example's loss and class to its weight, judged by the loss of the trained CNN on the balanced set.
+One inner step, one outer step, and so on.
 
-What came out (5 seeds, not those its settings were chosen on): .337 against .301 for plain training, .325 for weights by inverse frequency and
-.229 for the balanced set alone. Logit adjustment, which is told the class frequencies and needs no balanced set, reaches .358: where imbalance is
-all that is wrong, it is the better tool.
+What came out (5 seeds, not those its settings were chosen on): .337 against .301 for plain
+training, .325 for weights by inverse frequency and .229 for the balanced set alone. Logit
+adjustment, which is told the class frequencies and needs no balanced set, reaches .358: where
+imbalance is all that is wrong, it is the better tool.
 
-What is fair. Every row but "balanced set alone" trains on the same images, the balanced set among them, from the same initial weights, for the same
-number of steps of the same optimizer, with random flips; its last iterate is taken. Nothing is selected, hence nothing on test data.
+What is fair. Every row but "balanced set alone" trains on the same images, the balanced set among
+them, from the same initial weights, for the same number of steps of the same optimizer, with random
+flips; its last iterate is taken. Nothing is selected, hence nothing on test data.
 """
 
 from __future__ import annotations
@@ -33,7 +36,12 @@ from flax import nnx
 import bilevax as bx
 
 CLASSES, HEAD, IMBALANCE, BALANCED, TEST_EXTRA, BATCH = 10, 800, 100, 10, 100, 100
-PLAIN, INVERSE, ADJUSTED, ALONE = "plain", "inverse frequency", "logit adjustment", "balanced set alone"
+PLAIN, INVERSE, ADJUSTED, ALONE = (
+    "plain",
+    "inverse frequency",
+    "logit adjustment",
+    "balanced set alone",
+)
 BILEVEL = "bilevel: weight network"
 ROWS = (PLAIN, INVERSE, ADJUSTED, ALONE, BILEVEL)
 
@@ -42,7 +50,8 @@ ROWS = (PLAIN, INVERSE, ADJUSTED, ALONE, BILEVEL)
 
 
 class Conv(nnx.Module):
-    """A 3 x 3 convolution with stride 2, as slices and one matrix product: inside a compiled loop on a CPU, XLA's own takes eight times as long."""
+    """A 3 x 3 convolution with stride 2, as slices and one matrix product: inside a compiled loop
+    on a CPU, XLA's own takes eight times as long."""
 
     def __init__(self, inputs: int, outputs: int, *, rngs: nnx.Rngs):
         self.kernel = nnx.Linear(9 * inputs, outputs, use_bias=False, rngs=rngs)
@@ -50,7 +59,12 @@ class Conv(nnx.Module):
     def __call__(self, x):
         height, width = x.shape[1], x.shape[2]
         x = jnp.pad(x, ((0, 0), (0, 1), (0, 1), (0, 0)))
-        return self.kernel(jnp.concatenate([x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)], -1))
+        return self.kernel(
+            jnp.concatenate(
+                [x[:, i : i + height : 2, j : j + width : 2] for i in range(3) for j in range(3)],
+                -1,
+            )
+        )
 
 
 class CNN(nnx.Module):
@@ -88,7 +102,10 @@ def balanced_loss(model, weigh, batch, *, key):
 
 def accuracy(model, weigh, sets):
     right = (jnp.argmax(model(sets["x"]), -1) == sets["y"]).astype(jnp.float32)
-    return {"test": jnp.mean(right)} | {f"class {c}": jnp.sum(right * (sets["y"] == c)) / jnp.sum(sets["y"] == c) for c in range(CLASSES)}
+    return {"test": jnp.mean(right)} | {
+        f"class {c}": jnp.sum(right * (sets["y"] == c)) / jnp.sum(sets["y"] == c)
+        for c in range(CLASSES)
+    }
 
 
 def optimizer(steps: int) -> optax.GradientTransformation:
@@ -97,7 +114,12 @@ def optimizer(steps: int) -> optax.GradientTransformation:
 
 def bilevel(d, seed, algorithm, steps):
     pair = (bx.objective(loss, keyed=True) for loss in (train_loss, balanced_loss))
-    problem = bx.nn.bilevel(*pair, CNN(rngs=nnx.Rngs(seed)), bx.nn.WeightNet(CLASSES, rngs=nnx.Rngs(seed)), train=(True, True))
+    problem = bx.nn.bilevel(
+        *pair,
+        CNN(rngs=nnx.Rngs(seed)),
+        bx.nn.WeightNet(CLASSES, rngs=nnx.Rngs(seed)),
+        train=(True, True),
+    )
     solution = bx.solve_bilevel(
         **problem.arguments,
         inner_data=bx.data.minibatches(d.train, BATCH, replace=True),
@@ -146,7 +168,10 @@ def train(graphdef, params, stats, given, sets, steps, key):
 
 def baseline(d, seed, sets, steps, weights=None, offsets=None):
     graphdef, params, stats = nnx.split(CNN(rngs=nnx.Rngs(seed)), nnx.Param, ...)
-    given = {"weights": jnp.ones(CLASSES) if weights is None else weights, "offsets": jnp.zeros(CLASSES) if offsets is None else offsets}
+    given = {
+        "weights": jnp.ones(CLASSES) if weights is None else weights,
+        "offsets": jnp.zeros(CLASSES) if offsets is None else offsets,
+    }
     params, stats = train(graphdef, params, stats, given, sets, steps, jax.random.key(seed))
     model = nnx.merge(graphdef, params, stats)
     model.eval()
@@ -179,42 +204,79 @@ def problem(cifar, seed: int) -> Sets:
         balanced.append(rows[:BALANCED])
         train.append(rows[: BALANCED + number])
         test.append(rows[-TEST_EXTRA:])
-    parts = [{"x": jnp.asarray(x[rows]), "y": jnp.asarray(y[rows])} for rows in map(np.concatenate, (train, balanced))]
+    parts = [
+        {"x": jnp.asarray(x[rows]), "y": jnp.asarray(y[rows])}
+        for rows in map(np.concatenate, (train, balanced))
+    ]
     held = np.concatenate(test)
-    sets = {"x": jnp.asarray(np.concatenate([x_test, x[held]])), "y": jnp.asarray(np.concatenate([y_test, y[held]]))}
+    sets = {
+        "x": jnp.asarray(np.concatenate([x_test, x[held]])),
+        "y": jnp.asarray(np.concatenate([y_test, y[held]])),
+    }
     return Sets(*parts, sets, jnp.bincount(parts[0]["y"], length=CLASSES).astype(jnp.float32))
 
 
 def draw(path, rows, classes, weights, counts):
-    colors = {BILEVEL: report.BLUE, ALONE: report.RED, INVERSE: report.ORANGE, ADJUSTED: report.PURPLE}
+    colors = {
+        BILEVEL: report.BLUE,
+        ALONE: report.RED,
+        INVERSE: report.ORANGE,
+        ADJUSTED: report.PURPLE,
+    }
     with report.figure(path, 3, width=5.2) as (_, (left, middle, right)):
         report.bars(left, rows, "test", {**colors, PLAIN: "0.35"}, "test accuracy")
-        left.set_title("Balanced test set" + (", ± 2 standard errors" if len(rows[PLAIN]["test"]) > 1 else ""))
+        left.set_title(
+            "Balanced test set" + (", ± 2 standard errors" if len(rows[PLAIN]["test"]) > 1 else "")
+        )
         ticks = np.arange(CLASSES)
         for name, line in ((PLAIN, "--"), (INVERSE, "-."), (ADJUSTED, ":"), (BILEVEL, "-")):
-            middle.plot(ticks, np.mean(classes[name], 0), line, color=colors.get(name, "0.35"), linewidth=2, label=name)
+            middle.plot(
+                ticks,
+                np.mean(classes[name], 0),
+                line,
+                color=colors.get(name, "0.35"),
+                linewidth=2,
+                label=name,
+            )
         middle.set_xticks(ticks, [str(int(n)) for n in counts], fontsize=8)
-        middle.set(xlabel="training images of the class", ylabel="test accuracy", title="By class, mean over seeds")
+        middle.set(
+            xlabel="training images of the class",
+            ylabel="test accuracy",
+            title="By class, mean over seeds",
+        )
         middle.legend(fontsize=9)
-        right.semilogy(ticks, weights / np.max(weights), "o-", color=report.BLUE, linewidth=2, label=BILEVEL)
+        right.semilogy(
+            ticks, weights / np.max(weights), "o-", color=report.BLUE, linewidth=2, label=BILEVEL
+        )
         inverse = 1 / np.asarray(counts)
         right.semilogy(ticks, inverse / inverse.max(), "-.", color=report.ORANGE, label=INVERSE)
         right.set_xticks(ticks, [str(int(n)) for n in counts], fontsize=8)
-        right.set(xlabel="training images of the class", ylabel="weight, largest = 1", title="Weight of an example with loss 1, first seed")
+        right.set(
+            xlabel="training images of the class",
+            ylabel="weight, largest = 1",
+            title="Weight of an example with loss 1, first seed",
+        )
         right.legend(fontsize=9)
 
 
 def main(argv=None):
-    args = report.parse(report.parser(__doc__, full=dict(seeds=5, steps=1000), small=dict(seeds=1, steps=20)), argv)
+    args = report.parse(
+        report.parser(__doc__, full=dict(seeds=5, steps=1000), small=dict(seeds=1, steps=20)), argv
+    )
     cifar = data.cifar10()
     cifar = (halved(cifar.x_train), cifar.y_train, halved(cifar.x_test), cifar.y_test)
     algorithm = bx.algorithms.double_loop(
-        bx.inner.optax(optimizer(args.steps), 1), bx.hypergradient.unrolled(), bx.tunable(optax.adam, learning_rate=1e-3)
+        bx.inner.optax(optimizer(args.steps), 1),
+        bx.hypergradient.unrolled(),
+        bx.tunable(optax.adam, learning_rate=1e-3),
     )
     begin = time.perf_counter()
     rows = {name: {"test": [], "rare": [], "seconds": []} for name in ROWS}
     classes, weights = {name: [] for name in ROWS}, None
-    measure = jax.jit(lambda graphdef, state, sets: accuracy(nnx.merge(graphdef, state), None, sets), static_argnums=0)
+    measure = jax.jit(
+        lambda graphdef, state, sets: accuracy(nnx.merge(graphdef, state), None, sets),
+        static_argnums=0,
+    )
     for seed in range(args.seeds):
         d = problem(cifar, seed)
         share = d.counts / jnp.sum(d.counts)
@@ -240,10 +302,22 @@ def main(argv=None):
     seconds = time.perf_counter() - begin
     columns = {"test": "test accuracy", "rare": "three rarest classes", "seconds": "seconds a run"}
     print(report.table(rows, columns, better=(BILEVEL, "test")) + "\n")
-    print(f"Mean ± standard error over {args.seeds} seeds; differences are taken seed by seed. {seconds:.0f} s in all.")
+    print(
+        f"Mean ± standard error over {args.seeds} seeds; differences are taken seed by seed. "
+        f"{seconds:.0f} s in all."
+    )
     draw(args.out / "reweight_cnn.png", rows, classes, weights, d.counts)
-    settings = dict(vars(args), head=HEAD, imbalance=IMBALANCE, balanced=BALANCED, batch=BATCH, algorithm=repr(algorithm))
-    report.save(args.out / "reweight_cnn.json", settings, rows, seconds, classes=classes, weights=weights)
+    settings = dict(
+        vars(args),
+        head=HEAD,
+        imbalance=IMBALANCE,
+        balanced=BALANCED,
+        batch=BATCH,
+        algorithm=repr(algorithm),
+    )
+    report.save(
+        args.out / "reweight_cnn.json", settings, rows, seconds, classes=classes, weights=weights
+    )
     return rows
 
 

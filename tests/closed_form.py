@@ -1,7 +1,9 @@
-"""What a problem with known answers is: a `ClosedForm`, made by `make` from derivatives in numpy, worked out by hand.
+"""What a problem with known answers is: a `ClosedForm`, made by `make` from derivatives in numpy,
+worked out by hand.
 
-The references share no code with the jax objectives: a Newton iteration (one step where the lower level is quadratic) finds `y*`, and the
-hypergradient is `∇ = f_x − ∇_x(∇_y g · q)` with a dense solve `H q = f_y`.
+The references share no code with the jax objectives: a Newton iteration (one step where the lower
+level is quadratic) finds `y*`, and the hypergradient is `∇ = f_x − ∇_x(∇_y g · q)` with a dense
+solve `H q = f_y`.
 """
 
 from __future__ import annotations
@@ -16,14 +18,16 @@ ROWS = 16  # of every batch: eight devices divide it
 
 
 class Spectrum(NamedTuple):
-    """Extreme eigenvalues of the inner Hessian: `1 / largest` is a safe step of gradient descent."""
+    """Extreme eigenvalues of the inner Hessian: `1 / largest` is a safe step of gradient
+    descent."""
 
     largest: float
     smallest: float
 
 
 class Quadratic(NamedTuple):
-    """`g = ½y'Ay + ½x'Bx + x'Cy + a'y` and `f = ½y'Fy + ½x'Hx + x'Ky + h'x + k'y`, on flattened parameters."""
+    """`g = ½y'Ay + ½x'Bx + x'Cy + a'y` and `f = ½y'Fy + ½x'Hx + x'Ky + h'x + k'y`, on flattened
+    parameters."""
 
     A: np.ndarray
     B: np.ndarray
@@ -41,16 +45,19 @@ class ClosedForm(NamedTuple):
 
     Attributes:
       name: its key in `PROBLEMS`.
-      inner, outer: objectives ``(inner_params, outer_params, batch) -> scalar`` in jax, in any float dtype.
+      inner, outer: objectives ``(inner_params, outer_params, batch) -> scalar`` in jax, in any
+        float dtype.
       inner_params, outer_params: where to start; numpy float64.
       inner_batch, outer_batch: the full data, `ROWS` rows in each leaf, or None.
       solution: ``outer_params -> y*``.
       value: ``outer_params -> f(y*(x), x)``.
       hypergradient: ``outer_params -> d/dx f(y*(x), x)``, shaped as the outer parameters.
-      inner_hessian: ``outer_params ->`` dense inner Hessian at `y*` (flattened in the order of `jax.tree.leaves`).
+      inner_hessian: ``outer_params ->`` dense inner Hessian at `y*` (flattened in the order of
+        `jax.tree.leaves`).
       smoothness: extreme eigenvalues of the inner Hessian at the start.
       linear_in_inner: the inner gradient is affine in the inner parameters.
-      sampled: both objectives are means over their rows, up to terms without rows: batches of equal size average to the full one.
+      sampled: both objectives are means over their rows, up to terms without rows: batches of equal
+        size average to the full one.
       coefficients: the matrices, for quadratics only.
     """
 
@@ -72,7 +79,8 @@ class ClosedForm(NamedTuple):
 
 
 class Reference(NamedTuple):
-    """Hand-derived derivatives in numpy; `y`, `q` and inner gradients flat, `x` and outer gradients as pytrees."""
+    """Hand-derived derivatives in numpy; `y`, `q` and inner gradients flat, `x` and outer gradients
+    as pytrees."""
 
     gradient: Callable  # ∇_y g(y, x)
     hessian: Callable  # ∇²_yy g(y, x)
@@ -91,7 +99,12 @@ def unflatten(like, flat):
     """Undo `flatten`."""
     leaves, treedef = jax.tree.flatten(like)
     cuts = np.cumsum([np.size(leaf) for leaf in leaves])[:-1]
-    return treedef.unflatten([part.reshape(np.shape(leaf)) for part, leaf in zip(np.split(flat, cuts), leaves, strict=True)])
+    return treedef.unflatten(
+        [
+            part.reshape(np.shape(leaf))
+            for part, leaf in zip(np.split(flat, cuts), leaves, strict=True)
+        ]
+    )
 
 
 def newton(gradient, hessian, y):
@@ -99,25 +112,36 @@ def newton(gradient, hessian, y):
     residual = gradient(y)
     for _ in range(100):
         direction, step = np.linalg.solve(hessian(y), residual), 1.0
-        while step > 1e-6 and not np.linalg.norm(gradient(y - step * direction)) < np.linalg.norm(residual):
+        while step > 1e-6 and not np.linalg.norm(gradient(y - step * direction)) < np.linalg.norm(
+            residual
+        ):
             step *= 0.5
         if step <= 1e-6:  # no further decrease: the rounding floor
             break
         y = y - step * direction
         residual = gradient(y)
     if not np.linalg.norm(residual) < 1e-11:
-        raise ArithmeticError(f"Newton's method stopped at a gradient norm of {np.linalg.norm(residual):.1e}")
+        raise ArithmeticError(
+            f"Newton's method stopped at a gradient norm of {np.linalg.norm(residual):.1e}"
+        )
     return y
 
 
-def make(name, inner, outer, params, batches, reference, *, linear, sampled, decay=0.0, coefficients=None) -> ClosedForm:
-    """`decay` adds `½ decay ‖x‖²` to the outer value of the reference; the jax objective has it already."""
-    inner_params, outer_params = (jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree) for tree in params)
+def make(
+    name, inner, outer, params, batches, reference, *, linear, sampled, decay=0.0, coefficients=None
+) -> ClosedForm:
+    """`decay` adds `½ decay ‖x‖²` to the outer value of the reference; the jax objective has it
+    already."""
+    inner_params, outer_params = (
+        jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), tree) for tree in params
+    )
     start = flatten(inner_params)
 
     def prepare(x):
         x = jax.tree.map(lambda leaf: np.asarray(leaf, np.float64), x)
-        return x, newton(lambda y: reference.gradient(y, x), lambda y: reference.hessian(y, x), start)
+        return x, newton(
+            lambda y: reference.gradient(y, x), lambda y: reference.hessian(y, x), start
+        )
 
     def solution(x):
         return unflatten(inner_params, prepare(x)[1])
@@ -130,7 +154,9 @@ def make(name, inner, outer, params, batches, reference, *, linear, sampled, dec
         x, y = prepare(x)
         q = np.linalg.solve(reference.hessian(y, x), reference.value_y(y, x))
         direct = reference.value_x(y, x) if reference.value_x else jax.tree.map(np.zeros_like, x)
-        return jax.tree.map(lambda d, c, leaf: d - c + decay * leaf, direct, reference.cross(y, x, q), x)
+        return jax.tree.map(
+            lambda d, c, leaf: d - c + decay * leaf, direct, reference.cross(y, x, q), x
+        )
 
     def inner_hessian(x):
         x, y = prepare(x)
@@ -139,4 +165,16 @@ def make(name, inner, outer, params, batches, reference, *, linear, sampled, dec
     eigenvalues = np.linalg.eigvalsh(reference.hessian(start, outer_params))
     spectrum = Spectrum(float(eigenvalues[-1]), float(eigenvalues[0]))
     answers = (solution, value, hypergradient, inner_hessian)
-    return ClosedForm(name, inner, outer, inner_params, outer_params, *batches, *answers, spectrum, linear, sampled, coefficients)
+    return ClosedForm(
+        name,
+        inner,
+        outer,
+        inner_params,
+        outer_params,
+        *batches,
+        *answers,
+        spectrum,
+        linear,
+        sampled,
+        coefficients,
+    )

@@ -1,4 +1,5 @@
-"""Three scalar levels whose answers are derived by hand: nested (each level reacts to the one above) and a chain (it does not)."""
+"""Three scalar levels whose answers are derived by hand: nested (each level reacts to the one
+above) and a chain (it does not)."""
 
 from __future__ import annotations
 
@@ -16,7 +17,8 @@ class MultilevelForm(NamedTuple):
 
     Attributes:
       name: its key in `MULTILEVEL`.
-      objectives: ``(params, batch) -> scalar`` by level name, lowest first; `params` is a dict by level name and `batch` None.
+      objectives: ``(params, batch) -> scalar`` by level name, lowest first; `params` is a dict by
+        level name and `batch` None.
       params: where to start.
       solution: ``top -> params`` with every lower level solved.
       value: ``top ->`` value of the top objective there.
@@ -81,7 +83,8 @@ def _nested_scalar() -> MultilevelForm:
 
 
 def _nested_cosh() -> MultilevelForm:
-    """`z + sinh z = y` and `y − x + b z z' = 0`, with `z' = 1/(1 + cosh z)` and `z'' = −sinh(z) z'³`: third derivatives count."""
+    """`z + sinh z = y` and `y − x + b z z' = 0`, with `z' = 1/(1 + cosh z)` and
+    `z'' = −sinh(z) z'³`: third derivatives count."""
 
     def best_z(y):
         return newton(lambda z: z + np.sinh(z) - y, lambda z: np.diag(1 + np.cosh(z)), np.zeros(1))
@@ -121,7 +124,8 @@ def _nested_cosh() -> MultilevelForm:
 
 
 def _chain_scalar() -> MultilevelForm:
-    """`z = x/(1+c)`, `y = (z + bx)/(1+b)`: z does not react to y, and is a constant of y's problem."""
+    """`z = x/(1+c)`, `y = (z + bx)/(1+b)`: z does not react to y, and is a constant of y's
+    problem."""
     rate_z = 1 / (1 + _C)
     rate_y = (rate_z + _B) / (1 + _B)
     return MultilevelForm(

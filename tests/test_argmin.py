@@ -26,7 +26,11 @@ def _newton_step(objective, state, outer, ctx, *, maxiter, tol):
     nowhere = (start, jnp.zeros((), start.dtype), jnp.full((), jnp.inf, start.dtype), 0)
     v, value, norm, _ = jax.lax.while_loop(lambda c: (c[2] > tol) & (c[3] < maxiter), body, nowhere)
     code = jnp.where(norm <= tol, RESULTS.success, RESULTS.inner_not_converged)
-    return base.InnerState(unravel(v), state.opt, state.model), {"value": value, "grad_norm": norm, "code": code}
+    return base.InnerState(unravel(v), state.opt, state.model), {
+        "value": value,
+        "grad_norm": norm,
+        "code": code,
+    }
 
 
 def newton(maxiter=30, tol=1e-10):
@@ -36,7 +40,9 @@ def newton(maxiter=30, tol=1e-10):
 
 def _exact_step(objective, state, outer, ctx):
     """One Newton step on a scalar: the solution of a quadratic, without a loop."""
-    (value, g), lin = jax.linearize(jax.value_and_grad(lambda y: objective(y, outer, ctx)[0]), state.params)
+    (value, g), lin = jax.linearize(
+        jax.value_and_grad(lambda y: objective(y, outer, ctx)[0]), state.params
+    )
     return state._replace(params=state.params - g / lin(jnp.ones_like(g))[1]), {"value": value}
 
 
@@ -46,7 +52,9 @@ EXACT = base.InnerSolver(init=lambda params: (), step=_exact_step, reversible=Fa
 def divide(matvec, b, x0):
     """A scalar system."""
     x = b / matvec(jnp.ones_like(b))
-    return x, base.LinearInfo(1, jnp.abs(matvec(x) - b) / jnp.where(b == 0, jnp.ones_like(b), jnp.abs(b)), 0)
+    return x, base.LinearInfo(
+        1, jnp.abs(matvec(x) - b) / jnp.where(b == 0, jnp.ones_like(b), jnp.abs(b)), 0
+    )
 
 
 def close(a, b, rtol=1e-8, atol=1e-12):
@@ -56,7 +64,9 @@ def close(a, b, rtol=1e-8, atol=1e-12):
 def finite_difference(f, x, e=1e-5):
     """Central differences along the rows of the identity."""
     f = jax.jit(f)
-    return jnp.stack([(f(x + step) - f(x - step)) / (2 * e) for step in e * jnp.eye(x.size)], axis=-1)
+    return jnp.stack(
+        [(f(x + step) - f(x - step)) / (2 * e) for step in e * jnp.eye(x.size)], axis=-1
+    )
 
 
 K = jax.random.split(jax.random.key(3), 6)
@@ -89,7 +99,8 @@ def test_quadratic_closed_form():
 
 
 def test_hessian_closed_form():
-    """``y* = -A(s)^-1 a`` with ``A(s) = diag(e^s)``: all derivatives of ``y* = -a e^-s`` are its own, with signs."""
+    """``y* = -A(s)^-1 a`` with ``A(s) = diag(e^s)``: all derivatives of ``y* = -a e^-s`` are its
+    own, with signs."""
     fn = argmin(lambda y, s: 0.5 * jnp.sum(jnp.exp(s) * y**2) + LINEAR @ y, newton())
     f = lambda s: jnp.sum(fn(jnp.zeros(3), s) ** 2)
     s = jnp.array([0.1, -0.3, 0.2])
@@ -125,7 +136,8 @@ def test_three_scalar_levels_and_their_hyperparameters():
 
 
 def _nest(depth, solver, linear_solver=None):
-    """``depth`` levels of scalar quadratics under a function of the top; returns it and its closed form."""
+    """``depth`` levels of scalar quadratics under a function of the top; returns it and its closed
+    form."""
     weights = [0.3, 0.5, 0.2, 0.4, 0.6]
 
     def build(d):
@@ -145,7 +157,11 @@ def _nest(depth, solver, linear_solver=None):
         slope, offset, affine = 1.0, 0.0, []
         for d in range(depth):
             w = weights[d]
-            extra, constant = (0.5 * affine[-1][0] ** 2, 0.5 * affine[-1][0] * affine[-1][1]) if affine else (0.0, 0.0)
+            extra, constant = (
+                (0.5 * affine[-1][0] ** 2, 0.5 * affine[-1][0] * affine[-1][1])
+                if affine
+                else (0.0, 0.0)
+            )
             curvature = 1 + w + extra
             slope, offset = 1 / curvature, (w - constant) / curvature
             affine.append((slope, offset))
@@ -168,16 +184,27 @@ def test_two_levels_with_loops_to_second_order():
 
 
 def _nonquadratic():
-    A1, B1, C1 = (jax.random.normal(k, s) for k, s in zip(K[2:5], [(5, 4), (4, 3), (3, 3)], strict=True))
+    A1, B1, C1 = (
+        jax.random.normal(k, s) for k, s in zip(K[2:5], [(5, 4), (4, 3), (3, 3)], strict=True)
+    )
     solver = newton()
 
     def first(x, y, z):
-        return 0.5 * jnp.sum((A1 @ x - 1.0) ** 2) + 0.1 * jnp.sum(jnp.cosh(x)) + 0.1 * jnp.exp(0.1 * z[0]) * jnp.sum(x**2) + x @ (B1 @ y)
+        return (
+            0.5 * jnp.sum((A1 @ x - 1.0) ** 2)
+            + 0.1 * jnp.sum(jnp.cosh(x))
+            + 0.1 * jnp.exp(0.1 * z[0]) * jnp.sum(x**2)
+            + x @ (B1 @ y)
+        )
 
     xs = argmin(first, solver)
 
     def second(y, z):
-        return jnp.sum((xs(jnp.zeros(4), y, z) - 0.3) ** 2) + 0.5 * jnp.sum((y - C1 @ z) ** 2) + 0.1 * jnp.sum(jnp.cosh(y))
+        return (
+            jnp.sum((xs(jnp.zeros(4), y, z) - 0.3) ** 2)
+            + 0.5 * jnp.sum((y - C1 @ z) ** 2)
+            + 0.1 * jnp.sum(jnp.cosh(y))
+        )
 
     ys = argmin(second, solver)
 
@@ -193,7 +220,9 @@ def test_three_nested_levels_against_finite_differences():
     top = _nonquadratic()
     z = jnp.array([0.1, 0.2, 0.3])
     gradient = jax.jit(jax.grad(top))
-    hessian, along = jax.jit(lambda z: (jax.jacfwd(jax.grad(top))(z), jax.jvp(top, (z,), (jnp.ones(3),))[1]))(z)
+    hessian, along = jax.jit(
+        lambda z: (jax.jacfwd(jax.grad(top))(z), jax.jvp(top, (z,), (jnp.ones(3),))[1])
+    )(z)
     close(gradient(z), finite_difference(top, z), rtol=1e-7)
     close(along, jnp.sum(gradient(z)), rtol=1e-9)
     close(hessian, finite_difference(gradient, z), rtol=1e-6)
@@ -212,7 +241,12 @@ def test_float32_stays_float32():
     small = lambda t: jax.tree.map(lambda a: a.astype(jnp.float32), t)
     a, c, linear_term = small((A, C, LINEAR))
     fn = argmin(lambda y, x: 0.5 * y @ (a @ y) + x @ (c @ y) + linear_term @ y, newton(tol=1e-3))
-    y, jacobian = jax.jit(lambda x: (fn(jnp.zeros(3, jnp.float32), x), jax.jacrev(lambda x: fn(jnp.zeros(3, jnp.float32), x))(x)))(small(X))
+    y, jacobian = jax.jit(
+        lambda x: (
+            fn(jnp.zeros(3, jnp.float32), x),
+            jax.jacrev(lambda x: fn(jnp.zeros(3, jnp.float32), x))(x),
+        )
+    )(small(X))
     assert y.dtype == jacobian.dtype == jnp.float32
     close(jacobian, -jnp.linalg.solve(A, C.T), rtol=2e-4, atol=1e-5)
 
@@ -268,12 +302,20 @@ def test_captured_traced_values_are_differentiated():
     """Under jit outside of grad, where a captured tracer would leak, an integer one included."""
 
     def f(lam, shift):
-        return argmin(lambda y: jnp.sum((y - lam[shift]) ** 2) + jnp.sum(y**2) * lam[0], newton())(jnp.zeros(()))
+        return argmin(lambda y: jnp.sum((y - lam[shift]) ** 2) + jnp.sum(y**2) * lam[0], newton())(
+            jnp.zeros(())
+        )
 
     lam, shift = jnp.array([0.5, 3.0]), jnp.array(1)
     close(jax.grad(jax.jit(f))(lam, shift), jnp.array([-3.0 / 1.5**2, 1 / 1.5]))
-    close(jax.jit(jax.hessian(f))(lam, shift), jnp.array([[6.0 / 1.5**3, -1 / 1.5**2], [-1 / 1.5**2, 0.0]]))
-    close(jax.vmap(jax.grad(f), (0, None))(jnp.stack([lam, lam]), shift)[1], jnp.array([-3.0 / 1.5**2, 1 / 1.5]))
+    close(
+        jax.jit(jax.hessian(f))(lam, shift),
+        jnp.array([[6.0 / 1.5**3, -1 / 1.5**2], [-1 / 1.5**2, 0.0]]),
+    )
+    close(
+        jax.vmap(jax.grad(f), (0, None))(jnp.stack([lam, lam]), shift)[1],
+        jnp.array([-3.0 / 1.5**2, 1 / 1.5]),
+    )
 
 
 def test_one_objective_captures_the_trace_of_the_moment():
@@ -294,12 +336,18 @@ def test_settings_of_a_configured_objective_are_differentiated():
     def penalised(y, x, *, weight):
         return jnp.sum((y - x) ** 2) + weight * jnp.sum(y**2)
 
-    f = lambda weight: jnp.sum(argmin(base.Bound("penalised", penalised, weight=weight), newton())(jnp.zeros(2), jnp.ones(2)))
+    f = lambda weight: jnp.sum(
+        argmin(base.Bound("penalised", penalised, weight=weight), newton())(
+            jnp.zeros(2), jnp.ones(2)
+        )
+    )
     close(jax.jit(jax.grad(f))(jnp.array(0.5)), -2 / 1.5**2)
 
 
 def test_the_initial_point_and_the_solver_get_no_derivative():
-    f = lambda start, rate: jnp.sum(argmin(quadratic, inner.optax(optax.sgd(rate), steps=3))(start, X))
+    f = lambda start, rate: jnp.sum(
+        argmin(quadratic, inner.optax(optax.sgd(rate), steps=3))(start, X)
+    )
     close(jax.jit(jax.grad(f, (0, 1)))(jnp.ones(3), 0.1), (jnp.zeros(3), 0.0))
 
 
@@ -328,8 +376,11 @@ def test_attach_is_the_identity_with_the_derivative_of_the_solution():
 
 
 def test_attach_takes_a_wrapped_objective_with_its_context():
-    """The library's own form, ``(inner, outer, ctx) -> (value, (model, aux))``: data in the context is differentiated, too."""
-    wrapped = base.objective(lambda y, x, batch: (jnp.sum((y - x * batch) ** 2), "aux"), has_aux=True)
+    """The library's own form, ``(inner, outer, ctx) -> (value, (model, aux))``: data in the context
+    is differentiated, too."""
+    wrapped = base.objective(
+        lambda y, x, batch: (jnp.sum((y - x * batch) ** 2), "aux"), has_aux=True
+    )
     fn = attach(base.Bound("value", lambda y, x, ctx, *, of: of(y, x, ctx)[0], of=wrapped))
     f = lambda x, batch: fn(x * batch, x, base.Ctx(batch=batch, key=jax.random.key(0)))
     close(jax.jit(jax.grad(f, (0, 1)))(3.0, 5.0), (5.0, 3.0))
@@ -338,9 +389,13 @@ def test_attach_takes_a_wrapped_objective_with_its_context():
 def test_indefinite_hessian():
     """A saddle: conjugate gradients say so with NaN instead of a number, MINRES solves it."""
     saddle = lambda y, x: 0.5 * (2 * y[0] ** 2 - 3 * y[1] ** 2) - jnp.sum(x * y)
-    of = lambda solver: jax.jit(jax.jacrev(lambda x: argmin(saddle, newton(), linear_solver=solver)(jnp.zeros(2), x)))
+    of = lambda solver: jax.jit(
+        jax.jacrev(lambda x: argmin(saddle, newton(), linear_solver=solver)(jnp.zeros(2), x))
+    )
     x = jnp.array([1.0, 2.0])
-    close(of(linear.minres(maxiter=10, tol=1e-12))(x), jnp.diag(jnp.array([1 / 2, -1 / 3])), atol=1e-9)
+    close(
+        of(linear.minres(maxiter=10, tol=1e-12))(x), jnp.diag(jnp.array([1 / 2, -1 / 3])), atol=1e-9
+    )
     assert not jnp.all(jnp.isfinite(of(linear.cg())(x)))
 
 
@@ -388,20 +443,27 @@ def test_throw_raises_with_and_without_jit():
     with pytest.raises(jax.errors.JaxRuntimeError, match="inner_not_converged"):
         jax.block_until_ready(jax.jit(fn)(jnp.zeros(2), jnp.ones(2)))
     with pytest.raises(jax.errors.JaxRuntimeError, match="inner_not_converged"):
-        jax.block_until_ready(jax.jit(jax.vmap(jax.grad(lambda x: jnp.sum(fn(jnp.zeros(2), x)))))(jnp.ones((2, 2))))
+        jax.block_until_ready(
+            jax.jit(jax.vmap(jax.grad(lambda x: jnp.sum(fn(jnp.zeros(2), x)))))(jnp.ones((2, 2)))
+        )
     good = argmin(quadratic, newton(), throw=True)
     close(jax.jit(jax.vmap(good))(jnp.zeros((2, 3)), jnp.stack([X, X]))[1], good(jnp.zeros(3), X))
 
 
 def _checkpointed_power(v, n):
-    """``v (1 + v)^n`` by a loop that keeps checkpoints, and can be differentiated backwards once."""
+    """``v (1 + v)^n`` by a loop that keeps checkpoints, and can be differentiated backwards
+    once."""
     body = lambda c: (c[0] + 1, c[1] * (1 + v))
-    return equinox.internal.while_loop(lambda c: c[0] < n, body, (0, v), max_steps=8, kind="checkpointed")[1]
+    return equinox.internal.while_loop(
+        lambda c: c[0] < n, body, (0, v), max_steps=8, kind="checkpointed"
+    )[1]
 
 
 def _counted(v, n):
     """``(1 + v)^n`` by a loop whose end is not known before it runs."""
-    return jax.lax.while_loop(lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] * (1 + v)), (0, jnp.ones_like(v)))[1]
+    return jax.lax.while_loop(
+        lambda c: c[0] < n, lambda c: (c[0] + 1, c[1] * (1 + v)), (0, jnp.ones_like(v))
+    )[1]
 
 
 @jax.custom_vjp
@@ -416,24 +478,37 @@ _counted_power.defvjp(
 )
 
 
-@pytest.mark.parametrize("power, inside", [(_checkpointed_power, False), (_counted_power, True)], ids=["checkpointed loop", "rule of its own"])
+@pytest.mark.parametrize(
+    "power, inside",
+    [(_checkpointed_power, False), (_counted_power, True)],
+    ids=["checkpointed loop", "rule of its own"],
+)
 def test_an_objective_that_is_differentiated_backwards_once_only(power, inside):
     """First and second derivatives in both modes, against the same objective without a loop."""
 
     def objective(power):
         def value(y, x):
             entering = y["a"] * jnp.exp(x["s"]) if inside else y["a"]
-            return jnp.sum((power(entering, 3) - x["t"]) ** 2) / 9 + jnp.sum((y["b"] - x["s"] * y["a"]) ** 2) + jnp.sum(y["a"] ** 2)
+            return (
+                jnp.sum((power(entering, 3) - x["t"]) ** 2) / 9
+                + jnp.sum((y["b"] - x["s"] * y["a"]) ** 2)
+                + jnp.sum(y["a"] ** 2)
+            )
 
         return value
 
-    start, x = {"a": jnp.full(2, 0.4), "b": jnp.zeros(2)}, {"s": jnp.asarray(0.3), "t": jnp.array([1.5, 1.8])}
+    start, x = (
+        {"a": jnp.full(2, 0.4), "b": jnp.zeros(2)},
+        {"s": jnp.asarray(0.3), "t": jnp.array([1.5, 1.8])},
+    )
     found, want = (argmin(objective(p), newton()) for p in (power, lambda v, n: v * (1 + v) ** n))
 
     def derivatives(fn):
         scalar = lambda x: jnp.sum(fn(start, x)["a"] ** 3) + jnp.sum(fn(start, x)["b"])
         lanes = jax.vmap(jax.grad(scalar))(jax.tree.map(lambda a: jnp.stack([a, 1.1 * a]), x))
-        return jax.jit(lambda: (fn(start, x), jax.grad(scalar)(x), jax.jacfwd(jax.grad(scalar))(x), lanes))()
+        return jax.jit(
+            lambda: (fn(start, x), jax.grad(scalar)(x), jax.jacfwd(jax.grad(scalar))(x), lanes)
+        )()
 
     close(derivatives(found), derivatives(want), rtol=1e-7)
 
@@ -448,12 +523,24 @@ def test_an_objective_that_is_differentiated_backwards_once_only(power, inside):
         (lambda: argmin(quadratic, EXACT, tol="a"), TypeError, "tol: got 'a'"),
         (lambda: argmin(quadratic, EXACT, max_residual=-1.0), ValueError, "max_residual: got -1.0"),
         (lambda: argmin(quadratic, EXACT, throw=1), TypeError, "throw: got 1"),
-        (lambda: argmin(base.objective(quadratic, has_aux=True), EXACT), TypeError, "plain function"),
+        (
+            lambda: argmin(base.objective(quadratic, has_aux=True), EXACT),
+            TypeError,
+            "plain function",
+        ),
         (lambda: argmin(lambda y: y, EXACT)(jnp.zeros(3)), ValueError, "expected one real scalar"),
-        (lambda: argmin(lambda y: (jnp.sum(y), y), EXACT)(jnp.zeros(3)), ValueError, "expected one real scalar"),
+        (
+            lambda: argmin(lambda y: (jnp.sum(y), y), EXACT)(jnp.zeros(3)),
+            ValueError,
+            "expected one real scalar",
+        ),
         (lambda: argmin(jnp.sum, EXACT)(jnp.arange(3)), ValueError, "no floating-point leaf"),
         (lambda: argmin(jnp.sum, EXACT)(jnp.zeros(3, complex)), TypeError, "complex"),
-        (lambda: argmin(lambda y, s: jnp.sum(y), EXACT)(jnp.zeros(3), {"mode": "train"}), TypeError, r"args\[0\]\['mode'\]: got 'train'"),
+        (
+            lambda: argmin(lambda y, s: jnp.sum(y), EXACT)(jnp.zeros(3), {"mode": "train"}),
+            TypeError,
+            r"args\[0\]\['mode'\]: got 'train'",
+        ),
     ],
 )
 def test_bad_input_is_refused_by_name(call, error, text):

@@ -68,15 +68,27 @@ def test_the_value_in_everything_that_it_reads(name):
     close(fn(START, X, INNER, OUTER).grad, found[0], 1e-12)
 
 
-@pytest.mark.parametrize("name", quick([name for name in METHODS if name not in ("unrolled", "mixed", "forward")], ["implicit", "fixed point"]))
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        [name for name in METHODS if name not in ("unrolled", "mixed", "forward")],
+        ["implicit", "fixed point"],
+    ),
+)
 def test_the_value_forwards_and_over_lanes(name):
     fn = make(name)
     value = lambda x, a: fn(START, x, a, OUTER).value
-    direction = (jnp.asarray([0.3, -1.0]), {"scale": jnp.asarray(2.0), "shift": jnp.asarray([1.0, 0.5])})
+    direction = (
+        jnp.asarray([0.3, -1.0]),
+        {"scale": jnp.asarray(2.0), "shift": jnp.asarray([1.0, 0.5])},
+    )
     _, found = jax.jvp(value, (X, INNER), direction)
     close(found, jax.jvp(lambda x, a: closed(x, a, OUTER), (X, INNER), direction)[1])
     xs = jnp.stack([X, 0.5 * X, X + 0.3])
-    close(jax.vmap(jax.grad(value), (0, None))(xs, INNER), jax.vmap(jax.grad(lambda x: closed(x, INNER, OUTER)))(xs))
+    close(
+        jax.vmap(jax.grad(value), (0, None))(xs, INNER),
+        jax.vmap(jax.grad(lambda x: closed(x, INNER, OUTER)))(xs),
+    )
 
 
 @pytest.mark.parametrize("name", quick(METHODS, ["implicit", "unrolled", "fixed point", "neumann"]))
@@ -85,7 +97,13 @@ def test_the_gradient_again_or_refused(name):
     grad = lambda x, a: fn(START, x, a, OUTER).grad
     exact = jax.jacrev(jax.grad(lambda x, a: closed(x, a, OUTER)), (0, 1))(X, INNER)
     if name in ONCE:
-        with pytest.raises(ValueError, match=f"^hypergradient: got {name.split()[0].replace('neumann', 'implicit')}.*right once only.*Estimate.grad"):
+        with pytest.raises(
+            ValueError,
+            match=(
+                f"^hypergradient: got {name.split()[0].replace('neumann', 'implicit')}.*right once "
+                "only.*Estimate.grad"
+            ),
+        ):
             jax.jit(jax.jacrev(grad, (0, 1)))(X, INNER)
         with pytest.raises(ValueError, match="right once only"):
             jax.grad(lambda x: jnp.sum(jax.grad(lambda x: fn(START, x, INNER, OUTER).value)(x)))(X)
@@ -101,7 +119,9 @@ def test_products_from_both_sides_agree_where_the_hessian_is_indefinite():
     fn = make("implicit")
     down = -OUTER
     grad = lambda x: fn(START, x, INNER, down).grad
-    exact = jax.hessian(lambda x: closed(x, INNER, down) + jnp.sum(x**4))(X) - jax.hessian(lambda x: jnp.sum(x**4))(X)
+    exact = jax.hessian(lambda x: closed(x, INNER, down) + jnp.sum(x**4))(X) - jax.hessian(
+        lambda x: jnp.sum(x**4)
+    )(X)
     assert np.linalg.eigvalsh(exact).min() < 0
     t, v = jnp.asarray([0.3, -2.0]), jnp.asarray([1.0, 0.7])
     close(jax.jvp(grad, (X,), (t,))[1], exact @ t)
@@ -118,14 +138,18 @@ def test_a_captured_array_is_an_argument_like_any_other(name):
         def judge(y, x, batch):
             return outer(y, x, b * batch)
 
-        return bx.value_and_hypergrad(kernel, judge, solver=solver, hypergradient=method)(START, x, INNER, OUTER).value
+        return bx.value_and_hypergrad(kernel, judge, solver=solver, hypergradient=method)(
+            START, x, INNER, OUTER
+        ).value
 
     if name == "fixed point":
         method = None
 
         def value(c, b, x):
             judge = lambda y, x, batch: outer(c * y, x, b * batch)
-            return bx.value_and_hypergrad(inner, judge, solver=solver, hypergradient=METHODS[name][1])(START, x, INNER, OUTER).value
+            return bx.value_and_hypergrad(
+                inner, judge, solver=solver, hypergradient=METHODS[name][1]
+            )(START, x, INNER, OUTER).value
 
     exact = jax.grad(lambda c, b, x: closed(x, INNER, b * OUTER, c), (0, 1, 2))(CAPTURED, 1.1, X)
     close(jax.grad(value, (0, 1, 2))(CAPTURED, 1.1, X), exact)
@@ -151,13 +175,26 @@ def test_in_the_carry_and_the_outputs_of_a_scan(name):
         return sum(values) + values[1]
 
     close(jax.grad(run)(X), jax.grad(plain)(X))
-    close(jax.jit(jax.value_and_grad(lambda x: (run(x), fn(START, x, INNER, OUTER)), has_aux=True))(X)[1], jax.grad(plain)(X))
+    close(
+        jax.jit(jax.value_and_grad(lambda x: (run(x), fn(START, x, INNER, OUTER)), has_aux=True))(
+            X
+        )[1],
+        jax.grad(plain)(X),
+    )
 
 
-@pytest.mark.parametrize("name", quick([name for name in METHODS if name not in ("mixed",)], ["implicit", "unrolled", "fixed point"]))
+@pytest.mark.parametrize(
+    "name",
+    quick(
+        [name for name in METHODS if name not in ("mixed",)],
+        ["implicit", "unrolled", "fixed point"],
+    ),
+)
 def test_the_solution_and_the_aux_carry_the_best_response(name):
     solver, method = METHODS[name]
-    judge = bx.objective(lambda y, x, batch: (outer(y, x, batch), {"size": jnp.sum(y**2), "count": 3}), has_aux=True)
+    judge = bx.objective(
+        lambda y, x, batch: (outer(y, x, batch), {"size": jnp.sum(y**2), "count": 3}), has_aux=True
+    )
     fn = bx.value_and_hypergrad(inner, judge, solver=solver, hypergradient=method)
     response = lambda x, a: a["scale"] * x**2 + a["shift"]
     found = jax.jacrev(lambda x, a: fn(START, x, a, OUTER).inner_params, (0, 1))(X, INNER)
@@ -166,11 +203,20 @@ def test_the_solution_and_the_aux_carry_the_best_response(name):
     close(found, jax.grad(lambda x: jnp.sum(response(x, INNER) ** 2))(X))
     if name in ONCE:
         with pytest.raises(ValueError, match="right once only"):
-            jax.grad(lambda x: jnp.sum(jax.grad(lambda x: jnp.sum(fn(START, x, INNER, OUTER).inner_params ** 2))(x)))(X)
+            jax.grad(
+                lambda x: jnp.sum(
+                    jax.grad(lambda x: jnp.sum(fn(START, x, INNER, OUTER).inner_params ** 2))(x)
+                )
+            )(X)
 
 
 def test_an_unrolled_estimate_keeps_the_derivative_in_its_start():
-    fn = bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(optax.sgd(0.1, momentum=0.5), 3), hypergradient=H.unrolled(checkpoint="none"))
+    fn = bx.value_and_hypergrad(
+        inner,
+        outer,
+        solver=bx.inner.optax(optax.sgd(0.1, momentum=0.5), 3),
+        hypergradient=H.unrolled(checkpoint="none"),
+    )
 
     def two(x, y):
         est = fn(y, x, INNER, OUTER)
@@ -189,14 +235,19 @@ def test_an_unrolled_estimate_keeps_the_derivative_in_its_start():
 
 def test_a_truncated_unroll_counts_once():
     fn = bx.value_and_hypergrad(inner, outer, solver=DESCENT, hypergradient=H.unrolled(last=100))
-    value, grad = (lambda x: fn(START, x, INNER, OUTER).value), (lambda x: fn(START, x, INNER, OUTER).grad)
+    value, grad = (
+        (lambda x: fn(START, x, INNER, OUTER).value),
+        (lambda x: fn(START, x, INNER, OUTER).grad),
+    )
     close(jax.grad(value)(X), grad(X), 1e-12)
     with pytest.raises(ValueError, match="^hypergradient: got unrolled.*right once only"):
         jax.jacrev(grad)(X)
 
 
 def test_methods_without_a_rule_for_batches_refuse_by_name():
-    fn = bx.value_and_hypergrad(inner, outer, solver=DESCENT, hypergradient=H.zeroth_order(samples=2))
+    fn = bx.value_and_hypergrad(
+        inner, outer, solver=DESCENT, hypergradient=H.zeroth_order(samples=2)
+    )
     value = lambda x, a: fn(START, x, a, OUTER, key=jax.random.key(0)).value
     close(jax.grad(value)(X, INNER), fn(START, X, INNER, OUTER, key=jax.random.key(0)).grad, 1e-12)
     with pytest.raises(ValueError, match="^hypergradient: got zeroth_order.*batch"):
@@ -204,9 +255,13 @@ def test_methods_without_a_rule_for_batches_refuse_by_name():
 
 
 def test_a_cut_solve_is_nan_in_the_second_derivative():
-    wide = lambda y, x, b: 0.5 * jnp.sum(jnp.logspace(0, 4, 30) * (y - jnp.sum(x)) ** 2) + 0.1 * jnp.sum(y**4)
+    wide = lambda y, x, b: (
+        0.5 * jnp.sum(jnp.logspace(0, 4, 30) * (y - jnp.sum(x)) ** 2) + 0.1 * jnp.sum(y**4)
+    )
     cut = H.implicit(linear.cg(maxiter=3), max_residual=jnp.inf)
-    fn = bx.value_and_hypergrad(wide, lambda y, x, b: jnp.sum(jnp.arange(30.0) * y**2), solver=SOLVER, hypergradient=cut)
+    fn = bx.value_and_hypergrad(
+        wide, lambda y, x, b: jnp.sum(jnp.arange(30.0) * y**2), solver=SOLVER, hypergradient=cut
+    )
     assert np.isfinite(fn(jnp.ones(30), X).grad).all()
     assert np.isnan(jax.jacfwd(lambda x: fn(jnp.ones(30), x).grad)(X)).all()
 
@@ -220,8 +275,18 @@ def test_levels_alike():
     def build(lower):
         return bx.value_and_multilevel_grad(
             [
-                bx.Level("z", lambda p, b: jnp.sum((p["z"] - 0.5 * p["y"]) ** 2), solver=SOLVER, hypergradient=lower),
-                bx.Level("y", lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2 + p["z"] ** 2), solver=SOLVER, hypergradient=H.implicit(LINEAR)),
+                bx.Level(
+                    "z",
+                    lambda p, b: jnp.sum((p["z"] - 0.5 * p["y"]) ** 2),
+                    solver=SOLVER,
+                    hypergradient=lower,
+                ),
+                bx.Level(
+                    "y",
+                    lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2 + p["z"] ** 2),
+                    solver=SOLVER,
+                    hypergradient=H.implicit(LINEAR),
+                ),
                 bx.Level("x", lambda p, b: jnp.sum(p["y"] ** 3), solver=optax.sgd(0.1)),
             ]
         )
@@ -236,7 +301,12 @@ def test_levels_alike():
         jax.grad(lambda x: jnp.sum(fn(params(x)).inner_params["y"]))(X)
     two = bx.value_and_multilevel_grad(
         [
-            bx.Level("y", lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2), solver=DESCENT, hypergradient=H.one_step(0.5)),
+            bx.Level(
+                "y",
+                lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2),
+                solver=DESCENT,
+                hypergradient=H.one_step(0.5),
+            ),
             bx.Level("x", lambda p, b: jnp.sum(p["y"] ** 3), solver=optax.sgd(0.1)),
         ]
     )
@@ -252,21 +322,45 @@ def test_levels_alike():
 
 
 def test_a_run_is_refused_by_name():
-    loop = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.5), 5), H.implicit(), optax.sgd(0.5))
+    loop = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.5), 5), H.implicit(), optax.sgd(0.5)
+    )
 
     def run(t, captured=1.0):
         g = lambda y, x, b: 0.5 * jnp.sum((y - captured * x) ** 2)
         f = lambda y, x, b: 0.5 * jnp.sum((y - b) ** 2)
-        return jnp.sum(bx.solve_bilevel(g, f, START, START, outer_data=t * jnp.ones(2), algorithm=loop, num_steps=3).outer_params)
+        return jnp.sum(
+            bx.solve_bilevel(
+                g, f, START, START, outer_data=t * jnp.ones(2), algorithm=loop, num_steps=3
+            ).outer_params
+        )
 
-    for derive in (jax.grad(run), jax.grad(lambda c: run(1.0, c)), lambda t: jax.jvp(run, (t,), (1.0,)), jax.jit(jax.grad(run))):
+    for derive in (
+        jax.grad(run),
+        jax.grad(lambda c: run(1.0, c)),
+        lambda t: jax.jvp(run, (t,), (1.0,)),
+        jax.jit(jax.grad(run)),
+    ):
         with pytest.raises(ValueError, match=r"^solve_bilevel: .*argmin.*value_and_hypergrad"):
             derive(3.0)
     close(jax.vmap(run)(jnp.asarray([1.0, 2.0])), jnp.stack([run(1.0), run(2.0)]), 1e-6)
-    close(jax.vmap(lambda c: run(1.0, c))(jnp.asarray([1.0, 2.0])), jnp.stack([run(1.0, 1.0), run(1.0, 2.0)]), 1e-6)
+    close(
+        jax.vmap(lambda c: run(1.0, c))(jnp.asarray([1.0, 2.0])),
+        jnp.stack([run(1.0, 1.0), run(1.0, 2.0)]),
+        1e-6,
+    )
     levels = [
-        bx.Level("y", lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2), solver=bx.inner.optax(optax.sgd(0.5), 1), hypergradient=H.implicit()),
+        bx.Level(
+            "y",
+            lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2),
+            solver=bx.inner.optax(optax.sgd(0.5), 1),
+            hypergradient=H.implicit(),
+        ),
         bx.Level("x", lambda p, b: jnp.sum((p["y"] - 1.0) ** 2), solver=optax.sgd(0.5)),
     ]
     with pytest.raises(ValueError, match=r"^solve_multilevel: "):
-        jax.grad(lambda x: jnp.sum(bx.solve_multilevel(levels, {"y": START, "x": x}, num_steps=2).outer_params))(X)
+        jax.grad(
+            lambda x: jnp.sum(
+                bx.solve_multilevel(levels, {"y": START, "x": x}, num_steps=2).outer_params
+            )
+        )(X)

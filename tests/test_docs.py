@@ -1,6 +1,8 @@
-"""Every ``python`` block of the README and of the docs runs, a page in one namespace from top to bottom.
+"""Every ``python`` block of the README and of the docs runs, a page in one namespace from top to
+bottom.
 
-A block fenced as ``output`` that follows a ``python`` block holds what that block prints, and is compared with it.
+A block fenced as ``output`` that follows a ``python`` block holds what that block prints, and is
+compared with it.
 """
 
 import contextlib
@@ -20,7 +22,10 @@ from tests.test_public import SPACES
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))]
-FENCE = re.compile(r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*?$", re.MULTILINE | re.DOTALL)
+FENCE = re.compile(
+    r"^(?P<indent> *)```(?P<language>\w+)[^\n]*\n(?P<body>.*?)^(?P=indent)```\s*?$",
+    re.MULTILINE | re.DOTALL,
+)
 
 
 class Block(NamedTuple):
@@ -34,7 +39,10 @@ def blocks(text: str) -> list[Block]:
     found = []
     for match in FENCE.finditer(text):
         indent = len(match["indent"])
-        body = "".join(line[indent:] if line.strip() else line for line in match["body"].splitlines(keepends=True))
+        body = "".join(
+            line[indent:] if line.strip() else line
+            for line in match["body"].splitlines(keepends=True)
+        )
         found.append(Block(match["language"], body, text.count("\n", 0, match.start("body")) + 1))
     return found
 
@@ -52,8 +60,12 @@ def run_page(path: Path, text: str) -> int:
                 exec(code, namespace)
             printed, ran = out.getvalue(), ran + 1
         elif block.language == "output":
-            assert printed is not None, f"{path}:{block.line}: output without a python block before it"
-            assert printed.strip() == block.body.strip(), f"{path}:{block.line}: the page shows another output than its code prints"
+            assert printed is not None, (
+                f"{path}:{block.line}: output without a python block before it"
+            )
+            assert printed.strip() == block.body.strip(), (
+                f"{path}:{block.line}: the page shows another output than its code prints"
+            )
             printed = None
     return ran
 
@@ -67,10 +79,14 @@ def test_page(page, tmp_path):
     text = page.read_text()
     with as_reader(tmp_path):
         ran = run_page(page, text)
-    assert ran == len(re.findall(r"^ *```python", text, re.MULTILINE)), "a python block was not recognised"
+    assert ran == len(re.findall(r"^ *```python", text, re.MULTILINE)), (
+        "a python block was not recognised"
+    )
 
 
-@pytest.mark.parametrize("name", ["README.md", "docs/index.md", "docs/concepts.md", "docs/write-your-own.md"])
+@pytest.mark.parametrize(
+    "name", ["README.md", "docs/index.md", "docs/concepts.md", "docs/write-your-own.md"]
+)
 def test_page_has_code(name):
     assert any(block.language == "python" for block in blocks((ROOT / name).read_text()))
 
@@ -104,8 +120,13 @@ def test_every_namespace_has_a_page():
 
 
 def test_the_table_of_contents_has_every_page():
-    listed = re.findall(r"[\w/-]+\.md", (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1].split("\nmarkdown_extensions:")[0])
-    assert sorted(listed) == sorted(str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md"))
+    listed = re.findall(
+        r"[\w/-]+\.md",
+        (ROOT / "mkdocs.yml").read_text().split("\nnav:")[1].split("\nmarkdown_extensions:")[0],
+    )
+    assert sorted(listed) == sorted(
+        str(page.relative_to(ROOT / "docs")) for page in (ROOT / "docs").rglob("*.md")
+    )
 
 
 def test_versions_stand_side_by_side(tmp_path):
@@ -142,19 +163,27 @@ TUTORIALS = sorted((ROOT / "docs" / "tutorials").glob("*.py"))
 
 @pytest.mark.parametrize("source", TUTORIALS, ids=lambda path: path.stem)
 def test_a_tutorial_is_its_source(source):
-    """Page and notebook hold the cells of the source as it is now; CI runs the cells themselves, by docs/notebooks.py."""
+    """Page and notebook hold the cells of the source as it is now; CI runs the cells themselves, by
+    docs/notebooks.py."""
     cells = _notebooks().cells(source.read_text())
     page = source.with_suffix(".md").read_text()
     saved = json.loads(source.with_suffix(".ipynb").read_text())["cells"]
-    assert [cell.text for cell in cells if cell.code] == ["".join(c["source"]) for c in saved[1:] if c["cell_type"] == "code"]
+    assert [cell.text for cell in cells if cell.code] == [
+        "".join(c["source"]) for c in saved[1:] if c["cell_type"] == "code"
+    ]
     assert all(f"```py\n{cell.text}\n```" in page for cell in cells if cell.code)
     assert "```text\n" in page and f"{source.stem}_0.svg" in page
 
 
 def test_a_source_is_cut_into_cells(tmp_path):
     notebooks = _notebooks()
-    source = "# %% [markdown]\n# # Title\n#\n# Words.\n\n# %%\nx = 2\nprint(x)\n\n# %%\nprint(x + 1)\n"
-    assert notebooks.is_slow(source) is False and notebooks.is_slow(source.replace("[markdown]", "[markdown] slow=true")) is True
+    source = (
+        "# %% [markdown]\n# # Title\n#\n# Words.\n\n# %%\nx = 2\nprint(x)\n\n# %%\nprint(x + 1)\n"
+    )
+    assert (
+        notebooks.is_slow(source) is False
+        and notebooks.is_slow(source.replace("[markdown]", "[markdown] slow=true")) is True
+    )
     assert [cell.code for cell in notebooks.cells(source)] == [False, True, True]
     (tmp_path / "two.py").write_text(source)
     outputs = notebooks.run(tmp_path / "two.py")

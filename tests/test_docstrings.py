@@ -1,4 +1,5 @@
-"""Every public name is documented as its reader needs it: arguments, what comes back, what is raised, an example that runs, a source."""
+"""Every public name is documented as its reader needs it: arguments, what comes back, what is
+raised, an example that runs, a source."""
 
 import importlib
 import inspect
@@ -29,12 +30,20 @@ NAMESPACES = (
 
 def public() -> dict[str, object]:
     """Public functions and classes by their qualified names."""
-    found = {name: getattr(bx, name) for name in bx.__all__ if not inspect.ismodule(getattr(bx, name))}
+    found = {
+        name: getattr(bx, name) for name in bx.__all__ if not inspect.ismodule(getattr(bx, name))
+    }
     for space in NAMESPACES:
         module = importlib.import_module(f"bilevax.{space}")
-        names = getattr(module, "__all__", None) or [n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__]
-        found |= {f"{space}.{name}": getattr(module, name) for name in names if not name.startswith("_")}
-    return {name: value for name, value in found.items() if callable(value) or inspect.isclass(value)}
+        names = getattr(module, "__all__", None) or [
+            n for n, v in vars(module).items() if getattr(v, "__module__", None) == module.__name__
+        ]
+        found |= {
+            f"{space}.{name}": getattr(module, name) for name in names if not name.startswith("_")
+        }
+    return {
+        name: value for name, value in found.items() if callable(value) or inspect.isclass(value)
+    }
 
 
 FUNCTIONS = {name: value for name, value in public().items() if inspect.isfunction(value)}
@@ -50,7 +59,9 @@ def test_summary(name):
     doc = inspect.getdoc(public()[name])
     assert doc, f"{name} has no docstring"
     summary = doc.split("\n\n")[0].strip()
-    assert summary.endswith((".", ":", "?")) and len(summary.splitlines()) <= 2, f"{name}: it begins with no sentence of one or two lines"
+    assert summary.endswith((".", ":", "?")) and len(summary.splitlines()) <= 2, (
+        f"{name}: it begins with no sentence of one or two lines"
+    )
 
 
 @pytest.mark.parametrize("name", list(FUNCTIONS))
@@ -58,8 +69,12 @@ def test_sections(name):
     fn = FUNCTIONS[name]
     doc = inspect.getdoc(fn)
     for argument in arguments(fn):
-        assert re.search(rf"^\s+[\w, *]*\b{re.escape(argument)}\b[\w, *]*:", doc, re.MULTILINE), f"{name}: argument {argument!r} is not described"
-    assert re.search(r"^Returns:|^Yields:|^Raises:", doc, re.MULTILINE), f"{name} does not say what it returns"
+        assert re.search(rf"^\s+[\w, *]*\b{re.escape(argument)}\b[\w, *]*:", doc, re.MULTILINE), (
+            f"{name}: argument {argument!r} is not described"
+        )
+    assert re.search(r"^Returns:|^Yields:|^Raises:", doc, re.MULTILINE), (
+        f"{name} does not say what it returns"
+    )
     assert ">>>" in doc, f"{name} has no example"
     assert re.search(r"^Examples:\n +>>> ", doc, re.MULTILINE), (
         f"{name}: its example stands in no section Examples, which the page would show as code"
@@ -71,7 +86,9 @@ def test_sections(name):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_methods_name_their_source(name):
-    assert re.search(r"(Source|Sources|References?):", inspect.getdoc(FUNCTIONS[name])), f"{name} names no source"
+    assert re.search(r"(Source|Sources|References?):", inspect.getdoc(FUNCTIONS[name])), (
+        f"{name} names no source"
+    )
 
 
 def test_help_of_the_main_call_is_complete():
@@ -83,7 +100,9 @@ def test_reprs_show_their_settings():
     method = bx.hypergradient.implicit(bx.linear.cg(maxiter=20))
     assert isinstance(method, Hypergradient) and "maxiter=20" in repr(method)
     algorithm = bx.algorithms.soba(0.1, 0.2)
-    assert isinstance(algorithm, Algorithm) and "soba(" in repr(algorithm) and "0.1" in repr(algorithm)
+    assert (
+        isinstance(algorithm, Algorithm) and "soba(" in repr(algorithm) and "0.1" in repr(algorithm)
+    )
     assert repr(Bound("f", len, a=1)) == "f(a=1)"
 
 

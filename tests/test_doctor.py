@@ -51,7 +51,15 @@ def test_doctor_prints_versions_settings_and_a_right_hypergradient(capsys, monke
 @pytest.mark.parametrize(
     "name, said",
     [
-        ("convex", ["1 to 100, condition about 1.0e+02, none negative", "changes smoothly", "below 0.02", "implicit(linear.cg())"]),
+        (
+            "convex",
+            [
+                "1 to 100, condition about 1.0e+02, none negative",
+                "changes smoothly",
+                "below 0.02",
+                "implicit(linear.cg())",
+            ],
+        ),
         ("saddle", ["-2 to 3", "NEGATIVE", "take: hypergradient.unrolled()"]),
         ("kink", ["JUMPS", "fixed_point"]),
         ("deaf", ["every hypergradient through it is zero"]),
@@ -71,12 +79,16 @@ def test_the_command_line_itself(tmp_path):
     root = Path(__file__).resolve().parents[1]
     environment = {**os.environ, "PYTHONPATH": str(root)}
     command = [sys.executable, "-m", "bilevax", "doctor", "--problem", "mine:deaf"]
-    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(
+        command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
     assert done.returncode == 0, done.stderr
     assert "every hypergradient through it is zero" in done.stdout
 
 
-@pytest.mark.parametrize("where", ["mine", "no_such_module:f", "mine_too:nothing", "mine_too:absent"])
+@pytest.mark.parametrize(
+    "where", ["mine", "no_such_module:f", "mine_too:nothing", "mine_too:absent"]
+)
 def test_a_problem_that_is_none_is_refused(where, tmp_path, capsys, monkeypatch):
     (tmp_path / "mine_too.py").write_text(PROBLEMS)
     monkeypatch.setattr(sys, "path", list(sys.path))

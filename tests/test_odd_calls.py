@@ -1,4 +1,5 @@
-"""Wrong and odd calls that were met in use, each as a user makes it: the message names the argument, what came and what was expected."""
+"""Wrong and odd calls that were met in use, each as a user makes it: the message names the
+argument, what came and what was expected."""
 
 import re
 
@@ -11,7 +12,15 @@ from flax import nnx
 
 import bilevax as bx
 
-HG, IN, AL, LI, S, CB, CK = bx.hypergradient, bx.inner, bx.algorithms, bx.linear, bx.sharding, bx.callbacks, bx.checkpoint
+HG, IN, AL, LI, S, CB, CK = (
+    bx.hypergradient,
+    bx.inner,
+    bx.algorithms,
+    bx.linear,
+    bx.sharding,
+    bx.callbacks,
+    bx.checkpoint,
+)
 SOLVER, METHOD = IN.optax(optax.sgd(0.5), 2), HG.implicit()
 ALGORITHM = AL.double_loop(SOLVER, METHOD, optax.sgd(0.3))
 X, T = np.ones((6, 2), np.float32), np.ones(6, np.float32)
@@ -30,13 +39,24 @@ def on_rows(y, x, b):
 
 
 def go(inner=inner, outer=outer, y=None, x=None, **keywords):
-    y, x = jnp.zeros(2, jnp.float32) if y is None else y, jnp.ones(2, jnp.float32) if x is None else x
-    return bx.solve_bilevel(inner, outer, y, x, **{"algorithm": ALGORITHM, "num_steps": 3, **keywords})
+    y, x = (
+        jnp.zeros(2, jnp.float32) if y is None else y,
+        jnp.ones(2, jnp.float32) if x is None else x,
+    )
+    return bx.solve_bilevel(
+        inner, outer, y, x, **{"algorithm": ALGORITHM, "num_steps": 3, **keywords}
+    )
 
 
 def levels(**keywords):
     return [
-        bx.Level("y", lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2), solver=SOLVER, hypergradient=METHOD, **keywords),
+        bx.Level(
+            "y",
+            lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2),
+            solver=SOLVER,
+            hypergradient=METHOD,
+            **keywords,
+        ),
         bx.Level("x", lambda p, b: jnp.sum((p["y"] - 1.0) ** 2), solver=optax.sgd(0.1)),
     ]
 
@@ -64,7 +84,9 @@ def file(name, text):
 
 
 def estimate(**keywords):
-    return bx.value_and_hypergrad(inner, outer, **{"solver": SOLVER, "hypergradient": METHOD, **keywords})
+    return bx.value_and_hypergrad(
+        inner, outer, **{"solver": SOLVER, "hypergradient": METHOD, **keywords}
+    )
 
 
 def gone(shape=(2,)):
@@ -78,30 +100,46 @@ ROWS = {
     "aux of text": (lambda: go(outer=bx.objective(lambda y, x, b: (outer(y, x, b), {"a": "text"}), has_aux=True)), r"outer_objective.*str.*expected"),
     "axis_mean outside a map": (lambda: go(inner=S.axis_mean(inner, "data")), r"axis_name: got 'data'.*expected"),
     "a pattern that matches nothing": (
-        lambda: go(sharding=S.by_path(S.fsdp().mesh, {"nothing": jax.sharding.PartitionSpec()})), r"rules: got 'nothing', which matches no parameter; expected",
+        lambda: go(sharding=S.by_path(S.fsdp().mesh, {"nothing": jax.sharding.PartitionSpec()})), (
+            r"rules: got 'nothing', which matches no parameter; expected"
+        ),
     ),
     "progress_bar, uncalled": (lambda: go(callbacks=[CB.progress_bar]), r"callbacks\[0\]: got the factory.*expected"),
     "jsonl, uncalled": (lambda: go(callbacks=[CB.jsonl]), r"callbacks\[0\]: got the factory.*expected"),
     "tol of cg": (lambda: LI.cg(tol=jnp.inf), r"tol: got inf; expected"),
     "no folder": (lambda: CK.every(3, ""), r"directory: got ''; expected"),
     "a folder with a nul": (lambda: CK.every(3, "a\0b"), r"directory: got 'a.*; expected"),
-    "a long name": (lambda: go(checkpoint=CK.every(3, "a" * 300)), r"checkpoint: got the directory .*cannot be made.*expected"),
-    "a bucket without its package": (lambda: go(checkpoint=CK.every(3, "gs://bucket/run")), r"(checkpoint|directory): got .*gs://bucket/run.*expected"),
+    "a long name": (lambda: go(checkpoint=CK.every(3, "a" * 300)), (
+        r"checkpoint: got the directory .*cannot be made.*expected"
+    )),
+    "a bucket without its package": (lambda: go(checkpoint=CK.every(3, "gs://bucket/run")), (
+        r"(checkpoint|directory): got .*gs://bucket/run.*expected"
+    )),
     "compare without a solver": (lambda: bx.compare_hypergradients(inner, outer, X[0], X[0], solver=None), r"solver: got .*None; expected"),
     "csv over a file of another kind": (lambda: go(callbacks=[CB.csv(file("f.csv", "a,b\n1.5,x\n"))]), r"path: got .*f.csv.*expected"),
     "jsonl over a file of another kind": (lambda: go(callbacks=[CB.jsonl(file("f.jsonl", "what\never\n"))]), r"path: got .*f.jsonl.*expected"),
     "an iterator over keys": (lambda: go(inner_data=iter({"x": 1, "y": 2})), r"inner_data, batch 1: got str 'x'; expected"),
     "a data function of one argument": (lambda: go(inner_data=lambda key: X, key=jax.random.key(0)), r"inner_data: got a function of \(key\); expected"),
-    "a data function that returns None": (lambda: go(inner=on_rows, inner_data=lambda key, step: None, key=jax.random.key(0)), r"inner_objective.*raised this when called .*batch=None"),
-    "a data function that returns text": (lambda: go(inner_data=lambda key, step: [X, "a"], key=jax.random.key(0)), r"inner_data's batch.1.: got str 'a'; expected"),
-    "batches that are None": (lambda: go(inner_data=iter([X, None, X])), r"inner_data, batch 2: got the structure .*None.*expected"),
+    "a data function that returns None": (lambda: go(inner=on_rows, inner_data=lambda key, step: None, key=jax.random.key(0)), (
+        r"inner_objective.*raised this when called .*batch=None"
+    )),
+    "a data function that returns text": (lambda: go(inner_data=lambda key, step: [X, "a"], key=jax.random.key(0)), (
+        r"inner_data's batch.1.: got str 'a'; expected"
+    )),
+    "batches that are None": (lambda: go(inner_data=iter([X, None, X])), (
+        r"inner_data, batch 2: got the structure .*None.*expected"
+    )),
     "another dtype on the way": (lambda: go(inner_data=iter([X, X.astype(int), X] * 5)), r"inner_data, batch 2: got int64.*expected"),
     "another shape on the way": (lambda: go(inner_data=iter([X, X[:3], X] * 5)), r"inner_data, batch 2: got float32\[3, 2\].*expected"),
     "another structure on the way": (lambda: go(inner_data=iter([X, (X, X), X] * 5)), r"inner_data, batch 2: got .*expected"),
     "an empty iterable": (lambda: go(inner_data=[]), r"inner_data: got .*expected"),
-    "no data": (lambda: go(inner=on_rows), r"inner_objective.*raised this when called .*batch=None.*No data was given"),
+    "no data": (lambda: go(inner=on_rows), (
+        r"inner_objective.*raised this when called .*batch=None.*No data was given"
+    )),
     "data as text": (lambda: go(inner_data=np.asarray(["a", "b"])), r"inner_data: got <U1.*expected"),
-    "data of another width": (lambda: go(inner=on_rows, inner_data=(X[:, :1], T)), r"inner_objective.*raised this when called .*float32.6, 1.*expected"),
+    "data of another width": (lambda: go(inner=on_rows, inner_data=(X[:, :1], T)), (
+        r"inner_objective.*raised this when called .*float32.6, 1.*expected"
+    )),
     "devices as numbers": (lambda: S.data_parallel([0, 1]), r"devices: got .*expected"),
     "dry_run of no driver": (lambda: S.dry_run(3, inner, outer, X[0], X[0], sharding=S.data_parallel()), r"driver: got .*3.*expected"),
     "min_delta as text": (lambda: CB.early_stopping("value", patience=3, min_delta="0.1"), r"min_delta: got '0.1'; expected"),
@@ -109,7 +147,9 @@ ROWS = {
     "parameters as text": (lambda: go(y="abc"), r"inner_params: got str 'abc'; expected"),
     "identity, an infinite scale": (lambda: LI.identity(scale=jnp.inf), r"scale: got inf; expected"),
     "a linear solver of one argument": (lambda: go(algorithm=AL.double_loop(SOLVER, HG.implicit(lambda v: v), optax.sgd(0.1))), r"linear: got .*expected"),
-    "a linear solver, uncalled": (lambda: HG.implicit(LI.cg), r"linear: got a function of .maxiter.*expected"),
+    "a linear solver, uncalled": (lambda: HG.implicit(LI.cg), (
+        r"linear: got a function of .maxiter.*expected"
+    )),
     "rows that devices do not divide": (
         lambda: go(inner=on_rows, inner_data=(X, T), outer_data=(X, T), sharding=S.data_parallel()), r"(inner_data|outer_data|batch).*got \[6\] rows.*expected",
     ),
@@ -139,8 +179,12 @@ ROWS = {
     "two shapes straight through": (lambda: bx.nn.straight_through(jnp.ones(2), jnp.ones(3)), r"(value|surrogate): got .*expected"),
     "10**12 steps": (lambda: go(num_steps=10**12, callbacks=[lambda event: True]), r"num_steps: got 1000000000000; expected"),
     "2**31 steps": (lambda: go(num_steps=2**31, callbacks=[lambda event: True]), r"num_steps: got 2147483648; expected"),
-    "float() in an objective": (lambda: go(inner=lambda y, x, b: float(y[0]) * jnp.sum(x)), r"float.*inner_objective.*raised this when called"),
-    "if in an objective": (lambda: go(inner=lambda y, x, b: jnp.sum(y) if y[0] > 0 else jnp.sum(x)), r"bool.*inner_objective.*raised this when called"),
+    "float() in an objective": (lambda: go(inner=lambda y, x, b: float(y[0]) * jnp.sum(x)), (
+        r"float.*inner_objective.*raised this when called"
+    )),
+    "if in an objective": (lambda: go(inner=lambda y, x, b: jnp.sum(y) if y[0] > 0 else jnp.sum(x)), (
+        r"bool.*inner_objective.*raised this when called"
+    )),
     "an objective of text": (lambda: go(inner=lambda y, x, b: "a"), r"inner_objective.*returned .*str.*expected"),
     "a constant as outer objective": (lambda: go(outer=lambda y, x, b: 1.0), r"outer.*neither|outer_objective.*expected"),
     "a NumPy constant as outer objective": (lambda: go(outer=lambda y, x, b: np.float64(1.0)), r"outer.*neither|outer_objective.*expected"),
@@ -159,18 +203,36 @@ ROWS = {
     "runs as a list": (lambda: bx.plots.runs([{"value": [1.0]}]), r"runs: got list.*expected"),
     "tunable of NaN": (lambda: bx.tunable(optax.sgd, learning_rate=float("nan")), r"learning_rate: got nan; expected"),
     "tunable of text": (lambda: bx.tunable(optax.sgd, learning_rate="0.1"), r"learning_rate: got .*0.1.*; expected"),
-    "an estimate of nothing": (lambda: estimate()(), r"inner_params.*expected|missing .*inner_params"),
+    "an estimate of nothing": (lambda: estimate()(), (
+        r"inner_params.*expected|missing .*inner_params"
+    )),
     "no solver": (lambda: bx.value_and_hypergrad(inner, outer, hypergradient=METHOD), r"solver"),
     "an estimate at text": (lambda: estimate()("a", X[0]), r"inner_params: got str 'a'; expected"),
     "a state of several levels": (lambda: bx.value_and_multilevel_grad(levels())({"y": X[0], "x": X[0]}, state=3), r"state: got 3|state: got int 3"),
-    "a metric by a diagnostic's name": (lambda: go(metrics=lambda y, x, d: {"adjoint_residual": jnp.sum(y)}), r"metrics: got the name.*adjoint_residual.*expected"),
-    "one generator for two": (lambda: (lambda g: go(inner_data=g, outer_data=g))(X for _ in range(99)), r"outer_data: got the iterator .* that inner_data is; expected"),
+    "a metric by a diagnostic's name": (lambda: go(metrics=lambda y, x, d: {"adjoint_residual": jnp.sum(y)}), (
+        r"metrics: got the name.*adjoint_residual.*expected"
+    )),
+    "one generator for two": (lambda: (lambda g: go(inner_data=g, outer_data=g))(X for _ in range(99)), (
+        r"outer_data: got the iterator .* that inner_data is; expected"
+    )),
 }  # fmt: skip
 for name, value in NUMBERS.items():
-    ROWS[f"damping: {name}"] = (lambda value=value: HG.implicit(damping=value), r"damping: got .*expected")
-    ROWS[f"max_residual: {name}"] = (lambda value=value: HG.implicit(max_residual=value), r"max_residual: got .*expected")
-    ROWS[f"max_residual of fixed_point: {name}"] = (lambda value=value: HG.fixed_point(inner, max_residual=value), r"max_residual: got .*expected")
-    ROWS[f"scale: {name}"] = (lambda value=value: HG.zeroth_order(scale=value), r"scale: got .*expected")
+    ROWS[f"damping: {name}"] = (
+        lambda value=value: HG.implicit(damping=value),
+        r"damping: got .*expected",
+    )
+    ROWS[f"max_residual: {name}"] = (
+        lambda value=value: HG.implicit(max_residual=value),
+        r"max_residual: got .*expected",
+    )
+    ROWS[f"max_residual of fixed_point: {name}"] = (
+        lambda value=value: HG.fixed_point(inner, max_residual=value),
+        r"max_residual: got .*expected",
+    )
+    ROWS[f"scale: {name}"] = (
+        lambda value=value: HG.zeroth_order(scale=value),
+        r"scale: got .*expected",
+    )
 for name in ("damping: None", "max_residual: None", "max_residual of fixed_point: None"):
     del ROWS[name]  # the default
 GOOD = {
@@ -184,9 +246,13 @@ GOOD = {
 def test_what_is_wrong_is_said_by_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     call, match = ROWS[name]
-    with pytest.raises((TypeError, ValueError, OSError, KeyError, ImportError, AttributeError)) as caught:
+    with pytest.raises(
+        (TypeError, ValueError, OSError, KeyError, ImportError, AttributeError)
+    ) as caught:
         call()
-    assert re.search(f"(?s){match}", " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])]))
+    assert re.search(
+        f"(?s){match}", " ".join([str(caught.value), *getattr(caught.value, "__notes__", [])])
+    )
 
 
 @pytest.mark.parametrize("name", list(GOOD))

@@ -1,7 +1,8 @@
-"""Pieces of one's own, written outside the package from docs/write-your-own.md alone, in every place where a piece is taken.
+"""Pieces of one's own, written outside the package from docs/write-your-own.md alone, in every
+place where a piece is taken.
 
-Every problem here has an exact answer: the inner Hessian is the identity where a piece says that it is, so dy/dx = 1 and the hypergradient
-is x - 3.
+Every problem here has an exact answer: the inner Hessian is the identity where a piece says that it
+is, so dy/dx = 1 and the hypergradient is x - 3.
 """
 
 import re
@@ -29,7 +30,11 @@ def written() -> dict:
 
 
 OWN = written()
-METHOD, SOLVER, LINEAR = OWN["scaled_identity"](1.0), OWN["sign_descent"](0.25, 8), OWN["richardson"](0.5, 60)
+METHOD, SOLVER, LINEAR = (
+    OWN["scaled_identity"](1.0),
+    OWN["sign_descent"](0.25, 8),
+    OWN["richardson"](0.5, 60),
+)
 DESCENT = bx.inner.optax(optax.sgd(1.0), 1)
 X, Y = jnp.array([1.0, 2.0]), jnp.zeros(2)
 
@@ -85,12 +90,18 @@ def test_solve_bilevel(pair):
     solution = bx.solve_bilevel(inner, outer, Y, X, algorithm=algorithm, num_steps=3)
     want = X
     for _ in range(3):
-        want = want - 0.25 * (jnp.round(4 * want) / 4 - 3.0 if pair.startswith("solver") else want - 3.0)
-    np.testing.assert_allclose(solution.state.algorithm.outer, want, atol=0.3 if pair.startswith("solver") else 1e-6)
+        want = want - 0.25 * (
+            jnp.round(4 * want) / 4 - 3.0 if pair.startswith("solver") else want - 3.0
+        )
+    np.testing.assert_allclose(
+        solution.state.algorithm.outer, want, atol=0.3 if pair.startswith("solver") else 1e-6
+    )
 
 
 def test_an_algorithm():
-    solution = bx.solve_bilevel(inner, outer, Y, Y, algorithm=OWN["single_loop"](0.5, 0.1), num_steps=200)
+    solution = bx.solve_bilevel(
+        inner, outer, Y, Y, algorithm=OWN["single_loop"](0.5, 0.1), num_steps=200
+    )
     np.testing.assert_allclose(solution.outer_params, 3.0, atol=1e-4)
 
 
@@ -103,7 +114,16 @@ def test_data(data):
         from bilevax.data.sources import Source
 
         given = Source(once_drawn, {"rows": jnp.asarray(rows[0])})
-    solution = bx.solve_bilevel(from_rows, outer, Y, X, inner_data=given, algorithm=algorithm, num_steps=6, key=jax.random.key(0))
+    solution = bx.solve_bilevel(
+        from_rows,
+        outer,
+        Y,
+        X,
+        inner_data=given,
+        algorithm=algorithm,
+        num_steps=6,
+        key=jax.random.key(0),
+    )
     want = X
     for _ in range(6):
         want = want - 0.5 * (want - 3.0)
@@ -115,16 +135,27 @@ def test_data(data):
 
 def chain(z, y):
     return [
-        bx.Level("z", lambda p, b: 0.5 * jnp.sum((p["z"] - p["y"]) ** 2), solver=z[0], hypergradient=z[1]),
-        bx.Level("y", lambda p, b: 0.5 * jnp.sum((p["y"] - p["x"]) ** 2), solver=y[0], hypergradient=y[1]),
+        bx.Level(
+            "z", lambda p, b: 0.5 * jnp.sum((p["z"] - p["y"]) ** 2), solver=z[0], hypergradient=z[1]
+        ),
+        bx.Level(
+            "y", lambda p, b: 0.5 * jnp.sum((p["y"] - p["x"]) ** 2), solver=y[0], hypergradient=y[1]
+        ),
         bx.Level("x", lambda p, b: 0.5 * jnp.sum((p["z"] - 3.0) ** 2), solver=optax.sgd(0.1)),
     ]
 
 
 def nested(z, y):
     return [
-        bx.Level("z", lambda p, b: 0.5 * jnp.sum((p["z"] - p["y"]) ** 2), solver=z[0], hypergradient=z[1]),
-        bx.Level("y", lambda p, b: 0.5 * jnp.sum((p["y"] - p["x"]) ** 2) + 0.5 * jnp.sum(p["z"] ** 2), solver=y[0], hypergradient=y[1]),
+        bx.Level(
+            "z", lambda p, b: 0.5 * jnp.sum((p["z"] - p["y"]) ** 2), solver=z[0], hypergradient=z[1]
+        ),
+        bx.Level(
+            "y",
+            lambda p, b: 0.5 * jnp.sum((p["y"] - p["x"]) ** 2) + 0.5 * jnp.sum(p["z"] ** 2),
+            solver=y[0],
+            hypergradient=y[1],
+        ),
         bx.Level("x", lambda p, b: 0.5 * jnp.sum((p["y"] - 3.0) ** 2), solver=optax.sgd(0.1)),
     ]
 
@@ -142,7 +173,12 @@ LEVELS = {
     "inside": (nested, PAIRS["method"], HALF, (X / 2 - 3.0) / 2),
     "inside linear": (nested, PAIRS["linear"], HALF_LINEAR, (X / 2 - 3.0) / 2),
     "inside ours": (nested, OURS, HALF, (X / 2 - 3.0) / 2),
-    "inside solver": (nested, (OWN["sign_descent"](0.125, 8), bx.hypergradient.implicit()), HALF, (X / 2 - 3.0) / 2),
+    "inside solver": (
+        nested,
+        (OWN["sign_descent"](0.125, 8), bx.hypergradient.implicit()),
+        HALF,
+        (X / 2 - 3.0) / 2,
+    ),
 }
 
 
@@ -162,7 +198,9 @@ def test_solve_multilevel(case):
 
 def test_explain_names_them():
     text = repr(bx.explain(nested((SOLVER, METHOD), HALF), PARAMS))
-    assert "dz/dy by scaled_identity" in text and "gradients not known" in text  # it does not say what it costs
+    assert (
+        "dz/dy by scaled_identity" in text and "gradients not known" in text
+    )  # it does not say what it costs
 
 
 def test_what_a_piece_says_is_used():
@@ -187,10 +225,15 @@ def test_diagnosis(pair):
     solver, method = PAIRS[pair]
     report = bx.check_hypergradient(inner, outer, Y, X, solver=solver, hypergradient=method)
     assert report.ok and report.relative_error < 1e-6
-    rows = bx.compare_hypergradients(inner, outer, Y, X, solver=solver, methods={"own": method}, repeats=1).rows
+    rows = bx.compare_hypergradients(
+        inner, outer, Y, X, solver=solver, methods={"own": method}, repeats=1
+    ).rows
     assert rows[0].relative_error < 1e-6
     if pair == "solver":  # the methods that are chosen for a solver that says nothing
-        assert "unrolled" in [row.name for row in bx.compare_hypergradients(inner, outer, Y, X, solver=solver, repeats=1).rows]
+        assert "unrolled" in [
+            row.name
+            for row in bx.compare_hypergradients(inner, outer, Y, X, solver=solver, repeats=1).rows
+        ]
 
 
 @pytest.mark.parametrize("pair", list(PAIRS))
@@ -208,7 +251,12 @@ def test_tasks_on_devices(pair):
     solver = OWN["sign_descent"](0.25, 16) if pair.startswith("solver") else solver
     algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.25))
     arguments = (bx.tasks(one, "sum"), bx.tasks(score, "mean"), jnp.zeros((8, 2)), X)
-    keywords = dict(inner_data=bx.data.full(batch), outer_data=bx.data.full(batch), algorithm=algorithm, num_steps=1)
+    keywords = dict(
+        inner_data=bx.data.full(batch),
+        outer_data=bx.data.full(batch),
+        algorithm=algorithm,
+        num_steps=1,
+    )
     for sharding in (None, bx.sharding.tasks()):
         solution = bx.solve_bilevel(*arguments, **keywords, sharding=sharding)
         want = X - 0.25 * (X + jnp.mean(batch, axis=0) - 3.0)
@@ -219,7 +267,16 @@ def test_tasks_on_devices(pair):
 def test_rows_over_devices(pair):
     rows = jnp.tile(jnp.array([[0.5, -0.5], [-0.5, 0.5]]), (4, 1))
     algorithm = bx.algorithms.double_loop(*PAIRS[pair], optax.sgd(0.25))
-    solution = bx.solve_bilevel(from_rows, outer, Y, X, inner_data=rows, algorithm=algorithm, num_steps=1, sharding=bx.sharding.data_parallel())
+    solution = bx.solve_bilevel(
+        from_rows,
+        outer,
+        Y,
+        X,
+        inner_data=rows,
+        algorithm=algorithm,
+        num_steps=1,
+        sharding=bx.sharding.data_parallel(),
+    )
     np.testing.assert_allclose(solution.state.algorithm.outer, X - 0.25 * (X - 3.0), atol=1e-6)
 
 
@@ -249,7 +306,8 @@ def second(p, b):
     ids=repr,
 )
 def test_a_nested_level_keeps_its_method(method, derivative):
-    """y takes one step of length 1 on ``½(y − x)² + ½z(y)²``, with z after two steps of .3 on ``½(z − y)²``."""
+    """y takes one step of length 1 on ``½(y − x)² + ½z(y)²``, with z after two steps of .3 on ``½(z
+    − y)²``."""
     levels = [
         bx.Level("z", first, solver=bx.inner.optax(optax.sgd(0.3), 2), hypergradient=method),
         bx.Level("y", second, solver=DESCENT, hypergradient=bx.hypergradient.one_step(1.0)),
@@ -257,8 +315,12 @@ def test_a_nested_level_keeps_its_method(method, derivative):
     ]
     z, y, x = 0.4, 0.8, 2.0
     solved = (1 - 0.7**2) * y + 0.7**2 * z
-    found = bx.value_and_multilevel_grad(levels)({"z": jnp.asarray(z), "y": jnp.asarray(y), "x": jnp.asarray(x)})
-    np.testing.assert_allclose(found.inner_params["y"], y - ((y - x) + solved * derivative), rtol=1e-6)
+    found = bx.value_and_multilevel_grad(levels)(
+        {"z": jnp.asarray(z), "y": jnp.asarray(y), "x": jnp.asarray(x)}
+    )
+    np.testing.assert_allclose(
+        found.inner_params["y"], y - ((y - x) + solved * derivative), rtol=1e-6
+    )
 
 
 def test_a_second_derivative_of_what_says_nothing_is_refused_by_name():
@@ -267,21 +329,35 @@ def test_a_second_derivative_of_what_says_nothing_is_refused_by_name():
         bx.Level("y", second, solver=DESCENT, hypergradient=bx.hypergradient.implicit()),
         bx.Level("x", lambda p, b: 0.5 * (p["y"] - 1.0) ** 2, solver=optax.sgd(0.1)),
     ]
-    with pytest.raises(ValueError, match="hypergradient of level 'z': got scaled_identity.*whose derivative is right once only"):
-        bx.value_and_multilevel_grad(levels)({"z": jnp.asarray(0.4), "y": jnp.asarray(0.8), "x": jnp.asarray(2.0)})
+    with pytest.raises(
+        ValueError,
+        match=(
+            "hypergradient of level 'z': got scaled_identity.*whose derivative is right once only"
+        ),
+    ):
+        bx.value_and_multilevel_grad(levels)(
+            {"z": jnp.asarray(0.4), "y": jnp.asarray(0.8), "x": jnp.asarray(2.0)}
+        )
 
 
 def test_a_method_that_gives_its_linear_solver_is_exact_twice():
-    """An own method of order 2 inside an implicit one: with its linear solver it is differentiated as ours is."""
+    """An own method of order 2 inside an implicit one: with its linear solver it is differentiated
+    as ours is."""
     method = METHOD._replace(linear=base.Linear(LINEAR), order=2)
     levels = nested((DESCENT, method), (HALF[0], bx.hypergradient.implicit()))
-    np.testing.assert_allclose(bx.value_and_multilevel_grad(levels)(PARAMS).grad, (X / 2 - 3.0) / 2, atol=1e-6)
+    np.testing.assert_allclose(
+        bx.value_and_multilevel_grad(levels)(PARAMS).grad, (X / 2 - 3.0) / 2, atol=1e-6
+    )
 
 
 def test_a_quasi_newton_solver_of_ones_own_serves_shine():
     """SHINE asks the solver for its inverse Hessian, whoever made it."""
     solver = DESCENT._replace(inverse_hessian=lambda opt, v: tree.scale(1.0, v))
-    found = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=bx.hypergradient.shine())(Y, X)
+    found = bx.value_and_hypergrad(
+        inner, outer, solver=solver, hypergradient=bx.hypergradient.shine()
+    )(Y, X)
     np.testing.assert_allclose(found.grad, X - 3.0, atol=1e-6)
     with pytest.raises(TypeError, match="keeps no inverse Hessian"):
-        bx.value_and_hypergrad(inner, outer, solver=DESCENT, hypergradient=bx.hypergradient.shine())(Y, X)
+        bx.value_and_hypergrad(
+            inner, outer, solver=DESCENT, hypergradient=bx.hypergradient.shine()
+        )(Y, X)

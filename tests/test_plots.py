@@ -24,7 +24,9 @@ HISTORY = {
 
 
 def lines(ax):
-    return {line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")}
+    return {
+        line.get_label(): line for line in ax.get_lines() if not line.get_label().startswith("_")
+    }
 
 
 def test_dashboard_shows_each_column_once():
@@ -38,7 +40,11 @@ def test_dashboard_shows_each_column_once():
     assert all(ax.get_legend() is not None for ax in figure.axes if ax.lines)
     assert [ax.get_yscale() for ax in figure.axes[:3]] == ["linear", "log", "log"]
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["warning", "failed step"]
-    marked = [list(line.get_xdata()) for line in figure.axes[0].get_lines() if line.get_label().startswith("_")]
+    marked = [
+        list(line.get_xdata())
+        for line in figure.axes[0].get_lines()
+        if line.get_label().startswith("_")
+    ]
     assert marked == [[1], [2, 2]]
 
 
@@ -47,13 +53,22 @@ def test_the_kept_step_is_marked_in_a_run_that_went_on():
     run = bx.Solution(None, None, None, bx.RESULTS.success, HISTORY, None, stats)
     figure = bx.plots.dashboard(run)
     assert figure.legends[0].get_texts()[0].get_text() == "kept step"
-    marked = [list(line.get_xdata()) for line in figure.axes[0].get_lines() if line.get_label().startswith("_")]
+    marked = [
+        list(line.get_xdata())
+        for line in figure.axes[0].get_lines()
+        if line.get_label().startswith("_")
+    ]
     assert marked[0] == [1, 1]
 
 
 def test_a_log_draws_as_its_run(tmp_path):
     path = tmp_path / "run.jsonl"
-    path.write_text("".join(json.dumps({"step": i + 5, "value": v, "x": None}) + "\n" for i, v in enumerate([2.0, 1.0])))
+    path.write_text(
+        "".join(
+            json.dumps({"step": i + 5, "value": v, "x": None}) + "\n"
+            for i, v in enumerate([2.0, 1.0])
+        )
+    )
     (ax,) = bx.plots.dashboard(path).axes[:1]
     np.testing.assert_array_equal(lines(ax)["outer"].get_xdata(), [5, 6])
 
@@ -65,7 +80,9 @@ def test_runs_over_cost():
         bx.plots.runs({"a": HISTORY}, "loss")
 
 
-@pytest.mark.parametrize(("run", "error"), [(3, TypeError), ({}, ValueError), ({"value": []}, ValueError)])
+@pytest.mark.parametrize(
+    ("run", "error"), [(3, TypeError), ({}, ValueError), ({"value": []}, ValueError)]
+)
 def test_refusals(run, error):
     with pytest.raises(error, match="run: got"):
         bx.plots.dashboard(run)

@@ -1,4 +1,5 @@
-"""What every hypergradient method and every algorithm must do, whatever else it does. A new one joins by one line of a registry."""
+"""What every hypergradient method and every algorithm must do, whatever else it does. A new one
+joins by one line of a registry."""
 
 import functools
 
@@ -35,7 +36,11 @@ METHODS = {
     "implicit_bicgstab": (H.implicit(L.bicgstab(tol=1e-12)), LONG, True),
     "implicit_cholesky": (H.implicit(L.cholesky()), LONG, True),
     "implicit_neumann": (H.implicit(L.neumann(200, step=STEP)), LONG, True),
-    "implicit_nystrom_cg": (H.implicit(L.cg(tol=1e-12, preconditioner=L.nystrom_preconditioner(3))), LONG, True),
+    "implicit_nystrom_cg": (
+        H.implicit(L.cg(tol=1e-12, preconditioner=L.nystrom_preconditioner(3))),
+        LONG,
+        True,
+    ),
     "fixed_point": (H.fixed_point(descent_map, L.gmres(tol=1e-12)), LONG, True),
     "unrolled": (H.unrolled(), LONG, True),
     "truncated": (H.unrolled(last=3), SGD, False),
@@ -61,10 +66,18 @@ def call(fn, y=FORM.inner_params, x=FORM.outer_params, **kwargs):
 @functools.cache
 def compiled(name):
     fn = function(name)
-    return jax.jit(lambda y, x, state, batches: fn(y, x, *batches, key=KEY, state=state)), fn.init(FORM.inner_params)
+    return jax.jit(lambda y, x, state, batches: fn(y, x, *batches, key=KEY, state=state)), fn.init(
+        FORM.inner_params
+    )
 
 
-def evaluate(name, y=FORM.inner_params, x=FORM.outer_params, state=None, batches=(FORM.inner_batch, FORM.outer_batch)):
+def evaluate(
+    name,
+    y=FORM.inner_params,
+    x=FORM.outer_params,
+    state=None,
+    batches=(FORM.inner_batch, FORM.outer_batch),
+):
     jitted, first = compiled(name)
     return jitted(*jax.tree.map(jnp.asarray, (y, x, first if state is None else state, batches)))
 
@@ -77,7 +90,9 @@ def close(a, b, tol=1e-10):
 every = pytest.mark.parametrize("name", METHODS)
 # What compiles anew: a method of each kind in the quick suite, the others in the slow one.
 KINDS = ("implicit", "implicit_cholesky", "fixed_point", "unrolled", "one_step", "sama")
-some = pytest.mark.parametrize("name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in METHODS])
+some = pytest.mark.parametrize(
+    "name", [n if n in KINDS else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]
+)
 
 
 @every
@@ -95,7 +110,9 @@ def test_shapes_info_and_state(name):
 def test_exact_where_it_says_so(name):
     if METHODS[name][2]:
         assert close(evaluate(name).grad, FORM.hypergradient(FORM.outer_params), 1e-8)
-    else:  # biased or noisy, but no nonsense: it points down the true slope on this well-conditioned problem
+    # biased or noisy, but no nonsense: it points down the true slope on this well-conditioned
+    # problem
+    else:
         cosine = flatten(evaluate(name).grad) @ flatten(FORM.hypergradient(FORM.outer_params))
         assert cosine > 0
 
@@ -115,25 +132,40 @@ def test_vmap_equals_a_loop(name):
     xs = jax.tree.map(lambda a: jnp.stack([a, 1.1 * a, a - 0.1]), FORM.outer_params)
     batched = jax.jit(jax.vmap(lambda x: call(fn, x=x).grad))(xs)
     for i in range(3):
-        assert close(jax.tree.map(lambda a, i=i: a[i], batched), evaluate(name, x=jax.tree.map(lambda a, i=i: a[i], xs)).grad, 1e-7)
+        assert close(
+            jax.tree.map(lambda a, i=i: a[i], batched),
+            evaluate(name, x=jax.tree.map(lambda a, i=i: a[i], xs)).grad,
+            1e-7,
+        )
 
 
 @some
 def test_a_zero_cotangent_gives_zero(name):
-    """The outer objective ignores the inner parameters: no method may divide by the norm of nothing."""
+    """The outer objective ignores the inner parameters: no method may divide by the norm of
+    nothing."""
     method, solver, _ = METHODS[name]
-    fn = bx.value_and_hypergrad(FORM.inner, lambda y, x, batch: 0.5 * tree.dot(x, x), solver=solver, hypergradient=method)
+    fn = bx.value_and_hypergrad(
+        FORM.inner, lambda y, x, batch: 0.5 * tree.dot(x, x), solver=solver, hypergradient=method
+    )
     estimate = jax.jit(lambda: call(fn))()
     assert close(estimate.grad, FORM.outer_params, 1e-12) and int(estimate.info["code"]) < 10
 
 
 @some
 def test_float32_stays_float32(name):
-    down = functools.partial(jax.tree.map, lambda a: jnp.asarray(a, jnp.float32) if tree.is_float(a) else jnp.asarray(a))
+    down = functools.partial(
+        jax.tree.map, lambda a: jnp.asarray(a, jnp.float32) if tree.is_float(a) else jnp.asarray(a)
+    )
     fn = function(name)
-    y, x, batches = down(FORM.inner_params), down(FORM.outer_params), (down(FORM.inner_batch), down(FORM.outer_batch))
+    y, x, batches = (
+        down(FORM.inner_params),
+        down(FORM.outer_params),
+        (down(FORM.inner_batch), down(FORM.outer_batch)),
+    )
     estimate = jax.jit(lambda y, x, batches: fn(y, x, *batches, key=KEY))(y, x, batches)
-    assert all(a.dtype == jnp.float32 for a in jax.tree.leaves((estimate.grad, estimate.inner_params)))
+    assert all(
+        a.dtype == jnp.float32 for a in jax.tree.leaves((estimate.grad, estimate.inner_params))
+    )
     if METHODS[name][2]:
         assert close(estimate.grad, FORM.hypergradient(FORM.outer_params), 2e-3)
 
@@ -166,10 +198,14 @@ def test_equal_settings_are_equal(name):
 
 A = bx.algorithms
 SMALL = STEP / 4
-FRONT = A.multi_objective(SGD, H.implicit(), bx.tunable(optax.sgd, learning_rate=0.1), rule="mean", preference=[1.0, 1.0])
+FRONT = A.multi_objective(
+    SGD, H.implicit(), bx.tunable(optax.sgd, learning_rate=0.1), rule="mean", preference=[1.0, 1.0]
+)
 ALGORITHMS = {
     "multi_objective": FRONT,
-    "value_function": A.value_function(bx.inner.lbfgs(), bx.tunable(optax.sgd, learning_rate=0.1), penalty=100.0),
+    "value_function": A.value_function(
+        bx.inner.lbfgs(), bx.tunable(optax.sgd, learning_rate=0.1), penalty=100.0
+    ),
     "double_loop": A.double_loop(SGD, H.implicit(), bx.tunable(optax.sgd, learning_rate=0.1)),
     "soba": A.soba(SMALL, SMALL),
     "ma_soba": A.ma_soba(SMALL, SMALL),
@@ -181,7 +217,10 @@ ALGORITHMS = {
     "bome": A.bome(SMALL, SMALL),
     "maid": A.maid(),
 }
-each = pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow) if n == "value_function" else n for n in ALGORITHMS])
+each = pytest.mark.parametrize(
+    "name",
+    [pytest.param(n, marks=pytest.mark.slow) if n == "value_function" else n for n in ALGORITHMS],
+)
 
 
 def twice(y, x, batch):
@@ -192,7 +231,8 @@ def twice(y, x, batch):
 def solve(name, num_steps=20, **kwargs):
     outer = bx.objective(twice, has_aux=True) if name == "multi_objective" else FORM.outer
     return bx.solve_bilevel(
-        FORM.inner, outer, FORM.inner_params, FORM.outer_params, inner_data=FORM.inner_batch, outer_data=FORM.outer_batch,
+        FORM.inner, outer, FORM.inner_params, FORM.outer_params, inner_data=FORM.inner_batch,
+        outer_data=FORM.outer_batch,
         algorithm=ALGORITHMS[name], num_steps=num_steps, key=KEY, **kwargs,
     )  # fmt: skip
 
@@ -204,7 +244,10 @@ def test_an_algorithm_runs_resumes_and_descends(name):
     rest = solve(name, 20, state=half.state)
     assert not whole.result.failed
     assert all(
-        (np.asarray(a) == np.asarray(b)).all() for a, b in zip(*(jax.tree.leaves(s.state._replace(key=None)) for s in (whole, rest)), strict=True)
+        (np.asarray(a) == np.asarray(b)).all()
+        for a, b in zip(
+            *(jax.tree.leaves(s.state._replace(key=None)) for s in (whole, rest)), strict=True
+        )
     )
     assert whole.history["value"].shape == (40,) and np.isfinite(whole.history["value"]).all()
     assert FORM.value(whole.outer_params) < FORM.value(FORM.outer_params)

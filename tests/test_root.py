@@ -1,4 +1,5 @@
-"""Equations and fixed points as functions: against dense derivatives, alone, stacked, in lanes and on devices."""
+"""Equations and fixed points as functions: against dense derivatives, alone, stacked, in lanes and
+on devices."""
 
 import functools
 
@@ -35,7 +36,9 @@ SOLVED = {
     "fixed_point": bx.fixed_point(mapping, tol=1e-15),
     "gmres": bx.root(equations, linear_solver=bx.linear.gmres(tol=1e-14)),
 }
-each = pytest.mark.parametrize("name", ["root", "fixed_point", pytest.param("gmres", marks=pytest.mark.slow)])
+each = pytest.mark.parametrize(
+    "name", ["root", "fixed_point", pytest.param("gmres", marks=pytest.mark.slow)]
+)
 
 
 def flat(z):
@@ -65,7 +68,12 @@ def test_values_and_derivatives_are_the_dense_ones(name):
     def found(w, x):
         measure = lambda x: jnp.sum(solution(name, w, x) ** 3)
         along = jax.jvp(lambda w: solution(name, w, x), (w,), (jnp.ones_like(w),))[1]
-        return solution(name, w, x), jax.jacrev(lambda w: solution(name, w, x))(w), along, jax.hessian(measure)(x)
+        return (
+            solution(name, w, x),
+            jax.jacrev(lambda w: solution(name, w, x))(w),
+            along,
+            jax.hessian(measure)(x),
+        )
 
     value, backward, along, second = found(W, X)
     np.testing.assert_allclose(value, z, atol=1e-12)
@@ -88,7 +96,8 @@ def test_lanes_and_devices_are_the_single_call(name):
 
 
 def test_what_is_captured_is_differentiated_and_solutions_nest():
-    """y = 2 z with z = sqrt(a), inside an equation for u = y + a: du/da = 1 / sqrt(a) + 1, d2u/da2 = -a^(-3/2) / 2."""
+    """y = 2 z with z = sqrt(a), inside an equation for u = y + a: du/da = 1 / sqrt(a) + 1, d2u/da2
+    = -a^(-3/2) / 2."""
 
     def u(a):
         z = bx.root(lambda z: z**2 - a)
@@ -114,7 +123,11 @@ def test_newton_ends_where_the_solution_is(case):
     equation, start, want = STARTS[case]
     found, info = bx.root(equation).with_info(start)
     assert int(info.code) == 0
-    assert abs(float(found) - want) <= 1e-6 * max(abs(want), 1e-6) if "double" in case else abs(float(found) - want) <= 1e-12 * max(1.0, abs(want))
+    assert (
+        abs(float(found) - want) <= 1e-6 * max(abs(want), 1e-6)
+        if "double" in case
+        else abs(float(found) - want) <= 1e-12 * max(1.0, abs(want))
+    )
 
 
 def test_no_solution_is_said():
@@ -129,7 +142,9 @@ def test_no_solution_is_said():
     np.testing.assert_allclose(lanes, [2.0, np.nan], atol=1e-12)
     twice = bx.root(lambda y, a: jnp.full(2, y[0] + y[1] - a))  # one equation, written two times
     assert np.isnan(twice(jnp.zeros(2), 1.0)).all()
-    assert (twice(jnp.full(2, 0.5), 1.0) == 0.5).all() and np.isnan(jax.jacobian(twice, 1)(jnp.full(2, 0.5), 1.0)).all()
+    assert (twice(jnp.full(2, 0.5), 1.0) == 0.5).all() and np.isnan(
+        jax.jacobian(twice, 1)(jnp.full(2, 0.5), 1.0)
+    ).all()
 
 
 def test_acceleration_needs_fewer_steps_and_solves_what_iteration_does_not():
@@ -137,21 +152,29 @@ def test_acceleration_needs_fewer_steps_and_solves_what_iteration_does_not():
     want = 1.0 / (1.0 - np.array([0.99, 0.9, 0.5]))
     counts = {}
     for memory in (0, 5):
-        y, info = bx.fixed_point(slow, memory=memory, maxiter=5000, tol=1e-12).with_info(jnp.zeros(3))
+        y, info = bx.fixed_point(slow, memory=memory, maxiter=5000, tol=1e-12).with_info(
+            jnp.zeros(3)
+        )
         counts[memory] = int(info.iterations)
         np.testing.assert_allclose(y, want, rtol=1e-9)
     assert counts[5] < 10 < 1000 < counts[0]
-    np.testing.assert_allclose(bx.fixed_point(lambda y: -1.5 * y + 5.0)(jnp.zeros(2)), 2.0, atol=1e-10)
+    np.testing.assert_allclose(
+        bx.fixed_point(lambda y: -1.5 * y + 5.0)(jnp.zeros(2)), 2.0, atol=1e-10
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
 def test_dtypes_are_kept(dtype):
     x, w = X.astype(dtype), W.astype(dtype)
     for fn in (bx.root(lambda z, w, x: z - PLAIN(z, w, x)), bx.fixed_point(PLAIN)):
-        value, grad = jax.jit(jax.value_and_grad(lambda x, fn=fn: jnp.sum(fn(jnp.zeros(N, dtype), w, x))))(x)
+        value, grad = jax.jit(
+            jax.value_and_grad(lambda x, fn=fn: jnp.sum(fn(jnp.zeros(N, dtype), w, x)))
+        )(x)
         assert value.dtype == grad.dtype == dtype
         exact = jax.grad(lambda x: jnp.sum(unrolled(W, x)))(X)
-        np.testing.assert_allclose(np.asarray(grad, np.float64), exact, atol=1e-4 if dtype == jnp.float32 else 0.3)
+        np.testing.assert_allclose(
+            np.asarray(grad, np.float64), exact, atol=1e-4 if dtype == jnp.float32 else 0.3
+        )
 
 
 def test_one_trace_serves_all_numbers():
@@ -203,10 +226,19 @@ def test_stacked_equilibrium_layers_train_on_digits():
 
     def make(key, inputs):
         k = jax.random.split(key)
-        small = lambda key, rows: jax.random.normal(key, (rows, width), jnp.float32) / np.float32(2 * np.sqrt(rows))
-        return {"w": small(k[0], width), "u": small(k[1], inputs), "b": jnp.zeros(width, jnp.float32)}
+        small = lambda key, rows: (
+            jax.random.normal(key, (rows, width), jnp.float32) / np.float32(2 * np.sqrt(rows))
+        )
+        return {
+            "w": small(k[0], width),
+            "u": small(k[1], inputs),
+            "b": jnp.zeros(width, jnp.float32),
+        }
 
-    params = {"layers": [make(keys[0], 64), make(keys[1], width)], "last": 0.1 * jax.random.normal(keys[2], (width, 10), jnp.float32)}
+    params = {
+        "layers": [make(keys[0], 64), make(keys[1], width)],
+        "last": 0.1 * jax.random.normal(keys[2], (width, 10), jnp.float32),
+    }
     optimizer = optax.adam(2e-2)
 
     def loss(params, x, y):
@@ -216,12 +248,17 @@ def test_stacked_equilibrium_layers_train_on_digits():
     def train(params):
         def body(carry, i):
             params, state = carry
-            rows = jax.lax.dynamic_slice_in_dim(x, (i % 5) * 64, 64), jax.lax.dynamic_slice_in_dim(y, (i % 5) * 64, 64)
+            rows = (
+                jax.lax.dynamic_slice_in_dim(x, (i % 5) * 64, 64),
+                jax.lax.dynamic_slice_in_dim(y, (i % 5) * 64, 64),
+            )
             value, grads = jax.value_and_grad(loss)(params, *rows)
             updates, state = optimizer.update(grads, state)
             return (optax.apply_updates(params, updates), state), value
 
-        (params, _), values = jax.lax.scan(body, (params, optimizer.init(params)), jnp.arange(60, dtype=jnp.int32))
+        (params, _), values = jax.lax.scan(
+            body, (params, optimizer.init(params)), jnp.arange(60, dtype=jnp.int32)
+        )
         right = jnp.mean((jnp.argmax(network(params, x[320:]), -1) == y[320:]).astype(jnp.float32))
         return values, right
 

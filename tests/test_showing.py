@@ -11,16 +11,24 @@ import bilevax as bx
 from bilevax._core.showing import screenful
 from tests.test_docstrings import public
 
-CLASSES = {name: value for name, value in public().items() if isinstance(value, type) and issubclass(value, tuple)}
+CLASSES = {
+    name: value
+    for name, value in public().items()
+    if isinstance(value, type) and issubclass(value, tuple)
+}
 
 
 def _solution():
     inner = lambda y, x, batch: 0.5 * sum(jnp.sum((a - x["a"]) ** 2) for a in y.values())
     outer = lambda y, x, batch: 0.5 * sum(jnp.sum(a**2) for a in y.values())
     one = bx.inner.optax(optax.sgd(0.1), 1)
-    algorithm = bx.algorithms.double_loop(one, bx.hypergradient.implicit(bx.linear.cg(maxiter=1, tol=0.5)), optax.adam(0.5))
+    algorithm = bx.algorithms.double_loop(
+        one, bx.hypergradient.implicit(bx.linear.cg(maxiter=1, tol=0.5)), optax.adam(0.5)
+    )
     start = {f"layer{i}": jnp.ones((20, 30)) for i in range(3)}
-    return bx.solve_bilevel(inner, outer, start, {"a": jnp.ones(())}, algorithm=algorithm, num_steps=3)
+    return bx.solve_bilevel(
+        inner, outer, start, {"a": jnp.ones(())}, algorithm=algorithm, num_steps=3
+    )
 
 
 @pytest.fixture(scope="module")
@@ -55,7 +63,9 @@ def test_an_estimate_is_a_screenful():
     inner = lambda y, x, batch: 0.5 * sum(jnp.sum((a - x) ** 2) for a in y.values())
     outer = lambda y, x, batch: 0.5 * sum(jnp.sum(a**2) for a in y.values())
     solver = bx.inner.optax(optax.adam(0.1), 1)
-    fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=bx.hypergradient.one_step())
+    fn = bx.value_and_hypergrad(
+        inner, outer, solver=solver, hypergradient=bx.hypergradient.one_step()
+    )
     estimate = fn({f"layer{i}": jnp.ones((20, 30)) for i in range(9)}, jnp.ones(()))
     assert len(repr(estimate)) < 1500 and "leaves" in repr(estimate)
     assert f"value={float(estimate.value):.6g}" in repr(estimate)

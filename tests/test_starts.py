@@ -1,4 +1,5 @@
-"""Where solves start: a function of the outer parameters, a draw, another state; and objectives of all inner steps."""
+"""Where solves start: a function of the outer parameters, a draw, another state; and objectives of
+all inner steps."""
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,12 @@ STARTS = {
 
 
 @pytest.mark.parametrize("name", STARTS)
-@pytest.mark.parametrize("method", [H.implicit(), H.one_step(0.1), H.sama()], ids=["implicit", "one_step", "sama"])
+@pytest.mark.parametrize(
+    "method", [H.implicit(), H.one_step(0.1), H.sama()], ids=["implicit", "one_step", "sama"]
+)
 def test_methods_that_see_no_start_may_have_one(name, method):
-    """iMAML: each solve starts at the meta-parameters and the proximal term carries the gradient. Against a loop of one's own."""
+    """iMAML: each solve starts at the meta-parameters and the proximal term carries the gradient.
+    Against a loop of one's own."""
     start, solver = STARTS[name], bx.inner.optax(optax.sgd(0.2), 20)
     fn = jax.jit(bx.value_and_hypergrad(proximal, query, solver=solver, hypergradient=method))
     x, want = jnp.full(2, 0.5), []
@@ -53,10 +57,21 @@ def loss(w, meta, task):
 
 def test_a_start_that_alone_reads_a_leaf_needs_a_method_that_sees_it():
     start = lambda meta: {"a": meta["init"]}
-    inner = lambda w, meta, task: loss(w, meta, task) + jnp.exp(meta["decay"]) * jnp.sum(w["a"] ** 2)
+    inner = lambda w, meta, task: (
+        loss(w, meta, task) + jnp.exp(meta["decay"]) * jnp.sum(w["a"] ** 2)
+    )
     meta = {"init": jnp.ones(2), "decay": jnp.zeros(())}
-    make = lambda method: bx.value_and_hypergrad(inner, loss, solver=bx.inner.optax(optax.sgd(0.1), 3), hypergradient=method, inner_init=start)
-    with pytest.raises(ValueError, match=r"inner_init: the start depends on outer_params\['init'\], which no objective reads"):
+    make = lambda method: bx.value_and_hypergrad(
+        inner,
+        loss,
+        solver=bx.inner.optax(optax.sgd(0.1), 3),
+        hypergradient=method,
+        inner_init=start,
+    )
+    with pytest.raises(
+        ValueError,
+        match=r"inner_init: the start depends on outer_params\['init'\], which no objective reads",
+    ):
         make(H.implicit())({"a": jnp.zeros(2)}, meta, TASK, TASK)
     out = make(H.unrolled())({"a": jnp.zeros(2)}, meta, TASK, TASK)
 
@@ -107,7 +122,8 @@ def test_a_start_that_draws_needs_a_key():
 
 
 def test_a_warm_adjoint_is_dropped_with_the_start():
-    """With one CG iteration the adjoint's own start would be seen: each step's is that of an estimate that knows nothing."""
+    """With one CG iteration the adjoint's own start would be seen: each step's is that of an
+    estimate that knows nothing."""
     method = H.implicit(bx.linear.cg(maxiter=1, tol=0.5), max_residual=jnp.inf)
     ridge = lambda w, x, batch: jnp.mean((X @ w - Y) ** 2) + jnp.exp(x) * jnp.sum(w**2)
     algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), method, optax.sgd(0.0))
@@ -134,22 +150,41 @@ def test_a_start_may_bring_a_model_state():
         return w * mean
 
     inner = bx.objective(inner, stateful=True)
-    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.5), 3), H.unrolled(), optax.sgd(0.01))
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.5), 3), H.unrolled(), optax.sgd(0.01)
+    )
     x, want = jnp.asarray(0.7), []
     for _ in range(3):
         value, grad = jax.value_and_grad(hand)(x)
         want.append((value, abs(grad)))
         x = x - 0.01 * grad
     run = bx.solve_bilevel(
-        inner, outer, jnp.zeros(()), jnp.asarray(0.7), inner_init=start, model_state=jnp.zeros(()), algorithm=algorithm, num_steps=3
+        inner,
+        outer,
+        jnp.zeros(()),
+        jnp.asarray(0.7),
+        inner_init=start,
+        model_state=jnp.zeros(()),
+        algorithm=algorithm,
+        num_steps=3,
     )
-    assert np.allclose(np.stack([run.history["value"], run.history["grad_norm"]], 1), want, rtol=1e-10)
+    assert np.allclose(
+        np.stack([run.history["value"], run.history["grad_norm"]], 1), want, rtol=1e-10
+    )
 
 
 def test_single_loop_algorithms_refuse_a_start():
-    with pytest.raises(ValueError, match="inner_init: got a function of the outer parameters, with soba"):
+    with pytest.raises(
+        ValueError, match="inner_init: got a function of the outer parameters, with soba"
+    ):
         bx.solve_bilevel(
-            distilled, OUT, jnp.ones(3), jnp.ones((2, 3)), inner_init=lambda x: x[0], algorithm=bx.algorithms.soba(0.1, 0.1), num_steps=1
+            distilled,
+            OUT,
+            jnp.ones(3),
+            jnp.ones((2, 3)),
+            inner_init=lambda x: x[0],
+            algorithm=bx.algorithms.soba(0.1, 0.1),
+            num_steps=1,
         )
 
 
@@ -170,14 +205,21 @@ def multi_step_by_hand(meta):
     return total
 
 
-@pytest.mark.parametrize("method", [H.unrolled(), H.unrolled(checkpoint="sqrt"), H.unrolled(checkpoint="none"), H.forward()])
+@pytest.mark.parametrize(
+    "method",
+    [H.unrolled(), H.unrolled(checkpoint="sqrt"), H.unrolled(checkpoint="none"), H.forward()],
+)
 def test_an_objective_of_every_inner_step(method):
     if method.sees_init:
         start, by_hand = {"inner_init": lambda meta: meta}, multi_step_by_hand
     else:
         start, by_hand = {"inner_init": jax.lax.stop_gradient}, None
     fn = bx.value_and_hypergrad(
-        proximal, bx.objective(multi_step, trajectory=True), solver=bx.inner.optax(optax.sgd(0.1), 3), hypergradient=method, **start
+        proximal,
+        bx.objective(multi_step, trajectory=True),
+        solver=bx.inner.optax(optax.sgd(0.1), 3),
+        hypergradient=method,
+        **start,
     )
     out = jax.jit(fn)(jnp.zeros(2), jnp.full(2, 0.5), TASK, TASK)
     assert np.allclose(out.value, multi_step_by_hand(jnp.full(2, 0.5)), rtol=1e-12)
@@ -198,7 +240,9 @@ def test_an_objective_of_every_inner_step(method):
 
 
 def test_a_run_with_an_objective_of_the_steps():
-    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 3), H.unrolled(), optax.sgd(0.1))
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.1), 3), H.unrolled(), optax.sgd(0.1)
+    )
     x, want = jnp.full(2, 0.5), []
     for _ in range(3):
         value, grad = jax.value_and_grad(multi_step_by_hand)(x)
@@ -214,8 +258,13 @@ def test_a_run_with_an_objective_of_the_steps():
 def test_methods_of_the_last_point_refuse_the_steps():
     steps = bx.objective(multi_step, trajectory=True)
     for method in (H.implicit(), H.unrolled(2), H.sama()):
-        with pytest.raises(ValueError, match=r"outer_objective: got objective\(multi_step, trajectory=True\), which reads every inner step"):
-            bx.value_and_hypergrad(proximal, steps, solver=bx.inner.optax(optax.sgd(0.1), 3), hypergradient=method)
+        with pytest.raises(
+            ValueError,
+            match=r"outer_objective: got objective\(multi_step, trajectory=True\), which reads every inner step",
+        ):
+            bx.value_and_hypergrad(
+                proximal, steps, solver=bx.inner.optax(optax.sgd(0.1), 3), hypergradient=method
+            )
     with pytest.raises(ValueError, match="trajectory=True.* with soba"):
         bx.solve_bilevel(
             proximal, steps, jnp.zeros(2), jnp.zeros(2), inner_data=bx.data.full(TASK), outer_data=bx.data.full(TASK),
@@ -229,28 +278,58 @@ def test_methods_of_the_last_point_refuse_the_steps():
 def test_a_leaf_that_nothing_reads_is_named():
     inner, outer = (lambda w, x, b: jnp.sum((w - x["a"]) ** 2)), (lambda w, x, b: jnp.sum(w**2))
     x = {"a": jnp.ones(2), "rate": jnp.asarray(0.1)}
-    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), H.unrolled(), optax.adam(0.1))
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.1), 2), H.unrolled(), optax.adam(0.1)
+    )
     with pytest.raises(ValueError, match=r"outer_params\['rate'\]: neither objective reads it"):
         bx.solve_bilevel(inner, outer, jnp.zeros(2), x, algorithm=algorithm, num_steps=2)
 
 
-@pytest.mark.parametrize("outer", [lambda y, x, b: 1.0, lambda y, x, b: jnp.sum(b**2)], ids=["a constant", "of the batch alone"])
+@pytest.mark.parametrize(
+    "outer",
+    [lambda y, x, b: 1.0, lambda y, x, b: jnp.sum(b**2)],
+    ids=["a constant", "of the batch alone"],
+)
 def test_an_outer_objective_of_nothing_is_refused(outer):
     solver, method = bx.inner.optax(optax.sgd(0.5), 2), bx.hypergradient.implicit()
     inner = lambda y, x, b: 0.5 * jnp.sum((y - x) ** 2)
     algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.3))
-    with pytest.raises(ValueError, match="outer_objective: it depends neither on inner_params nor on outer_params"):
-        bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.ones(2), outer_data=jnp.ones(2), algorithm=algorithm, num_steps=2)
+    with pytest.raises(
+        ValueError, match="outer_objective: it depends neither on inner_params nor on outer_params"
+    ):
+        bx.solve_bilevel(
+            inner,
+            outer,
+            jnp.zeros(2),
+            jnp.ones(2),
+            outer_data=jnp.ones(2),
+            algorithm=algorithm,
+            num_steps=2,
+        )
     fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=method)
-    with pytest.raises(ValueError, match="outer_objective: it depends neither on inner_params nor on outer_params"):
+    with pytest.raises(
+        ValueError, match="outer_objective: it depends neither on inner_params nor on outer_params"
+    ):
         fn(jnp.zeros(2), jnp.ones(2), None, jnp.ones(2))
 
 
 STOPPED = {
-    "outer": (lambda y, x, b: jnp.sum((y - x["a"]) ** 2), lambda y, x, b: jnp.sum(jax.lax.stop_gradient(y) ** 2), "outer_objective: it reads"),
-    "inner": (lambda y, x, b: jnp.sum((y - jax.lax.stop_gradient(x["a"])) ** 2), lambda y, x, b: jnp.sum(y**2), "inner_objective: it reads"),
+    "outer": (
+        lambda y, x, b: jnp.sum((y - x["a"]) ** 2),
+        lambda y, x, b: jnp.sum(jax.lax.stop_gradient(y) ** 2),
+        "outer_objective: it reads",
+    ),
+    "inner": (
+        lambda y, x, b: jnp.sum((y - jax.lax.stop_gradient(x["a"])) ** 2),
+        lambda y, x, b: jnp.sum(y**2),
+        "inner_objective: it reads",
+    ),
     "in a scan": (
-        lambda y, x, b: jax.lax.scan(lambda c, t: (c + jnp.sum((y - jax.lax.stop_gradient(x["a"])) ** 2), None), 0.0, jnp.zeros(2))[0],
+        lambda y, x, b: jax.lax.scan(
+            lambda c, t: (c + jnp.sum((y - jax.lax.stop_gradient(x["a"])) ** 2), None),
+            0.0,
+            jnp.zeros(2),
+        )[0],
         lambda y, x, b: jnp.sum(y**2),
         "inner_objective: it reads",
     ),
@@ -260,13 +339,20 @@ STOPPED = {
 @pytest.mark.parametrize("name", STOPPED)
 def test_a_hypergradient_that_is_zero_by_structure_is_named(name):
     inner, outer, words = STOPPED[name]
-    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), H.implicit(), optax.adam(0.1))
-    with pytest.raises(ValueError, match=rf"{words}.* outer_params\['a'\], through stop_gradient or not at all"):
-        bx.solve_bilevel(inner, outer, jnp.zeros(2), {"a": jnp.ones(2)}, algorithm=algorithm, num_steps=2)
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.1), 2), H.implicit(), optax.adam(0.1)
+    )
+    with pytest.raises(
+        ValueError, match=rf"{words}.* outer_params\['a'\], through stop_gradient or not at all"
+    ):
+        bx.solve_bilevel(
+            inner, outer, jnp.zeros(2), {"a": jnp.ones(2)}, algorithm=algorithm, num_steps=2
+        )
 
 
 def test_what_passes_beside_a_stopped_gradient_is_none():
-    """A straight-through value, a rule of its own, and a direct term beside a stopped one all have derivatives."""
+    """A straight-through value, a rule of its own, and a direct term beside a stopped one all have
+    derivatives."""
 
     @jax.custom_jvp
     def rounded(a):
@@ -299,7 +385,8 @@ def _sphere(y, x, b):
     ids=["a fixed point", "a constraint"],
 )
 def test_what_only_a_mapping_reads_of_the_outer_parameters_is_read(mapping, method, right):
-    """The inner objective does not read x: the fixed-point map does, or the constraint. The outer one is ``t · y``, t = (1, 2, 1)."""
+    """The inner objective does not read x: the fixed-point map does, or the constraint. The outer
+    one is ``t · y``, t = (1, 2, 1)."""
     t = jnp.array([1.0, 2.0, 1.0])
     inner, outer = lambda y, x, b: jnp.sum((y - t) ** 2), lambda y, x, b: t @ y
     x = jnp.ones(3) if np.ndim(right) else jnp.asarray(0.7)
@@ -307,5 +394,7 @@ def test_what_only_a_mapping_reads_of_the_outer_parameters_is_read(mapping, meth
     fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=method)
     np.testing.assert_allclose(fn(jnp.full(3, 0.3), x).grad, right, rtol=1e-4)
     algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.1))
-    run = bx.solve_bilevel(inner, outer, jnp.full(3, 0.3), x, algorithm=algorithm, num_steps=1, keep="last")
+    run = bx.solve_bilevel(
+        inner, outer, jnp.full(3, 0.3), x, algorithm=algorithm, num_steps=1, keep="last"
+    )
     np.testing.assert_allclose(run.state.algorithm.outer, x - 0.1 * np.asarray(right), rtol=1e-4)

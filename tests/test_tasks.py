@@ -23,8 +23,14 @@ def regression(params, outer, batch):
     return jnp.mean((network(params, batch[0]) - batch[1]) ** 2)
 
 
-START = {"first": jnp.asarray(RNG.standard_normal((2, 3))), "second": jnp.asarray(RNG.standard_normal(3))}
-SUPPORT, QUERY = ((jnp.asarray(RNG.standard_normal((T, 5, 2))), jnp.asarray(RNG.standard_normal((T, 5)))) for _ in range(2))
+START = {
+    "first": jnp.asarray(RNG.standard_normal((2, 3))),
+    "second": jnp.asarray(RNG.standard_normal(3)),
+}
+SUPPORT, QUERY = (
+    (jnp.asarray(RNG.standard_normal((T, 5, 2))), jnp.asarray(RNG.standard_normal((T, 5))))
+    for _ in range(2)
+)
 
 
 def maml(steps=3, rate=0.2, method=None):
@@ -57,9 +63,15 @@ def test_maml_is_the_gradient_by_hand():
 
 def test_vmapped_estimates_average_to_it():
     one = bx.value_and_hypergrad(
-        regression, regression, solver=bx.inner.optax(optax.sgd(0.2), 3), hypergradient=bx.hypergradient.unrolled(), inner_init=lambda x: x
+        regression,
+        regression,
+        solver=bx.inner.optax(optax.sgd(0.2), 3),
+        hypergradient=bx.hypergradient.unrolled(),
+        inner_init=lambda x: x,
     )
-    each = jax.jit(jax.vmap(lambda support, query: one(START, START, support, query)))(SUPPORT, QUERY)
+    each = jax.jit(jax.vmap(lambda support, query: one(START, START, support, query)))(
+        SUPPORT, QUERY
+    )
     together = jax.jit(maml())(bx.task_copies(T)(START), START, SUPPORT, QUERY)
     mean = jax.tree.map(lambda leaf: leaf.mean(axis=0), each.grad)
     chex.assert_trees_all_close(mean, together.grad, rtol=1e-11, atol=1e-14)
@@ -93,22 +105,30 @@ def imaml_answer(x):
 def test_imaml_is_its_closed_form(stacked):
     x = np.array([0.2, -0.4, 1.0])
     train, held_out = {"A": jnp.asarray(A), "b": jnp.asarray(B)}, {"c": jnp.asarray(C)}
-    settings = dict(solver=bx.inner.optax(optax.sgd(0.4), 200), hypergradient=bx.hypergradient.implicit(linear.cg(tol=1e-13)))
+    settings = dict(
+        solver=bx.inner.optax(optax.sgd(0.4), 200),
+        hypergradient=bx.hypergradient.implicit(linear.cg(tol=1e-13)),
+    )
     if stacked:
         fn = bx.value_and_hypergrad(bx.tasks(proximal, "sum"), bx.tasks(target), **settings)
         grad = jax.jit(fn)(jnp.zeros((T, N)), jnp.asarray(x), train, held_out).grad
     else:
         fn = bx.value_and_hypergrad(proximal, target, **settings)
-        grad = jax.jit(jax.vmap(lambda b, c: fn(jnp.zeros(N), jnp.asarray(x), b, c)))(train, held_out).grad.mean(axis=0)
+        grad = jax.jit(jax.vmap(lambda b, c: fn(jnp.zeros(N), jnp.asarray(x), b, c)))(
+            train, held_out
+        ).grad.mean(axis=0)
     np.testing.assert_allclose(grad, imaml_answer(x), rtol=1e-9)
 
 
 def test_training_an_initialisation():
     """A step further, the learned initialisation is better than the first one."""
-    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.2), 3), bx.hypergradient.unrolled(), optax.adam(0.05))
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.2), 3), bx.hypergradient.unrolled(), optax.adam(0.05)
+    )
     solution = bx.solve_bilevel(
         bx.tasks(regression, "sum"), bx.tasks(regression), bx.task_copies(T)(START), START,
-        inner_data=SUPPORT, outer_data=QUERY, algorithm=algorithm, inner_init=bx.task_copies(T), num_steps=15,
+        inner_data=SUPPORT, outer_data=QUERY, algorithm=algorithm, inner_init=bx.task_copies(T),
+        num_steps=15,
     )  # fmt: skip
     values = solution.history["value"]
     assert values[-1] < 0.8 * values[0]
@@ -116,18 +136,27 @@ def test_training_an_initialisation():
 
 def test_zero_gradient_trap_is_an_error_with_the_way_out():
     fn = maml(method=bx.hypergradient.implicit())
-    with pytest.raises(ValueError, match=r"^inner_init: the start depends on outer_params.*Try hypergradient.unrolled\(\), or put a proximal term"):
+    with pytest.raises(
+        ValueError,
+        match=r"^inner_init: the start depends on outer_params.*Try hypergradient.unrolled\(\), or put a proximal term",
+    ):
         fn(bx.task_copies(T)(START), START, SUPPORT, QUERY)
 
 
 def test_keys_and_aux_are_each_tasks_own():
-    noisy = bx.objective(lambda y, x, batch, *, key: (jax.random.normal(key) + 0 * jnp.sum(y), {"y": jnp.sum(y)}), has_aux=True, keyed=True)
+    noisy = bx.objective(
+        lambda y, x, batch, *, key: (jax.random.normal(key) + 0 * jnp.sum(y), {"y": jnp.sum(y)}),
+        has_aux=True,
+        keyed=True,
+    )
     many = bx.tasks(noisy, "sum")
     from bilevax.base import Ctx
 
     value, (_, aux) = many(jnp.arange(4.0), jnp.zeros(()), Ctx(None, jax.random.key(0)))
     assert aux["y"].shape == (4,)
-    np.testing.assert_allclose(value, sum(jax.random.normal(k) for k in jax.random.split(jax.random.key(0), 4)), rtol=1e-12)
+    np.testing.assert_allclose(
+        value, sum(jax.random.normal(k) for k in jax.random.split(jax.random.key(0), 4)), rtol=1e-12
+    )
 
 
 def test_refusals():
@@ -152,14 +181,19 @@ def lenient():
 class Net(nnx.Module):
     def __init__(self, rngs, running):
         self.a = nnx.Linear(4, 5, rngs=rngs, param_dtype=jnp.float64)
-        self.n = nnx.BatchNorm(5, momentum=0.5, use_running_average=running, rngs=rngs, param_dtype=jnp.float64)
+        self.n = nnx.BatchNorm(
+            5, momentum=0.5, use_running_average=running, rngs=rngs, param_dtype=jnp.float64
+        )
         self.h = nnx.Linear(5, 1, rngs=rngs, param_dtype=jnp.float64)
 
     def __call__(self, x):
         return self.h(nnx.relu(self.n(self.a(x))))
 
 
-XT, YT = jax.random.normal(jax.random.key(0), (3, 6, 4)), jax.random.normal(jax.random.key(1), (3, 6, 1))
+XT, YT = (
+    jax.random.normal(jax.random.key(0), (3, 6, 4)),
+    jax.random.normal(jax.random.key(1), (3, 6, 1)),
+)
 
 
 def fit(model, meta, batch):
@@ -168,9 +202,12 @@ def fit(model, meta, batch):
 
 @pytest.mark.parametrize("transductive", [True, False])
 def test_networks_with_batchnorm_as_tasks(transductive, lenient):
-    """Batch statistics at both levels, or running ones of each task's own in the outer loss: against an unroll by hand."""
+    """Batch statistics at both levels, or running ones of each task's own in the outer loss:
+    against an unroll by hand."""
     model = Net(nnx.Rngs(0), False)
-    model.n.mean, model.n.var = (nnx.BatchStat(v[...].astype(jnp.float64)) for v in (model.n.mean, model.n.var))
+    model.n.mean, model.n.var = (
+        nnx.BatchStat(v[...].astype(jnp.float64)) for v in (model.n.mean, model.n.var)
+    )
     net = bx.nn.from_nnx(model)
     graphdef, start, rest = nnx.split(model, nnx.Param, ...)
 
@@ -182,7 +219,11 @@ def test_networks_with_batchnorm_as_tasks(transductive, lenient):
                 model = nnx.merge(graphdef, params, state, copy=True)
                 value = fit(model, None, (x, y))
                 mean, var = jnp.mean(model.a(x), 0), jnp.var(model.a(x), 0)
-                moved = jax.tree.map(lambda old, new: 0.5 * old + 0.5 * new, (state["n"]["mean"][...], state["n"]["var"][...]), (mean, var))
+                moved = jax.tree.map(
+                    lambda old, new: 0.5 * old + 0.5 * new,
+                    (state["n"]["mean"][...], state["n"]["var"][...]),
+                    (mean, var),
+                )
                 return value, moved
 
             for _ in range(5):
@@ -200,7 +241,8 @@ def test_networks_with_batchnorm_as_tasks(transductive, lenient):
     inner = bx.tasks(bx.nn.objective(fit, inner=net), "sum")
     outer = bx.tasks(bx.nn.objective(fit, inner=net, train=transductive))
     fn = bx.value_and_hypergrad(
-        inner, outer, solver=bx.inner.optax(optax.sgd(0.1), 5), hypergradient=bx.hypergradient.unrolled(),
+        inner, outer, solver=bx.inner.optax(optax.sgd(0.1), 5),
+        hypergradient=bx.hypergradient.unrolled(),
         inner_init=bx.task_copies(3, {"inner": net.state}),
     )  # fmt: skip
     copies = bx.task_copies(3)

@@ -13,8 +13,14 @@ from bilevax.base import Bound, Hypergradient
 def test_the_closed_form_is_the_derivative():
     problem = bx.testing.quadratic(jax.random.key(3), inner_size=5, outer_size=3, condition=7.0)
     total = lambda x: problem.outer_objective(problem.solution(x), x, None)
-    np.testing.assert_allclose(problem.hypergradient(problem.outer_params), jax.grad(total)(problem.outer_params), rtol=1e-10)
-    slope = jax.grad(problem.inner_objective)(problem.solution(problem.outer_params), problem.outer_params, None)
+    np.testing.assert_allclose(
+        problem.hypergradient(problem.outer_params),
+        jax.grad(total)(problem.outer_params),
+        rtol=1e-10,
+    )
+    slope = jax.grad(problem.inner_objective)(
+        problem.solution(problem.outer_params), problem.outer_params, None
+    )
     assert float(tree.norm(slope)) < 1e-10
 
 
@@ -54,7 +60,13 @@ def method(pull, finish=lambda grad: grad, info=None):
         (method(lambda w: w, lambda g: g * jnp.nan), "hypergradient_nonfinite"),
         (method(lambda w: w, lambda g: g + 1.0), "not its own"),
         (method(lambda w: w, info=lambda found: {**found, "vector": jnp.zeros(3)}), "no scalar"),
-        (method(lambda w: w, info=lambda found: {**found, "code": jnp.int32(bx.RESULTS.adjoint_breakdown)}), "adjoint_breakdown"),
+        (
+            method(
+                lambda w: w,
+                info=lambda found: {**found, "code": jnp.int32(bx.RESULTS.adjoint_breakdown)},
+            ),
+            "adjoint_breakdown",
+        ),
     ],
     ids=["wrong", "nan", "not_linear", "vector_info", "code"],
 )

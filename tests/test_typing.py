@@ -1,4 +1,5 @@
-"""Types: the package's own functions have them; a user's checkers accept what the documentation shows, and point at what is wrong."""
+"""Types: the package's own functions have them; a user's checkers accept what the documentation
+shows, and point at what is wrong."""
 
 import ast
 import doctest
@@ -72,12 +73,26 @@ def test_functions_of_modules_and_classes_are_annotated():
                 yield from bare(node.body, f"{where}.{node.name}")
             elif isinstance(node, ast.FunctionDef):
                 given = node.args
-                named = [*given.posonlyargs, *given.args, *given.kwonlyargs, given.vararg, given.kwarg]
-                untyped = [a.arg for a in named if a is not None and a.annotation is None and a.arg not in ("self", "cls")]
+                named = [
+                    *given.posonlyargs,
+                    *given.args,
+                    *given.kwonlyargs,
+                    given.vararg,
+                    given.kwarg,
+                ]
+                untyped = [
+                    a.arg
+                    for a in named
+                    if a is not None and a.annotation is None and a.arg not in ("self", "cls")
+                ]
                 if untyped or (node.returns is None and node.name != "__init__"):
                     yield f"{where}.{node.name}: {untyped or 'returns'}"
 
-    found = [line for path in sorted((ROOT / "bilevax").rglob("*.py")) for line in bare(ast.parse(path.read_text()).body, path.stem)]
+    found = [
+        line
+        for path in sorted((ROOT / "bilevax").rglob("*.py"))
+        for line in bare(ast.parse(path.read_text()).body, path.stem)
+    ]
     assert not found, "\n".join(found)
 
 
@@ -86,17 +101,41 @@ def test_functions_of_modules_and_classes_are_annotated():
 
 def mypy(file: Path) -> str:
     pytest.importorskip("mypy")
-    command = [sys.executable, "-m", "mypy", "--no-error-summary", "--follow-imports=silent", "--ignore-missing-imports"]
+    command = [
+        sys.executable,
+        "-m",
+        "mypy",
+        "--no-error-summary",
+        "--follow-imports=silent",
+        "--ignore-missing-imports",
+    ]
     command += ["--cache-dir", str(file.parent / "cache"), str(file)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent, env=paths()).stdout
+    return subprocess.run(
+        command, capture_output=True, text=True, timeout=600, cwd=file.parent, env=paths()
+    ).stdout
 
 
 def pyright(file: Path) -> str:
     pytest.importorskip("pyright")
-    settings = {"include": [str(file)], "extraPaths": [str(ROOT)], "pythonVersion": "3.11", "reportMissingImports": "warning"}
+    settings = {
+        "include": [str(file)],
+        "extraPaths": [str(ROOT)],
+        "pythonVersion": "3.11",
+        "reportMissingImports": "warning",
+    }
     (file.parent / "pyrightconfig.json").write_text(json.dumps(settings))
-    command = [sys.executable, "-m", "pyright", "-p", str(file.parent), "--pythonpath", sys.executable]
-    said = subprocess.run(command, capture_output=True, text=True, timeout=600, cwd=file.parent).stdout
+    command = [
+        sys.executable,
+        "-m",
+        "pyright",
+        "-p",
+        str(file.parent),
+        "--pythonpath",
+        sys.executable,
+    ]
+    said = subprocess.run(
+        command, capture_output=True, text=True, timeout=600, cwd=file.parent
+    ).stdout
     return "\n".join(line for line in said.splitlines() if "error:" in line)
 
 
@@ -138,5 +177,9 @@ def test_user_code(checker, tmp_path):
         assert checker(tmp_path / f"{name}.py") == ""
     (tmp_path / "bad.py").write_text(BAD)
     found = checker(tmp_path / "bad.py")
-    assert "InnerState" in found and "steps" in found if checker is pyright else 'expected "int"' in found
+    assert (
+        "InnerState" in found and "steps" in found
+        if checker is pyright
+        else 'expected "int"' in found
+    )
     assert found.count("error:") >= 2

@@ -1,4 +1,5 @@
-"""Every public function, every parameter, twenty wrong values: each is refused by the parameter's name, or stands in a list with its reason."""
+"""Every public function, every parameter, twenty wrong values: each is refused by the parameter's
+name, or stands in a list with its reason."""
 
 import inspect
 import re
@@ -12,7 +13,21 @@ import pytest
 
 import bilevax as bx
 
-MODULES = ("", "inner", "linear", "hypergradient", "algorithms", "data", "sharding", "callbacks", "checkpoint", "nn", "plots", "diagnostics", "games")
+MODULES = (
+    "",
+    "inner",
+    "linear",
+    "hypergradient",
+    "algorithms",
+    "data",
+    "sharding",
+    "callbacks",
+    "checkpoint",
+    "nn",
+    "plots",
+    "diagnostics",
+    "games",
+)
 
 
 def inner(y, x, batch):
@@ -57,7 +72,9 @@ VALUES = {
 SOLVER, METHOD = bx.inner.optax(optax.sgd(0.5), 2), bx.hypergradient.implicit()
 ALGORITHM = bx.algorithms.double_loop(SOLVER, METHOD, optax.sgd(0.3))
 LEVELS = [
-    bx.Level("y", lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2), solver=SOLVER, hypergradient=METHOD),
+    bx.Level(
+        "y", lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2), solver=SOLVER, hypergradient=METHOD
+    ),
     bx.Level("x", lambda p, b: jnp.sum((p["y"] - 1.0) ** 2), solver=optax.sgd(0.1)),
 ]
 
@@ -96,14 +113,36 @@ LEFT_OUT = {
 
 
 LEFT_OUT |= dict.fromkeys(
-    ("nn.add_lora", "nn.bilevel", "nn.constrained", "nn.from_linen", "nn.from_nnx", "nn.objective", "nn.paths"), "takes modules of Flax"
+    (
+        "nn.add_lora",
+        "nn.bilevel",
+        "nn.constrained",
+        "nn.from_linen",
+        "nn.from_nnx",
+        "nn.objective",
+        "nn.paths",
+    ),
+    "takes modules of Flax",
 )
-LEFT_OUT |= dict.fromkeys(("error_bound", "diagnostics.error_bound", "diagnostics.estimate_constants"), "takes what an estimate gives")
-CALLED = {("metrics", "fn"): "metrics", ("plots.runs", "runs"): "run"}  # what a message calls a parameter, where that is another name
+LEFT_OUT |= dict.fromkeys(
+    ("error_bound", "diagnostics.error_bound", "diagnostics.estimate_constants"),
+    "takes what an estimate gives",
+)
+CALLED = {
+    ("metrics", "fn"): "metrics",
+    ("plots.runs", "runs"): "run",
+}  # what a message calls a parameter, where that is another name
 
 
 LEFT_OUT |= dict.fromkeys(
-    ("solve_bilevel", "solve_multilevel", "check_hypergradient", "compare_hypergradients", "explain"), "runs; what it refuses is in test_bad_inputs"
+    (
+        "solve_bilevel",
+        "solve_multilevel",
+        "check_hypergradient",
+        "compare_hypergradients",
+        "explain",
+    ),
+    "runs; what it refuses is in test_bad_inputs",
 )
 LEFT_OUT["games.solve_game"] = "runs; what it refuses is in tests/games"
 LEFT_OUT["plots.comparison"] = "takes what compare_hypergradients found"
@@ -133,9 +172,23 @@ def allowed(full, fn, parameter, kind):
         return "means any"
     if kind in ("a function of nothing", "a class") and name in FUNCTIONS | {"inner_init", "opt"}:
         return LATER
-    if kind in ("text", "a url", "no text") and name in TEXTS and not (kind == "no text" and name not in ("select", "run_id")):
+    if (
+        kind in ("text", "a url", "no text")
+        and name in TEXTS
+        and not (kind == "no text" and name not in ("select", "run_id"))
+    ):
         return "a name"
-    if name in ARRAYS and kind in ("True", "complex", "nan", "inf", "-inf", "-1", "a list", "a dict", "an empty array"):
+    if name in ARRAYS and kind in (
+        "True",
+        "complex",
+        "nan",
+        "inf",
+        "-inf",
+        "-1",
+        "a list",
+        "a dict",
+        "an empty array",
+    ):
         return "numbers as data, which constants may be"
     return ""
 
@@ -145,7 +198,12 @@ def public():
         holder = getattr(bx, module) if module else bx
         for name in holder.__all__:
             full, fn = f"{module}.{name}".lstrip("."), getattr(holder, name)
-            if callable(fn) and not inspect.isclass(fn) and not inspect.ismodule(fn) and full not in LEFT_OUT:
+            if (
+                callable(fn)
+                and not inspect.isclass(fn)
+                and not inspect.ismodule(fn)
+                and full not in LEFT_OUT
+            ):
                 yield full, fn
 
 
@@ -157,15 +215,33 @@ def right(full, parameter):
 def outcome(full, fn, parameter, make):
     """Refused by name, refused otherwise (with what was said), or accepted."""
     kinds = inspect.Parameter
-    parameters = [p for p in inspect.signature(fn).parameters.values() if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)]
-    given = {p.name: right(full, p) for p in parameters if p.default is p.empty or p.name == "num_steps"}
+    parameters = [
+        p
+        for p in inspect.signature(fn).parameters.values()
+        if p.kind not in (kinds.VAR_POSITIONAL, kinds.VAR_KEYWORD)
+    ]
+    given = {
+        p.name: right(full, p) for p in parameters if p.default is p.empty or p.name == "num_steps"
+    }
     given[parameter.name] = make()
-    args = [given.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in given]
+    args = [
+        given.pop(p.name) for p in parameters if p.kind is p.POSITIONAL_ONLY and p.name in given
+    ]
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             fn(*args, **given)
-    except (TypeError, ValueError, OSError, KeyError, AttributeError, ImportError, NotImplementedError, RuntimeError, ZeroDivisionError) as error:
+    except (
+        TypeError,
+        ValueError,
+        OSError,
+        KeyError,
+        AttributeError,
+        ImportError,
+        NotImplementedError,
+        RuntimeError,
+        ZeroDivisionError,
+    ) as error:
         text = str(error)
         word = f"(?:{parameter.name}|{CALLED.get((full, parameter.name), parameter.name)})"
         named = (
@@ -186,7 +262,9 @@ def test_wrong_values_are_refused_by_name(full, tmp_path, monkeypatch):
             continue
         for kind, make in VALUES.items():
             found = outcome(full, fn, parameter, make)
-            if found != "named" and not (found == "accepted" and allowed(full, fn, parameter, kind)):
+            if found != "named" and not (
+                found == "accepted" and allowed(full, fn, parameter, kind)
+            ):
                 wrong.append(f"{parameter.name} = {kind}: {found}")
     assert not wrong
 

@@ -1,1 +1,2 @@
-"""The parts of accelerator.py, a file each, with ``run(part)``; and Betty's half, which runs apart."""
+"""The parts of accelerator.py, a file each, with ``run(part)``; and Betty's half, which runs
+apart."""

@@ -1,4 +1,5 @@
-"""SAMA's headline: an encoder of 110 million parameters, data weights, mixed precision; each method's outer step over a step of plain training."""
+"""SAMA's headline: an encoder of 110 million parameters, data weights, mixed precision; each
+method's outer step over a step of plain training."""
 
 from __future__ import annotations
 
@@ -11,11 +12,28 @@ import optax
 
 import bilevax as bx
 from benchmarks._accelerator import encoder
-from benchmarks._accelerator.common import Part, compile_all, interleaved, loops, median, memory, peak, ratio
+from benchmarks._accelerator.common import (
+    Part,
+    compile_all,
+    interleaved,
+    loops,
+    median,
+    memory,
+    peak,
+    ratio,
+)
 
 HG, L = bx.hypergradient, bx.linear
 PLAIN, GRADIENT = "plain", "outer gradient"
-ORDER = ("sama", GRADIENT, "finite difference", "cg 5", "neumann 5", "sama, difference", "unrolled 2")
+ORDER = (
+    "sama",
+    GRADIENT,
+    "finite difference",
+    "cg 5",
+    "neumann 5",
+    "sama, difference",
+    "unrolled 2",
+)
 
 
 def problem(part: Part) -> tuple[encoder.Shape, int, int]:
@@ -24,13 +42,20 @@ def problem(part: Part) -> tuple[encoder.Shape, int, int]:
 
 
 def methods(number) -> dict[str, tuple[Any, int]]:
-    """Each method and its inner steps; `number` is the damping of the linear systems, without which CG ends at the first negative curvature."""
+    """Each method and its inner steps; `number` is the damping of the linear systems, without which
+    CG ends at the first negative curvature."""
     return {
         "sama": (HG.sama(), 1),
         "sama, difference": (HG.sama(product="difference"), 1),
         "finite difference": (HG.finite_difference(1e-5), 1),
-        "cg 5": (HG.implicit(L.cg(5, 1e-12), damping=number, warm_start=False, max_residual=jnp.inf), 1),
-        "neumann 5": (HG.implicit(L.neumann(5, 1e-3), damping=number, warm_start=False, max_residual=jnp.inf), 1),
+        "cg 5": (
+            HG.implicit(L.cg(5, 1e-12), damping=number, warm_start=False, max_residual=jnp.inf),
+            1,
+        ),
+        "neumann 5": (
+            HG.implicit(L.neumann(5, 1e-3), damping=number, warm_start=False, max_residual=jnp.inf),
+            1,
+        ),
         "unrolled 2": (HG.unrolled(), 2),
     }
 
@@ -40,18 +65,24 @@ def run(part: Part) -> None:
     optimizer, outer_optimizer = optax.adam(1e-5, eps_root=1e-12), optax.adam(1e-3)
 
     def inner(y, x, batch):
-        return encoder.weighted(encoder.class_losses(shape, y, batch["tokens"], batch["labels"]), x, batch["index"])
+        return encoder.weighted(
+            encoder.class_losses(shape, y, batch["tokens"], batch["labels"]), x, batch["index"]
+        )
 
     def outer(y, x, batch):
         return jnp.mean(encoder.class_losses(shape, y, batch["tokens"], batch["labels"]))
 
-    train, valid = (encoder.texts(shape, jax.random.key(number), rows, examples) for number in (1, 2))
+    train, valid = (
+        encoder.texts(shape, jax.random.key(number), rows, examples) for number in (1, 2)
+    )
     fresh = lambda: (encoder.initial(shape, jax.random.key(0)), jnp.zeros(examples))
     names, damping = part.pick(["sama", "cg 5", "unrolled 2"], list(methods(1.0))), jnp.float32(1.0)
 
     def function(name, number):
         method, steps = methods(number)[name]
-        return bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(optimizer, steps), hypergradient=method)
+        return bx.value_and_hypergrad(
+            inner, outer, solver=bx.inner.optax(optimizer, steps), hypergradient=method
+        )
 
     def carry_of(name):
         y, x = fresh()
@@ -68,8 +99,15 @@ def run(part: Part) -> None:
             return (optax.apply_updates(y, updates), x, state, opt), {"value": value}
         found = function(name, number)(y, x, train, valid, state=state)
         updates, opt = outer_optimizer.update(found.grad, opt, x)
-        info = {key: found.info[key] for key in ("code", "adjoint_iterations", "adjoint_residual") if key in found.info}
-        return (found.inner_params, optax.apply_updates(x, updates), found.state, opt), {"value": found.value, **info}
+        info = {
+            key: found.info[key]
+            for key in ("code", "adjoint_iterations", "adjoint_residual")
+            if key in found.info
+        }
+        return (found.inner_params, optax.apply_updates(x, updates), found.state, opt), {
+            "value": found.value,
+            **info,
+        }
 
     gradient = jax.jit(lambda y, x, batch: jax.value_and_grad(outer, (0, 1))(y, x, batch))
 
@@ -78,7 +116,9 @@ def run(part: Part) -> None:
             return gradient.lower(*jax.eval_shape(fresh), valid)
         return step.lower(name, jax.eval_shape(partial(carry_of, name)), damping, train, valid)
 
-    compiled = compile_all(part, {name: partial(lowered, name) for name in (PLAIN, *names, GRADIENT)})
+    compiled = compile_all(
+        part, {name: partial(lowered, name) for name in (PLAIN, *names, GRADIENT)}
+    )
     part.note(parameters=encoder.size(jax.eval_shape(fresh)[0]), batch=rows, length=shape.length)
     with part.device():
         chosen: dict[str, float] = {}
@@ -100,7 +140,15 @@ def run(part: Part) -> None:
             return several
 
         peaks: dict[str, float | None] = {}
-        for name in (PLAIN, "finite difference", "sama, difference", "sama", "neumann 5", "cg 5", "unrolled 2"):
+        for name in (
+            PLAIN,
+            "finite difference",
+            "sama, difference",
+            "sama",
+            "neumann 5",
+            "cg 5",
+            "unrolled 2",
+        ):
             if name in ("cg 5", "neumann 5") and name in compiled:
                 with part.recorded(f"damping of {name}"):
                     chosen[name] = _damping(part, name, compiled[name], carry_of, train, valid)
@@ -127,7 +175,8 @@ def run(part: Part) -> None:
                 info = {key: float(value) for key, value in codes.get(name, {}).items()}
                 part.add(
                     method=name, seconds=each, milliseconds=1e3 * median(each), inner_steps=count,
-                    plain_milliseconds=1e3 * median(seconds[PLAIN]) / repeats, over_plain=ratio(seconds[name], seconds[PLAIN]),
+                    plain_milliseconds=1e3 * median(seconds[PLAIN]) / repeats,
+                    over_plain=ratio(seconds[name], seconds[PLAIN]),
                     **memory(compiled[name]), **loops(compiled[name]), **info,
                 )  # fmt: skip
         part.add(method=PLAIN, **memory(compiled[PLAIN]), **loops(compiled[PLAIN]))
@@ -135,7 +184,8 @@ def run(part: Part) -> None:
 
 
 def _damping(part: Part, name: str, compiled, carry_of, train, valid) -> float:
-    """The least damping at which the solve takes its five steps in each of some training steps, and none to measure a residual below rounding."""
+    """The least damping at which the solve takes its five steps in each of some training steps, and
+    none to measure a residual below rounding."""
     tried = {}
     for number in part.pick((100.0,), (100.0, 1e3, 1e4, 1e5)):
         carry, counts = carry_of(name), []
@@ -145,7 +195,13 @@ def _damping(part: Part, name: str, compiled, carry_of, train, valid) -> float:
         tried[number] = counts
         if set(counts) == {5}:
             break
-    part.note(**{f"adjoint iterations by damping, {name}": {str(number): counts for number, counts in tried.items()}})
+    part.note(
+        **{
+            f"adjoint iterations by damping, {name}": {
+                str(number): counts for number, counts in tried.items()
+            }
+        }
+    )
     return min(tried, key=lambda number: sum(abs(count - 5) for count in tried[number]))
 
 

@@ -1,4 +1,5 @@
-"""Betty's half of betty_bert.py, in a process without jax: the same encoder in torch, each of Betty's methods, times and memory as lines of JSON."""
+"""Betty's half of betty_bert.py, in a process without jax: the same encoder in torch, each of
+Betty's methods, times and memory as lines of JSON."""
 
 from __future__ import annotations
 
@@ -25,7 +26,9 @@ class Layer(torch.nn.Module):
     def forward(self, x):
         n, t, d = x.shape
         q, k, v = (a.view(n, t, self.heads, -1).transpose(1, 2) for a in self.qkv(x).chunk(3, -1))
-        x = self.norm1(x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d)))
+        x = self.norm1(
+            x + self.out(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, t, d))
+        )
         return self.norm2(x + self.down(F.gelu(self.up(x), approximate="tanh")))
 
 
@@ -33,9 +36,14 @@ class Encoder(torch.nn.Module):
     def __init__(self, shape):
         super().__init__()
         width = shape["width"]
-        self.words, self.positions = torch.nn.Embedding(shape["vocabulary"], width), torch.nn.Embedding(512, width)
+        self.words, self.positions = (
+            torch.nn.Embedding(shape["vocabulary"], width),
+            torch.nn.Embedding(512, width),
+        )
         self.norm, self.head = torch.nn.LayerNorm(width), torch.nn.Linear(width, shape["classes"])
-        self.layers = torch.nn.ModuleList(Layer(width, shape["heads"], shape["hidden"]) for _ in range(shape["layers"]))
+        self.layers = torch.nn.ModuleList(
+            Layer(width, shape["heads"], shape["hidden"]) for _ in range(shape["layers"])
+        )
         for p in self.parameters():
             if p.dim() > 1:
                 torch.nn.init.normal_(p, std=0.02)
@@ -71,7 +79,9 @@ def plain(order, device, train):
     tokens, labels, index = train
 
     def step():
-        loss = (weights(index).detach() * F.cross_entropy(model(tokens), labels, reduction="none")).mean()
+        loss = (
+            weights(index).detach() * F.cross_entropy(model(tokens), labels, reduction="none")
+        ).mean()
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -108,7 +118,9 @@ def betty(order, device, train, valid):
 
         def training_step(self, batch):
             tokens, labels, index = batch
-            return (self.outer(index) * F.cross_entropy(self.module(tokens), labels, reduction="none")).mean()
+            return (
+                self.outer(index) * F.cross_entropy(self.module(tokens), labels, reduction="none")
+            ).mean()
 
     class Outer(ImplicitProblem):
         def get_batch(self):
@@ -119,13 +131,23 @@ def betty(order, device, train, valid):
             return F.cross_entropy(self.inner(tokens), labels)
 
     settings = {
-        "cg": dict(cg_iterations=5), "neumann": dict(neumann_iterations=5, neumann_alpha=1e-3), "darts": {}, "sama": {},
+        "cg": dict(cg_iterations=5), "neumann": dict(neumann_iterations=5, neumann_alpha=1e-3),
+        "darts": {}, "sama": {},
     }[method]  # fmt: skip
     model, weights = Encoder(order["shape"]), Weights(order["examples"])
-    inner = Inner("inner", Config(type=method, unroll_steps=1, **settings), model, torch.optim.Adam(model.parameters(), lr=1e-5))
+    inner = Inner(
+        "inner",
+        Config(type=method, unroll_steps=1, **settings),
+        model,
+        torch.optim.Adam(model.parameters(), lr=1e-5),
+    )
     outer = Outer("outer", Config(), weights, torch.optim.Adam(weights.parameters(), lr=1e-3))
     iterations = order["warm"] + order["rounds"] * every + 1
-    engine = Engine([outer, inner], EngineConfig(train_iters=iterations, valid_step=10**9), {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}})
+    engine = Engine(
+        [outer, inner],
+        EngineConfig(train_iters=iterations, valid_step=10**9),
+        {"u2l": {outer: [inner]}, "l2u": {inner: [outer]}},
+    )
     engine.run()
     return [(b - a) / every for a, b in itertools.pairwise(marks)]
 
@@ -141,7 +163,11 @@ def main():
 
         def texts(shape=shape, rows=rows, order=order):
             tokens = torch.randint(shape["vocabulary"], (rows, shape["length"]), device=device)
-            return tokens, torch.randint(shape["classes"], (rows,), device=device), torch.randperm(order["examples"], device=device)[:rows]
+            return (
+                tokens,
+                torch.randint(shape["classes"], (rows,), device=device),
+                torch.randperm(order["examples"], device=device)[:rows],
+            )
 
         try:
             twice = order["method"] in ("cg", "neumann")
@@ -151,8 +177,15 @@ def main():
                     torch.cuda.empty_cache()
                     torch.cuda.reset_peak_memory_stats()
                 train, valid = texts(), texts()
-                seconds = plain(order, device, train) if order["method"] == "plain" else betty(order, device, train, valid)
-            answer = {"seconds": seconds, "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None}
+                seconds = (
+                    plain(order, device, train)
+                    if order["method"] == "plain"
+                    else betty(order, device, train, valid)
+                )
+            answer = {
+                "seconds": seconds,
+                "peak MiB": torch.cuda.max_memory_allocated() / 2**20 if device == "cuda" else None,
+            }
         except Exception as error:
             answer = {"error": f"{type(error).__name__}: {error}"[:1000]}
         replies.write(json.dumps(answer) + "\n")
@@ -161,7 +194,11 @@ def main():
 
 def _attention(twice):
     """Fused attention has no second derivative in torch."""
-    return torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH) if twice else contextlib.nullcontext()
+    return (
+        torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH)
+        if twice
+        else contextlib.nullcontext()
+    )
 
 
 if __name__ == "__main__":

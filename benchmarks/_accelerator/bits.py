@@ -1,4 +1,5 @@
-"""The same to the bit: two runs in one process, two processes, and a run resumed from its middle; with and without deterministic kernels."""
+"""The same to the bit: two runs in one process, two processes, and a run resumed from its middle;
+with and without deterministic kernels."""
 
 from __future__ import annotations
 
@@ -34,35 +35,54 @@ def digest(tree: Any) -> str:
 
 def mlp(y, batch):
     hidden = jnp.tanh(batch["X"] @ y["a"])
-    return optax.softmax_cross_entropy_with_integer_labels(jnp.tanh(hidden @ y["b"]) @ y["c"], batch["y"])
+    return optax.softmax_cross_entropy_with_integer_labels(
+        jnp.tanh(hidden @ y["b"]) @ y["c"], batch["y"]
+    )
 
 
 def text(y, batch):
     """Its gradient adds into rows of a table that many tokens share."""
     hidden = jnp.mean(y["a"][batch["tokens"]], axis=1)
-    return optax.softmax_cross_entropy_with_integer_labels(jnp.tanh(hidden @ y["b"]) @ y["c"], batch["y"])
+    return optax.softmax_cross_entropy_with_integer_labels(
+        jnp.tanh(hidden @ y["b"]) @ y["c"], batch["y"]
+    )
 
 
 def image(y, batch):
-    hidden = jax.lax.conv_general_dilated(batch["image"], y["a"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    hidden = jax.lax.conv_general_dilated(jnp.tanh(hidden), y["b"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))
-    return optax.softmax_cross_entropy_with_integer_labels(jnp.mean(jnp.tanh(hidden), axis=(1, 2)) @ y["c"], batch["y"])
+    hidden = jax.lax.conv_general_dilated(
+        batch["image"], y["a"], (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    hidden = jax.lax.conv_general_dilated(
+        jnp.tanh(hidden), y["b"], (2, 2), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    return optax.softmax_cross_entropy_with_integer_labels(
+        jnp.mean(jnp.tanh(hidden), axis=(1, 2)) @ y["c"], batch["y"]
+    )
 
 
 def problem(name: str, small: bool):
     width, rows = (8, 64) if small else (256, 4096)
     keys = jax.random.split(jax.random.key(0), 8)
     normal = lambda key, *shape: jax.random.normal(key, shape) / np.sqrt(shape[-2])
-    data = {"y": jax.random.randint(keys[0], (rows,), 0, 10, jnp.int32), "place": jnp.arange(rows, dtype=jnp.int32)}
+    data = {
+        "y": jax.random.randint(keys[0], (rows,), 0, 10, jnp.int32),
+        "place": jnp.arange(rows, dtype=jnp.int32),
+    }
     if name == "mlp":
-        data["X"], y = jax.random.normal(keys[1], (rows, width)), {"a": normal(keys[2], width, width), "b": normal(keys[3], width, width)}
+        data["X"], y = (
+            jax.random.normal(keys[1], (rows, width)),
+            {"a": normal(keys[2], width, width), "b": normal(keys[3], width, width)},
+        )
     elif name == "text":
         data["tokens"] = jax.random.randint(keys[1], (rows, 64), 0, 100, jnp.int32)
         y = {"a": jax.random.normal(keys[2], (100, width)), "b": normal(keys[3], width, width)}
     else:
         width = width // 4
         data["image"] = jax.random.normal(keys[1], (rows, 16, 16, 3))
-        y = {"a": 0.1 * jax.random.normal(keys[2], (3, 3, 3, width)), "b": 0.1 * jax.random.normal(keys[3], (3, 3, width, width))}
+        y = {
+            "a": 0.1 * jax.random.normal(keys[2], (3, 3, 3, width)),
+            "b": 0.1 * jax.random.normal(keys[3], (3, 3, width, width)),
+        }
     y["c"] = normal(keys[4], width, 10)
     return {"mlp": mlp, "text": text, "image": image}[name], y, jnp.zeros(rows), data
 
@@ -81,16 +101,28 @@ def child(small: bool) -> None:
     found: dict[str, Any] = {}
     for name in ("mlp",) if small else ("text", "mlp", "image"):
         losses, y, x, data = problem(name, small)
-        inner = lambda y, x, batch, losses=losses: jnp.mean(jax.nn.sigmoid(x[batch["place"]]) * losses(y, batch))
+        inner = lambda y, x, batch, losses=losses: jnp.mean(
+            jax.nn.sigmoid(x[batch["place"]]) * losses(y, batch)
+        )
         outer = lambda y, x, batch, losses=losses: jnp.mean(losses(y, batch))
         source = bx.data.minibatches(data, 16 if small else 256)
         for kind, algorithm in algorithms().items():
             if kind == "cg" and name == "image":
                 continue
 
-            def solve(steps, inner=inner, outer=outer, y=y, x=x, source=source, algorithm=algorithm, **more):
+            def solve(
+                steps,
+                inner=inner,
+                outer=outer,
+                y=y,
+                x=x,
+                source=source,
+                algorithm=algorithm,
+                **more,
+            ):
                 return bx.solve_bilevel(
-                    inner, outer, y, x, inner_data=source, outer_data=source, algorithm=algorithm, num_steps=steps, key=jax.random.key(1),
+                    inner, outer, y, x, inner_data=source, outer_data=source, algorithm=algorithm,
+                    num_steps=steps, key=jax.random.key(1),
                     keep="last", throw=False, **more,
                 )  # fmt: skip
 
@@ -98,34 +130,64 @@ def child(small: bool) -> None:
             whole, again, half = solve(steps), solve(steps), solve(steps // 2)
             rest = solve(steps // 2, state=half.state)
             digests = [digest((run.inner_params, run.outer_params)) for run in (whole, again, rest)]
-            row = {"digest": digests[0], "two runs": digests[0] == digests[1], "resumed": digests[0] == digests[2], "finite": _finite(whole)}
+            row = {
+                "digest": digests[0],
+                "two runs": digests[0] == digests[1],
+                "resumed": digests[0] == digests[2],
+                "finite": _finite(whole),
+            }
             with tempfile.TemporaryDirectory() as folder:
                 kept = bx.checkpoint.every(steps // 2, folder)
                 solve(steps // 2, checkpoint=kept)
                 later = solve(steps, checkpoint=kept)
-                row["from a checkpoint"] = digest((later.inner_params, later.outer_params)) == digests[0]
+                row["from a checkpoint"] = (
+                    digest((later.inner_params, later.outer_params)) == digests[0]
+                )
             if not row["two runs"]:
                 row["apart"] = float(
-                    max(jnp.max(jnp.abs(a - b)) for a, b in zip(*map(jax.tree.leaves, (whole.inner_params, again.inner_params)), strict=True))
+                    max(
+                        jnp.max(jnp.abs(a - b))
+                        for a, b in zip(
+                            *map(jax.tree.leaves, (whole.inner_params, again.inner_params)),
+                            strict=True,
+                        )
+                    )
                 )
             found[f"{name}, {kind}"] = row
             print(json.dumps(found), flush=True)
 
 
 def _finite(run) -> bool:
-    return all(bool(jnp.all(jnp.isfinite(leaf))) for leaf in jax.tree.leaves((run.inner_params, run.outer_params)))
+    return all(
+        bool(jnp.all(jnp.isfinite(leaf)))
+        for leaf in jax.tree.leaves((run.inner_params, run.outer_params))
+    )
 
 
 def run(part: Part) -> None:
     root = Path(__file__).resolve().parents[2]
-    command = [sys.executable, "-m", "benchmarks._accelerator.bits", *(["--small"] if part.rehearse else [])]
+    command = [
+        sys.executable,
+        "-m",
+        "benchmarks._accelerator.bits",
+        *(["--small"] if part.rehearse else []),
+    ]
 
     def process(item):
         flags, number = item
-        env = {**os.environ, "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS[flags]}".strip()}
-        return subprocess.run(command, capture_output=True, text=True, cwd=root, env=env, check=False)
+        env = {
+            **os.environ,
+            "XLA_FLAGS": f"{os.environ.get('XLA_FLAGS', '')} {FLAGS[flags]}".strip(),
+        }
+        return subprocess.run(
+            command, capture_output=True, text=True, cwd=root, env=env, check=False
+        )
 
-    items = [(flags, number) for flags in part.pick(["no flags"], FLAGS) for number in range(part.pick(1, 2))]
+    items = [
+        (flags, number)
+        for flags in part.pick(["no flags"], FLAGS)
+        for number in range(part.pick(1, 2))
+    ]
     with ThreadPoolExecutor(len(items)) as pool:
         done = dict(zip(items, pool.map(process, items), strict=True))
     for flags in dict.fromkeys(flags for flags, _ in items):

@@ -1,4 +1,5 @@
-"""What the parts of accelerator.py share: a record that survives a kill, the device in turn, compilation in threads, interleaved clocks."""
+"""What the parts of accelerator.py share: a record that survives a kill, the device in turn,
+compilation in threads, interleaved clocks."""
 
 from __future__ import annotations
 
@@ -29,7 +30,8 @@ def write(path: Path, value: Any) -> None:
 class Part:
     """What a part is given: where it writes, how large its problems are, and when its time is over.
 
-    ``rows`` are written after each one. ``device()`` waits until it is this part's turn to take times: until then it should have compiled.
+    ``rows`` are written after each one. ``device()`` waits until it is this part's turn to take
+    times: until then it should have compiled.
     """
 
     def __init__(self, name: str, folder: Path, rehearse: bool, options: Mapping[str, Any]):
@@ -41,7 +43,10 @@ class Part:
 
     def save(self) -> None:
         with self.lock:
-            write(self.folder / f"{self.name}.json", self.record | {"seconds": round(time.time() - self.began, 1)})
+            write(
+                self.folder / f"{self.name}.json",
+                self.record | {"seconds": round(time.time() - self.began, 1)},
+            )
 
     def pick(self, small: Any, full: Any) -> Any:
         return small if self.rehearse else full
@@ -101,7 +106,8 @@ class Part:
 
 
 def compile_all(part: Part, programs: Mapping[str, Callable[[], Any]]) -> dict[str, Any]:
-    """Each entry makes a ``jax.stages.Lowered``; they are traced and compiled side by side. What fails is recorded and left out."""
+    """Each entry makes a ``jax.stages.Lowered``; they are traced and compiled side by side. What
+    fails is recorded and left out."""
 
     def one(name: str) -> Any:
         begin = time.perf_counter()
@@ -117,18 +123,29 @@ def compile_all(part: Part, programs: Mapping[str, Callable[[], Any]]) -> dict[s
 
 
 def memory(compiled: Any) -> dict[str, float]:
-    """XLA's own count for a compiled program, in MiB; "peak" is arguments, outputs and temporary buffers, what is donated counted once."""
+    """XLA's own count for a compiled program, in MiB; "peak" is arguments, outputs and temporary
+    buffers, what is donated counted once."""
     found = compiled.memory_analysis()
     if found is None:
         return {}
-    whole = found.temp_size_in_bytes + found.argument_size_in_bytes + found.output_size_in_bytes - found.alias_size_in_bytes
+    whole = (
+        found.temp_size_in_bytes
+        + found.argument_size_in_bytes
+        + found.output_size_in_bytes
+        - found.alias_size_in_bytes
+    )
     return {"temp MiB": round(found.temp_size_in_bytes / MIB, 1), "peak MiB": round(whole / MIB, 1)}
 
 
 def loops(compiled: Any) -> dict[str, int]:
-    """Loops and branches of a compiled program; the host reads on for each turn of a loop whose length is not known."""
+    """Loops and branches of a compiled program; the host reads on for each turn of a loop whose
+    length is not known."""
     text = compiled.as_text()
-    return {"loops": text.count(" while("), "known length": text.count("known_trip_count"), "branches": text.count(" conditional(")}
+    return {
+        "loops": text.count(" while("),
+        "known length": text.count("known_trip_count"),
+        "branches": text.count(" conditional("),
+    }
 
 
 def peak() -> float | None:
@@ -147,7 +164,8 @@ def once(fn: Callable[[], Any]) -> float:
 
 
 def interleaved(entries: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, list[float]]:
-    """Seconds a round of each entry, A B A B, after one call of each to warm up. An entry waits for its own work."""
+    """Seconds a round of each entry, A B A B, after one call of each to warm up. An entry waits for
+    its own work."""
     for fn in entries.values():
         once(fn)
     seconds: dict[str, list[float]] = {name: [] for name in entries}

@@ -1,4 +1,5 @@
-"""A transformer as plain functions, its layers scanned: a text classifier of BERT's shape, or a causal language model."""
+"""A transformer as plain functions, its layers scanned: a text classifier of BERT's shape, or a
+causal language model."""
 
 from __future__ import annotations
 
@@ -30,12 +31,22 @@ def init(shape: Shape, key: jax.Array) -> dict[str, Any]:
     normal = lambda *size: 0.02 * jax.random.normal(next(keys), size)
     scale, shift = (lambda *lead: jnp.ones((*lead, d))), (lambda *lead: jnp.zeros((*lead, d)))
     layers = {
-        "qkv": normal(n, d, 3 * d), "qkv_b": jnp.zeros((n, 3 * d)), "out": normal(n, d, d), "out_b": shift(n),
-        "up": normal(n, d, shape.hidden), "up_b": jnp.zeros((n, shape.hidden)), "down": normal(n, shape.hidden, d), "down_b": shift(n),
+        "qkv": normal(n, d, 3 * d), "qkv_b": jnp.zeros((n, 3 * d)), "out": normal(n, d, d),
+        "out_b": shift(n),
+        "up": normal(n, d, shape.hidden), "up_b": jnp.zeros((n, shape.hidden)), "down": normal(n,
+        shape.hidden, d), "down_b": shift(n),
         "norm1": (scale(n), shift(n)), "norm2": (scale(n), shift(n)),
     }  # fmt: skip
-    top = {"words": normal(shape.vocabulary, d), "positions": normal(512 if shape.length <= 512 else shape.length, d), "norm": (scale(), shift())}
-    head = {} if shape.causal else {"head": normal(d, shape.classes), "head_b": jnp.zeros(shape.classes)}
+    top = {
+        "words": normal(shape.vocabulary, d),
+        "positions": normal(512 if shape.length <= 512 else shape.length, d),
+        "norm": (scale(), shift()),
+    }
+    head = (
+        {}
+        if shape.causal
+        else {"head": normal(d, shape.classes), "head_b": jnp.zeros(shape.classes)}
+    )
     return {"layers": layers, **top, **head}
 
 
@@ -49,13 +60,17 @@ def _norm(x, parameters):
 
 
 def encode(shape: Shape, params: dict, tokens, *, dtype=jnp.bfloat16, remat: bool = False):
-    """Hidden states ``(n, t, d)``; normalisation after each block, as in BERT. `remat` keeps only the blocks' inputs."""
+    """Hidden states ``(n, t, d)``; normalisation after each block, as in BERT. `remat` keeps only
+    the blocks' inputs."""
     n, t = tokens.shape
     x = _norm((params["words"][tokens] + params["positions"][:t]).astype(dtype), params["norm"])
 
     def block(x, p):
         cast = lambda name: p[name].astype(dtype)
-        q, k, v = (a.reshape(n, t, shape.heads, -1) for a in jnp.split(x @ cast("qkv") + cast("qkv_b"), 3, axis=-1))
+        q, k, v = (
+            a.reshape(n, t, shape.heads, -1)
+            for a in jnp.split(x @ cast("qkv") + cast("qkv_b"), 3, axis=-1)
+        )
         attended = jax.nn.dot_product_attention(q, k, v, is_causal=shape.causal).reshape(x.shape)
         x = _norm(x + attended @ cast("out") + cast("out_b"), p["norm1"])
         inside = jax.nn.gelu(x @ cast("up") + cast("up_b"))
@@ -71,7 +86,8 @@ def class_losses(shape: Shape, params: dict, tokens, labels, **options):
 
 
 def token_losses(shape: Shape, params: dict, tokens, **options):
-    """The mean cross entropy of the next tokens, a text ``(n,)``; the head is the embedding's transpose."""
+    """The mean cross entropy of the next tokens, a text ``(n,)``; the head is the embedding's
+    transpose."""
     hidden = encode(shape, params, tokens[:, :-1], **options)
     logits = (hidden @ params["words"].astype(hidden.dtype).T).astype(jnp.float32)
     return jnp.mean(_cross_entropy(logits, tokens[:, 1:]), axis=-1)

@@ -23,7 +23,8 @@ STILL = bx.inner.optax(optax.set_to_zero(), 1)
 CONDITIONS = (1e1, 1e2, 1e3, 1e4)
 # Precision of the products: None is the library's own choice, by its tolerance.
 MODES = {
-    "library, tol 1e-6": (None, 1e-6), "library, tol 1e-2": (None, 1e-2), "user's default": ("default", 1e-6), "high": ("high", 1e-6),
+    "library, tol 1e-6": (None, 1e-6), "library, tol 1e-2": (None, 1e-2),
+    "user's default": ("default", 1e-6), "high": ("high", 1e-6),
     "highest": ("highest", 1e-6), "bfloat16 objective": (None, 1e-6),
 }  # fmt: skip
 
@@ -42,11 +43,14 @@ def outer(w, x, batch):
 
 
 def half(fn):
-    """The same with operands rounded to bfloat16, summed in float32: parameters, and so the adjoint, stay float32."""
+    """The same with operands rounded to bfloat16, summed in float32: parameters, and so the
+    adjoint, stay float32."""
 
     def rounded(w, x, batch):
         batch = jax.tree.map(lambda a: a.astype(jnp.bfloat16), batch)
-        residual = jnp.matmul(batch["X"], w.astype(jnp.bfloat16), preferred_element_type=jnp.float32) - batch["Y"].astype(jnp.float32)
+        residual = jnp.matmul(
+            batch["X"], w.astype(jnp.bfloat16), preferred_element_type=jnp.float32
+        ) - batch["Y"].astype(jnp.float32)
         value = 0.5 * jnp.mean(jnp.sum(residual * residual, axis=1))
         return value + 0.5 * jnp.sum(jnp.exp(x)[:, None] * w * w) if fn is inner else value
 
@@ -81,7 +85,10 @@ def problem(n: int, d: int, c: int, condition: float) -> dict:
 
 def run(part: Part) -> None:
     n, d, c = part.pick((64, 16, 8), (4096, 512, 256))
-    forms = [problem(n, d, c, condition) for condition in (CONDITIONS[:2] if part.rehearse else CONDITIONS)]
+    forms = [
+        problem(n, d, c, condition)
+        for condition in (CONDITIONS[:2] if part.rehearse else CONDITIONS)
+    ]
     modes = {name: MODES[name] for name in (list(MODES)[:3] if part.rehearse else MODES)}
 
     def under(precision):
@@ -93,7 +100,9 @@ def run(part: Part) -> None:
         method = bx.hypergradient.implicit(bx.linear.cg(500, tol), max_residual=jnp.inf)
         fn = bx.value_and_hypergrad(*functions, solver=STILL, hypergradient=method)
         with under(precision):
-            return jax.jit(lambda w, x, a, b: fn(w, x, a, b)).lower(forms[0]["w"], forms[0]["x"], *forms[0]["batches"])
+            return jax.jit(lambda w, x, a, b: fn(w, x, a, b)).lower(
+                forms[0]["w"], forms[0]["x"], *forms[0]["batches"]
+            )
 
     def product(name):
         """One Hessian-vector product, eight in a row."""
@@ -106,18 +115,26 @@ def run(part: Part) -> None:
             return jax.lax.fori_loop(0, 8, lambda i, v: hvp(v), v), hvp(v)
 
         with under("highest" if library and not name.startswith("bfloat16") else precision):
-            return jax.jit(eight).lower(forms[0]["w"], forms[0]["x"], forms[0]["batches"][0], forms[0]["w"])
+            return jax.jit(eight).lower(
+                forms[0]["w"], forms[0]["x"], forms[0]["batches"][0], forms[0]["w"]
+            )
 
-    programs = {name: partial(gradient, name) for name in modes} | {f"product, {name}": partial(product, name) for name in modes}
+    programs = {name: partial(gradient, name) for name in modes} | {
+        f"product, {name}": partial(product, name) for name in modes
+    }
     compiled = compile_all(part, programs)
     for name in modes:
         for form in forms:
             with part.recorded(f"{name}, condition {form['condition']:.0e}"):
                 found = compiled[name](form["w"], form["x"], *form["batches"])
-                error = np.linalg.norm(np.asarray(found.grad, np.float64) - form["exact"]) / np.linalg.norm(form["exact"])
+                error = np.linalg.norm(
+                    np.asarray(found.grad, np.float64) - form["exact"]
+                ) / np.linalg.norm(form["exact"])
                 part.add(
-                    products=name, condition=float(form["condition"]), iterations=int(found.info["adjoint_iterations"]),
-                    residual=float(found.info["adjoint_residual"]), error=float(error), over_unit=float(error / (EPS * form["condition"])),
+                    products=name, condition=float(form["condition"]),
+                    iterations=int(found.info["adjoint_iterations"]),
+                    residual=float(found.info["adjoint_residual"]), error=float(error),
+                    over_unit=float(error / (EPS * form["condition"])),
                 )  # fmt: skip
     form = forms[0]
     v = np.random.default_rng(1).standard_normal(form["w"].shape).astype(np.float32)
@@ -126,8 +143,18 @@ def run(part: Part) -> None:
         entries = {}
         for name in modes:
             if f"product, {name}" in compiled:
-                entries[name] = partial(compiled[f"product, {name}"], form["w"], form["x"], form["batches"][0], jnp.asarray(v))
+                entries[name] = partial(
+                    compiled[f"product, {name}"],
+                    form["w"],
+                    form["x"],
+                    form["batches"][0],
+                    jnp.asarray(v),
+                )
         seconds = interleaved(entries, part.pick(2, 9))
         for name, fn in entries.items():
             error = np.linalg.norm(np.asarray(fn()[1], np.float64) - exact) / np.linalg.norm(exact)
-            part.add(one_product=name, microseconds=1e6 * median(seconds[name]) / 9, relative_error=float(error))
+            part.add(
+                one_product=name,
+                microseconds=1e6 * median(seconds[name]) / 9,
+                relative_error=float(error),
+            )

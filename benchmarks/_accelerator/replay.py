@@ -1,4 +1,5 @@
-"""A metagradient through a whole training, its states on the host: time over plain training, memory, equal bits."""
+"""A metagradient through a whole training, its states on the host: time over plain training,
+memory, equal bits."""
 
 from __future__ import annotations
 
@@ -61,7 +62,8 @@ def run(part: Part) -> None:
         fn = bx.replay.value_and_metagrad(inner, outer, optimizer, steps, throw=False)
         return fn(y, x, bx.replay.reader(batch_of), valid)
 
-    # A replay of another length compiles its programs anew: the same ones, which a cache of this process's own gives back.
+    # A replay of another length compiles its programs anew: the same ones, which a cache of this
+    # process's own gives back.
     jax.config.update("jax_compilation_cache_dir", str(part.folder / f"{part.name} compiled"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     with part.recorded("compile plain"):
@@ -74,7 +76,9 @@ def run(part: Part) -> None:
         counted = part.pick(2, 32)
         plain_step = plain(counted) / counted
         for steps in lengths:
-            expected = 5 * steps * plain_step  # one that takes longer than its time is ended, and the rows before it are there
+            expected = (
+                5 * steps * plain_step
+            )  # one that takes longer than its time is ended, and the rows before it are there
             if expected > part.left():
                 part.skip(f"{steps} steps", f"would take {expected:.0f} s")
                 continue
@@ -84,14 +88,18 @@ def run(part: Part) -> None:
                 seconds = time.perf_counter() - begin
                 info, base = found.info, steps * plain_step
                 part.add(
-                    steps=steps, plain_seconds=base, seconds=seconds, over_plain=seconds / base, there=info["seconds_there"],
-                    back=info["seconds_back"], executed=info["executed"], same_bits=info["checked"] > 0, code=int(info["code"]),
-                    held=info["held"], host_MiB=info["host_bytes"] / 2**20, device_peak_MiB=peak(), norm=float(jnp.linalg.norm(found.grad)),
+                    steps=steps, plain_seconds=base, seconds=seconds, over_plain=seconds / base,
+                    there=info["seconds_there"],
+                    back=info["seconds_back"], executed=info["executed"],
+                    same_bits=info["checked"] > 0, code=int(info["code"]),
+                    held=info["held"], host_MiB=info["host_bytes"] / 2**20, device_peak_MiB=peak(),
+                    norm=float(jnp.linalg.norm(found.grad)),
                 )  # fmt: skip
 
 
 def _transfers(part: Part, params) -> None:
-    """Parameters to the host and back: through NumPy, whose memory the system may page, and in the memory kind that it may not."""
+    """Parameters to the host and back: through NumPy, whose memory the system may page, and in the
+    memory kind that it may not."""
     size = encoder.size(params) * 4
     device = jax.tree.leaves(params)[0].sharding
 
@@ -104,7 +112,9 @@ def _transfers(part: Part, params) -> None:
 
     def pinned():
         begin = time.perf_counter()
-        there = jax.block_until_ready(jax.device_put(params, device.with_memory_kind("pinned_host")))
+        there = jax.block_until_ready(
+            jax.device_put(params, device.with_memory_kind("pinned_host"))
+        )
         middle = time.perf_counter()
         jax.block_until_ready(jax.device_put(there, device))
         return middle - begin, time.perf_counter() - middle
@@ -112,6 +122,13 @@ def _transfers(part: Part, params) -> None:
     for name, way in {"numpy": through_numpy, "pinned_host": pinned}.items():
         with part.recorded(f"transfer, {name}"):
             for _ in range(2):  # the first allocates
-                params = jax.block_until_ready(jax.tree.map(lambda a: a + 0, params))  # an array keeps what the host has once read of it
+                params = jax.block_until_ready(
+                    jax.tree.map(lambda a: a + 0, params)
+                )  # an array keeps what the host has once read of it
                 there, back = way()
-            part.add(transfer=name, GB=size / 1e9, to_host_GB_s=size / there / 1e9, to_device_GB_s=size / back / 1e9)
+            part.add(
+                transfer=name,
+                GB=size / 1e9,
+                to_host_GB_s=size / there / 1e9,
+                to_device_GB_s=size / back / 1e9,
+            )

@@ -1,4 +1,5 @@
-"""Stochastic algorithms on 32,768 examples of 1,000 features beside the field's common benchmark; MAID; 1,000 small problems under vmap; EK-FAC."""
+"""Stochastic algorithms on 32,768 examples of 1,000 features beside the field's common benchmark;
+MAID; 1,000 small problems under vmap; EK-FAC."""
 
 from __future__ import annotations
 
@@ -46,13 +47,21 @@ def logistic(n: int, d: int) -> Task:
         x = jax.random.normal(key, (n, d))
         return {"x": x, "y": jnp.sign(x @ truth + jax.random.normal(noise, (n,)))}
 
-    return Task(penalised, loss, draw(keys[1], keys[2]), draw(keys[3], keys[4]), jnp.zeros(d), jnp.full(d, -2.0))
+    return Task(
+        penalised,
+        loss,
+        draw(keys[1], keys[2]),
+        draw(keys[3], keys[4]),
+        jnp.zeros(d),
+        jnp.full(d, -2.0),
+    )
 
 
 def ours(task: Task, algorithm, steps: int, full=False):
     source = bx.data.full if full else partial(bx.data.partitioned, batch_size=task.batch)
     found = bx.solve_bilevel(
-        task.inner, task.outer, task.y, task.x, inner_data=source(task.inner_data), outer_data=source(task.outer_data), algorithm=algorithm,
+        task.inner, task.outer, task.y, task.x, inner_data=source(task.inner_data),
+        outer_data=source(task.outer_data), algorithm=algorithm,
         num_steps=steps, key=jax.random.key(0), keep="last", throw=False,
     )  # fmt: skip
     return found.outer_params
@@ -62,11 +71,19 @@ def many(part: Part):
     """Ridge problems of their own, each solved and differentiated: all under one vmap."""
     n, d, count = part.pick((8, 3, 8), (64, 20, 1000))
     rng = np.random.default_rng(0)
-    draw = lambda: (jnp.asarray(rng.standard_normal((count, n, d)), jnp.float32), jnp.asarray(rng.standard_normal((count, n)), jnp.float32))
+    draw = lambda: (
+        jnp.asarray(rng.standard_normal((count, n, d)), jnp.float32),
+        jnp.asarray(rng.standard_normal((count, n)), jnp.float32),
+    )
     inner = lambda w, x, b: jnp.mean((b[0] @ w - b[1]) ** 2) + jnp.sum(jnp.exp(x) * w * w)
     outer = lambda w, x, b: jnp.mean((b[0] @ w - b[1]) ** 2)
     solver = bx.inner.optax(optax.sgd(0.1, momentum=0.8), 50)
-    fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=bx.hypergradient.implicit(bx.linear.cg(20), max_residual=jnp.inf))
+    fn = bx.value_and_hypergrad(
+        inner,
+        outer,
+        solver=solver,
+        hypergradient=bx.hypergradient.implicit(bx.linear.cg(20), max_residual=jnp.inf),
+    )
     train, valid, w, x = draw(), draw(), jnp.zeros((count, d)), jnp.full((count, d), -2.0)
     grad = lambda w, x, a, b: fn(w, x, a, b).grad
     one = jax.tree.map(lambda a: a[0], (w, x, train, valid))
@@ -94,17 +111,31 @@ def run(part: Part) -> None:
             part.add(algorithm=name, microseconds_a_step=1e6 * median(seconds) / steps)
 
         def time_of_maid():
-            seconds = interleaved({"maid": partial(ours, task, maid, maid_steps, full=True)}, rounds)["maid"]
+            seconds = interleaved(
+                {"maid": partial(ours, task, maid, maid_steps, full=True)}, rounds
+            )["maid"]
             part.add(algorithm="maid", milliseconds_a_step=1e3 * median(seconds) / maid_steps)
 
         def time_of_many():
             seconds = interleaved({"together": together, "one": single}, part.pick(2, 7))
-            part.add(problems=count, milliseconds=1e3 * median(seconds["together"]), one_alone=1e3 * median(seconds["one"]))
+            part.add(
+                problems=count,
+                milliseconds=1e3 * median(seconds["together"]),
+                one_alone=1e3 * median(seconds["one"]),
+            )
 
-        part.items({**{name: partial(time_of, name) for name in NAMES}, "maid": time_of_maid, "many": time_of_many})
+        part.items(
+            {
+                **{name: partial(time_of, name) for name in NAMES},
+                "maid": time_of_maid,
+                "many": time_of_many,
+            }
+        )
         if not hasattr(bx.linear, "ekfac"):
             part.skip("EK-FAC", "bx.linear.ekfac is not there")
-        part.items({f"peer, {name}": partial(peer, part, task, name, steps, rounds) for name in NAMES})
+        part.items(
+            {f"peer, {name}": partial(peer, part, task, name, steps, rounds) for name in NAMES}
+        )
 
 
 def peer(part: Part, task: Task, name: str, steps: int, rounds: int) -> None:

@@ -16,7 +16,8 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
 class Problem(NamedTuple):
-    """A bilevel problem as a user would state it; `batch` has the sizes of sampled batches, `test` what the returned model is judged on."""
+    """A bilevel problem as a user would state it; `batch` has the sizes of sampled batches, `test`
+    what the returned model is judged on."""
 
     inner: Any
     outer: Any
@@ -60,14 +61,18 @@ def diabetes():
     """442 rows of ten features, and ten more of noise."""
     found, rng = datasets.load_diabetes(), np.random.RandomState(3)
     order = np.random.RandomState(0).permutation(442)
-    features = np.concatenate([standard(found.data[order]), rng.randn(442, 10)], 1).astype(np.float32)
+    features = np.concatenate([standard(found.data[order]), rng.randn(442, 10)], 1).astype(
+        np.float32
+    )
     return features, standard(found.target[order]).astype(np.float32)
 
 
 def moons(n, seed=0):
     """Two moons, and two features of noise."""
     x, y = datasets.make_moons(n, noise=0.15, random_state=seed)
-    return np.concatenate([x, np.random.RandomState(seed).randn(n, 2)], 1).astype(np.float32), y.astype(np.int32)
+    return np.concatenate([x, np.random.RandomState(seed).randn(n, 2)], 1).astype(
+        np.float32
+    ), y.astype(np.int32)
 
 
 def flipped(labels, share, classes, seed=1):
@@ -95,7 +100,10 @@ def layers(sizes, seed=0):
     rng = np.random.RandomState(seed)
     pairs = list(itertools.pairwise(sizes))
     last = [0.7 if b == sizes[-1] else 1.0 for _, b in pairs]
-    return [{"w": jnp.asarray(rng.randn(a, b) * np.sqrt(2 / a) * s, jnp.float32), "b": jnp.zeros(b)} for (a, b), s in zip(pairs, last, strict=True)]
+    return [
+        {"w": jnp.asarray(rng.randn(a, b) * np.sqrt(2 / a) * s, jnp.float32), "b": jnp.zeros(b)}
+        for (a, b), s in zip(pairs, last, strict=True)
+    ]
 
 
 def apply(params, x, act):

@@ -11,7 +11,10 @@ import bilevax as bx
 from _default.data import Problem
 from bilevax import base
 
-ITERATIONS = {False: 3000, True: 500}  # of the judge's solve; by whether the lower level is a network
+ITERATIONS = {
+    False: 3000,
+    True: 500,
+}  # of the judge's solve; by whether the lower level is a network
 
 
 @functools.cache
@@ -22,7 +25,8 @@ def _solver(network: bool):
 def judge(problem: Problem, y, x, model=None) -> dict[str, float]:
     """Values of the outer objective.
 
-    ``F``: on held-out data, after the lower level is solved again at `x` to rounding, from its start (of a network: from `y`, the branch that the
+    ``F``: on held-out data, after the lower level is solved again at `x` to rounding, from its
+      start (of a network: from `y`, the branch that the
     run is on). ``R``, ``RT``: of the returned model itself, on held-out and on test data.
     """
     outer = bx.objective(problem.outer)

@@ -1,4 +1,5 @@
-"""Ten further problems of the same kinds, written down before anything was tuned on them. Their limits are the best of three long reference runs."""
+"""Ten further problems of the same kinds, written down before anything was tuned on them. Their
+limits are the best of three long reference runs."""
 
 from __future__ import annotations
 
@@ -70,7 +71,9 @@ def wine():
     x, y = table(datasets.load_wine)
     loss = lambda w, b: jnp.mean(cross_entropy(b["x"] @ w["w"] + w["b"], b["y"]))
     floor = lambda t: 1e-3 + jnp.exp(t)[:, None]
-    inner = lambda w, t, b: loss(w, b) + 0.5 * jnp.sum(floor(t) * w["w"] ** 2) + 1e-3 * w["b"] @ w["b"]
+    inner = lambda w, t, b: (
+        loss(w, b) + 0.5 * jnp.sum(floor(t) * w["w"] ** 2) + 1e-3 * w["b"] @ w["b"]
+    )
     start = {"w": jnp.zeros((13, 3)), "b": jnp.zeros(3)}
     halves = part(x, y.astype(np.int32), 0, 40), part(x, y.astype(np.int32), 40, 178)
     return Problem(inner, lambda w, t, b: loss(w, b), start, jnp.zeros(13), *halves)
@@ -113,7 +116,9 @@ def box():
     inner = lambda w, t, b: loss(w, t, b) + 0.05 * w @ w
     halves = part(x, y, 0, 120, numbered=True), part(x, clean, 120, 200)
     outer = lambda w, t, b: squares(w, b)
-    return Problem(inner, outer, jnp.zeros(20), jnp.full(120, 0.5), *halves, lambda t: jnp.clip(t, 0, 1))
+    return Problem(
+        inner, outer, jnp.zeros(20), jnp.full(120, 0.5), *halves, lambda t: jnp.clip(t, 0, 1)
+    )
 
 
 def mixed_units():

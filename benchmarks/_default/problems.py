@@ -1,4 +1,5 @@
-"""Eighteen problems that people bring: penalties, weights of examples, distillation, raw units, poor starts, networks."""
+"""Eighteen problems that people bring: penalties, weights of examples, distillation, raw units,
+poor starts, networks."""
 
 from __future__ import annotations
 
@@ -37,7 +38,9 @@ def ridge(scale=1.0, positive=False):
     outer = lambda w, t, b: scale * squares(w, b)
     if positive:
         inner = lambda w, t, b: squares(w, b) + jnp.sum((t + 1e-4) * w * w)
-        return Problem(inner, outer, jnp.zeros(20), jnp.ones(20), *halves, lambda t: jnp.maximum(t, 0.0))
+        return Problem(
+            inner, outer, jnp.zeros(20), jnp.ones(20), *halves, lambda t: jnp.maximum(t, 0.0)
+        )
     inner = lambda w, t, b: squares(w, b) + jnp.sum(jnp.exp(t) * w * w)
     return Problem(inner, outer, jnp.zeros(20), jnp.zeros(20), *halves)
 
@@ -167,7 +170,10 @@ def smoothing_and_decay():
         share = jax.nn.sigmoid(t["smoothing"])
         target = (1 - share) * jax.nn.one_hot(b["y"], 10) + share / 10
         size = jnp.sum(model.a.kernel[...] ** 2) + jnp.sum(model.b.kernel[...] ** 2)
-        return jnp.mean(optax.softmax_cross_entropy(model(b["x"]), target)) + 0.5 * jnp.exp(t["decay"]) * size
+        return (
+            jnp.mean(optax.softmax_cross_entropy(model(b["x"]), target))
+            + 0.5 * jnp.exp(t["decay"]) * size
+        )
 
     valid = lambda model, t, b: jnp.mean(cross_entropy(model(b["x"]), b["y"]))
     x, y = digits()

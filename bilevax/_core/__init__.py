@@ -1,1 +1,3 @@
-"""What everything else stands on: settings as pytrees, optimizers as the library runs them, traced code."""
+"""What everything else stands on: settings as pytrees, optimizers as the library runs them, traced
+code.
+"""

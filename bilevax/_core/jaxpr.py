@@ -7,7 +7,9 @@ from typing import Any
 
 
 def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
-    """Of each leaf of `argument`, whether the outputs of ``fn(argument)`` depend on it: what is left when dead code is dropped."""
+    """Of each leaf of `argument`, whether the outputs of ``fn(argument)`` depend on it: what is
+    left when dead code is dropped.
+    """
     import jax
     from jax.interpreters import partial_eval
 
@@ -16,7 +18,8 @@ def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
 
 
 def dependences(fn: Callable[..., Any], argument: Any) -> tuple[list[bool], list[bool]]:
-    """Of one trace: what `reads` says, and the same where a dependence through ``stop_gradient`` counts for nothing.
+    """Of one trace: what `reads` says, and the same where a dependence through ``stop_gradient``
+    counts for nothing.
 
     Functions that bring a derivative of their own are not looked into.
     """
@@ -25,7 +28,9 @@ def dependences(fn: Callable[..., Any], argument: Any) -> tuple[list[bool], list
 
     jaxpr = jax.make_jaxpr(fn)(argument).jaxpr
     wanted = [True] * len(jaxpr.outvars)
-    return list(partial_eval.dce_jaxpr(jaxpr, wanted)[1]), list(partial_eval.dce_jaxpr(_cut(jaxpr), wanted)[1])
+    return list(partial_eval.dce_jaxpr(jaxpr, wanted)[1]), list(
+        partial_eval.dce_jaxpr(_cut(jaxpr), wanted)[1]
+    )
 
 
 def _cut(jaxpr: Any) -> Any:
@@ -51,18 +56,32 @@ def _cut(jaxpr: Any) -> Any:
 
 
 def evaluate(jaxpr: Any, captured: Sequence[Any], leaves: Sequence[Any]) -> list[Any]:
-    """The outputs of `jaxpr`, flat, with what it `captured` given anew as values: nothing is closed over, so no tracer leaks."""
-    import jax.extend.core as jex  # not above: it takes a tenth of a second, which importing the package should not
+    """The outputs of `jaxpr`, flat, with what it `captured` given anew as values: nothing is closed
+    over, so no tracer leaks.
+    """
+    # not above: it takes a tenth of a second, which importing the package should not
+    import jax.extend.core as jex
 
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, captured))(*leaves)
 
 
 def has_rule_of_its_own(jaxpr: Any) -> bool:
-    """Whether something in a program brings its own reverse-mode rule, which need not be differentiable backwards again."""
+    """Whether something in a program brings its own reverse-mode rule, which need not be
+    differentiable backwards again.
+    """
     import jax.extend.core as jex
 
     if any(eqn.primitive.name.startswith("custom_vjp_call") for eqn in jaxpr.eqns):
         return True
-    inside = [leaf for eqn in jaxpr.eqns for value in eqn.params.values() for leaf in (value if isinstance(value, (tuple, list)) else (value,))]
-    inner = [leaf.jaxpr if isinstance(leaf, jex.ClosedJaxpr) else leaf for leaf in inside if isinstance(leaf, (jex.ClosedJaxpr, jex.Jaxpr))]
+    inside = [
+        leaf
+        for eqn in jaxpr.eqns
+        for value in eqn.params.values()
+        for leaf in (value if isinstance(value, (tuple, list)) else (value,))
+    ]
+    inner = [
+        leaf.jaxpr if isinstance(leaf, jex.ClosedJaxpr) else leaf
+        for leaf in inside
+        if isinstance(leaf, (jex.ClosedJaxpr, jex.Jaxpr))
+    ]
     return any(has_rule_of_its_own(each) for each in inner)

@@ -1,8 +1,10 @@
-"""Checks of arguments that are numbers, flags and keys, and the rounding unit: one home for all factories.
+"""Checks of arguments that are numbers, flags and keys, and the rounding unit: one home for all
+factories.
 
-A check is called before anything is compiled, with the value first and the argument's name after it, and returns what is
-to be used. What cannot be meant is a TypeError, what lies outside a ValueError; both read *argument: got value; expected
-what. Try this.* Booleans are no numbers, NumPy scalars are. Traced scalars pass: what they hold is not known yet.
+A check is called before anything is compiled, with the value first and the argument's name after
+it, and returns what is to be used. What cannot be meant is a TypeError, what lies outside a
+ValueError; both read *argument: got value; expected what. Try this.* Booleans are no numbers, NumPy
+scalars are. Traced scalars pass: what they hold is not known yet.
 """
 
 from __future__ import annotations
@@ -28,12 +30,16 @@ def describe(value: Any) -> str:
 
 
 def takes(fn: Any, argument: str, form: str) -> None:
-    """A function that can be called as `form` says, ``(inner_params, outer_params, data) -> dict``."""
+    """A function that can be called as `form` says, ``(inner_params, outer_params, data) ->
+    dict``.
+    """
     names = form[form.index("(") + 1 : form.index(")")].split(",")
     try:
         inspect.signature(fn).bind(*[name for name in names if name.strip()])
     except TypeError as error:
-        raise TypeError(f"{argument}: got a function of {inspect.signature(fn)}; expected one of {form}.") from error
+        raise TypeError(
+            f"{argument}: got a function of {inspect.signature(fn)}; expected one of {form}."
+        ) from error
     except ValueError:  # no signature to read (some builtins): the call itself will tell
         return
 
@@ -64,9 +70,16 @@ def positive(
     """
     if example is None:
         example = min(0.1, upper)
-    kind = f"{'' if infinite else 'finite '}number of at least 0" if zero else f"positive{'' if infinite else ', finite'} number"
+    kind = (
+        f"{'' if infinite else 'finite '}number of at least 0"
+        if zero
+        else f"positive{'' if infinite else ', finite'} number"
+    )
     limit = "" if upper == math.inf else f", at most {upper}"
-    expected = f"expected a {kind}{limit}{'; jnp.inf accepts any' if infinite else ''}. Try {name}={example}."
+    expected = (
+        f"expected a {kind}{limit}{'; jnp.inf accepts any' if infinite else ''}. Try "
+        f"{name}={example}."
+    )
     if not _is_number(value):
         raise TypeError(f"{name}: got {shown(value)}; {expected}")
     if isinstance(value, jax.core.Tracer):
@@ -79,7 +92,9 @@ def positive(
 
 
 def _is_number(value: Any) -> bool:
-    """A real number: of Python, of NumPy, or an array without axes, traced or not. Booleans are none."""
+    """A real number: of Python, of NumPy, or an array without axes, traced or not. Booleans are
+    none.
+    """
     if isinstance(value, (jax.Array, np.ndarray)):
         kinds = (jnp.floating, jnp.integer)
         return value.ndim == 0 and any(jnp.issubdtype(value.dtype, kind) for kind in kinds)
@@ -100,10 +115,16 @@ def count(value: Any, name: str, *, least: int = 1, most: int | None = None, why
 
 def choice(value: Any, name: str, options: Sequence[Any]) -> Any:
     """One of a few words."""
-    if not any(value is option or (isinstance(value, type(option)) and value == option) for option in options):
+    if not any(
+        value is option or (isinstance(value, type(option)) and value == option)
+        for option in options
+    ):
         *others, last = (repr(option) for option in options)
         kind = ValueError if isinstance(value, str) else TypeError
-        raise kind(f"{name}: got {shown(value)}; expected {', '.join(others)}{' or ' if others else ''}{last}.")
+        raise kind(
+            f"{name}: got {shown(value)}; expected "
+            f"{', '.join(others)}{' or ' if others else ''}{last}."
+        )
     return value
 
 
@@ -116,18 +137,33 @@ def word(value: Any, name: str, example: str) -> str:
 
 
 def arrays(value: Any, name: str) -> None:
-    """A pytree of arrays and numbers that can be computed with: no texts, no objects, nothing that was deleted or donated."""
+    """A pytree of arrays and numbers that can be computed with: no texts, no objects, nothing that
+    was deleted or donated.
+    """
     for path, leaf in jax.tree_util.tree_leaves_with_path(value):
         place = name + jax.tree_util.keystr(path)
         array = isinstance(leaf, (jax.Array, np.ndarray, np.generic, jax.ShapeDtypeStruct))
         if not array and not isinstance(leaf, (bool, int, float, complex)):
             raise TypeError(f"{place}: got {describe(leaf)}; expected an array or a number.")
         if isinstance(leaf, (np.ndarray, np.generic)) and leaf.dtype.kind not in "biufcV":
-            raise TypeError(f"{place}: got {describe(leaf)}; expected numbers. Try codes for texts, and seconds for times.")
+            raise TypeError(
+                f"{place}: got {describe(leaf)}; expected numbers. Try codes for texts, and "
+                "seconds for times."
+            )
         if isinstance(leaf, np.ndarray) and leaf.dtype.fields is not None:
-            raise TypeError(f"{place}: got an array with the fields {sorted(leaf.dtype.fields)}; expected numbers. Try a dict of arrays.")
-        if isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer) and leaf.is_deleted():
-            raise ValueError(f"{place}: got {describe(leaf)}, which was deleted or donated; expected one that is still there. Try a copy.")
+            raise TypeError(
+                f"{place}: got an array with the fields {sorted(leaf.dtype.fields)}; expected "
+                "numbers. Try a dict of arrays."
+            )
+        if (
+            isinstance(leaf, jax.Array)
+            and not isinstance(leaf, jax.core.Tracer)
+            and leaf.is_deleted()
+        ):
+            raise ValueError(
+                f"{place}: got {describe(leaf)}, which was deleted or donated; expected one that "
+                "is still there. Try a copy."
+            )
 
 
 def flag(value: Any, name: str) -> bool:
@@ -139,16 +175,29 @@ def flag(value: Any, name: str) -> bool:
 
 def key(value: Any, name: str = "key") -> Any:
     """A PRNG key of either style."""
-    old_style = isinstance(value, (jax.Array, np.ndarray)) and value.dtype == np.uint32 and value.shape[-1:] in ((2,), (4,))  # threefry, rbg
-    if not old_style and not (isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)):
+    old_style = (
+        isinstance(value, (jax.Array, np.ndarray))
+        and value.dtype == np.uint32
+        and value.shape[-1:] in ((2,), (4,))
+    )  # threefry, rbg
+    if not old_style and not (
+        isinstance(value, jax.Array) and jnp.issubdtype(value.dtype, jax.dtypes.prng_key)
+    ):
         seed = value if isinstance(value, int) and not isinstance(value, bool) else 0
-        raise TypeError(f"{name}: got {shown(value)}; expected a PRNG key. Try jax.random.key({seed}).")
+        raise TypeError(
+            f"{name}: got {shown(value)}; expected a PRNG key. Try jax.random.key({seed})."
+        )
     if value.ndim != (1 if old_style else 0):
-        raise ValueError(f"{name}: got keys of shape {list(value.shape)}; expected one key. Try {name}[0], or jax.vmap over them.")
+        raise ValueError(
+            f"{name}: got keys of shape {list(value.shape)}; expected one key. Try {name}[0], or "
+            "jax.vmap over them."
+        )
     return value
 
 
 def rounding_unit(values: Any) -> float:
-    """The coarsest rounding unit among the leaves of a pytree (arrays, shapes or dtypes); 0 where there is none."""
+    """The coarsest rounding unit among the leaves of a pytree (arrays, shapes or dtypes); 0 where
+    there is none.
+    """
     dtypes = (leaf.dtype if hasattr(leaf, "dtype") else leaf for leaf in jax.tree.leaves(values))
     return max((float(jnp.finfo(dtype).eps) for dtype in dtypes), default=0.0)

@@ -15,11 +15,12 @@ from bilevax._core.types import PyTree, Scalar
 
 
 class Ctx(NamedTuple):
-    """What one evaluation of an objective is given besides the parameters. Methods hand it on and never look inside.
+    """What one evaluation of an objective is given besides the parameters. Methods hand it on and
+    never look inside.
 
-    `index` is the batch's number where the data is a fixed partition (`data.partitioned`), for methods
-    that keep a table of batches. `inner_step` is the number of the inner step within its outer step, for
-    objectives that were declared `indexed`; None where nothing counts.
+    `index` is the batch's number where the data is a fixed partition (`data.partitioned`), for
+    methods that keep a table of batches. `inner_step` is the number of the inner step within its
+    outer step, for objectives that were declared `indexed`; None where nothing counts.
     """
 
     batch: PyTree = None
@@ -36,11 +37,14 @@ class Ctx(NamedTuple):
 )
 @dataclasses.dataclass(frozen=True, repr=False)
 class Objective:
-    """A user's function in the one form that the library calls: ``(inner, outer, ctx) -> (value, (model, aux))``.
+    """A user's function in the one form that the library calls: ``(inner, outer, ctx) -> (value,
+    (model, aux))``.
 
-    Made by `bilevax.objective`; equal functions with equal flags are equal objectives. `adapt` gives a mapping or a constraint that a
-    method was given the arguments that this objective gets: ``(Objective) -> Objective``. None: they are the same. `tasks` says how the
-    value combines those of independent tasks along a leading axis ("sum" or "mean"), where it does.
+    Made by `bilevax.objective`; equal functions with equal flags are equal objectives. `adapt`
+    gives a mapping or a constraint that a
+    method was given the arguments that this objective gets: ``(Objective) -> Objective``. None:
+    they are the same. `tasks` says how the value combines those of independent tasks along a
+    leading axis ("sum" or "mean"), where it does.
     """
 
     fn: Callable[..., Any]
@@ -52,7 +56,9 @@ class Objective:
     adapt: Callable[..., Any] | None = None
     tasks: str = ""
 
-    def __call__(self, inner: PyTree, outer: PyTree, ctx: Ctx) -> tuple[Scalar, tuple[PyTree, PyTree]]:
+    def __call__(
+        self, inner: PyTree, outer: PyTree, ctx: Ctx
+    ) -> tuple[Scalar, tuple[PyTree, PyTree]]:
         args = (inner, outer, ctx.batch) + ((ctx.model,) if self.stateful else ())
         extra = {"key": ctx.key} if self.keyed else {}
         if self.indexed:
@@ -86,20 +92,24 @@ def objective(
     indexed: bool = False,
     trajectory: bool = False,
 ) -> Objective:
-    """Declare what an objective takes and returns beyond ``fn(inner_params, outer_params, batch) -> scalar``.
+    """Declare what an objective takes and returns beyond ``fn(inner_params, outer_params, batch) ->
+    scalar``.
 
-    A plain three-argument function needs no wrapping. Wrap once, at module level: a run is compiled once for each objective.
+    A plain three-argument function needs no wrapping. Wrap once, at module level: a run is compiled
+    once for each objective.
 
     Args:
-      fn: pure function of ``(inner_params, outer_params, batch[, model_state][, key=])``, the same order at both levels.
-      has_aux: `fn` returns ``(value, aux)``. The history stacks both, a row a step: the outer objective's as ``aux``, that of
-        the last step of `inner.optax` as ``inner_aux``.
-      stateful: `fn` takes ``model_state`` as fourth argument and returns ``(value, model_state)`` (``(value, (model_state, aux))`` with
-        `has_aux`). The state moves on real inner steps only, never on hypergradient passes.
+      fn: pure function of ``(inner_params, outer_params, batch[, model_state][, key=])``, the same
+        order at both levels.
+      has_aux: `fn` returns ``(value, aux)``. The history stacks both, a row a step: the outer
+        objective's as ``aux``, that of the last step of `inner.optax` as ``inner_aux``.
+      stateful: `fn` takes ``model_state`` as fourth argument and returns ``(value, model_state)``
+        (``(value, (model_state, aux))`` with `has_aux`). The state moves on real inner steps only,
+        never on hypergradient passes.
       keyed: `fn` takes a PRNG key as ``key=``; evaluations that are differenced share one key.
       indexed: `fn` takes the number of the inner step within its outer step as ``inner_step=``.
-      trajectory: `fn`, an outer objective, takes in place of the inner parameters those after every inner
-        step, stacked along a new leading axis.
+      trajectory: `fn`, an outer objective, takes in place of the inner parameters those after every
+        inner step, stacked along a new leading axis.
 
     Returns:
       An `Objective`. Wrapping one again returns it unchanged when no flag is given.
@@ -112,12 +122,26 @@ def objective(
       >>> bx.objective(lambda w, lam, batch: ((w - lam) ** 2, {"w": w}), has_aux=True)
       objective(<lambda>, has_aux=True)
     """
-    flags = {"has_aux": has_aux, "stateful": stateful, "keyed": keyed, "indexed": indexed, "trajectory": trajectory}
-    has_aux, stateful, keyed, indexed, trajectory = (numbers.flag(value, name) for name, value in flags.items())
+    flags = {
+        "has_aux": has_aux,
+        "stateful": stateful,
+        "keyed": keyed,
+        "indexed": indexed,
+        "trajectory": trajectory,
+    }
+    has_aux, stateful, keyed, indexed, trajectory = (
+        numbers.flag(value, name) for name, value in flags.items()
+    )
     if isinstance(fn, Objective):
         if has_aux or stateful or keyed or indexed or trajectory:
-            raise TypeError(f"fn: got {fn!r}, which is wrapped already; expected a plain function. Give all flags in one call of objective.")
+            raise TypeError(
+                f"fn: got {fn!r}, which is wrapped already; expected a plain function. Give all "
+                "flags in one call of objective."
+            )
         return fn
     if not callable(fn):
-        raise TypeError(f"fn: got {numbers.describe(fn)}; expected a function (inner_params, outer_params, batch) -> scalar.")
+        raise TypeError(
+            f"fn: got {numbers.describe(fn)}; expected a function (inner_params, outer_params, "
+            "batch) -> scalar."
+        )
     return Objective(fn, has_aux, stateful, keyed, indexed, trajectory)

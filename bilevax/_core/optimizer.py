@@ -1,4 +1,6 @@
-"""Optax transformations as the library runs them: any of them, under strict promotion, with states that keep their dtypes."""
+"""Optax transformations as the library runs them: any of them, under strict promotion, with states
+that keep their dtypes.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from bilevax._core.types import PyTree
 
 
 def _lenient() -> Any:
-    """Optax raises decays to integer counts and adds Python-scalar state, which strict promotion forbids; the user's own code stays strict."""
+    """Optax raises decays to integer counts and adds Python-scalar state, which strict promotion
+    forbids; the user's own code stays strict.
+    """
     return jax.numpy_dtype_promotion("standard")
 
 
@@ -27,8 +31,12 @@ def init(opt: optax.GradientTransformation, params: PyTree) -> PyTree:
         return tree.strong(opt.init(params))
 
 
-def update(opt: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree, **extra: Any) -> tuple[PyTree, PyTree]:
-    """``opt.update``, given those of `extra` (``value``, ``grad``, ``value_fn``, ``grad_fn``) that it accepts."""
+def update(
+    opt: optax.GradientTransformation, grads: PyTree, state: PyTree, params: PyTree, **extra: Any
+) -> tuple[PyTree, PyTree]:
+    """``opt.update``, given those of `extra` (``value``, ``grad``, ``value_fn``, ``grad_fn``) that
+    it accepts.
+    """
     with _lenient():
         updates, new = opt.update(grads, state, params, **accepted(opt.update, extra))
     return updates, jax.tree.map(_like, new, state)
@@ -39,11 +47,17 @@ def accepted(fn: Callable[..., Any], extra: dict[Any, Any]) -> dict[Any, Any]:
     named = parameters(fn)
     takes_all = any(p.kind is inspect.Parameter.VAR_KEYWORD for p in named.values())
     # What takes all hands them on, and a line search complains of what it does not know.
-    return {name: value for name, value in extra.items() if name in named or (takes_all and name != "grad_fn")}
+    return {
+        name: value
+        for name, value in extra.items()
+        if name in named or (takes_all and name != "grad_fn")
+    }
 
 
 def leading(opt: optax.GradientTransformation) -> optax.GradientTransformation:
-    """Of an ``optax.MultiSteps`` the update that accumulation leads to, on its state; any other as it is."""
+    """Of an ``optax.MultiSteps`` the update that accumulation leads to, on its state; any other as
+    it is.
+    """
     owner = getattr(opt.update, "__self__", opt)
     if not isinstance(owner, optax.MultiSteps):
         return opt
@@ -69,13 +83,21 @@ def moved(
     project: Callable[[PyTree], PyTree] | None = None,
     **extra: Any,
 ) -> tuple[PyTree, PyTree]:
-    """How each step of a level ends: updated along `direction`, applied, put into the feasible set; the parameters, and the optimizer's state."""
+    """How each step of a level ends: updated along `direction`, applied, put into the feasible set;
+    the parameters, and the optimizer's state.
+    """
     updates, state = update(opt, direction, state, params, **extra)
     params = apply(params, updates)
     return params if project is None else project(params), state
 
 
 def _like(new: Any, old: Any) -> Any:
-    """State keeps its dtypes from step to step: a loop's carry may not drift to a wider or a weak type."""
+    """State keeps its dtypes from step to step: a loop's carry may not drift to a wider or a weak
+    type.
+    """
     new = jnp.asarray(new)
-    return new if new.dtype == old.dtype and not new.weak_type else lax.convert_element_type(new, old.dtype)
+    return (
+        new
+        if new.dtype == old.dtype and not new.weak_type
+        else lax.convert_element_type(new, old.dtype)
+    )

@@ -24,7 +24,8 @@ def _client() -> Any:
 
 
 class Peers:
-    """What the processes of a run tell each other, through the coordination service that JAX starts for them.
+    """What the processes of a run tell each other, through the coordination service that JAX starts
+    for them.
 
     No devices take part, so it works while a device program waits for a process that is gone.
     """
@@ -41,13 +42,18 @@ class Peers:
         self._end.set()
         if self._client is not None and error is not None:
             word = f"{_GONE}{type(error).__name__}: {error}"[:500]
-            self._client.key_value_set(f"{self._name}/alive/{self.rank}", word, allow_overwrite=True)
+            self._client.key_value_set(
+                f"{self._name}/alive/{self.rank}", word, allow_overwrite=True
+            )
 
     def _beats(self) -> None:
         for beat in itertools.count():
             try:
-                self._client.key_value_set(f"{self._name}/alive/{self.rank}", str(beat), allow_overwrite=True)
-            except Exception:  # the service is gone, and with it the run: the main thread meets the same and says so
+                self._client.key_value_set(
+                    f"{self._name}/alive/{self.rank}", str(beat), allow_overwrite=True
+                )
+            # the service is gone, and with it the run: the main thread meets the same and says so
+            except Exception:
                 return
             if self._end.wait(BEAT):
                 return
@@ -60,7 +66,12 @@ class Peers:
         self._client.key_value_set(f"{self._name}/{turn}/{self.rank}", json.dumps(value))
         if turn >= 2:  # all have read what was told two turns ago
             self._client.key_value_delete(f"{self._name}/{turn - 2}/{self.rank}")
-        return [value if rank == self.rank else json.loads(self._of(rank, f"{self._name}/{turn}/{rank}")) for rank in range(self.count)]
+        return [
+            value
+            if rank == self.rank
+            else json.loads(self._of(rank, f"{self._name}/{turn}/{rank}"))
+            for rank in range(self.count)
+        ]
 
     def _of(self, rank: int, key: str) -> str:
         watch = _Watch(self, [rank])
@@ -109,17 +120,23 @@ class _Watch:
                     raise
                 found = None
             if found is not None and found.startswith(_GONE):
-                raise RuntimeError(f"processes: process {rank} of {self.peers.count} ended the run by {found.removeprefix(_GONE)}")
+                raise RuntimeError(
+                    f"processes: process {rank} of {self.peers.count} ended the run by "
+                    f"{found.removeprefix(_GONE)}"
+                )
             if found != beat:
                 self.seen[rank] = found, now
             elif now - since > SILENCE:
                 raise TimeoutError(
-                    f"processes: got no sign of life from process {rank} of {self.peers.count} for {SILENCE:.0f} s; expected all of them. It was "
-                    "killed, stopped or cut off. Start the run again, and it goes on from its last checkpoint."
+                    f"processes: got no sign of life from process {rank} of {self.peers.count} for "
+                    f"{SILENCE:.0f} s; expected all of them. It was "
+                    "killed, stopped or cut off. Start the run again, and it goes on from its last "
+                    "checkpoint."
                 )
         if now - self.begin > LIMIT:
             raise TimeoutError(
-                f"processes: waited {LIMIT:.0f} s for {sorted(self.seen)} of {self.peers.count}, which live; expected every process to make the same "
+                f"processes: waited {LIMIT:.0f} s for {sorted(self.seen)} of {self.peers.count}, "
+                "which live; expected every process to make the same "
                 "calls. Try py-spy on them, to see where they stand."
             )
 
@@ -144,7 +161,11 @@ def agree(values: dict[str, Any], what: str, expected: str) -> None:
     for name in names:
         given = [one.get(name) for one in all_of_them]
         if any(one != given[0] for one in given):
-            by_process = ", ".join(f"process {rank}: {value}" for rank, value in enumerate(given[:8]))
+            by_process = ", ".join(
+                f"process {rank}: {value}" for rank, value in enumerate(given[:8])
+            )
             shown.append(f"{name} ({by_process})")
     if shown:
-        raise ValueError(f"{what}: got values that differ between processes: {'; '.join(shown)}. {expected}")
+        raise ValueError(
+            f"{what}: got values that differ between processes: {'; '.join(shown)}. {expected}"
+        )

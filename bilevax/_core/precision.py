@@ -1,7 +1,8 @@
 """The precision of matrix products that a tolerance asks for.
 
-An accelerator multiplies float32 matrices in a shorter format where nobody says otherwise: about 3e-4 of relative error on
-recent GPUs, 4e-3 on TPUs. That is right for training steps, and a solve that is asked for 1e-6 never gets there.
+An accelerator multiplies float32 matrices in a shorter format where nobody says otherwise: about
+3e-4 of relative error on recent GPUs, 4e-3 on TPUs. That is right for training steps, and a solve
+that is asked for 1e-6 never gets there.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ LOOSE = 1e-3  # tolerances from here on are met by products in a shorter format
 
 
 def needed(tol: Any) -> str | None:
-    """The `jax.default_matmul_precision` that a solve to `tol` needs, or None for the user's own. A traced tolerance counts as tight."""
+    """The `jax.default_matmul_precision` that a solve to `tol` needs, or None for the user's own. A
+    traced tolerance counts as tight.
+    """
     return "highest" if isinstance(tol, jax.core.Tracer) or tol < LOOSE else None
 
 
 def asked_by(linear: Any) -> str | None:
     """What the products need that a linear solver is given, and its right side.
 
-    A solver with a tolerance, or an exact one, asks for all of float32. A truncation promises nothing.
+    A solver with a tolerance, or an exact one, asks for all of float32. A truncation promises
+    nothing.
     """
     if linear.exact:
         return "highest"
@@ -33,7 +37,9 @@ def asked_by(linear: Any) -> str | None:
 
 
 def under(precision: str | None, fn: F) -> F:
-    """`fn`, traced with that precision. A precision that the user has set, for all of JAX or around the call, stands."""
+    """`fn`, traced with that precision. A precision that the user has set, for all of JAX or around
+    the call, stands.
+    """
     if precision is None:
         return fn
 

@@ -1,4 +1,6 @@
-"""Settings bound to functions, as pytrees: numbers are leaves, everything else is static structure."""
+"""Settings bound to functions, as pytrees: numbers are leaves, everything else is static
+structure.
+"""
 
 from __future__ import annotations
 
@@ -15,10 +17,12 @@ from bilevax._core.types import PyTree
 
 @jax.tree_util.register_pytree_node_class
 class Bound:
-    """A function with some keyword arguments bound: ``Bound("cg", _cg, maxiter=20)(matvec, b, x0)``.
+    """A function with some keyword arguments bound: ``Bound("cg", _cg, maxiter=20)(matvec, b,
+    x0)``.
 
-    The bound values are pytree children, so floats and arrays among them can change without a new trace, and two factories called with
-    equal settings compare equal as static structure. `name` and the settings are what `repr` shows.
+    The bound values are pytree children, so floats and arrays among them can change without a new
+    trace, and two factories called with equal settings compare equal as static structure. `name`
+    and the settings are what `repr` shows.
     """
 
     def __init__(self, name: str, fn: Callable[..., Any], /, **settings: Any):
@@ -51,7 +55,9 @@ def _short(value: Any) -> str:
     if callable(value) and hasattr(value, "__name__"):
         return value.__name__
     if isinstance(value, tuple) and value and all(inspect.isfunction(part) for part in value):
-        return value[0].__qualname__.split(".")[0]  # a pair of functions, such as optax's, by who made it
+        return value[0].__qualname__.split(".")[
+            0
+        ]  # a pair of functions, such as optax's, by who made it
     return repr(value)
 
 
@@ -90,7 +96,9 @@ def parameters(fn: Any) -> Any:
 
 
 class _Same:
-    """A callable without a hash (an instance of a dataclass, say), which is equal to itself alone."""
+    """A callable without a hash (an instance of a dataclass, say), which is equal to itself
+    alone.
+    """
 
     def __init__(self, value: Callable[..., Any]):
         self.value = value
@@ -107,13 +115,16 @@ class Static:
 
     def __init__(self, treedef: Any, leaves: tuple[Any, ...]):
         self.treedef, self.leaves = treedef, leaves
-        self._keys = tuple(leaf if _hashable(leaf) or not callable(leaf) else _Same(leaf) for leaf in leaves)
+        self._keys = tuple(
+            leaf if _hashable(leaf) or not callable(leaf) else _Same(leaf) for leaf in leaves
+        )
         try:
             self._hash = hash((treedef, self._keys))
         except TypeError as error:
             bad = next(leaf for leaf in leaves if not _hashable(leaf))
             raise TypeError(
-                f"settings: got an unhashable {type(bad).__name__} ({bad!r}); expected functions, numbers, strings or arrays. "
+                f"settings: got an unhashable {type(bad).__name__} ({bad!r}); expected functions, "
+                "numbers, strings or arrays. "
                 "Try a tuple in place of a list, or pass the value as data."
             ) from error
 
@@ -121,7 +132,11 @@ class Static:
         return self._hash
 
     def __eq__(self, other: Any) -> bool:
-        return isinstance(other, Static) and self.treedef == other.treedef and self._keys == other._keys
+        return (
+            isinstance(other, Static)
+            and self.treedef == other.treedef
+            and self._keys == other._keys
+        )
 
 
 def _hashable(leaf: Any) -> bool:
@@ -141,9 +156,11 @@ _HOLE = _Hole()
 
 
 def split(tree: PyTree) -> tuple[Static, tuple[Any, ...]]:
-    """Separate configuration into a hashable static part and its dynamic leaves (floats and arrays).
+    """Separate configuration into a hashable static part and its dynamic leaves (floats and
+    arrays).
 
-    Concrete scalars become Python floats, hence weakly typed when traced: a float32 step size does not promote bfloat16 parameters.
+    Concrete scalars become Python floats, hence weakly typed when traced: a float32 step size does
+    not promote bfloat16 parameters.
     """
     leaves, treedef = jax.tree.flatten(tree)
     static, dynamic = [], []
@@ -158,7 +175,9 @@ def split(tree: PyTree) -> tuple[Static, tuple[Any, ...]]:
 
 def _weak(leaf: Any) -> Any:
     scalar = isinstance(leaf, (float, np.floating)) or (
-        not isinstance(leaf, jax.core.Tracer) and jnp.ndim(leaf) == 0 and jnp.issubdtype(leaf.dtype, jnp.floating)
+        not isinstance(leaf, jax.core.Tracer)
+        and jnp.ndim(leaf) == 0
+        and jnp.issubdtype(leaf.dtype, jnp.floating)
     )
     return float(leaf) if scalar else leaf
 
@@ -166,4 +185,6 @@ def _weak(leaf: Any) -> Any:
 def join(static: Static, dynamic: tuple[Any, ...]) -> PyTree:
     """Undo `split`."""
     values = iter(dynamic)
-    return static.treedef.unflatten([next(values) if leaf is _HOLE else leaf for leaf in static.leaves])
+    return static.treedef.unflatten(
+        [next(values) if leaf is _HOLE else leaf for leaf in static.leaves]
+    )

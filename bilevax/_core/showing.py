@@ -14,7 +14,9 @@ WIDTH = 100
 
 
 def screenful(value: Any) -> str:
-    """A named tuple, a field a line where it is long: small numbers by value, arrays by type and shape, large trees counted."""
+    """A named tuple, a field a line where it is long: small numbers by value, arrays by type and
+    shape, large trees counted.
+    """
     parts = [f"{name}={_field(field)}" for name, field in zip(value._fields, value, strict=True)]
     name = type(value).__name__
     line = f"{name}({', '.join(parts)})"
@@ -31,22 +33,43 @@ def _field(value: Any) -> str:
         return leaf(value)
     if len(leaves) > LEAVES:
         return f"<{type(value).__name__}: {len(leaves)} leaves, {_bytes(leaves)}>"
-    shown = [f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {leaf(a)}" for path, a in jax.tree_util.tree_leaves_with_path(value)]
+    shown = [
+        f"{jax.tree_util.keystr(path, simple=True, separator='/')}: {leaf(a)}"
+        for path, a in jax.tree_util.tree_leaves_with_path(value)
+    ]
     return "{" + ", ".join(shown) + "}"
 
 
 def leaf(value: Any) -> str:
     """An array's type and shape; a number's value, where it has one."""
     if not hasattr(value, "dtype"):
-        return repr(value) if isinstance(value, (int, float, str, type(None))) else getattr(value, "__name__", type(value).__name__)
-    number = np.ndim(value) == 0 and not isinstance(value, jax.core.Tracer) and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
-    if number and getattr(value, "is_fully_addressable", True) and not getattr(value, "is_deleted", bool)():
-        return f"{np.asarray(value).item():.6g}" if np.issubdtype(value.dtype, np.floating) else str(np.asarray(value).item())
+        return (
+            repr(value)
+            if isinstance(value, (int, float, str, type(None)))
+            else getattr(value, "__name__", type(value).__name__)
+        )
+    number = (
+        np.ndim(value) == 0
+        and not isinstance(value, jax.core.Tracer)
+        and not jnp.issubdtype(value.dtype, jax.dtypes.extended)
+    )
+    if (
+        number
+        and getattr(value, "is_fully_addressable", True)
+        and not getattr(value, "is_deleted", bool)()
+    ):
+        return (
+            f"{np.asarray(value).item():.6g}"
+            if np.issubdtype(value.dtype, np.floating)
+            else str(np.asarray(value).item())
+        )
     return f"{value.dtype}{list(value.shape)}"
 
 
 def _bytes(leaves: list[Any]) -> str:
-    size: float = sum(np.size(a) * getattr(getattr(a, "dtype", None), "itemsize", 8) for a in leaves)
+    size: float = sum(
+        np.size(a) * getattr(getattr(a, "dtype", None), "itemsize", 8) for a in leaves
+    )
     for unit in ("B", "kB", "MB"):
         if size < 1000:
             return f"{size:.3g} {unit}"
@@ -64,6 +87,11 @@ def tidy(module: ModuleType) -> ModuleType:
 
 
 def tidy_class(value: Any) -> None:
-    """`help` of a named tuple tells types by their names: where annotations are strings, it would print references."""
-    plain = {field: getattr(kind, "__forward_arg__", kind) for field, kind in value.__annotations__.items()}
+    """`help` of a named tuple tells types by their names: where annotations are strings, it would
+    print references.
+    """
+    plain = {
+        field: getattr(kind, "__forward_arg__", kind)
+        for field, kind in value.__annotations__.items()
+    }
     value.__annotations__ = value.__new__.__annotations__ = plain

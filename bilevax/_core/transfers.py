@@ -1,4 +1,6 @@
-"""Transfers between host and device that the library makes by intent: its own numbers, and the data that it is given."""
+"""Transfers between host and device that the library makes by intent: its own numbers, and the data
+that it is given.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,9 @@ R = TypeVar("R")
 
 
 def by_intent(fn: Callable[P, R]) -> Callable[P, R]:
-    """`fn`, not disturbed by a ``jax.transfer_guard`` that looks for transfers that nobody meant."""
+    """`fn`, not disturbed by a ``jax.transfer_guard`` that looks for transfers that nobody
+    meant.
+    """
 
     @functools.wraps(fn)
     def allowed(*args: P.args, **kwargs: P.kwargs) -> R:

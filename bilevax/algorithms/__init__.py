@@ -21,6 +21,8 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "Constants", "amigo", "bome", "bsa", "d_tfbo", "double_loop", "f2sa", "fsla", "hoag", "ma_soba", "maid", "mrbo", "multi_objective",
-    "persistent_es", "pzobo", "s_tfbo", "saba", "soba", "spaba", "srba", "stocbio", "sustain", "ttsa", "value_function", "vrbo",
+    "Constants", "amigo", "bome", "bsa", "d_tfbo", "double_loop", "f2sa", "fsla", "hoag",
+    "ma_soba", "maid", "mrbo", "multi_objective",
+    "persistent_es", "pzobo", "s_tfbo", "saba", "soba", "spaba", "srba", "stocbio", "sustain",
+    "ttsa", "value_function", "vrbo",
 ]  # fmt: skip

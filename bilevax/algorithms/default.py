@@ -20,7 +20,9 @@ from bilevax.base import Algorithm, Ctx, Feed, InnerState, Problem, PyTree
 from bilevax.data import same
 
 PRODUCTS = 10  # of the inner Hessian, at each of two points
-NEGATIVE = 1e-3  # a Ritz value below minus so much of the largest is negative curvature, and not rounding
+NEGATIVE = (
+    1e-3  # a Ritz value below minus so much of the largest is negative curvature, and not rounding
+)
 BESIDE = 0.1  # how far the second point lies from the start, relative to it
 
 
@@ -31,17 +33,31 @@ def _convex() -> Algorithm:
 
 @functools.cache
 def _any() -> Algorithm:
-    adam = inner.optax(inner.tunable(optax.adam, learning_rate=1e-3, eps_root=1e-8), 10)  # eps_root: no NaN behind a dead unit
-    return double_loop(adam, hypergradient.unrolled(), inner.tunable(optax.adam, learning_rate=1e-2))
+    adam = inner.optax(
+        inner.tunable(optax.adam, learning_rate=1e-3, eps_root=1e-8), 10
+    )  # eps_root: no NaN behind a dead unit
+    return double_loop(
+        adam, hypergradient.unrolled(), inner.tunable(optax.adam, learning_rate=1e-2)
+    )
 
 
-def default_algorithm(problem: Problem, sources: Any, start: InnerState, outer: PyTree, key: Any = None, state: Any = None) -> Algorithm:
+def default_algorithm(
+    problem: Problem,
+    sources: Any,
+    start: InnerState,
+    outer: PyTree,
+    key: Any = None,
+    state: Any = None,
+) -> Algorithm:
     """The algorithm for a problem on these data sources.
 
-    Where every stream gives the same batch each time (or None), the start is not a function of the outer parameters, and the lower level looks
-    convex, it is `maid`: L-BFGS inside, conjugate gradients from the last adjoint, accuracies and steps found on the way, nothing to tune. It
-    looks convex if ten Lanczos products of the inner Hessian, at the start and beside it, show no negative curvature. Anything else, every neural
-    network and all sampled data: a warm-started double loop of 10 Adam steps (1e-3) inside, which are unrolled, and Adam (1e-2) outside.
+    Where every stream gives the same batch each time (or None), the start is not a function of the
+    outer parameters, and the lower level looks
+    convex, it is `maid`: L-BFGS inside, conjugate gradients from the last adjoint, accuracies and
+    steps found on the way, nothing to tune. It looks convex if ten Lanczos products of the inner
+    Hessian, at the start and beside it, show no negative curvature. Anything else, every neural
+    network and all sampled data: a warm-started double loop of 10 Adam steps (1e-3) inside, which
+      are unrolled, and Adam (1e-2) outside.
 
     Args:
       problem: as the driver solves it, on floating-point leaves.
@@ -61,13 +77,22 @@ def default_algorithm(problem: Problem, sources: Any, start: InnerState, outer: 
         return _convex() if isinstance(state, MaidState) else _any()
     if problem.inner_init is not None or not all(getattr(s, "draw", None) is same for s in sources):
         return _any()
-    if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((start, outer, key, [s.data for s in sources], split(problem)[1]))):
-        raise ValueError(
-            "algorithm: got None with traced parameters or data, of which no algorithm can be chosen; expected an Algorithm. Where the lower level "
-            "is convex, try algorithm=bx.algorithms.maid(); else "
-            "algorithm=bx.algorithms.double_loop(bx.inner.optax(optax.adam(1e-3, eps_root=1e-8), 10), bx.hypergradient.unrolled(), optax.adam(1e-2))."
+    if any(
+        isinstance(leaf, jax.core.Tracer)
+        for leaf in jax.tree.leaves(
+            (start, outer, key, [s.data for s in sources], split(problem)[1])
         )
-    convex = looks_convex(problem, Feed(sources[0].data, key, jnp.zeros((), jnp.int32)), start, outer)
+    ):
+        raise ValueError(
+            "algorithm: got None with traced parameters or data, of which no algorithm can be "
+            "chosen; expected an Algorithm. Where the lower level "
+            "is convex, try algorithm=bx.algorithms.maid(); else "
+            "algorithm=bx.algorithms.double_loop(bx.inner.optax(optax.adam(1e-3, eps_root=1e-8), "
+            "10), bx.hypergradient.unrolled(), optax.adam(1e-2))."
+        )
+    convex = looks_convex(
+        problem, Feed(sources[0].data, key, jnp.zeros((), jnp.int32)), start, outer
+    )
     if jax.process_count() > 1:  # rounding may decide, and all must decide alike
         from jax.experimental import multihost_utils
 
@@ -76,7 +101,8 @@ def default_algorithm(problem: Problem, sources: Any, start: InnerState, outer: 
 
 
 def looks_convex(problem: Problem, feed: Feed, start: InnerState, outer: PyTree) -> bool:
-    """Whether Lanczos products find no negative curvature of the inner objective, at the start and beside it.
+    """Whether Lanczos products find no negative curvature of the inner objective, at the start and
+    beside it.
 
     Args:
       problem: whose inner objective is looked at.
@@ -104,7 +130,10 @@ def _grams(static: Any, dynamic: Any, feed: Feed, start: InnerState, outer: PyTr
     scale = BESIDE * jnp.where(tree.norm(y) > 0, tree.norm(y) / max(tree.size(y), 1) ** 0.5, 1.0)
     beside = tree.axpy(scale, tree.normal_like(first, y), y)
     points = jax.tree.map(lambda a, b: jnp.stack([a, b]), y, beside)
-    return lax.map(lambda y: _gram(lambda v: _product(problem, y, outer, v, ctx), tree.normal_like(second, y)), points)
+    return lax.map(
+        lambda y: _gram(lambda v: _product(problem, y, outer, v, ctx), tree.normal_like(second, y)),
+        points,
+    )
 
 
 def _product(problem: Problem, y: PyTree, x: PyTree, v: PyTree, ctx: Ctx) -> PyTree:
@@ -112,7 +141,9 @@ def _product(problem: Problem, y: PyTree, x: PyTree, v: PyTree, ctx: Ctx) -> PyT
 
 
 def _gram(matvec: Callable[[PyTree], PyTree], start: PyTree) -> jax.Array:
-    """``V'HV`` for an orthonormal basis V of the Krylov space of `start`; rows beyond an invariant space are zero."""
+    """``V'HV`` for an orthonormal basis V of the Krylov space of `start`; rows beyond an invariant
+    space are zero.
+    """
     dtype = tree.norm(start).dtype
     tiny = float(jnp.finfo(dtype).eps)
     basis = jax.tree.map(lambda a: jnp.zeros((PRODUCTS, *a.shape), a.dtype), start)
@@ -123,11 +154,19 @@ def _gram(matvec: Callable[[PyTree], PyTree], start: PyTree) -> jax.Array:
         basis = jax.tree.map(lambda rows, a: rows.at[i].set(a), basis, v)
         column = tree.rows_dot(basis, image).astype(dtype)
         rest = tree.sub(image, tree.rows_sum(column, basis))
-        rest = tree.sub(rest, tree.rows_sum(tree.rows_dot(basis, rest), basis))  # twice is enough (Kahan)
+        rest = tree.sub(
+            rest, tree.rows_sum(tree.rows_dot(basis, rest), basis)
+        )  # twice is enough (Kahan)
         size = tree.norm(rest)
         alive = size > 100 * tiny * tree.norm(image)
-        return basis, gram.at[:, i].set(column), tree.scale(jnp.where(alive, 1 / jnp.where(alive, size, 1.0), 0.0), rest)
+        return (
+            basis,
+            gram.at[:, i].set(column),
+            tree.scale(jnp.where(alive, 1 / jnp.where(alive, size, 1.0), 0.0), rest),
+        )
 
     start = tree.scale(1 / tree.norm(start), start)
-    _, gram, _ = lax.fori_loop(0, PRODUCTS, body, (basis, jnp.zeros((PRODUCTS, PRODUCTS), dtype), start))
+    _, gram, _ = lax.fori_loop(
+        0, PRODUCTS, body, (basis, jnp.zeros((PRODUCTS, PRODUCTS), dtype), start)
+    )
     return jnp.triu(gram) + jnp.triu(gram, 1).T

@@ -1,4 +1,6 @@
-"""Several outer objectives over one lower level: a double loop whose outer direction is made of each objective's own hypergradient."""
+"""Several outer objectives over one lower level: a double loop whose outer direction is made of
+each objective's own hypergradient.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,20 @@ from bilevax import check, starts, tree
 from bilevax._core import numbers, optimizer
 from bilevax._core.precision import under
 from bilevax.algorithms._parts.directions import drawn_finite
-from bilevax.base import Algorithm, Bound, Draws, Feeds, Hypergradient, InnerSolver, InnerState, Lower, Problem, PyTree, StepInfo, as_cotangent
+from bilevax.base import (
+    Algorithm,
+    Bound,
+    Draws,
+    Feeds,
+    Hypergradient,
+    InnerSolver,
+    InnerState,
+    Lower,
+    Problem,
+    PyTree,
+    StepInfo,
+    as_cotangent,
+)
 from bilevax.inner.parts import Program, minimize
 from bilevax.results import RESULTS, as_warning, first, unless
 
@@ -21,7 +36,9 @@ RULES = ("min_norm", "conflict_free", "tchebycheff", "mean")
 
 
 class MultiObjectiveState(NamedTuple):
-    """Where the run stands: inner state, outer parameters, outer optimizer's state, the method's state."""
+    """Where the run stands: inner state, outer parameters, outer optimizer's state, the method's
+    state.
+    """
 
     inner: InnerState
     outer: PyTree
@@ -38,19 +55,24 @@ def multi_objective(
     preference: Sequence[float] | None = None,
     smoothing: float = 0.1,
 ) -> Algorithm:
-    r"""A double loop for several outer objectives: one solve, each objective's hypergradient, one direction for all.
+    r"""A double loop for several outer objectives: one solve, each objective's hypergradient, one
+      direction for all.
 
     .. math::
-        x_{t+1} = \mathrm{optimizer}\Big(x_t, \sum_j \omega_j \nabla F_j(x_t)\Big), \qquad F_j(x) = f_j(y^*(x), x)
+        x_{t+1} = \mathrm{optimizer}\Big(x_t, \sum_j \omega_j \nabla F_j(x_t)\Big), \qquad
+        F_j(x) = f_j(y^*(x), x)
 
-    The outer objective has `aux`, the vector of the objectives' values: ``bx.objective(fn, has_aux=True)`` of ``fn(inner, outer, batch) -> (value,
-    values)``; its own value is what is reported and judged. All adjoints are one block solve where the method's linear solver can
+    The outer objective has `aux`, the vector of the objectives' values: ``bx.objective(fn,
+    has_aux=True)`` of ``fn(inner, outer, batch) -> (value, values)``; its own value is what is
+    reported and judged. All adjoints are one block solve where the method's linear solver can
     (``implicit(linear.cg())``). The weights ω by `rule`:
 
-    * ``"min_norm"`` (MGDA): of ``‖Σ ω_j ∇F_j‖`` least on the simplex; a direction that ascends no objective, zero at Pareto-stationary points.
-    * ``"conflict_free"`` (UPGrad): each gradient projected onto what descends with all of them, to first order, and the mean of these.
-    * ``"tchebycheff"``: softmax of ``F/τ``: descends the largest of the weighted objectives, and reaches every point of a front,
-      those of a concave part included.
+    * ``"min_norm"`` (MGDA): of ``‖Σ ω_j ∇F_j‖`` least on the simplex; a direction that ascends no
+      objective, zero at Pareto-stationary points.
+    * ``"conflict_free"`` (UPGrad): each gradient projected onto what descends with all of them, to
+      first order, and the mean of these.
+    * ``"tchebycheff"``: softmax of ``F/τ``: descends the largest of the weighted objectives, and
+      reaches every point of a front, those of a concave part included.
     * ``"mean"``: fixed weights, of which a front's concave part is out of reach.
 
     Args:
@@ -58,15 +80,18 @@ def multi_objective(
       hypergradient: a `Hypergradient` method.
       outer_optimizer: any optax transformation.
       rule: as above.
-      preference: a positive weight for each objective, which multiplies it before anything else; None for one each. A point of the front for each
+      preference: a positive weight for each objective, which multiplies it before anything else;
+        None for one each. A point of the front for each
         preference: an array, so that other values cost no new trace, and `vmap` takes many at once.
       smoothing: τ of ``"tchebycheff"``, in units of the weighted objectives.
 
     Returns:
-      An `Algorithm`; the history has ``weight_j`` of every objective and ``cosine``, the least between two hypergradients.
+      An `Algorithm`; the history has ``weight_j`` of every objective and ``cosine``, the least
+      between two hypergradients.
 
     Raises:
-      TypeError, ValueError: for arguments of another kind; at the first step, for an outer objective without a vector of values.
+      TypeError, ValueError: for arguments of another kind; at the first step, for an outer
+        objective without a vector of values.
 
     Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
@@ -74,14 +99,30 @@ def multi_objective(
       ...     values = jnp.stack([jnp.sum((y - 1.0) ** 2), jnp.sum((y + 1.0) ** 2)])
       ...     return jnp.sum(values), values
       >>> loop = bx.algorithms.multi_objective(
-      ...     bx.inner.lbfgs(), bx.hypergradient.implicit(), optax.sgd(0.01), rule="tchebycheff", preference=[1.0, 3.0])
+      ...     bx.inner.lbfgs(),
+      ...     bx.hypergradient.implicit(),
+      ...     optax.sgd(0.01),
+      ...     rule="tchebycheff",
+      ...     preference=[1.0, 3.0],
+      ... )
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2)
-      >>> out = bx.solve_bilevel(inner, bx.objective(both, has_aux=True), jnp.zeros(1), jnp.ones(1), algorithm=loop, num_steps=300, keep="last")
-      >>> [round(float(v), 1) for v in out.history["aux"][-1]]  # three times the second is the first
+      >>> out = bx.solve_bilevel(
+      ...     inner,
+      ...     bx.objective(both, has_aux=True),
+      ...     jnp.zeros(1),
+      ...     jnp.ones(1),
+      ...     algorithm=loop,
+      ...     num_steps=300,
+      ...     keep="last",
+      ... )
+      >>> [
+      ...     round(float(v), 1) for v in out.history["aux"][-1]
+      ... ]  # three times the second is the first
       [1.6, 0.5]
 
-    Source: Désidéri, "Multiple-gradient descent algorithm" (C. R. Math. 2012); Quinton and Rey, "Jacobian descent for multi-objective optimization"
-    (arXiv 2406.16232), UPGrad; Lin et al., "Smooth Tchebycheff scalarization for multi-objective optimization" (ICML 2024).
+    Source: Désidéri, "Multiple-gradient descent algorithm" (C. R. Math. 2012); Quinton and Rey,
+    "Jacobian descent for multi-objective optimization" (arXiv 2406.16232), UPGrad; Lin et al.,
+    "Smooth Tchebycheff scalarization for multi-objective optimization" (ICML 2024).
     """
     check.pieces(inner_solver, hypergradient, "inner_solver")
     check.transformation(outer_optimizer, "outer_optimizer")
@@ -93,8 +134,17 @@ def multi_objective(
         preference=None if preference is None else _preference(preference),
         smoothing=numbers.positive(smoothing, "smoothing"),
     )
-    init, step = Bound("multi_objective", _init, **settings), Bound("multi_objective", _step, **settings)
-    return Algorithm(init, step, Draws(inner_solver.steps, 1, 1), finite=drawn_finite, around=Bound("multi_objective", _around, **settings))
+    init, step = (
+        Bound("multi_objective", _init, **settings),
+        Bound("multi_objective", _step, **settings),
+    )
+    return Algorithm(
+        init,
+        step,
+        Draws(inner_solver.steps, 1, 1),
+        finite=drawn_finite,
+        around=Bound("multi_objective", _around, **settings),
+    )
 
 
 def _preference(given: Any) -> jax.Array:
@@ -109,33 +159,55 @@ def _preference(given: Any) -> jax.Array:
     if (
         weights.ndim != 1
         or weights.size < 2
-        or (not isinstance(weights, jax.core.Tracer) and not bool(jnp.all((weights > 0) & jnp.isfinite(weights))))
+        or (
+            not isinstance(weights, jax.core.Tracer)
+            and not bool(jnp.all((weights > 0) & jnp.isfinite(weights)))
+        )
     ):
         raise ValueError(f"preference: got {numbers.describe(given)}; {expected}")
     return weights.astype(jnp.result_type(float))
 
 
-def _around(wrap: Any, *, inner_solver: Any, hypergradient: Any, outer_optimizer: Any, **settings: Any) -> Any:
-    return multi_objective(inner_solver, wrap(hypergradient)._replace(rows=None), outer_optimizer, **settings)
+def _around(
+    wrap: Any, *, inner_solver: Any, hypergradient: Any, outer_optimizer: Any, **settings: Any
+) -> Any:
+    return multi_objective(
+        inner_solver, wrap(hypergradient)._replace(rows=None), outer_optimizer, **settings
+    )
 
 
 def _many(problem: Problem, inner: InnerState, outer: PyTree, ctx: Any) -> int:
     """The number of objectives; a refusal where the outer objective does not say."""
     shape = jax.eval_shape(lambda: problem.outer(inner.params, outer, ctx)[1][1])
-    if not (isinstance(shape, jax.ShapeDtypeStruct) and len(shape.shape) == 1 and shape.shape[0] > 1 and jnp.issubdtype(shape.dtype, jnp.floating)):
+    if not (
+        isinstance(shape, jax.ShapeDtypeStruct)
+        and len(shape.shape) == 1
+        and shape.shape[0] > 1
+        and jnp.issubdtype(shape.dtype, jnp.floating)
+    ):
         raise TypeError(
-            f"outer_objective: got {problem.outer!r} whose aux is {shape}; expected a vector of two or more objectives. Try "
+            f"outer_objective: got {problem.outer!r} whose aux is {shape}; expected a vector of "
+            "two or more objectives. Try "
             "bx.objective(fn, has_aux=True) of a function that returns (jnp.sum(values), values)."
         )
     return shape.shape[0]
 
 
 def _init(
-    problem: Problem, inner: InnerState, outer: PyTree, *, inner_solver: Any, hypergradient: Any, outer_optimizer: Any, **_: Any
+    problem: Problem,
+    inner: InnerState,
+    outer: PyTree,
+    *,
+    inner_solver: Any,
+    hypergradient: Any,
+    outer_optimizer: Any,
+    **_: Any,
 ) -> MultiObjectiveState:
     check.trajectory(problem, hypergradient)
     inner = inner._replace(opt=inner_solver.first(inner.params, outer))
-    return MultiObjectiveState(inner, outer, optimizer.init(outer_optimizer, outer), hypergradient.init(inner.params))
+    return MultiObjectiveState(
+        inner, outer, optimizer.init(outer_optimizer, outer), hypergradient.init(inner.params)
+    )
 
 
 def _step(
@@ -158,20 +230,30 @@ def _step(
     hyper_ctx, outer_ctx = problem.hyper_draw(feeds.hyper, 0), problem.outer_draw(feeds.outer, 0)
     many = _many(problem, inner, outer, outer_ctx._replace(model=inner.model))
     if preference is not None and preference.shape != (many,):
-        raise ValueError(f"preference: got {preference.size} numbers for {many} objectives; expected one each.")
-    together = method.rows is not None and inner_solver.constraints is None and inner_solver.optimality is None
+        raise ValueError(
+            f"preference: got {preference.size} numbers for {many} objectives; expected one each."
+        )
+    together = (
+        method.rows is not None
+        and inner_solver.constraints is None
+        and inner_solver.optimality is None
+    )
     vjp = method.rows if together and method.rows is not None else method.vjp
     solution, pullback = vjp(lower, inner, outer, feeds.inner, hyper_ctx, held)
 
     floats, rest = tree.partition(solution.model)
 
     def values_of(params, outer, floats):
-        value, (_, aux) = problem.outer(params, outer, outer_ctx._replace(model=tree.combine(floats, rest)))
+        value, (_, aux) = problem.outer(
+            params, outer, outer_ctx._replace(model=tree.combine(floats, rest))
+        )
         return aux, value
 
     if not method.sees_model:
         floats = jax.lax.stop_gradient(floats)
-    values, back, value = under(method.precision, lambda *a: jax.vjp(values_of, *a, has_aux=True))(solution.params, outer, floats)
+    values, back, value = under(method.precision, lambda *a: jax.vjp(values_of, *a, has_aux=True))(
+        solution.params, outer, floats
+    )
     cotangents, direct, models = jax.vmap(back)(jnp.eye(many, dtype=values.dtype))
     stacked = as_cotangent(method, cotangents, models)
     if together:
@@ -184,10 +266,17 @@ def _step(
     if init_pullback is not None:
         grads = tree.add(grads, jax.vmap(init_pullback)(init_cotangent))
 
-    weights, cosine = combine(rule, _scaled(grads, preference), values if preference is None else values * preference.astype(values.dtype), smoothing)
+    weights, cosine = combine(
+        rule,
+        _scaled(grads, preference),
+        values if preference is None else values * preference.astype(values.dtype),
+        smoothing,
+    )
     weights = weights if preference is None else weights * preference.astype(weights.dtype)
     direction = tree.rows_sum(weights, grads)
-    updates, outer_opt = optimizer.update(outer_optimizer, direction, state.outer_opt, outer, value=value, grad=direction)
+    updates, outer_opt = optimizer.update(
+        outer_optimizer, direction, state.outer_opt, outer, value=value, grad=direction
+    )
     moved = optimizer.apply(outer, updates)
     moved = moved if problem.project is None else problem.project(moved)
     norm = tree.norm(direction)
@@ -199,8 +288,14 @@ def _step(
     )
     diagnostics = {k: v for k, v in info.items() if k not in ("code", "warnings", "grad_norm")}
     diagnostics |= {f"weight_{j}": weights[j] for j in range(many)} | {"cosine": cosine}
-    last = solution if not problem.outer.trajectory else solution._replace(params=jax.tree.map(lambda a: a[-1], solution.params))
-    info = StepInfo(value, norm, (last, outer), code, diagnostics, values, warned | info.get("warnings", 0))
+    last = (
+        solution
+        if not problem.outer.trajectory
+        else solution._replace(params=jax.tree.map(lambda a: a[-1], solution.params))
+    )
+    info = StepInfo(
+        value, norm, (last, outer), code, diagnostics, values, warned | info.get("warnings", 0)
+    )
     return MultiObjectiveState(last, moved, outer_opt, held), info
 
 
@@ -208,7 +303,11 @@ def _together(infos: dict[str, Any]) -> dict[str, Any]:
     """One info for all rows: the worst code and residual, all warnings, work in all."""
     warnings = jax.lax.reduce(infos["warnings"], jnp.int32(0), jax.lax.bitwise_or, (0,))
     counted = ("hvps", "gradients", "mixed_products", "adjoint_iterations")
-    out = {name: jnp.sum(v) if name in counted else jnp.max(v) for name, v in infos.items() if name != "warnings"}
+    out = {
+        name: jnp.sum(v) if name in counted else jnp.max(v)
+        for name, v in infos.items()
+        if name != "warnings"
+    }
     return {**out, "warnings": warnings}
 
 
@@ -219,7 +318,9 @@ def _scaled(grads: PyTree, preference: Any) -> PyTree:
 
 
 def combine(rule: str, grads: PyTree, values: Any, smoothing: Any) -> tuple[Any, Any]:
-    """Weights of some gradients (a leading axis) by one of `RULES`, and the least cosine between two of them."""
+    """Weights of some gradients (a leading axis) by one of `RULES`, and the least cosine between
+    two of them.
+    """
     products = jax.vmap(lambda g: tree.rows_dot(grads, g))(grads)
     many, dtype = len(products), products.dtype
     sizes = jnp.sqrt(jnp.diagonal(products))
@@ -229,14 +330,21 @@ def combine(rule: str, grads: PyTree, values: Any, smoothing: Any) -> tuple[Any,
     identity, none = jnp.eye(many, dtype=dtype), jnp.zeros((0, many), dtype)
     if rule == "min_norm":
         point = minimize(
-            Program(scaled, jnp.zeros(many, dtype), jnp.ones((1, many), dtype), jnp.ones(1, dtype), -identity, jnp.zeros(many, dtype)),
+            Program(scaled, jnp.zeros(many, dtype), jnp.ones((1, many), dtype), jnp.ones(1, dtype),
+            -identity, jnp.zeros(many, dtype)),
             maxiter=50, tol=1e-9,
         )  # fmt: skip
         return jnp.maximum(point.y, 0), cosine
     if rule == "conflict_free":
 
         def projected(kept):
-            return minimize(Program(scaled, jnp.zeros(many, dtype), none, jnp.zeros(0, dtype), -identity, -kept), maxiter=50, tol=1e-9).y
+            return minimize(
+                Program(
+                    scaled, jnp.zeros(many, dtype), none, jnp.zeros(0, dtype), -identity, -kept
+                ),
+                maxiter=50,
+                tol=1e-9,
+            ).y
 
         return jnp.mean(jnp.maximum(jax.vmap(projected)(identity), identity), axis=0), cosine
     if rule == "tchebycheff":

@@ -1,6 +1,15 @@
-"""What a trained model owes to its training data: influence, the score that judges it, and whether it can be trusted."""
+"""What a trained model owes to its training data: influence, the score that judges it, and whether
+it can be trusted.
+"""
 
-from bilevax.attribution.influence import Influence, grouped, implicit, metagradient, similarity, tracin
+from bilevax.attribution.influence import (
+    Influence,
+    grouped,
+    implicit,
+    metagradient,
+    similarity,
+    tracin,
+)
 from bilevax.attribution.score import Score, linear_datamodeling_score
 from bilevax.attribution.smoothness import Smoothness, metasmoothness
 from bilevax.attribution.training import Training, training

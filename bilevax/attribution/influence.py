@@ -1,4 +1,6 @@
-"""Influence of training examples on a measured quantity: its derivative in their weights, exact or by one of its approximations."""
+"""Influence of training examples on a measured quantity: its derivative in their weights, exact or
+by one of its approximations.
+"""
 
 from __future__ import annotations
 
@@ -22,8 +24,10 @@ class Influence(NamedTuple):
     """What examples do to a measured quantity.
 
     Attributes:
-      scores: derivative of the measured quantity in each example's weight, ``[examples]`` (``[examples, tokens]`` where tokens have weights;
-        with an axis of queries in front where the measure is a vector). Leaving example i out changes the quantity by about ``-scores[i]``.
+      scores: derivative of the measured quantity in each example's weight, ``[examples]``
+        (``[examples, tokens]`` where tokens have weights; with an axis of queries in front where
+        the measure is a vector). Leaving example i out changes the quantity by about
+        ``-scores[i]``.
       value: the measured quantity at weights of one.
       info: what the method says of itself.
     """
@@ -44,7 +48,8 @@ def metagradient(
     tokens: bool = False,
     **keywords: Any,
 ) -> Influence:
-    """The derivative through the whole training: what a small change of a weight does, whatever the optimizer and however far it is trained.
+    """The derivative through the whole training: what a small change of a weight does, whatever the
+    optimizer and however far it is trained.
 
     One way back for all examples; for a vector of queries, one for all of them together.
 
@@ -53,26 +58,33 @@ def metagradient(
       measure: ``(params, measured) -> scalar``, or a vector, a value a query.
       measured: the batch that `measure` is given.
       tokens: a weight for each token (losses ``[rows, tokens]``) in place of each example.
-      **keywords: those of `replay.value_and_metagrad`: ``schedule``, ``microbatches``, ``sharding``, ``checkpoint``, ...
+      **keywords: those of `replay.value_and_metagrad`: ``schedule``, ``microbatches``,
+        ``sharding``, ``checkpoint``, ...
 
     Returns:
       An `Influence`; its info is the replay's.
 
     Raises:
-      TypeError, ValueError: for arguments of another kind; `SolveError` where something is not finite.
+      TypeError, ValueError: for arguments of another kind; `SolveError` where something is not
+        finite.
 
     Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
-      >>> train = bx.attribution.training(losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20)
+      >>> train = bx.attribution.training(
+      ...     losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20
+      ... )
       >>> bx.attribution.metagradient(train, lambda w, _: w).scores.round(2).tolist()
       [-0.5, 0.5]
 
-    Source: Ilyas and Engstrom, "MAGIC: near-optimal data attribution for deep learning" (arXiv 2504.16430).
+    Source: Ilyas and Engstrom, "MAGIC: near-optimal data attribution for deep learning" (arXiv
+    2504.16430).
     """
     _check_training(train)
     outer = lambda params, weights, batch: measure(params, batch)
-    fn = replay.value_and_metagrad(train.objective, outer, train.optimizer, train.num_steps, **keywords)
+    fn = replay.value_and_metagrad(
+        train.objective, outer, train.optimizer, train.num_steps, **keywords
+    )
     found = fn(train.params, _ones(train, tokens), replay.reader(train.batch), measured)
     return Influence(found.grad, found.value, found.info)
 
@@ -81,8 +93,13 @@ def _ones(train: Training, tokens: bool) -> jax.Array:
     rows = jax.tree.map(lambda a: a[: train.batch_size], train.data)
     losses = jax.eval_shape(train.losses, train.params, rows)
     if tokens and losses.ndim < 2:
-        raise ValueError(f"tokens: got True with losses of shape {list(losses.shape)}; expected losses [rows, tokens].")
-    return jnp.ones((train.examples, *losses.shape[1:]) if tokens else (train.examples,), losses.dtype)
+        raise ValueError(
+            f"tokens: got True with losses of shape {list(losses.shape)}; expected losses [rows, "
+            "tokens]."
+        )
+    return jnp.ones(
+        (train.examples, *losses.shape[1:]) if tokens else (train.examples,), losses.dtype
+    )
 
 
 def implicit(
@@ -97,13 +114,16 @@ def implicit(
     regularizer: Callable[[PyTree], jax.Array] | None = None,
     tokens: bool = False,
 ) -> Influence:
-    r"""Influence functions: the derivative of the measured quantity at the solution of the weighted problem.
+    r"""Influence functions: the derivative of the measured quantity at the solution of the weighted
+      problem.
 
     .. math::
-        s_i = -\tfrac{1}{N} \nabla f(y)^\top (H + \rho I)^{-1} \nabla \ell_i(y), \qquad H = \nabla^2 \Bigl[\tfrac{1}{N} \sum_i \ell_i + r\Bigr](y)
+        s_i = -\tfrac{1}{N} \nabla f(y)^\top (H + \rho I)^{-1} \nabla \ell_i(y), \qquad
+        H = \nabla^2 \Bigl[\tfrac{1}{N} \sum_i \ell_i + r\Bigr](y)
 
-    Right where `params` solve the problem and its Hessian is positive definite. Networks are neither, so that `damping` and a fixed
-    number of iterations decide what comes out; `linear_datamodeling_score` tells what it is worth.
+    Right where `params` solve the problem and its Hessian is positive definite. Networks are
+    neither, so that `damping` and a fixed number of iterations decide what comes out;
+    `linear_datamodeling_score` tells what it is worth.
 
     Args:
       losses: ``(params, rows) -> [rows]``, or ``[rows, tokens]``.
@@ -111,9 +131,11 @@ def implicit(
       params: where the training ended.
       data: arrays with a common leading axis, an entry an example.
       measured: the batch that `measure` is given.
-      linear: a linear solver; None for ``linear.cg(maxiter=100)``. For networks ``linear.ekfac((network, loss))``, alone or, dearer and
-        better, as ``linear.gauss_newton(network, loss, linear.cg(maxiter=20, preconditioner=linear.ekfac((network, loss))))``; such
-        functions take ``(params, rows)`` and ``(outputs, rows)``.
+      linear: a linear solver; None for ``linear.cg(maxiter=100)``. For networks
+        ``linear.ekfac((network, loss))``, alone or, dearer and better, as
+        ``linear.gauss_newton(network, loss, linear.cg(maxiter=20,
+        preconditioner=linear.ekfac((network, loss))))``; such functions take ``(params, rows)`` and
+        ``(outputs, rows)``.
       damping: what is added to the Hessian's diagonal, at least 0.
       regularizer: a term ``params -> scalar`` beside the losses.
       tokens: a weight for each token in place of each example.
@@ -127,16 +149,22 @@ def implicit(
     Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
-      >>> found = bx.attribution.implicit(losses, lambda w, _: w, jnp.float32(2.0), jnp.array([1.0, 3.0]))
+      >>> found = bx.attribution.implicit(
+      ...     losses, lambda w, _: w, jnp.float32(2.0), jnp.array([1.0, 3.0])
+      ... )
       >>> found.scores.tolist()
       [-0.5, 0.5]
 
-    Source: Koh and Liang, "Understanding black-box predictions via influence functions" (ICML 2017).
+    Source: Koh and Liang, "Understanding black-box predictions via influence functions" (ICML
+    2017).
     """
     rho = numbers.positive(damping, "damping", zero=True)
     solver = cg(maxiter=100) if linear is None else linear
     if not callable(solver):
-        raise TypeError(f"linear: got {check.describe(solver)}; expected a linear solver. Try linear.cg(maxiter=100).")
+        raise TypeError(
+            f"linear: got {check.describe(solver)}; expected a linear solver. Try "
+            "linear.cg(maxiter=100)."
+        )
     params = check.arrays(params, "params")
 
     @jax.jit
@@ -149,7 +177,13 @@ def implicit(
         matvec = lambda v: tree.axpy(rho, v, product(v))
 
         call = lambda fn, first, rows, **keywords: fn(first, rows, **keywords)
-        point = Point(lambda p, rows: jnp.mean(losses(p, rows)), params, data, call, None if damping == 0 else rho)
+        point = Point(
+            lambda p, rows: jnp.mean(losses(p, rows)),
+            params,
+            data,
+            call,
+            None if damping == 0 else rho,
+        )
         placed = at(as_linear(solver), point)
         held = placed.preconditioner
         if isinstance(held, Preconditioner):  # one for all queries
@@ -211,16 +245,22 @@ def tracin(
     Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
-      >>> found = bx.attribution.tracin(losses, lambda w, _: w, [jnp.float32(0.0), jnp.float32(2.0)], jnp.array([0.0, 4.0]))
+      >>> found = bx.attribution.tracin(
+      ...     losses, lambda w, _: w, [jnp.float32(0.0), jnp.float32(2.0)], jnp.array([0.0, 4.0])
+      ... )
       >>> found.scores.tolist()
       [-2.0, 6.0]
 
-    Source: Pruthi et al., "Estimating training data influence by tracing gradient descent" (NeurIPS 2020).
+    Source: Pruthi et al., "Estimating training data influence by tracing gradient descent" (NeurIPS
+    2020).
     """
     points = list(checkpoints)
     sizes = [1.0] * len(points) if step_sizes is None else [float(size) for size in step_sizes]
     if not points or len(sizes) != len(points):
-        raise ValueError(f"checkpoints: got {len(points)} with {len(sizes)} step sizes; expected at least one, and a size for each.")
+        raise ValueError(
+            f"checkpoints: got {len(points)} with {len(sizes)} step sizes; expected at least one, "
+            "and a size for each."
+        )
 
     @jax.jit
     def one(params, data, measured):
@@ -250,7 +290,8 @@ def similarity(
     r"""Cosines between the gradient of the measured quantity and those of the examples.
 
     .. math::
-        s_i = -\frac{\nabla f(y)^\top \nabla \ell_i(y)}{\lVert\nabla f(y)\rVert \, \lVert\nabla \ell_i(y)\rVert}
+        s_i = -\frac{\nabla f(y)^\top \nabla \ell_i(y)}{\lVert\nabla f(y)\rVert \,
+        \lVert\nabla \ell_i(y)\rVert}
 
     A baseline: the scale says nothing.
 
@@ -271,7 +312,9 @@ def similarity(
     Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
-      >>> bx.attribution.similarity(losses, lambda w, _: w, jnp.float32(2.0), jnp.array([1.0, 3.0])).scores.tolist()
+      >>> bx.attribution.similarity(
+      ...     losses, lambda w, _: w, jnp.float32(2.0), jnp.array([1.0, 3.0])
+      ... ).scores.tolist()
       [-1.0, 1.0]
 
     Source: Charpiat et al., "Input similarity from the neural network perspective" (NeurIPS 2019).
@@ -285,7 +328,11 @@ def similarity(
         def one(row):
             loss = lambda p: jnp.mean(losses(p, jax.tree.map(lambda a: a[None], row)))
             gradient = jax.grad(loss)(params)
-            return cosine(gradients, gradient) if value.ndim == 0 else jax.vmap(cosine, (0, None))(gradients, gradient)
+            return (
+                cosine(gradients, gradient)
+                if value.ndim == 0
+                else jax.vmap(cosine, (0, None))(gradients, gradient)
+            )
 
         def cosine(a, b):
             norms = tree.norm(a) * tree.norm(b)
@@ -298,7 +345,8 @@ def similarity(
 
 
 def grouped(scores: jax.Array, groups: Any, num_groups: int | None = None) -> jax.Array:
-    """Scores of groups: the derivative in a weight that all examples of a group share is the sum of theirs.
+    """Scores of groups: the derivative in a weight that all examples of a group share is the sum of
+    theirs.
 
     Args:
       scores: ``[..., examples]``.
@@ -317,8 +365,15 @@ def grouped(scores: jax.Array, groups: Any, num_groups: int | None = None) -> ja
       [5.0, 2.0]
     """
     groups, scores = jnp.asarray(groups), jnp.asarray(scores)
-    if groups.ndim != 1 or not jnp.issubdtype(groups.dtype, jnp.integer) or groups.shape[0] != scores.shape[-1]:
-        raise ValueError(f"groups: got {check.describe(groups)} for scores {list(scores.shape)}; expected an integer an example.")
+    if (
+        groups.ndim != 1
+        or not jnp.issubdtype(groups.dtype, jnp.integer)
+        or groups.shape[0] != scores.shape[-1]
+    ):
+        raise ValueError(
+            f"groups: got {check.describe(groups)} for scores {list(scores.shape)}; expected an "
+            "integer an example."
+        )
     count = int(groups.max()) + 1 if num_groups is None else num_groups
     total = jax.ops.segment_sum(jnp.moveaxis(scores, -1, 0), groups, count)
     return jnp.moveaxis(total, 0, -1)
@@ -326,7 +381,10 @@ def grouped(scores: jax.Array, groups: Any, num_groups: int | None = None) -> ja
 
 def _check_training(train: Any) -> None:
     if not isinstance(train, Training):
-        raise TypeError(f"train: got {check.describe(train)}; expected a Training. Try attribution.training(losses, optimizer, ...).")
+        raise TypeError(
+            f"train: got {check.describe(train)}; expected a Training. Try "
+            "attribution.training(losses, optimizer, ...)."
+        )
 
 
 __all__ = ["Influence", "grouped", "implicit", "metagradient", "similarity", "tracin"]

@@ -28,10 +28,11 @@ class Smoothness(NamedTuple):
     """How smooth a training is in what is varied.
 
     Attributes:
-      score: between -1 and 1. Near 1 two equal changes in a row move nearly all of the parameters the same way, and a
-        metagradient predicts finite changes; near 0 it predicts nothing.
-      finite: whether the three trainings ended in finite parameters. A separate matter: an update without a derivative
-        (Adam at a zero gradient without eps_root) can be smooth here and its metagradient NaN.
+      score: between -1 and 1. Near 1 two equal changes in a row move nearly all of the parameters
+        the same way, and a metagradient predicts finite changes; near 0 it predicts nothing.
+      finite: whether the three trainings ended in finite parameters. A separate matter: an update
+        without a derivative (Adam at a zero gradient without eps_root) can be smooth here and its
+        metagradient NaN.
       moved: how far the first and the second change moved the parameters, relative to their norm.
       variants: the same for each variant that was tried.
       advice: knobs that are known to help, where the score is below 0.9.
@@ -56,14 +57,17 @@ def metasmoothness(
 
     .. math::
         S = \sum_i w_i \,\mathrm{sign}(\Delta_{1i})\,\mathrm{sign}(\Delta_{2i}), \quad
-        \Delta_1 = \theta_h - \theta_0,\; \Delta_2 = \theta_{2h} - \theta_h,\; w \propto |\theta_{2h} - \theta_0|,\; \textstyle\sum_i w_i = 1
+        \Delta_1 = \theta_h - \theta_0,\; \Delta_2
+        = \theta_{2h} - \theta_h,\; w \propto |\theta_{2h} - \theta_0|,\; \textstyle\sum_i w_i = 1
 
     Args:
-      train: from what is varied (data weights, a rate, anything) to trained parameters. For a `training`: its ``retrain``.
+      train: from what is varied (data weights, a rate, anything) to trained parameters. For a
+        `training`: its ``retrain``.
       at: where, say weights of one.
       direction: which way, of the structure of `at`.
       step: h, how far, times `direction`.
-      variants: other ways to train, by name, tried at the same points: one knob of `advice` turned in each.
+      variants: other ways to train, by name, tried at the same points: one knob of `advice` turned
+        in each.
 
     Returns:
       A `Smoothness`.
@@ -74,14 +78,20 @@ def metasmoothness(
     Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
-      >>> train = bx.attribution.training(losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20)
+      >>> train = bx.attribution.training(
+      ...     losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20
+      ... )
       >>> bx.attribution.metasmoothness(train.retrain, jnp.ones(2), jnp.array([1.0, 0.0])).score
       1.0
 
-    Source: Engstrom et al., "Optimizing ML training with metagradient descent" (arXiv 2503.13751), definition 1.
+    Source: Engstrom et al., "Optimizing ML training with metagradient descent" (arXiv 2503.13751),
+    definition 1.
     """
     if not callable(train):
-        raise TypeError(f"train: got {check.describe(train)}; expected a function from what is varied to trained parameters.")
+        raise TypeError(
+            f"train: got {check.describe(train)}; expected a function from what is varied to "
+            "trained parameters."
+        )
     h = numbers.positive(step, "step")
     at, direction = check.arrays(at, "at"), check.arrays(direction, "direction")
     check.same_structure(direction, at, "direction", "at")
@@ -104,7 +114,9 @@ def _measured(train: Callable[..., Any], at: PyTree, direction: PyTree, step: fl
 
 
 def _flat(params: PyTree) -> np.ndarray:
-    return np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(params)])
+    return np.concatenate(
+        [np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(params)]
+    )
 
 
 __all__ = ["Smoothness", "metasmoothness"]

@@ -1,4 +1,6 @@
-"""A training whose examples have weights: what influence is a derivative of, and what is done again to check it."""
+"""A training whose examples have weights: what influence is a derivative of, and what is done again
+to check it.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ from bilevax.data.sources import check_arrays
 class Training:
     """A training of weighted examples; made by `training`."""
 
-    def __init__(self, losses: Any, optimizer: Any, params: PyTree, data: Any, order: Any, regularizer: Any):
+    def __init__(
+        self, losses: Any, optimizer: Any, params: PyTree, data: Any, order: Any, regularizer: Any
+    ):
         self.losses, self.optimizer, self.params, self.data = losses, optimizer, params, data
         self.order, self.regularizer = order, regularizer
         self.examples = int(jax.tree.leaves(data)[0].shape[0])
@@ -31,7 +35,9 @@ class Training:
         return f"training({self.examples} examples, {self.num_steps} steps of {self.batch_size})"
 
     def objective(self, params: PyTree, weights: jax.Array, batch: dict[str, Any]) -> jax.Array:
-        """The weighted loss of a batch: ``mean(weights[index] * losses) + regularizer``, weights not renormalised."""
+        """The weighted loss of a batch: ``mean(weights[index] * losses) + regularizer``, weights
+        not renormalised.
+        """
         return _weighted(self.losses, self.regularizer, params, weights, batch)
 
     def batch(self, step: int) -> dict[str, Any]:
@@ -48,22 +54,35 @@ class Training:
 
         Args:
           weights: a weight an example, ``[examples]``; or many such rows, for as many trainings.
-          checkpoints: steps, from 1, after which the parameters are taken, for `tracin`; None for the end alone.
+          checkpoints: steps, from 1, after which the parameters are taken, for `tracin`; None for
+            the end alone.
 
         Returns:
-          Parameters, with one more axis in front for many trainings. With checkpoints a list of them.
+          Parameters, with one more axis in front for many trainings. With checkpoints a list of
+          them.
 
         Examples:
           >>> import jax.numpy as jnp, optax, bilevax as bx
           >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
-          >>> train = bx.attribution.training(losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20)
-          >>> ends = train.retrain(jnp.array([[1.0, 1.0], [0.0, 1.0]]))  # its step is half as long with one example
+          >>> train = bx.attribution.training(
+          ...     losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20
+          ... )
+          >>> ends = train.retrain(
+          ...     jnp.array([[1.0, 1.0], [0.0, 1.0]])
+          ... )  # its step is half as long with one example
           >>> [round(w, 2) for w in ends.tolist()]
           [2.0, 2.99]
         """
         weights = jnp.asarray(weights)
         at = jnp.asarray([self.num_steps] if checkpoints is None else list(checkpoints), jnp.int32)
-        kept = _retrained((self.losses, self.optimizer, self.regularizer), self.params, weights, self.data, self.order, at)
+        kept = _retrained(
+            (self.losses, self.optimizer, self.regularizer),
+            self.params,
+            weights,
+            self.data,
+            self.order,
+            at,
+        )
         axis = weights.ndim - 1  # behind that of the trainings
         pick = lambda i: jax.tree.map(lambda a: lax.index_in_dim(a, i, axis, keepdims=False), kept)
         return pick(0) if checkpoints is None else [pick(i) for i in range(at.shape[0])]
@@ -74,8 +93,12 @@ def _weighted(losses: Any, regularizer: Any, params: PyTree, weights: Any, batch
     return total if regularizer is None else total + regularizer(params)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # here, so that trainings that differ in numbers only are compiled once
-def _retrained(functions: Any, params: PyTree, weights: Any, data: Any, order: Any, at: Any) -> PyTree:
+@functools.partial(
+    jax.jit, static_argnums=0
+)  # here, so that trainings that differ in numbers only are compiled once
+def _retrained(
+    functions: Any, params: PyTree, weights: Any, data: Any, order: Any, at: Any
+) -> PyTree:
     """The parameters after each of the steps `at`, for one row of weights or for many."""
     if weights.ndim == 2:
         return lax.map(lambda one: _retrained(functions, params, one, data, order, at), weights)
@@ -89,7 +112,9 @@ def _retrained(functions: Any, params: PyTree, weights: Any, data: Any, order: A
         updates, state = updates_of.update(optimizer, grads, state, params)
         params = updates_of.apply(params, updates)
         here = at == step
-        kept = jax.tree.map(lambda k, p: jnp.where(here.reshape(-1, *[1] * p.ndim), p[None], k), kept, params)
+        kept = jax.tree.map(
+            lambda k, p: jnp.where(here.reshape(-1, *[1] * p.ndim), p[None], k), kept, params
+        )
         return (params, state, kept), None
 
     kept = jax.tree.map(lambda p: jnp.zeros((at.shape[0], *p.shape), p.dtype), params)
@@ -99,7 +124,9 @@ def _retrained(functions: Any, params: PyTree, weights: Any, data: Any, order: A
 
 
 def weighted_mean(weights: jax.Array, losses: jax.Array) -> jax.Array:
-    """The mean of losses ``[rows]`` or ``[rows, tokens]`` under weights of their shape, or one a row."""
+    """The mean of losses ``[rows]`` or ``[rows, tokens]`` under weights of their shape, or one a
+    row.
+    """
     extra = losses.ndim - weights.ndim
     return jnp.mean(weights.reshape(weights.shape + (1,) * extra).astype(losses.dtype) * losses)
 
@@ -119,7 +146,8 @@ def training(
         y_{t+1} = U\Bigl(y_t, \nabla_y \Bigl[
         \tfrac{1}{B} \sum_{i \in \text{order}_t} w_i \ell_i(y_t) + r(y_t)\Bigr]\Bigr)
 
-    Weights are not renormalised in a batch: leaving an example out takes its term away, and does not make the others weigh more.
+    Weights are not renormalised in a batch: leaving an example out takes its term away, and does
+      not make the others weigh more.
 
     Args:
       losses: ``(params, rows) -> [rows]``, the loss of each row of a batch; or ``[rows, tokens]``.
@@ -138,11 +166,16 @@ def training(
     Examples:
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> losses = lambda w, rows: 0.5 * (w - rows) ** 2
-      >>> bx.attribution.training(losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20)
+      >>> bx.attribution.training(
+      ...     losses, optax.sgd(0.5), jnp.float32(0.0), jnp.array([1.0, 3.0]), [[0, 1]] * 20
+      ... )
       training(2 examples, 20 steps of 2)
     """
     if not callable(losses):
-        raise TypeError(f"losses: got {check.describe(losses)}; expected a function (params, rows) -> losses, one a row.")
+        raise TypeError(
+            f"losses: got {check.describe(losses)}; expected a function (params, rows) -> losses, "
+            "one a row."
+        )
     check.transformation(optimizer, "optimizer")
     params = check.arrays(params, "params")
     check.params(params, "params")
@@ -151,12 +184,21 @@ def training(
     rows = jnp.asarray(order)
     examples = int(jax.tree.leaves(data)[0].shape[0])
     if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.integer):
-        raise ValueError(f"order: got {check.describe(rows)}; expected integers [steps, batch_size], the rows of each step.")
+        raise ValueError(
+            f"order: got {check.describe(rows)}; expected integers [steps, batch_size], the rows "
+            "of each step."
+        )
     if int(rows.min()) < 0 or int(rows.max()) >= examples:
-        raise ValueError(f"order: got rows {int(rows.min())} to {int(rows.max())}; expected 0 to {examples - 1}, the examples.")
+        raise ValueError(
+            f"order: got rows {int(rows.min())} to {int(rows.max())}; expected 0 to "
+            f"{examples - 1}, the examples."
+        )
     one = jax.eval_shape(losses, params, jax.tree.map(lambda a: a[rows[0]], data))
     if not hasattr(one, "shape") or one.shape[:1] != (rows.shape[1],):
-        raise ValueError(f"losses: returned {one}; expected an array with an entry a row, [{rows.shape[1]}] or [{rows.shape[1]}, tokens].")
+        raise ValueError(
+            f"losses: returned {one}; expected an array with an entry a row, [{rows.shape[1]}] or "
+            f"[{rows.shape[1]}, tokens]."
+        )
     return Training(losses, optimizer, tree.strong(params), data, rows, regularizer)
 
 

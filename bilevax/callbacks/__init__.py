@@ -1,4 +1,6 @@
-"""What may watch a run from outside: stops, logs, progress. Any function of an `Event` is a callback."""
+"""What may watch a run from outside: stops, logs, progress. Any function of an `Event` is a
+callback.
+"""
 
 from bilevax.callbacks.files import csv, jsonl
 from bilevax.callbacks.stopping import early_stopping, every

@@ -29,7 +29,9 @@ class Log(NamedTuple):
 
 
 def _new_rows(event: Event, written: int) -> tuple[list[int], dict[str, np.ndarray]]:
-    """The rows of this run from the `written`-th on, flat: the parts of the aux are columns ``aux/name``."""
+    """The rows of this run from the `written`-th on, flat: the parts of the aux are columns
+    ``aux/name``.
+    """
     flat = {}
     for name, column in event.history.items():
         for path, leaf in jax.tree_util.tree_leaves_with_path(column):
@@ -46,10 +48,12 @@ def logger(
     begin: Callable[[], None] | None = None,
     restored: bool = True,
 ) -> Callback:
-    """A callback that hands new rows to a log: ``open_log(step)`` opens one, with what it has from `step` on dropped.
+    """A callback that hands new rows to a log: ``open_log(step)`` opens one, with what it has from
+    `step` on dropped.
 
-    A run that goes on from a state adds to its log, one that begins anew replaces it. One that resumes from a checkpoint writes the
-    rows that came back with it anew, or, without `restored`, goes on behind them.
+    A run that goes on from a state adds to its log, one that begins anew replaces it. One that
+    resumes from a checkpoint writes the rows that came back with it anew, or, without `restored`,
+    goes on behind them.
     """
     log: list[Log] = []
     written = 0
@@ -83,26 +87,34 @@ def as_path(path: str | os.PathLike[str], argument: str = "path") -> Path:
         raise TypeError(f"{argument}: got {check.describe(path)}; expected a file name.")
     place = os.fspath(path)
     if not isinstance(place, str) or not place or "\0" in place or "://" in place:
-        raise ValueError(f"{argument}: got {place!r}; expected a name on this machine's file system. Try a local file, and copy it afterwards.")
+        raise ValueError(
+            f"{argument}: got {place!r}; expected a name on this machine's file system. Try a "
+            "local file, and copy it afterwards."
+        )
     return Path(place)
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
     place = as_path(path)
     if place.is_dir():
-        raise IsADirectoryError(f"path: got {str(path)!r}, which is a folder; expected the name of a file.")
+        raise IsADirectoryError(
+            f"path: got {str(path)!r}, which is a folder; expected the name of a file."
+        )
     return place
 
 
 def _kept(path: Path, read: Callable[[Path], logfile.Rows], step: int) -> logfile.Rows:
-    """What a log keeps for a run that writes the steps from `step` on, with a word about an end that was cut off."""
+    """What a log keeps for a run that writes the steps from `step` on, with a word about an end
+    that was cut off.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
         return logfile.Rows([], [], None)
     found = read(path)
     if found.cut is not None:
         warnings.warn(
-            f"path: {os.fspath(path)!r} ends in a row that was cut off ({found.cut[:40]!r}), as a kill or a full disk leaves it; the row is dropped.",
+            f"path: {os.fspath(path)!r} ends in a row that was cut off ({found.cut[:40]!r}), as a "
+            "kill or a full disk leaves it; the row is dropped.",
             RuntimeWarning,
             stacklevel=5,
         )
@@ -148,7 +160,15 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
       >>> algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.5))
       >>> outer = lambda y, x, batch: jnp.sum(y**2)
       >>> log = bx.callbacks.jsonl("run.jsonl")
-      >>> solution = bx.solve_bilevel(quadratic, outer, jnp.zeros(2), jnp.ones(2), algorithm=algorithm, num_steps=3, callbacks=[log])
+      >>> solution = bx.solve_bilevel(
+      ...     quadratic,
+      ...     outer,
+      ...     jnp.zeros(2),
+      ...     jnp.ones(2),
+      ...     algorithm=algorithm,
+      ...     num_steps=3,
+      ...     callbacks=[log],
+      ... )
       >>> len(pathlib.Path("run.jsonl").read_text().splitlines())
       3
     """
@@ -173,9 +193,15 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
 
 
 def _texts(column: np.ndarray) -> list[str]:
-    """The rows of a column as JSON has them; numbers all at once, which long runs of short steps feel."""
+    """The rows of a column as JSON has them; numbers all at once, which long runs of short steps
+    feel.
+    """
     plain = _plain(column)
-    return json.dumps(plain)[1:-1].split(", ") if column.ndim == 1 and plain else [json.dumps(value) for value in plain]
+    return (
+        json.dumps(plain)[1:-1].split(", ")
+        if column.ndim == 1 and plain
+        else [json.dumps(value) for value in plain]
+    )
 
 
 def _plain(value: Any) -> Any:
@@ -192,7 +218,8 @@ def _plain(value: Any) -> Any:
 
 
 def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
-    """Write the scalar columns of the history to a file as it grows, a line a step under one header.
+    """Write the scalar columns of the history to a file as it grows, a line a step under one
+    header.
 
     Args:
       path: the file; its folder is made. What it has of the steps that are written now is replaced,
@@ -218,7 +245,9 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
         kept = _kept(path, logfile.read_csv, step)
         header = kept.header if kept.rows else []
         if _replaceable(path):
-            logfile.replace(path, [_line(header), *(line for _, line, _ in kept.rows)] if header else [])
+            logfile.replace(
+                path, [_line(header), *(line for _, line, _ in kept.rows)] if header else []
+            )
         file = path.open("a", encoding="utf-8", newline="")
 
         def write(steps, columns):

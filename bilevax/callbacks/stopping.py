@@ -14,8 +14,9 @@ from bilevax.run.watch import Callback, Event
 def every(n: int, fn: Callable[[Event], bool | None]) -> Callback:
     """Call `fn` every `n` steps, and once more at the end.
 
-    The compiled calls of a run may go past such a step (they take about a tenth of a second), and `fn` then looks back at it. They are done again
-    up to there if `fn` stops the run, and until it first reads ``event.state``; what steps print or call back to the host, they do so again then.
+    The compiled calls of a run may go past such a step (they take about a tenth of a second), and
+    `fn` then looks back at it. They are done again up to there if `fn` stops the run, and until it
+    first reads ``event.state``; what steps print or call back to the host, they do so again then.
 
     Args:
       n: steps between calls, at least 1.
@@ -83,7 +84,10 @@ def early_stopping(
         nonlocal seen, best, best_row
         history = event.history
         if name not in history:
-            raise KeyError(f"early_stopping: got {name!r}; expected one of the history's columns: {sorted(history)}.")
+            raise KeyError(
+                f"early_stopping: got {name!r}; expected one of the history's columns: "
+                f"{sorted(history)}."
+            )
         column = history[name]
         if len(column) < seen:  # another run, whose beginning nobody told
             again()

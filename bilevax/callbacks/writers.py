@@ -1,4 +1,6 @@
-"""Logs of other packages, through one protocol: ``write_scalars(step, scalars)``. Each package is imported when its writer is made."""
+"""Logs of other packages, through one protocol: ``write_scalars(step, scalars)``. Each package is
+imported when its writer is made.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,8 @@ from bilevax.run.watch import Callback
 
 
 class ScalarWriter(Protocol):
-    """Whatever takes numbers by name: the writers of ``clu.metric_writers``, or three lines of one's own.
+    """Whatever takes numbers by name: the writers of ``clu.metric_writers``, or three lines of
+    one's own.
 
     It may have ``flush()``, too, which is called after each bundle of steps.
     """
@@ -35,14 +38,16 @@ def _log(
         scalar = {name: column.tolist() for name, column in columns.items() if column.ndim == 1}
         for i, step in enumerate(steps):
             row = {name: float(column[i]) for name, column in scalar.items()}
-            # NaN is what a metric has between its evaluations; neither it nor infinity can be drawn.
+            # NaN is what a metric has between its evaluations; neither it nor infinity can be
+            # drawn.
             write_scalars(step, {name: value for name, value in row.items() if np.isfinite(value)})
 
     return Log(write, flush, close)
 
 
 def scalars(writer: ScalarWriter, *, flush_every: int = 32) -> Callback:
-    """Write the scalar columns of the history by any writer that has ``write_scalars(step, scalars)``.
+    """Write the scalar columns of the history by any writer that has ``write_scalars(step,
+    scalars)``.
 
     Args:
       writer: yours, and yours to close. Numbers that are not finite are left out.
@@ -74,7 +79,8 @@ def scalars(writer: ScalarWriter, *, flush_every: int = 32) -> Callback:
 
 
 def tensorboard(directory: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
-    """Write the scalar columns of the history for TensorBoard, by tensorboardX (extra ``tensorboard``).
+    """Write the scalar columns of the history for TensorBoard, by tensorboardX (extra
+    ``tensorboard``).
 
     Args:
       directory: of the event files. Numbers that are not finite are left out.
@@ -95,7 +101,9 @@ def tensorboard(directory: str | os.PathLike[str], *, flush_every: int = 32) -> 
     try:
         from tensorboardX import SummaryWriter
     except ImportError as error:
-        raise ImportError("callbacks.tensorboard needs tensorboardX; try pip install 'bilevax[tensorboard]'.") from error
+        raise ImportError(
+            "callbacks.tensorboard needs tensorboardX; try pip install 'bilevax[tensorboard]'."
+        ) from error
     place = as_path(directory, "directory")
 
     def open_log(step: int) -> Log:
@@ -114,7 +122,9 @@ def _package(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError as error:
-        raise ImportError(f"callbacks.{name} needs {name}; try pip install 'bilevax[{name}]'.") from error
+        raise ImportError(
+            f"callbacks.{name} needs {name}; try pip install 'bilevax[{name}]'."
+        ) from error
 
 
 def _needs(name: str) -> None:
@@ -124,12 +134,12 @@ def _needs(name: str) -> None:
 def wandb(run: Any = None, *, flush_every: int = 32, **settings: Any) -> Callback:
     """Write the scalar columns of the history to Weights & Biases (extra ``wandb``).
 
-    The x axis is the column ``step``, so that a run which resumes, and one that goes on from a state,
-    continue their curves.
+    The x axis is the column ``step``, so that a run which resumes, and one that goes on from a
+    state, continue their curves.
 
     Args:
-      run: what ``wandb.init`` returned, yours to finish; None begins one with the run, by `settings`,
-        and finishes it at the end.
+      run: what ``wandb.init`` returned, yours to finish; None begins one with the run, by
+        `settings`, and finishes it at the end.
       flush_every: steps after which new rows are written, at the end of the chunk in progress.
       **settings: of ``wandb.init``: ``project=``, ``mode="offline"``, ``dir=``, ...
 
@@ -148,8 +158,12 @@ def wandb(run: Any = None, *, flush_every: int = 32, **settings: Any) -> Callbac
 
     Source: https://docs.wandb.ai/ref/python (``init``, ``define_metric``, ``log``).
     """
-    if run is not None and not (callable(getattr(run, "log", None)) and hasattr(run, "define_metric")):
-        raise TypeError(f"run: got {check.describe(run)}; expected what wandb.init returns, or None.")
+    if run is not None and not (
+        callable(getattr(run, "log", None)) and hasattr(run, "define_metric")
+    ):
+        raise TypeError(
+            f"run: got {check.describe(run)}; expected what wandb.init returns, or None."
+        )
     if run is not None and settings:
         raise ValueError(f"settings: got {sorted(settings)} beside a run; expected one of the two.")
 
@@ -160,16 +174,23 @@ def wandb(run: Any = None, *, flush_every: int = 32, **settings: Any) -> Callbac
         end = own.finish if run is None else lambda: None
         return _log(lambda step, row: own.log({**row, "step": step}), lambda: None, end)
 
-    return logger(open_log, numbers.count(flush_every, "flush_every"), begin=lambda: _needs("wandb"), restored=False)
+    return logger(
+        open_log,
+        numbers.count(flush_every, "flush_every"),
+        begin=lambda: _needs("wandb"),
+        restored=False,
+    )
 
 
 def mlflow(run_id: str | None = None, *, flush_every: int = 32, **settings: Any) -> Callback:
     """Write the scalar columns of the history to MLflow (extra ``mlflow``).
 
     Args:
-      run_id: of a run that exists; None begins one with the run, by `settings`, and ends it at the end.
+      run_id: of a run that exists; None begins one with the run, by `settings`, and ends it at the
+        end.
       flush_every: steps after which new rows are written, at the end of the chunk in progress.
-      **settings: of ``MlflowClient.create_run``: ``run_name=``, ``experiment_id=``, ``tags=``, ... Where the
+      **settings: of ``MlflowClient.create_run``: ``run_name=``, ``experiment_id=``, ``tags=``, ...
+        Where the
         runs are is MLflow's own setting: ``mlflow.set_tracking_uri("sqlite:///runs.db")``.
 
     Returns:
@@ -178,7 +199,8 @@ def mlflow(run_id: str | None = None, *, flush_every: int = 32, **settings: Any)
 
     Raises:
       ImportError: in the run, before its first step, where mlflow is not installed.
-      TypeError, ValueError: for a `run_id` that is none, settings beside it, or ``flush_every < 1``.
+      TypeError, ValueError: for a `run_id` that is none, settings beside it, or ``flush_every <
+        1``.
 
     Examples:
       >>> from bilevax import callbacks
@@ -190,7 +212,9 @@ def mlflow(run_id: str | None = None, *, flush_every: int = 32, **settings: Any)
     if run_id is not None and not isinstance(run_id, str):
         raise TypeError(f"run_id: got {check.describe(run_id)}; expected a run's id, or None.")
     if run_id is not None and settings:
-        raise ValueError(f"settings: got {sorted(settings)} beside run_id; expected one of the two.")
+        raise ValueError(
+            f"settings: got {sorted(settings)} beside run_id; expected one of the two."
+        )
 
     def open_log(step: int) -> Log:
         package = _package("mlflow")
@@ -200,7 +224,9 @@ def mlflow(run_id: str | None = None, *, flush_every: int = 32, **settings: Any)
 
         def write_scalars(step, row):
             now = int(time.time() * 1000)
-            waiting.extend(package.entities.Metric(name, value, now, step) for name, value in row.items())
+            waiting.extend(
+                package.entities.Metric(name, value, now, step) for name, value in row.items()
+            )
 
         def flush():
             while waiting:
@@ -214,4 +240,9 @@ def mlflow(run_id: str | None = None, *, flush_every: int = 32, **settings: Any)
 
         return _log(write_scalars, flush, close)
 
-    return logger(open_log, numbers.count(flush_every, "flush_every"), begin=lambda: _needs("mlflow"), restored=False)
+    return logger(
+        open_log,
+        numbers.count(flush_every, "flush_every"),
+        begin=lambda: _needs("mlflow"),
+        restored=False,
+    )

@@ -1,11 +1,13 @@
-"""Where batches come from: pure draws keyed by (key, step), and adapters that turn what a user has into one.
+"""Where batches come from: pure draws keyed by (key, step), and adapters that turn what a user has
+into one.
 
 Four forms are taken wherever data is asked for:
 
-- a pytree of arrays with a common leading axis: the whole of it is the batch of every step (`full`); with `minibatches`, a batch of it is
-  drawn on the device, inside the compiled loop;
+- a pytree of arrays with a common leading axis: the whole of it is the batch of every step
+  (`full`); with `minibatches`, a batch of it is drawn on the device, inside the compiled loop;
 - a pure function ``(key, step) -> batch``;
-- an iterable of batches (a ``grain``, ``torch`` or any other loader), read on the host ahead of the steps;
+- an iterable of batches (a ``grain``, ``torch`` or any other loader), read on the host ahead of the
+  steps;
 - None: the objective gets ``batch=None``.
 """
 

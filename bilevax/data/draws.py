@@ -14,7 +14,9 @@ from bilevax.data.permutation import permuted, round_keys, walk
 
 
 def draw_number(feed: Feed, i: Any) -> jax.Array:
-    """The number of the i-th draw from here, counted from the run's start: what draws are keyed by."""
+    """The number of the i-th draw from here, counted from the run's start: what draws are keyed
+    by.
+    """
     return jnp.asarray(feed.step, jnp.int32) + jnp.asarray(i, jnp.int32)
 
 
@@ -61,12 +63,16 @@ def stacked(feed: Feed, i: Any) -> Ctx:
 
 
 def check_stacked(draw: Draw, batches: Any, steps: int) -> None:
-    """Enough entries for `steps` draws, where they are drawn by `stacked`: JAX would repeat the last one."""
+    """Enough entries for `steps` draws, where they are drawn by `stacked`: JAX would repeat the
+    last one.
+    """
     lengths = {leaf.shape[0] if leaf.ndim else 0 for leaf in jax.tree.leaves(batches)}
     if draw is stacked and lengths and min(lengths) < steps:
         raise ValueError(
-            f"inner_batch: got {min(lengths)} stacked batches for {steps} inner steps; expected at least {steps}, "
-            "an entry of the leading axis a step. Try fewer steps, or data.same to give each step the whole."
+            f"inner_batch: got {min(lengths)} stacked batches for {steps} inner steps; expected at "
+            f"least {steps}, "
+            "an entry of the leading axis a step. Try fewer steps, or data.same to give each step "
+            "the whole."
         )
 
 
@@ -76,12 +82,16 @@ def windowed(feed: Feed, i: Any) -> Ctx:
 
 
 def last_windowed(feed: Feed, i: Any, *, take: int) -> Ctx:
-    """Draw: the last of the `take` batches that another stream takes from the window in each step."""
+    """Draw: the last of the `take` batches that another stream takes from the window in each
+    step.
+    """
     return _in_window(feed, i, (draw_number(feed, i) + 1) * take - 1)
 
 
 def level_windowed(feed: Feed, i: Any, *, take: int, every: int) -> Ctx:
-    """Draw: of `take` batches in every `every`-th step; the draw after them and those of other steps are the last again."""
+    """Draw: of `take` batches in every `every`-th step; the draw after them and those of other
+    steps are the last again.
+    """
     step, place = draw_number(feed, i) // (take + 1), draw_number(feed, i) % (take + 1)
     return _in_window(feed, i, (step // every) * take + jnp.minimum(place, take - 1))
 
@@ -108,7 +118,9 @@ def count_steps(problem: Problem, steps: int) -> Problem:
 
 def with_number(objective: Objective, ctx: Ctx) -> Ctx:
     """The shapes of a context, for an objective that is told the inner step's number."""
-    return ctx._replace(inner_step=jax.ShapeDtypeStruct((), jnp.int32)) if objective.indexed else ctx
+    return (
+        ctx._replace(inner_step=jax.ShapeDtypeStruct((), jnp.int32)) if objective.indexed else ctx
+    )
 
 
 def sampled(feed: Feed, i: Any, *, batch_size: int) -> Ctx:
@@ -127,7 +139,9 @@ def by_epoch(feed: Feed, i: Any, *, batch_size: int) -> Ctx:
     epoch, position = step // jnp.uint32(per_epoch), step % jnp.uint32(per_epoch)
     places = position * jnp.uint32(batch_size) + jnp.arange(batch_size, dtype=jnp.uint32)
     index = permuted(jax.random.fold_in(feed.key, epoch), places, total).astype(jnp.int32)
-    return Ctx(jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(draw_key(feed, i), 1))
+    return Ctx(
+        jax.tree.map(lambda a: a[index], feed.data), jax.random.fold_in(draw_key(feed, i), 1)
+    )
 
 
 def _chosen(feed: Feed, i: Any, num_batches: int, replace: bool) -> jax.Array:
@@ -138,7 +152,9 @@ def _chosen(feed: Feed, i: Any, num_batches: int, replace: bool) -> jax.Array:
     if replace:
         return jax.random.randint(draw_key(feed, i), (), 0, num_batches, jnp.int32)
     position = (number % num_batches).astype(jnp.uint32)
-    return permuted(jax.random.fold_in(feed.key, number // num_batches), position, num_batches).astype(jnp.int32)
+    return permuted(
+        jax.random.fold_in(feed.key, number // num_batches), position, num_batches
+    ).astype(jnp.int32)
 
 
 def knows_order(draw: Draw | None) -> bool:
@@ -147,18 +163,22 @@ def knows_order(draw: Draw | None) -> bool:
 
 
 def ordered(draw: Draw, feed: Feed, count: int) -> jax.Array | None:
-    """What the next `count` draws of `feed` find out, where `draw` makes use of it: one vectorised pass in place of a cipher in each step."""
+    """What the next `count` draws of `feed` find out, where `draw` makes use of it: one vectorised
+    pass in place of a cipher in each step.
+    """
     order = getattr(draw, "order", None)
     return None if order is None else order(feed, count)
 
 
 class Batches(NamedTuple):
-    """A draw of a fixed number of batches that come again and again; its contexts carry the batch's number (``Ctx.index``).
+    """A draw of a fixed number of batches that come again and again; its contexts carry the batch's
+    number (``Ctx.index``).
 
     Attributes:
       draw: the draw itself.
       batches: how many there are.
-      order: ``(feed, count) -> int32[count]``: the numbers of the next `count` draws, found out at once; it then finds them in
+      order: ``(feed, count) -> int32[count]``: the numbers of the next `count` draws, found out at
+        once; it then finds them in
         ``feed.order``. None: each draw finds out its own.
     """
 
@@ -182,19 +202,24 @@ def partition_order(feed: Feed, count: int, *, num_batches: int, replace: bool) 
     epochs = first // total + jnp.arange(count // total + 2, dtype=jnp.int32)
     keys = jax.vmap(lambda epoch: round_keys(jax.random.fold_in(feed.key, epoch)))(epochs)
     numbers = first + places
-    order = jax.vmap(lambda keys, place: walk(keys, place, total))(keys[numbers // total - epochs[0]], (numbers % total).astype(jnp.uint32))
+    order = jax.vmap(lambda keys, place: walk(keys, place, total))(
+        keys[numbers // total - epochs[0]], (numbers % total).astype(jnp.uint32)
+    )
     return order.astype(jnp.int32)
 
 
 def partition(feed: Feed, i: Any, *, batch_size: int, num_batches: int, replace: bool) -> Ctx:
     """Draw: one of the fixed batches that the data is divided into."""
     index = _chosen(feed, i, num_batches, replace) if feed.order is None else feed.order[i]
-    batch = jax.tree.map(lambda a: jax.lax.dynamic_slice_in_dim(a, index * batch_size, batch_size), feed.data)
+    batch = jax.tree.map(
+        lambda a: jax.lax.dynamic_slice_in_dim(a, index * batch_size, batch_size), feed.data
+    )
     return Ctx(batch, jax.random.fold_in(draw_key(feed, i), 1), index=index)
 
 
 def num_batches(draw: Draw, algorithm: str) -> int:
-    """How many batches this draw chooses from: those of a `partitioned` source, or 1 where every draw is the whole.
+    """How many batches this draw chooses from: those of a `partitioned` source, or 1 where every
+    draw is the whole.
 
     Raises:
       ValueError: for any other draw, naming `algorithm`, which needs batches that come again.
@@ -205,20 +230,28 @@ def num_batches(draw: Draw, algorithm: str) -> int:
     if found is not None:
         return found
     raise ValueError(
-        f"algorithm: got {algorithm}, which returns to the same batches again and again, with data drawn by {draw!r}; "
-        "expected a fixed number of batches. Try data.partitioned(arrays, batch_size), or full-batch data."
+        f"algorithm: got {algorithm}, which returns to the same batches again and again, with data "
+        f"drawn by {draw!r}; "
+        "expected a fixed number of batches. Try data.partitioned(arrays, batch_size), or "
+        "full-batch data."
     )
 
 
 def whole(draw: Draw, algorithm: str) -> Draw:
-    """The draw of all of the data that `draw` takes batches of; refuses what `num_batches` refuses."""
+    """The draw of all of the data that `draw` takes batches of; refuses what `num_batches`
+    refuses.
+    """
     num_batches(draw, algorithm)
     return same
 
 
 def generated(feed: Feed, i: Any, *, fn: Callable[..., Any], argument: str = "data") -> Ctx:
-    """Draw: what a user's ``fn(key, step)`` makes. A run without a key has a function that reads none."""
+    """Draw: what a user's ``fn(key, step)`` makes. A run without a key has a function that reads
+    none.
+    """
     key = draw_key(feed, i)
-    batch = fn(jax.random.key(0) if key is None else jax.random.fold_in(key, 0), draw_number(feed, i))
+    batch = fn(
+        jax.random.key(0) if key is None else jax.random.fold_in(key, 0), draw_number(feed, i)
+    )
     numbers.arrays(batch, f"{argument}'s batch")
     return Ctx(batch, None if key is None else jax.random.fold_in(key, 1))

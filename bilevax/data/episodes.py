@@ -1,4 +1,6 @@
-"""Episodes: one draw an outer step, the same for its inner steps and for every level that is given it."""
+"""Episodes: one draw an outer step, the same for its inner steps and for every level that is given
+it.
+"""
 
 from __future__ import annotations
 
@@ -75,16 +77,19 @@ class Episodes(NamedTuple):
 
 
 def episodes(source: Any) -> Episodes:
-    """Draw once an outer step: the inner steps, second-order products and every level see the same batch.
+    """Draw once an outer step: the inner steps, second-order products and every level see the same
+    batch.
 
-    What meta-learning needs: the tasks that the lower level adapts to are those that the upper one asks
-    about. ``support = tasks.map(lambda t: t["support"])`` goes to one level, ``tasks.map(lambda t: t["query"])``
-    to the other. All that is made by `map` from one ``episodes(...)`` shares its draws; a second
-    ``episodes(...)``, of the same data too, draws for itself.
+    What meta-learning needs: the tasks that the lower level adapts to are those that the upper one
+      asks
+    about. ``support = tasks.map(lambda t: t["support"])`` goes to one level, ``tasks.map(lambda t:
+    t["query"])`` to the other. All that is made by `map` from one ``episodes(...)`` shares its
+    draws; a second ``episodes(...)``, of the same data too, draws for itself.
 
     Args:
-      source: whatever data may be: `minibatches` of arrays whose leading axis counts tasks, a pure function
-        ``(key, step) -> batch`` (a sampler of tasks), an iterable of batches, a pytree of arrays.
+      source: whatever data may be: `minibatches` of arrays whose leading axis counts tasks, a pure
+        function ``(key, step) -> batch`` (a sampler of tasks), an iterable of batches, a pytree of
+        arrays.
 
     Returns:
       `Episodes`: ``inner_data``, ``outer_data`` or a level's ``data``, as it is or mapped.
@@ -101,8 +106,16 @@ def episodes(source: Any) -> Episodes:
       ...     bx.inner.optax(optax.sgd(1.0), 2), bx.hypergradient.unrolled(), optax.sgd(0.1)
       ... )
       >>> solution = bx.solve_bilevel(
-      ...     bx.tasks(fit, "sum"), query, jnp.zeros(4), jnp.zeros(()), inner_data=tasks, outer_data=tasks,
-      ...     inner_init=bx.task_copies(4), algorithm=algorithm, num_steps=3, key=jax.random.key(0),
+      ...     bx.tasks(fit, "sum"),
+      ...     query,
+      ...     jnp.zeros(4),
+      ...     jnp.zeros(()),
+      ...     inner_data=tasks,
+      ...     outer_data=tasks,
+      ...     inner_init=bx.task_copies(4),
+      ...     algorithm=algorithm,
+      ...     num_steps=3,
+      ...     key=jax.random.key(0),
       ... )
       >>> solution.history["value"].tolist()  # the very tasks that each step has adapted to
       [0.0, 0.0, 0.0]

@@ -16,12 +16,14 @@ _NOTHING = object()
 
 
 class Stream:
-    """An iterable of batches, read on the host. One that can be iterated again starts over at its end.
+    """An iterable of batches, read on the host. One that can be iterated again starts over at its
+    end.
 
-    A step takes `take` batches in every `every`-th step and none in between. Batches come as pytrees of
-    arrays; one that differs from the first in structure, shape or dtype is refused, and so is what is no
-    array, with `argument`'s name and the batch's number. `mark` is what the iterator said of its place
-    (``get_state``, as grain's do) before it gave the last batch; None where it says nothing.
+    A step takes `take` batches in every `every`-th step and none in between. Batches come as
+    pytrees of arrays; one that differs from the first in structure, shape or dtype is refused, and
+    so is what is no array, with `argument`'s name and the batch's number. `mark` is what the
+    iterator said of its place (``get_state``, as grain's do) before it gave the last batch; None
+    where it says nothing.
     """
 
     def __init__(self, iterable: Iterable[Any], argument: str = "data"):
@@ -52,7 +54,9 @@ class Stream:
         return batch
 
     def jump(self, mark: bytes, count: int) -> bool:
-        """Go to where the iterator said `mark`, after `count` batches, without reading them; False where it cannot."""
+        """Go to where the iterator said `mark`, after `count` batches, without reading them; False
+        where it cannot.
+        """
         self.peek()
         if not callable(getattr(self._iterator, "set_state", None)):
             return False
@@ -73,13 +77,17 @@ class Stream:
         if self.one_pass and self.first is not None:
             raise StopIteration
         raise ValueError(
-            f"{self.argument}: got {type(self.iterable).__name__}, which yields no batch; expected an "
-            "iterable of batches. (An iterator that was read to its end before yields none: give what makes it.)"
+            f"{self.argument}: got {type(self.iterable).__name__}, which yields no batch; expected "
+            "an "
+            "iterable of batches. (An iterator that was read to its end before yields none: give "
+            "what makes it.)"
         )
 
 
 def _mark(iterator: Any) -> bytes | None:
-    """What an iterator says of its place, as bytes that say what they are; None where it says nothing that can be kept."""
+    """What an iterator says of its place, as bytes that say what they are; None where it says
+    nothing that can be kept.
+    """
     say = getattr(iterator, "get_state", None)
     if not (callable(say) and callable(getattr(iterator, "set_state", None))):
         return None
@@ -93,7 +101,9 @@ def _mark(iterator: Any) -> bytes | None:
 
 
 def as_batch(batch: Any, argument: str, number: int) -> PyTree:
-    """A loader's batch as a pytree of arrays: others' tensors become arrays, others' mappings dicts."""
+    """A loader's batch as a pytree of arrays: others' tensors become arrays, others' mappings
+    dicts.
+    """
 
     def leaf(path, a):
         a = _as_array(a)
@@ -101,8 +111,10 @@ def as_batch(batch: Any, argument: str, number: int) -> PyTree:
             return a
         got = f"a {a.dtype} array" if isinstance(a, np.ndarray) else f"{type(a).__name__} {a!r:.40}"
         raise TypeError(
-            f"{argument}, batch {number}{jax.tree_util.keystr(path)}: got {got}; expected arrays and numbers. "
-            "Leave it out of the batches: ({name: batch[name] for name in (...)} for batch in loader)."
+            f"{argument}, batch {number}{jax.tree_util.keystr(path)}: got {got}; expected arrays "
+            "and numbers. "
+            "Leave it out of the batches: ({name: batch[name] for name in (...)} for batch in "
+            "loader)."
         )
 
     return jax.tree_util.tree_map_with_path(leaf, _plain(batch))
@@ -125,7 +137,11 @@ def _as_array(a: Any) -> Any:
     if hasattr(a, "__dlpack__"):
         try:
             return np.from_dlpack(a)
-        except (BufferError, RuntimeError, TypeError):  # on a device, or of a dtype that numpy lacks
+        except (
+            BufferError,
+            RuntimeError,
+            TypeError,
+        ):  # on a device, or of a dtype that numpy lacks
             return jnp.from_dlpack(a)
     return np.asarray(a) if hasattr(a, "__array__") else a
 
@@ -139,15 +155,21 @@ def _same(batch: PyTree, first: PyTree, place: str) -> None:
     got, want = jax.tree.structure(batch), jax.tree.structure(first)
     if got != want:
         raise ValueError(
-            f"{place}: got the structure {got} where the first batch has {want}; expected one structure "
+            f"{place}: got the structure {got} where the first batch has {want}; expected one "
+            "structure "
             "throughout, since each batch is an argument of one compiled program."
         )
-    for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(batch), jax.tree.leaves(first), strict=True):
+    for (path, a), b in zip(
+        jax.tree_util.tree_leaves_with_path(batch), jax.tree.leaves(first), strict=True
+    ):
         if a.shape != b.shape or a.dtype != b.dtype:
             raise ValueError(
-                f"{place}{jax.tree_util.keystr(path)}: got {a.dtype}{list(a.shape)} where the first batch has "
-                f"{b.dtype}{list(b.shape)}; expected one shape throughout, since each batch is an argument of "
-                "one compiled program. Try drop_last=True (torch), drop_remainder=True (grain, tf.data), or pad."
+                f"{place}{jax.tree_util.keystr(path)}: got {a.dtype}{list(a.shape)} where the "
+                "first batch has "
+                f"{b.dtype}{list(b.shape)}; expected one shape throughout, since each batch is an "
+                "argument of "
+                "one compiled program. Try drop_last=True (torch), drop_remainder=True (grain, "
+                "tf.data), or pad."
             )
 
 
@@ -157,7 +179,8 @@ def refuse_uniterable(data: Any, argument: str) -> None:
 
     if inspect.isgeneratorfunction(data):
         raise TypeError(
-            f"{argument}: got the generator function {getattr(data, '__name__', data)!s}, not called; expected "
+            f"{argument}: got the generator function {getattr(data, '__name__', data)!s}, not "
+            "called; expected "
             f"an iterable of batches. Try {argument}={getattr(data, '__name__', 'it')}()."
         )
     if not (isinstance(data, list) and len(data) > 1):
@@ -165,7 +188,9 @@ def refuse_uniterable(data: Any, argument: str) -> None:
     containers = all(isinstance(batch, (dict, list, tuple)) for batch in data)
     if containers and len({jax.tree.structure(batch) for batch in data}) == 1:
         raise TypeError(
-            f"{argument}: got a list of {len(data)} containers of one structure, which looks like batches; "
-            f"expected arrays or an iterable. Try {argument}=itertools.cycle(batches) to read them one by one, "
+            f"{argument}: got a list of {len(data)} containers of one structure, which looks like "
+            "batches; "
+            f"expected arrays or an iterable. Try {argument}=itertools.cycle(batches) to read them "
+            "one by one, "
             "or a tuple if all of it is one batch."
         )

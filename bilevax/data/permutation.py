@@ -9,11 +9,12 @@ from bilevax._core.types import Key
 
 
 def permuted(key: Key, places: jax.Array, total: int) -> jax.Array:
-    """Images of `places` (uint32, below `total`) under a pseudo-random permutation of ``range(total)`` chosen by `key`.
+    """Images of `places` (uint32, below `total`) under a pseudo-random permutation of
+    ``range(total)`` chosen by `key`.
 
-    A six-round Feistel network on as many bits as `total` needs, walked along its cycle until it lands below `total`. It reaches any
-    place of an epoch's order without building the order, so a run resumes at any step exactly and a draw costs O(batch), not
-    O(total log total).
+    A six-round Feistel network on as many bits as `total` needs, walked along its cycle until it
+    lands below `total`. It reaches any place of an epoch's order without building the order, so a
+    run resumes at any step exactly and a draw costs O(batch), not O(total log total).
 
     Args:
       key: PRNG key.
@@ -29,7 +30,8 @@ def permuted(key: Key, places: jax.Array, total: int) -> jax.Array:
       >>> sorted(order.tolist()) == list(range(10))
       True
 
-    Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002), section 4, cycle walking.
+    Source: Black and Rogaway, "Ciphers with arbitrary finite domains" (CT-RSA 2002), section 4,
+    cycle walking.
     """
     return walk(round_keys(key), places, total)
 
@@ -56,4 +58,8 @@ def walk(keys: jax.Array, places: jax.Array, total: int) -> jax.Array:
         return (left << jnp.uint32(widths[1])) | right
 
     limit = jnp.uint32(total)
-    return jax.lax.while_loop(lambda p: jnp.any(p >= limit), lambda p: jnp.where(p >= limit, network(p), p), network(places))
+    return jax.lax.while_loop(
+        lambda p: jnp.any(p >= limit),
+        lambda p: jnp.where(p >= limit, network(p), p),
+        network(places),
+    )

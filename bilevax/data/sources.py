@@ -1,4 +1,6 @@
-"""Where batches come from: arrays with the draw that reads them, and adapters that turn what a user has into one."""
+"""Where batches come from: arrays with the draw that reads them, and adapters that turn what a user
+has into one.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,15 @@ import numpy as np
 from bilevax._core import numbers
 from bilevax._core.showing import screenful
 from bilevax.base import Bound, Draw, PyTree
-from bilevax.data.draws import Batches, by_epoch, generated, partition, partition_order, same, sampled
+from bilevax.data.draws import (
+    Batches,
+    by_epoch,
+    generated,
+    partition,
+    partition_order,
+    same,
+    sampled,
+)
 from bilevax.data.loaders import Stream, refuse_uniterable
 
 
@@ -31,7 +41,8 @@ class Source(NamedTuple):
 
 
 def full(arrays: PyTree) -> Source:
-    """The whole of `arrays` as the batch of every step, leading axes unchecked (constants may ride along).
+    """The whole of `arrays` as the batch of every step, leading axes unchecked (constants may ride
+    along).
 
     Args:
       arrays: pytree of arrays.
@@ -50,13 +61,14 @@ def full(arrays: PyTree) -> Source:
 
 
 def minibatches(arrays: PyTree, batch_size: int, *, replace: bool = False) -> Source:
-    """Batches of `arrays` drawn on the device, inside the compiled loop, as a pure function of (key, step).
+    """Batches of `arrays` drawn on the device, inside the compiled loop, as a pure function of
+    (key, step).
 
     Args:
       arrays: pytree of arrays with a common leading axis of length N.
       batch_size: examples a batch, from 1 to N (any number with `replace`).
-      replace: draw each batch independently with replacement. By default every epoch is a fresh random order, of which the last
-        ``N % batch_size`` are left out.
+      replace: draw each batch independently with replacement. By default every epoch is a fresh
+        random order, of which the last ``N % batch_size`` are left out.
 
     Returns:
       A `Source`: the same key gives the same batches, at any step, in any order.
@@ -85,15 +97,18 @@ def _batch_size(value: Any, total: int) -> int:
 
 
 def partitioned(arrays: PyTree, batch_size: int, *, replace: bool = False) -> Source:
-    """A fixed partition of `arrays` into batches, which come in random order: what finite-sum methods (SABA, SRBA, VRBO) need.
+    """A fixed partition of `arrays` into batches, which come in random order: what finite-sum
+    methods (SABA, SRBA, VRBO) need.
 
-    Batch i holds rows ``i * batch_size`` to ``(i + 1) * batch_size``, read as one contiguous slice; which batch a draw gives is a pure function
-    of (key, step). The last ``N % batch_size`` rows belong to no batch and are left out, so that the mean over batches is the mean over all.
+    Batch i holds rows ``i * batch_size`` to ``(i + 1) * batch_size``, read as one contiguous slice;
+    which batch a draw gives is a pure function of (key, step). The last ``N % batch_size`` rows
+    belong to no batch and are left out, so that the mean over batches is the mean over all.
 
     Args:
       arrays: pytree of arrays with a common leading axis of length N.
       batch_size: rows a batch, from 1 to N.
-      replace: choose each batch independently. By default every epoch is a fresh random order of the batches.
+      replace: choose each batch independently. By default every epoch is a fresh random order of
+        the batches.
 
     Returns:
       A `Source` whose contexts carry the batch's number (``Ctx.index``).
@@ -120,23 +135,31 @@ def check_arrays(arrays: PyTree, argument: str) -> None:
     """Refuse data that is not a pytree of arrays with one common leading axis."""
     leaves = jax.tree_util.tree_leaves_with_path(arrays)
     if not leaves:
-        raise ValueError(f"{argument}: got {arrays!r}, which holds no array; expected arrays with a common leading axis, or None.")
+        raise ValueError(
+            f"{argument}: got {arrays!r}, which holds no array; expected arrays with a common "
+            "leading axis, or None."
+        )
     lengths = {}
     for path, leaf in leaves:
         place = argument + jax.tree_util.keystr(path)
-        if not isinstance(leaf, (np.ndarray, jax.Array)) or getattr(leaf, "dtype", None) == np.dtype(object):
+        if not isinstance(leaf, (np.ndarray, jax.Array)) or getattr(
+            leaf, "dtype", None
+        ) == np.dtype(object):
             raise TypeError(
-                f"{place}: got {type(leaf).__name__} {leaf!r:.60}; expected a numpy or jax array. Data is a pytree of arrays, a function "
+                f"{place}: got {type(leaf).__name__} {leaf!r:.60}; expected a numpy or jax array. "
+                "Data is a pytree of arrays, a function "
                 "(key, step) -> batch, an iterable of batches, or None."
             )
         if leaf.ndim == 0:
             raise ValueError(
-                f"{place}: got a scalar; expected an array whose leading axis counts examples. Wrap data that holds constants in data.full(...)."
+                f"{place}: got a scalar; expected an array whose leading axis counts examples. "
+                "Wrap data that holds constants in data.full(...)."
             )
         lengths[place] = leaf.shape[0]
     if len(set(lengths.values())) > 1:
         raise ValueError(
-            f"{argument}: got leading axes {lengths}; expected one common leading axis, an entry an example. Wrap data that holds constants in "
+            f"{argument}: got leading axes {lengths}; expected one common leading axis, an entry "
+            "an example. Wrap data that holds constants in "
             "data.full(...)."
         )
     if 0 in lengths.values():
@@ -154,7 +177,9 @@ def as_source(data: Any, argument: str) -> Any:
     if callable(data):
         numbers.takes(data, argument, "(key, step) -> batch")
         return Source(Bound("generated", generated, fn=data, argument=argument), None, True)
-    container = isinstance(data, (dict, list, tuple, np.ndarray, jax.Array)) or not jax.tree_util.all_leaves([data])
+    container = isinstance(
+        data, (dict, list, tuple, np.ndarray, jax.Array)
+    ) or not jax.tree_util.all_leaves([data])
     if not container and isinstance(data, Iterable) and not isinstance(data, (str, bytes)):
         return Stream(data, argument)
     check_arrays(data, argument)

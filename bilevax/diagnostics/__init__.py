@@ -2,7 +2,11 @@
 
 from bilevax.certificate import Constants, ErrorBound, error_bound, estimate_constants
 from bilevax.diagnostics.checking import HypergradientReport, check_hypergradient
-from bilevax.diagnostics.compare import ComparisonRow, HypergradientComparison, compare_hypergradients
+from bilevax.diagnostics.compare import (
+    ComparisonRow,
+    HypergradientComparison,
+    compare_hypergradients,
+)
 
 
 def __dir__() -> list[str]:

@@ -1,4 +1,6 @@
-"""Reference hypergradients: the lower level polished as far as the precision goes, in double precision where the objectives allow it."""
+"""Reference hypergradients: the lower level polished as far as the precision goes, in double
+precision where the objectives allow it.
+"""
 
 from __future__ import annotations
 
@@ -27,23 +29,28 @@ NEWTON = 60
 
 
 class Reference(NamedTuple):
-    """A reference at given outer parameters, and what explains a difference from it. Norms are of flat vectors.
+    """A reference at given outer parameters, and what explains a difference from it. Norms are of
+    flat vectors.
 
     Attributes:
       kind: one of `KINDS`.
       precision: name of the dtype it was computed in.
       value: the outer objective at the polished solution.
-      grad: the hypergradient, flat; for finite differences in some directions its projection on their span.
+      grad: the hypergradient, flat; for finite differences in some directions its projection on
+        their span.
       directions: orthonormal rows, or None where `grad` is the whole hypergradient.
-      at_point: exact implicit hypergradient at the given inner point instead of the polished one, flat.
+      at_point: exact implicit hypergradient at the given inner point instead of the polished one,
+        flat.
       scale: size of the terms that make up the hypergradient, before they cancel.
       inner_distance: ``‖y − y*‖ / max(‖y*‖, 1e-3 ‖y‖)``.
       inner_grad_norm: ``‖∇_y g‖`` at the given point.
       polished_grad_norm: the same at the polished one.
-      curvature: smallest eigenvalue of the inner Hessian over the largest absolute one; NaN where it was not computed.
-      newton: length of the Newton step that is left at the polished point, relative to it: far from zero where
-        that is no stationary point.
-      kink: ``|h'_+ − h'_−|`` over the size of the slopes, along the hypergradient: far from zero where h is not differentiable.
+      curvature: smallest eigenvalue of the inner Hessian over the largest absolute one; NaN where
+        it was not computed.
+      newton: length of the Newton step that is left at the polished point, relative to it: far from
+        zero where that is no stationary point.
+      kink: ``|h'_+ − h'_−|`` over the size of the slopes, along the hypergradient: far from zero
+        where h is not differentiable.
     """
 
     kind: str
@@ -62,7 +69,9 @@ class Reference(NamedTuple):
 
 
 class Point(NamedTuple):
-    """What both levels are evaluated with: contexts are frozen, so that every evaluation sees the same randomness."""
+    """What both levels are evaluated with: contexts are frozen, so that every evaluation sees the
+    same randomness.
+    """
 
     start: PyTree
     solution: PyTree
@@ -76,7 +85,11 @@ def widen(values: PyTree) -> PyTree:
     """Floating-point leaves in float64, inside an x64 context."""
 
     def leaf(a):
-        return a.astype(jnp.float64) if isinstance(a, (jax.Array, np.ndarray)) and jnp.issubdtype(a.dtype, jnp.floating) else a
+        return (
+            a.astype(jnp.float64)
+            if isinstance(a, (jax.Array, np.ndarray)) and jnp.issubdtype(a.dtype, jnp.floating)
+            else a
+        )
 
     return jax.tree.map(leaf, values)
 
@@ -86,26 +99,37 @@ def frozen(feed: Feed, i: Any) -> Ctx:
     return Ctx(feed.data, feed.key)
 
 
-def reference(problem: Problem, solver: InnerSolver, point: Point, kind: str, directions: int | None, key: Key) -> Reference:
-    """The reference of a kind, in double precision if the objectives can be evaluated there, else in their own."""
+def reference(
+    problem: Problem, solver: InnerSolver, point: Point, kind: str, directions: int | None, key: Key
+) -> Reference:
+    """The reference of a kind, in double precision if the objectives can be evaluated there, else
+    in their own.
+    """
 
     def compute(point):
         return _compute(problem, solver, point, kind, directions, key)
 
     with jax.enable_x64(True):
         wide = widen(jax.tree.map(jnp.asarray, point))
-        # An objective may fix its own dtypes: then it either refuses these, or computes in its own precision regardless.
+        # An objective may fix its own dtypes: then it either refuses these, or computes in its own
+        # precision regardless.
         dtypes = None
         with contextlib.suppress(TypeError, ValueError):
-            inner = jax.eval_shape(lambda p: problem.inner(p.solution, p.outer, p.inner_ctx)[0], wide)
-            outer = jax.eval_shape(lambda p: problem.outer(p.solution, p.outer, p.outer_ctx)[0], wide)
+            inner = jax.eval_shape(
+                lambda p: problem.inner(p.solution, p.outer, p.inner_ctx)[0], wide
+            )
+            outer = jax.eval_shape(
+                lambda p: problem.outer(p.solution, p.outer, p.outer_ctx)[0], wide
+            )
             dtypes = [inner.dtype, outer.dtype]
         if dtypes == [jnp.float64] * 2:
             return compute(wide)
     return compute(point)
 
 
-def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, directions: int | None, key: Any) -> Reference:
+def _compute(
+    problem: Problem, solver: InnerSolver, point: Point, kind: str, directions: int | None, key: Any
+) -> Reference:
     x, unravel_x = ravel_pytree(point.outer)
     y_given, unravel_y = ravel_pytree(point.solution)
     dtype = jnp.promote_types(x.dtype, y_given.dtype)
@@ -120,7 +144,9 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
         return problem.outer(unravel_y(y), unravel_x(x), ctx)[0]
 
     def moving(x, point):
-        """The solver's own steps, statistics included: the outer value that they lead to, and the point."""
+        """The solver's own steps, statistics included: the outer value that they lead to, and the
+        point.
+        """
         outer = unravel_x(x)
         state = InnerState(unravel_y(y_start), (), point.model)
         if problem.inner_init is not None:
@@ -146,7 +172,9 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
         return ravel_pytree(end.params)[0]
 
     def implicit(y, x, point):
-        """Hypergradient by an exact adjoint at any inner point, ``(f_x, C q)``, and the curvature."""
+        """Hypergradient by an exact adjoint at any inner point, ``(f_x, C q)``, and the
+        curvature.
+        """
         f_y, f_x = jax.grad(f, (0, 1))(y, x, point)
 
         def gradients(y):
@@ -161,14 +189,22 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
             safe = jnp.abs(values) > tiny  # no response along a flat direction: the pseudo-inverse
             q = vectors @ (jnp.where(safe, 1 / jnp.where(safe, values, 1), 0) * (vectors.T @ f_y))
             curvature = values[0] / jnp.where(largest > 0, largest, 1)
-            left = jnp.where(safe, 1 / jnp.where(safe, values, 1), 0) * (vectors.T @ gradients(y)[0])
+            left = jnp.where(safe, 1 / jnp.where(safe, values, 1), 0) * (
+                vectors.T @ gradients(y)[0]
+            )
         else:
-            q, _ = linear.minres(maxiter=2000, tol=1e-12)(lambda v: products(v)[0], f_y, jnp.zeros_like(f_y))
+            q, _ = linear.minres(maxiter=2000, tol=1e-12)(
+                lambda v: products(v)[0], f_y, jnp.zeros_like(f_y)
+            )
             curvature = jnp.full((), jnp.nan, y.dtype)
-            left, _ = linear.minres(maxiter=2000, tol=1e-6)(lambda v: products(v)[0], gradients(y)[0], jnp.zeros_like(f_y))
+            left, _ = linear.minres(maxiter=2000, tol=1e-6)(
+                lambda v: products(v)[0], gradients(y)[0], jnp.zeros_like(f_y)
+            )
         return f_x, products(q)[1], curvature, jnp.linalg.norm(left)
 
-    count = None if directions is None and x.size <= ALL else (16 if directions is None else directions)
+    count = (
+        None if directions is None and x.size <= ALL else (16 if directions is None else directions)
+    )
     if count is not None and count >= x.size:
         count = None
 
@@ -176,7 +212,9 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
         x, y_given = ravel_pytree(point.outer)[0], ravel_pytree(point.solution)[0]
         y = best_response(x, y_given, point)
         f_x, pulled, curvature, left = implicit(y, x, point)
-        remaining = left / jnp.maximum(jnp.linalg.norm(y), 1e-3 * jnp.linalg.norm(y_start) + jnp.finfo(y.dtype).tiny)
+        remaining = left / jnp.maximum(
+            jnp.linalg.norm(y), 1e-3 * jnp.linalg.norm(y_start) + jnp.finfo(y.dtype).tiny
+        )
         unit = numbers.rounding_unit(dtype)
         step = unit ** (1 / 3) * jnp.maximum(1.0, jnp.linalg.norm(x))
 
@@ -189,34 +227,77 @@ def _compute(problem: Problem, solver: InnerSolver, point: Point, kind: str, dir
         value = moving(x, point)[0] if kind == "solver" else f(y, x, point)
         grad, rows = f_x - pulled, None
         if kind != "dense":
-            rows = jnp.eye(x.size, dtype=x.dtype) if count is None else jnp.linalg.qr(jax.random.normal(key, (x.size, count), x.dtype))[0].T
-            slopes = lax.map(lambda d: (h(x + step.astype(x.dtype) * d) - h(x - step.astype(x.dtype) * d)) / (2 * step), rows)
+            rows = (
+                jnp.eye(x.size, dtype=x.dtype)
+                if count is None
+                else jnp.linalg.qr(jax.random.normal(key, (x.size, count), x.dtype))[0].T
+            )
+            slopes = lax.map(
+                lambda d: (
+                    (h(x + step.astype(x.dtype) * d) - h(x - step.astype(x.dtype) * d)) / (2 * step)
+                ),
+                rows,
+            )
             grad = rows.T @ slopes.astype(x.dtype)
         norm = jnp.linalg.norm(grad)
         along = (grad / jnp.where(norm > 0, norm, 1)).astype(x.dtype)
-        ahead, behind = lax.map(lambda s: h(x + (s * step).astype(x.dtype) * along), jnp.asarray([1.0, -1.0], dtype))
+        ahead, behind = lax.map(
+            lambda s: h(x + (s * step).astype(x.dtype) * along), jnp.asarray([1.0, -1.0], dtype)
+        )
         middle = h(x)
         forward, backward = (ahead - middle) / step, (middle - behind) / step
-        # The slopes of a smooth h differ by step × h'', and the central one from the hypergradient's norm by less.
+        # The slopes of a smooth h differ by step × h'', and the central one from the
+        # hypergradient's norm by less.
         noise = 100 * unit * jnp.abs(middle) / step
         size = jnp.abs(forward) + jnp.abs(backward) + norm + jnp.sqrt(step) + noise
-        kink = jnp.maximum(jnp.abs(forward - backward), jnp.abs((forward + backward) / 2 - norm)) / size
+        kink = (
+            jnp.maximum(jnp.abs(forward - backward), jnp.abs((forward + backward) / 2 - norm))
+            / size
+        )
         at_x, at_pulled, _, _ = implicit(y_given, x, point)
-        distance = jnp.linalg.norm(y_given - y) / jnp.maximum(jnp.linalg.norm(y), 1e-3 * jnp.linalg.norm(y_given) + jnp.finfo(y.dtype).tiny)
+        distance = jnp.linalg.norm(y_given - y) / jnp.maximum(
+            jnp.linalg.norm(y), 1e-3 * jnp.linalg.norm(y_given) + jnp.finfo(y.dtype).tiny
+        )
         gradients = [jnp.linalg.norm(jax.grad(g)(point_y, x, point)) for point_y in (y_given, y)]
         scale = jnp.linalg.norm(f_x) + jnp.linalg.norm(grad - f_x)
-        return value, grad, rows, at_x - at_pulled, scale, distance, *gradients, curvature, remaining, kink
+        return (
+            value,
+            grad,
+            rows,
+            at_x - at_pulled,
+            scale,
+            distance,
+            *gradients,
+            curvature,
+            remaining,
+            kink,
+        )
 
-    value, grad, rows, at_point, scale, distance, at_norm, polished_norm, curvature, remaining, kink = jax.device_get(jax.jit(run)(point, key))
+    (
+        value,
+        grad,
+        rows,
+        at_point,
+        scale,
+        distance,
+        at_norm,
+        polished_norm,
+        curvature,
+        remaining,
+        kink,
+    ) = jax.device_get(jax.jit(run)(point, key))
     whole = kind == "dense" or count is None
     return Reference(
-        kind, str(np.dtype(dtype)), float(value), grad, None if whole else rows, at_point, float(scale), float(distance), float(at_norm),
+        kind, str(np.dtype(dtype)), float(value), grad, None if whole else rows, at_point,
+        float(scale), float(distance), float(at_norm),
         float(polished_norm), float(curvature), float(remaining), float(kink),
     )  # fmt: skip
 
 
 def newton(g: Callable[..., Any], y: jax.Array) -> jax.Array:
-    """Minimize a small smooth function down to rounding: Newton steps with the absolute Hessian, halved until they descend."""
+    """Minimize a small smooth function down to rounding: Newton steps with the absolute Hessian,
+    halved until they descend.
+    """
     gradient = jax.grad(g)
     unit = numbers.rounding_unit(y.dtype)
 
@@ -224,7 +305,9 @@ def newton(g: Callable[..., Any], y: jax.Array) -> jax.Array:
         y, norm, best, best_norm, stalls, count = carry
         grad = gradient(y)
         values, vectors = jnp.linalg.eigh(jax.jacfwd(gradient)(y))
-        size = jnp.maximum(jnp.abs(values), 10 * y.size * unit * jnp.max(jnp.abs(values)) + jnp.finfo(y.dtype).tiny)
+        size = jnp.maximum(
+            jnp.abs(values), 10 * y.size * unit * jnp.max(jnp.abs(values)) + jnp.finfo(y.dtype).tiny
+        )
         step = -(vectors @ ((vectors.T @ grad) / size))
         value, slope = g(y), jnp.sum(grad * step)
 
@@ -244,7 +327,14 @@ def newton(g: Callable[..., Any], y: jax.Array) -> jax.Array:
         better = norm < 0.9 * best_norm
         stalls = jnp.where(better, 0, stalls + 1)
         keep = norm < best_norm
-        return y, norm, jnp.where(keep, y, best), jnp.where(keep, norm, best_norm), stalls, count + 1
+        return (
+            y,
+            norm,
+            jnp.where(keep, y, best),
+            jnp.where(keep, norm, best_norm),
+            stalls,
+            count + 1,
+        )
 
     norm = jnp.linalg.norm(gradient(y))
     start = (y, norm, y, norm, 0, 0)

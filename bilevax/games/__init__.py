@@ -1,4 +1,5 @@
-"""Games: players who each minimize an objective of their own over their own parameters, all moving at once.
+"""Games: players who each minimize an objective of their own over their own parameters, all moving
+at once.
 
 | play | direction of each step, of the field ``v = (∇_i f_i)_i`` | evaluations of v |
 |---|---|---|
@@ -8,8 +9,9 @@
 | `symplectic` | ``v + τ A'v``, A the antisymmetric part of ``∂v`` | 1 and two products |
 | `consensus` | ``v + γ ∇½‖v‖²`` | 1 and one product |
 
-`solve_game` finds a Nash equilibrium (a point where no player gains by a small move of his own), `solve_multilevel` of the same levels
-the Stackelberg solution, in which the upper level counts on the lower one's answer.
+`solve_game` finds a Nash equilibrium (a point where no player gains by a small move of his own),
+`solve_multilevel` of the same levels the Stackelberg solution, in which the upper level counts on
+the lower one's answer.
 """
 
 from bilevax.games.mirror import mirror
@@ -21,4 +23,13 @@ def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = ["Play", "consensus", "extragradient", "mirror", "optimistic", "simultaneous", "solve_game", "symplectic"]
+__all__ = [
+    "Play",
+    "consensus",
+    "extragradient",
+    "mirror",
+    "optimistic",
+    "simultaneous",
+    "solve_game",
+    "symplectic",
+]

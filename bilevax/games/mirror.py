@@ -19,8 +19,8 @@ def mirror(step: float) -> optax.GradientTransformation:
     .. math::
         \alpha^+ \propto \alpha \, \exp(-a \nabla)
 
-    For a player who weighs (groups, examples, experts): weights stay positive and sum to one. With `extragradient` it is mirror-prox, with
-    `optimistic` optimistic mirror descent.
+    For a player who weighs (groups, examples, experts): weights stay positive and sum to one. With
+    `extragradient` it is mirror-prox, with `optimistic` optimistic mirror descent.
 
     Args:
       step: a.
@@ -39,8 +39,9 @@ def mirror(step: float) -> optax.GradientTransformation:
       >>> [round(float(w), 3) for w in jax.tree.map(jnp.add, weights, update)]
       [0.731, 0.269]
 
-    Source: Nemirovski and Yudin 1983; Kivinen and Warmuth, "Exponentiated gradient versus gradient descent for linear predictors" (1997); for groups
-    Sagawa et al., "Distributionally robust neural networks" (ICLR 2020).
+    Source: Nemirovski and Yudin 1983; Kivinen and Warmuth, "Exponentiated gradient versus gradient
+    descent for linear predictors" (1997); for groups Sagawa et al., "Distributionally robust neural
+    networks" (ICLR 2020).
     """
     return tunable(_mirror, step=numbers.positive(step, "step"))
 
@@ -51,11 +52,16 @@ def _mirror(step: Any) -> optax.GradientTransformation:
 
     def update(grads, state, params=None):
         if params is None:
-            raise ValueError("params: got None; expected the parameters, which mirror descent multiplies. Try update(grads, state, params).")
+            raise ValueError(
+                "params: got None; expected the parameters, which mirror descent multiplies. Try "
+                "update(grads, state, params)."
+            )
 
         def leaf(g, p):
             dtype = tree.accumulator(p)
-            logits = jnp.log(jnp.maximum(p.astype(dtype), jnp.finfo(dtype).tiny)) - jnp.asarray(step, dtype) * g.astype(dtype)
+            logits = jnp.log(jnp.maximum(p.astype(dtype), jnp.finfo(dtype).tiny)) - jnp.asarray(
+                step, dtype
+            ) * g.astype(dtype)
             return (jax.nn.softmax(logits, axis=-1) - p.astype(dtype)).astype(p.dtype)
 
         return jax.tree.map(leaf, grads, params), state

@@ -16,9 +16,10 @@ from bilevax.base import Bound, PyTree
 class Play(NamedTuple):
     """How players move; everything a dict by player's name.
 
-    ``init(params) -> memory``; ``step(field, move, params, opts, memory) -> (params, opts, memory, seen)``, where ``field(params) ->
-    (directions, report)`` gives each player's own gradient, ``move(params, directions, opts) -> (params, opts)`` takes a step of each
-    player's optimizer, and `seen` is what `field` gave at `params`.
+    ``init(params) -> memory``; ``step(field, move, params, opts, memory) -> (params, opts, memory,
+    seen)``, where ``field(params) -> (directions, report)`` gives each player's own gradient,
+    ``move(params, directions, opts) -> (params, opts)`` takes a step of each player's optimizer,
+    and `seen` is what `field` gave at `params`.
     """
 
     init: Callable[..., Any]
@@ -32,36 +33,42 @@ def simultaneous() -> Play:
     """Every player follows his own gradient: ``z⁺ = z − a v(z)``.
 
     Returns:
-      A `Play`. It spirals outwards where players oppose each other (a bilinear game), which the others are for.
+      A `Play`. It spirals outwards where players oppose each other (a bilinear game), which the
+      others are for.
 
     Examples:
       >>> import bilevax as bx
       >>> bx.games.simultaneous()
       simultaneous()
 
-    Source: Singh, Kearns and Mansour, "Nash convergence of gradient dynamics in general-sum games" (UAI 2000).
+    Source: Singh, Kearns and Mansour, "Nash convergence of gradient dynamics in general-sum games"
+    (UAI 2000).
     """
     return Play(Bound("init", _nothing), Bound("simultaneous", _simultaneous))
 
 
 def extragradient() -> Play:
-    """Every player follows the gradient at where all would be: ``z' = z − a v(z)``, ``z⁺ = z − a v(z')``. Both on one batch.
+    """Every player follows the gradient at where all would be: ``z' = z − a v(z)``, ``z⁺ = z − a
+    v(z')``. Both on one batch.
 
     Returns:
-      A `Play`, which converges for monotone fields with a step below the inverse of their Lipschitz constant.
+      A `Play`, which converges for monotone fields with a step below the inverse of their Lipschitz
+      constant.
 
     Examples:
       >>> import bilevax as bx
       >>> bx.games.extragradient()
       extragradient()
 
-    Source: Korpelevich 1976; Nemirovski, "Prox-method with rate of convergence O(1/t)" (SIAM J. Optimization 2004).
+    Source: Korpelevich 1976; Nemirovski, "Prox-method with rate of convergence O(1/t)" (SIAM J.
+    Optimization 2004).
     """
     return Play(Bound("init", _nothing), Bound("extragradient", _extragradient))
 
 
 def optimistic() -> Play:
-    """Every player follows a guess of the next gradient: ``z⁺ = z − a (2 v(z_t) − v(z_{t−1}))``; one evaluation a step.
+    """Every player follows a guess of the next gradient: ``z⁺ = z − a (2 v(z_t) − v(z_{t−1}))``;
+    one evaluation a step.
 
     Returns:
       A `Play`.
@@ -71,17 +78,20 @@ def optimistic() -> Play:
       >>> bx.games.optimistic()
       optimistic()
 
-    Source: Popov 1980; Daskalakis, Ilyas, Syrgkanis and Zeng, "Training GANs with optimism" (ICLR 2018).
+    Source: Popov 1980; Daskalakis, Ilyas, Syrgkanis and Zeng, "Training GANs with optimism" (ICLR
+    2018).
     """
     return Play(Bound("init", _last), Bound("optimistic", _optimistic))
 
 
 def symplectic(strength: float = 1.0, *, align: bool = True) -> Play:
-    """The field with the part that rotates it turned inwards: ``v + τ A'v`` with ``A = (J − J')/2``, ``J = ∂v/∂z``.
+    """The field with the part that rotates it turned inwards: ``v + τ A'v`` with ``A = (J −
+    J')/2``, ``J = ∂v/∂z``.
 
     Args:
       strength: τ.
-      align: τ takes the sign with which the adjustment is drawn to stable fixed points, and away from others.
+      align: τ takes the sign with which the adjustment is drawn to stable fixed points, and away
+        from others.
 
     Returns:
       A `Play`.
@@ -94,9 +104,12 @@ def symplectic(strength: float = 1.0, *, align: bool = True) -> Play:
       >>> bx.games.symplectic(0.5)
       symplectic(strength=0.5, align=True)
 
-    Source: Balduzzi et al., "The mechanics of n-player differentiable games" (ICML 2018), algorithm 1.
+    Source: Balduzzi et al., "The mechanics of n-player differentiable games" (ICML 2018), algorithm
+    1.
     """
-    settings = dict(strength=numbers.positive(strength, "strength"), align=numbers.flag(align, "align"))
+    settings = dict(
+        strength=numbers.positive(strength, "strength"), align=numbers.flag(align, "align")
+    )
     return Play(Bound("init", _nothing), Bound("symplectic", _symplectic, **settings))
 
 
@@ -107,7 +120,8 @@ def consensus(strength: float = 1.0) -> Play:
       strength: γ.
 
     Returns:
-      A `Play`. It is also drawn to points that are no equilibria, where the field vanishes at a maximum.
+      A `Play`. It is also drawn to points that are no equilibria, where the field vanishes at a
+      maximum.
 
     Raises:
       TypeError, ValueError: for a strength that is not a positive number.
@@ -119,7 +133,10 @@ def consensus(strength: float = 1.0) -> Play:
 
     Source: Mescheder, Nowozin and Geiger, "The numerics of GANs" (NeurIPS 2017), algorithm 2.
     """
-    return Play(Bound("init", _nothing), Bound("consensus", _consensus, strength=numbers.positive(strength, "strength")))
+    return Play(
+        Bound("init", _nothing),
+        Bound("consensus", _consensus, strength=numbers.positive(strength, "strength")),
+    )
 
 
 def _nothing(params: PyTree) -> tuple[Any, ...]:
@@ -148,10 +165,14 @@ def _optimistic(field: Any, move: Any, params: PyTree, opts: Any, memory: Any) -
     return *move(params, tree.add(seen[0], change), opts), (seen[0], jnp.asarray(True)), seen
 
 
-def _symplectic(field: Any, move: Any, params: PyTree, opts: Any, memory: Any, *, strength: Any, align: Any) -> Any:
+def _symplectic(
+    field: Any, move: Any, params: PyTree, opts: Any, memory: Any, *, strength: Any, align: Any
+) -> Any:
     v, pulled, seen = _transposed(field, params)
     _, pushed = jax.jvp(lambda z: field(z)[0], (params,), (v,))
-    turned = tree.scale(0.5, tree.sub(pulled, pushed))  # A'v; `pulled` is also the gradient of ½‖v‖²
+    turned = tree.scale(
+        0.5, tree.sub(pulled, pushed)
+    )  # A'v; `pulled` is also the gradient of ½‖v‖²
     signed: Any = strength
     if align:
         inwards = tree.dot(v, pulled) * tree.dot(turned, pulled)
@@ -159,7 +180,9 @@ def _symplectic(field: Any, move: Any, params: PyTree, opts: Any, memory: Any, *
     return *move(params, tree.axpy(signed, turned, v), opts), memory, seen
 
 
-def _consensus(field: Any, move: Any, params: PyTree, opts: Any, memory: Any, *, strength: Any) -> Any:
+def _consensus(
+    field: Any, move: Any, params: PyTree, opts: Any, memory: Any, *, strength: Any
+) -> Any:
     v, pulled, seen = _transposed(field, params)
     return *move(params, tree.axpy(strength, pulled, v), opts), memory, seen
 

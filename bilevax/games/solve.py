@@ -13,7 +13,18 @@ from bilevax import check, tree
 from bilevax._captured import hoisted
 from bilevax._core import optimizer
 from bilevax._core.transfers import by_intent
-from bilevax.base import Algorithm, Bound, Draw, Feed, InnerSolver, InnerState, Objective, PyTree, StepInfo, objective
+from bilevax.base import (
+    Algorithm,
+    Bound,
+    Draw,
+    Feed,
+    InnerSolver,
+    InnerState,
+    Objective,
+    PyTree,
+    StepInfo,
+    objective,
+)
 from bilevax.checkpoint import Checkpointing
 from bilevax.data.episodes import numbered
 from bilevax.data.sources import as_source
@@ -42,7 +53,9 @@ class Game(NamedTuple):
 
     @property
     def stream_draws(self) -> tuple[Draw | None, ...]:
-        """The draw of each player's stream, where it may find out its order beforehand: none needs to, for one batch a step."""
+        """The draw of each player's stream, where it may find out its order beforehand: none needs
+        to, for one batch a step.
+        """
         return (None,) * len(self.draws)
 
     def with_objectives(self, change: Callable[[Objective], Objective]) -> Game:
@@ -55,7 +68,9 @@ class Game(NamedTuple):
 
 
 class GameState(NamedTuple):
-    """Where a game stands: all players' parameters (``outer``), their optimizers' states, what the play remembers."""
+    """Where a game stands: all players' parameters (``outer``), their optimizers' states, what the
+    play remembers.
+    """
 
     inner: InnerState
     outer: dict[str, PyTree]
@@ -68,8 +83,12 @@ def _init(problem: Game, inner: InnerState, outer: dict[Any, Any], *, play: Play
     return GameState(inner, outer, opts, play.init(outer))
 
 
-def _step(problem: Game, state: GameState, feeds: tuple[Feed, ...], *, play: Play) -> tuple[GameState, StepInfo]:
-    contexts = {name: draw(feed, 0) for (name, draw), feed in zip(problem.draws.items(), feeds, strict=True)}
+def _step(
+    problem: Game, state: GameState, feeds: tuple[Feed, ...], *, play: Play
+) -> tuple[GameState, StepInfo]:
+    contexts = {
+        name: draw(feed, 0) for (name, draw), feed in zip(problem.draws.items(), feeds, strict=True)
+    }
 
     def field(params):
         directions, report = {}, {}
@@ -78,7 +97,9 @@ def _step(problem: Game, state: GameState, feeds: tuple[Feed, ...], *, play: Pla
             def own(mine, name=name, fn=fn):
                 return fn({**params, name: mine}, None, contexts[name])
 
-            (value, (_, aux)), directions[name] = jax.value_and_grad(own, has_aux=True)(params[name])
+            (value, (_, aux)), directions[name] = jax.value_and_grad(own, has_aux=True)(
+                params[name]
+            )
             report[name] = (value, aux)
         return directions, report
 
@@ -91,14 +112,21 @@ def _step(problem: Game, state: GameState, feeds: tuple[Feed, ...], *, play: Pla
                 moved[name] = problem.projections[name](moved[name])
         return moved, kept
 
-    params, opts, memory, (directions, report) = play.step(field, move, state.outer, state.opts, state.memory)
+    params, opts, memory, (directions, report) = play.step(
+        field, move, state.outer, state.opts, state.memory
+    )
     norms = {name: tree.norm(direction) for name, direction in directions.items()}
     norm = tree.norm(directions)
     top = list(report)[-1]
     value, aux = report[top]
     finite = jnp.all(jnp.stack([jnp.isfinite(value) for value, _ in report.values()]))
-    code = first(unless(finite, RESULTS.outer_nonfinite), unless(jnp.isfinite(norm), RESULTS.hypergradient_nonfinite))
-    diagnostics = {f"{name}/value": value for name, (value, _) in report.items()} | {f"{name}/grad_norm": size for name, size in norms.items()}
+    code = first(
+        unless(finite, RESULTS.outer_nonfinite),
+        unless(jnp.isfinite(norm), RESULTS.hypergradient_nonfinite),
+    )
+    diagnostics = {f"{name}/value": value for name, (value, _) in report.items()} | {
+        f"{name}/grad_norm": size for name, size in norms.items()
+    }
     info = StepInfo(value, norm, (state.inner, state.outer), code, diagnostics, aux)
     return GameState(state.inner, params, opts, memory), info
 
@@ -125,25 +153,30 @@ def solve_game(
     strict: bool | Collection[RESULTS] = False,
     throw: bool = True,
 ) -> Solution:
-    r"""Let players move at once until no one gains by moving alone: a Nash equilibrium of their objectives.
+    r"""Let players move at once until no one gains by moving alone: a Nash equilibrium of their
+    objectives.
 
     .. math::
-        z_i^* \in \operatorname{argmin}_{z_i} f_i(z_i, z_{-i}^*) \quad \text{for every player } i, \qquad v(z) = (\nabla_{z_i} f_i)_i
+        z_i^* \in \operatorname{argmin}_{z_i} f_i(z_i, z_{-i}^*) \quad
+        \text{for every player } i, \qquad v(z) = (\nabla_{z_i} f_i)_i
 
-    Each player minimizes; who maximizes has the objective with the other sign. The players are levels, as `solve_multilevel` takes
-    them: there the upper one counts on the lower one's answer (a Stackelberg game), here nobody counts on anything (hypergradients are
-    left out). What is reached is a stationary point of the play, which the history judges: ``grad_norm`` is the norm of the field.
-    The driver is that of `solve_bilevel`, and so is what is not explained here.
+    Each player minimizes; who maximizes has the objective with the other sign. The players are
+    levels, as `solve_multilevel` takes
+    them: there the upper one counts on the lower one's answer (a Stackelberg game), here nobody
+    counts on anything (hypergradients are left out). What is reached is a stationary point of the
+    play, which the history judges: ``grad_norm`` is the norm of the field. The driver is that of
+      `solve_bilevel`, and so is what is not explained here.
 
     Args:
-      levels: two or more `Level`, in any order. A player's `solver` is the optax transformation that moves it (or `inner.optax` of
-        one); `games.mirror` for weights on a simplex.
+      levels: two or more `Level`, in any order. A player's `solver` is the optax transformation
+        that moves it (or `inner.optax` of one); `games.mirror` for weights on a simplex.
       params: dict by player's name: where each starts.
       play: how they move; default `games.extragradient()`.
       data: dict by player's name, each entry as in `solve_bilevel`.
       num_steps: steps of all players.
       key: PRNG key; needed where data is sampled or an objective is keyed.
-      project: dict by player's name: functions that bring a player's parameters into their feasible set after each move.
+      project: dict by player's name: functions that bring a player's parameters into their feasible
+        set after each move.
       metrics: as in `solve_bilevel`; called with None, the dict of players, and the data.
       tol: stop where the norm of the field is at most `tol` times its first.
       state: as in `solve_bilevel`.
@@ -157,8 +190,9 @@ def solve_game(
       throw: as in `solve_bilevel`.
 
     Returns:
-      A `Solution` whose ``outer_params`` is the dict of all players, after the last step. ``value`` in the history is the last
-      player's objective; every player has ``"name/value"`` and ``"name/grad_norm"``.
+      A `Solution` whose ``outer_params`` is the dict of all players, after the last step. ``value``
+      in the history is the last player's objective; every player has ``"name/value"`` and
+      ``"name/grad_norm"``.
 
     Raises:
       TypeError, ValueError: for arguments that cannot work, before anything is compiled.
@@ -174,27 +208,46 @@ def solve_game(
       >>> [round(float(out.outer_params[name]), 3) + 0.0 for name in ("x", "y")]
       [0.0, -1.0]
 
-    Source: of the plays, there. On the two kinds of equilibrium: Fiez, Chasnov and Ratliff, "Implicit learning dynamics in Stackelberg games"
-    (ICML 2020).
+    Source: of the plays, there. On the two kinds of equilibrium: Fiez, Chasnov and Ratliff,
+    "Implicit learning dynamics in Stackelberg games" (ICML 2020).
     """
     names = _checked(levels)
     play = extragradient() if play is None else play
     if not isinstance(play, Play):
-        raise TypeError(f"play: got {check.describe(play)}; expected one of bx.games. Try bx.games.extragradient().")
+        raise TypeError(
+            f"play: got {check.describe(play)}; expected one of bx.games. Try "
+            "bx.games.extragradient()."
+        )
     options = check_options(
         num_steps, metrics, tol, "last", callbacks, progress, throw,
-        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict, name="solve_game",
+        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead,
+        strict=strict, name="solve_game",
     )  # fmt: skip
     if sharding is not None and (sharding.apart or sharding.mean):
         got = "tasks()" if sharding.apart else "mean=True"
-        raise ValueError(f"sharding: got {got} for a game; expected data_parallel(), fsdp() or by_path(...) there.")
+        raise ValueError(
+            f"sharding: got {got} for a game; expected data_parallel(), fsdp() or by_path(...) "
+            "there."
+        )
     if state is not None and not isinstance(state, RunState):
-        raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")
+        raise TypeError(
+            f"state: got {check.describe(state)}; expected solution.state of an earlier run, or "
+            "None."
+        )
     given, projections = check_names(data, names, "data"), check_names(project, names, "project")
     for name, fn in projections.items():
         if not callable(fn):
-            raise TypeError(f"project[{name!r}]: got {check.describe(fn)}; expected a function of the player's parameters.")
-    sources = dict(zip(names, numbered(tuple(as_source(given.get(n), f"data[{n!r}]") for n in names)), strict=True))
+            raise TypeError(
+                f"project[{name!r}]: got {check.describe(fn)}; expected a function of the player's "
+                "parameters."
+            )
+    sources = dict(
+        zip(
+            names,
+            numbered(tuple(as_source(given.get(n), f"data[{n!r}]") for n in names)),
+            strict=True,
+        )
+    )
     run_key = key if state is None else state.key
     check_key(levels, run_key, [n for n, s in sources.items() if run_key is None and needs_key(s)])
     floats, fixed = split_params(levels, params)
@@ -207,37 +260,89 @@ def solve_game(
     for level in levels:
         fn = objective(level.objective)
         bound = dataclasses.replace(fn, fn=Bound(fn.name, _bound, fn=fn.fn, fixed=fixed))
-        check.evaluate(bound, f"Level {level.name!r}, objective", floats, None, contexts[level.name])
+        check.evaluate(
+            bound, f"Level {level.name!r}, objective", floats, None, contexts[level.name]
+        )
         objectives[level.name] = hoisted(bound, floats, None, contexts[level.name])
-    held = {name: Bound("project", _projected, fn=fn, fixed=fixed[name]) for name, fn in projections.items()}
-    game = Game(objectives, {level.name: _optimizer(level) for level in levels}, {n: source_draw(s) for n, s in sources.items()}, held)
+    held = {
+        name: Bound("project", _projected, fn=fn, fixed=fixed[name])
+        for name, fn in projections.items()
+    }
+    game = Game(
+        objectives,
+        {level.name: _optimizer(level) for level in levels},
+        {n: source_draw(s) for n, s in sources.items()},
+        held,
+    )
     if options.metrics is not None:
-        measured = check_metrics(options.metrics, None, floats, None, {"value", "grad_norm", "code", "warnings", "aux"})
+        measured = check_metrics(
+            options.metrics, None, floats, None, {"value", "grad_norm", "code", "warnings", "aux"}
+        )
         options = options._replace(metrics=measured)
-    value = jax.eval_shape(lambda p, ctx: objectives[names[-1]](p, None, ctx)[0], floats, contexts[names[-1]])
-    algorithm = Algorithm(Bound("game", _init, play=play), Bound("game", _step, play=play), (1,) * len(names))  # type: ignore[arg-type]
-    functions = {f"objective of player {name!r}": (objectives[name], (floats, None, contexts[name])) for name in names}
+    value = jax.eval_shape(
+        lambda p, ctx: objectives[names[-1]](p, None, ctx)[0], floats, contexts[names[-1]]
+    )
+    algorithm = Algorithm(
+        Bound("game", _init, play=play),
+        Bound("game", _step, play=play),
+        (1,) * len(names),  # type: ignore[arg-type]
+    )
+    functions = {
+        f"objective of player {name!r}": (objectives[name], (floats, None, contexts[name]))
+        for name in names
+    }
     named = {f"data[{name!r}]": source for name, source in sources.items()}
-    return drive(ready(game, algorithm, named, InnerState(None), floats, (None, fixed), key, state, value.dtype, options, functions))
+    return drive(
+        ready(
+            game,
+            algorithm,
+            named,
+            InnerState(None),
+            floats,
+            (None, fixed),
+            key,
+            state,
+            value.dtype,
+            options,
+            functions,
+        )
+    )
 
 
 def _checked(levels: Any) -> list[str]:
     """The players' names."""
-    if isinstance(levels, Level) or not isinstance(levels, Sequence) or not all(isinstance(level, Level) for level in levels):
-        raise TypeError(f"levels: got {check.describe(levels)}; expected a sequence of Level, a player each.")
+    if (
+        isinstance(levels, Level)
+        or not isinstance(levels, Sequence)
+        or not all(isinstance(level, Level) for level in levels)
+    ):
+        raise TypeError(
+            f"levels: got {check.describe(levels)}; expected a sequence of Level, a player each."
+        )
     if len(levels) < 2:
-        raise ValueError(f"levels: got {len(levels)}; expected two or more. One player alone is an ordinary optimization.")
+        raise ValueError(
+            f"levels: got {len(levels)}; expected two or more. One player alone is an ordinary "
+            "optimization."
+        )
     names = [level.name for level in levels]
     for level in levels:
         if names.count(level.name) > 1:
-            raise ValueError(f"levels: got the name {level.name!r} {names.count(level.name)} times; expected a name of its own for each player.")
+            raise ValueError(
+                f"levels: got the name {level.name!r} {names.count(level.name)} times; expected a "
+                "name of its own for each player."
+            )
         if level.every > 1 or level.look_ahead or level.freeze:
             raise ValueError(
-                f"Level {level.name!r}: got every={level.every}, look_ahead={level.look_ahead}, freeze={level.freeze}; expected none of them for a "
-                "player, who moves with all others. A player that stands still is a constant: leave it out."
+                f"Level {level.name!r}: got every={level.every}, look_ahead={level.look_ahead}, "
+                f"freeze={level.freeze}; expected none of them for a "
+                "player, who moves with all others. A player that stands still is a constant: "
+                "leave it out."
             )
         if getattr(level.objective, "stateful", False):
-            raise ValueError(f"Level {level.name!r}, objective: got a stateful one; expected none in a game. Try frozen statistics.")
+            raise ValueError(
+                f"Level {level.name!r}, objective: got a stateful one; expected none in a game. "
+                "Try frozen statistics."
+            )
     return names
 
 
@@ -246,7 +351,10 @@ def _optimizer(level: Level) -> Any:
     if not isinstance(level.solver, InnerSolver):
         return level.solver
     if level.solver.update is None or level.solver.sees_outer:
-        raise TypeError(f"Level {level.name!r}, solver: got {level.solver!r}; expected an optax transformation. Try optax.sgd(0.1).")
+        raise TypeError(
+            f"Level {level.name!r}, solver: got {level.solver!r}; expected an optax "
+            "transformation. Try optax.sgd(0.1)."
+        )
     return _Transformation(level.solver.init, level.solver.update)
 
 

@@ -17,4 +17,16 @@ def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = ["black_box", "finite_difference", "fixed_point", "forward", "implicit", "kkt", "one_step", "sama", "shine", "unrolled", "zeroth_order"]
+__all__ = [
+    "black_box",
+    "finite_difference",
+    "fixed_point",
+    "forward",
+    "implicit",
+    "kkt",
+    "one_step",
+    "sama",
+    "shine",
+    "unrolled",
+    "zeroth_order",
+]

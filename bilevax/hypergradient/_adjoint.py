@@ -1,4 +1,6 @@
-"""What the methods that solve an adjoint system share: refusals, and how a linear solver's word becomes theirs."""
+"""What the methods that solve an adjoint system share: refusals, and how a linear solver's word
+becomes theirs.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,8 @@ from bilevax.base import Ctx, Linear, LinearInfo, LinearSolver, Objective, PyTre
 from bilevax.linear.preconditioner import Point
 from bilevax.results import RESULTS, first, warning
 
-ROUGH = 0.1  # residual above which an adjoint is called rough where its solver has no tolerance of its own
+# residual above which an adjoint is called rough where its solver has no tolerance of its own
+ROUGH = 0.1
 
 
 def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tuple[Linear, Any]:
@@ -23,20 +26,28 @@ def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tup
         max_residual = numbers.positive(max_residual, "max_residual", infinite=True, example=0.5)
     linear = default if linear is None else linear
     if not callable(linear):
-        raise TypeError(f"linear: got {numbers.shown(linear)}; expected a solver (matvec, b, x0) -> (x, info), such as linear.cg(maxiter=20).")
+        raise TypeError(
+            f"linear: got {numbers.shown(linear)}; expected a solver (matvec, b, x0) -> (x, info), "
+            "such as linear.cg(maxiter=20)."
+        )
     numbers.takes(linear, "linear", "(matvec, b, x0) -> (x, info)")
     return as_linear(linear), max_residual
 
 
 def point(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, damping: Any) -> Point:
-    """What a linear solver may know of the system beyond products: the inner objective, and how a user's function is called like it."""
+    """What a linear solver may know of the system beyond products: the inner objective, and how a
+    user's function is called like it.
+    """
     like = jax.tree.map(jnp.shape, params)
 
     def value(params: PyTree, batch: PyTree) -> Any:
         return objective(params, outer, ctx._replace(batch=batch))[0]
 
     def call(fn: Callable[..., Any], first: PyTree, batch: PyTree, key: Any = None) -> Any:
-        inner = jax.tree.structure(first) == jax.tree.structure(params) and jax.tree.map(jnp.shape, first) == like
+        inner = (
+            jax.tree.structure(first) == jax.tree.structure(params)
+            and jax.tree.map(jnp.shape, first) == like
+        )
 
         def called(given: PyTree, *rest: Any, **keywords: Any) -> Any:
             found = fn(given if inner else first, *rest, **keywords)
@@ -49,8 +60,12 @@ def point(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, damping
     return Point(value, params, ctx.batch, call, damping)
 
 
-def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual: Any, **entries: Any) -> dict[str, Scalar]:
-    """The info of a pullback: a rough adjoint is a warning, and one that no number came of a failure."""
+def report(
+    info: dict[str, Scalar], linear_info: LinearInfo, max_residual: Any, **entries: Any
+) -> dict[str, Scalar]:
+    """The info of a pullback: a rough adjoint is a warning, and one that no number came of a
+    failure.
+    """
     code, warnings = verdict(linear_info, max_residual)
     iterations = jnp.asarray(linear_info.iterations, jnp.int32)
     given = {
@@ -65,9 +80,18 @@ def report(info: dict[str, Scalar], linear_info: LinearInfo, max_residual: Any, 
 
 
 def through_fixed_point(
-    mapping: Any, linear: LinearSolver, solution: Any, outer: PyTree, info: Any, w: Any, start: Any, max_residual: Any
+    mapping: Any,
+    linear: LinearSolver,
+    solution: Any,
+    outer: PyTree,
+    info: Any,
+    w: Any,
+    start: Any,
+    max_residual: Any,
 ) -> tuple[Any, ...]:
-    """The pullback of a fixed point of ``mapping(inner, outer)``: the outer cotangent, the adjoint, the info."""
+    """The pullback of a fixed point of ``mapping(inner, outer)``: the outer cotangent, the adjoint,
+    the info.
+    """
 
     def image(inner, outer):
         return jax.tree.map(lambda new, old: new.astype(old.dtype), mapping(inner, outer), inner)
@@ -81,9 +105,11 @@ def through_fixed_point(
 def verdict(linear_info: LinearInfo, max_residual: Any) -> tuple[Scalar, Scalar]:
     """A linear solver's word as ``(code, warnings)``.
 
-    Failures: a residual that is not finite, and a breakdown that left nothing better than a zero adjoint.
-    Warnings: a residual above `max_residual`, negative curvature, a breakdown. With ``max_residual=None`` the
-    solver's own tolerance counts (down to what rounding allows), and `ROUGH` for solvers that have none.
+    Failures: a residual that is not finite, and a breakdown that left nothing better than a zero
+      adjoint.
+    Warnings: a residual above `max_residual`, negative curvature, a breakdown. With
+    ``max_residual=None`` the solver's own tolerance counts (down to what rounding allows), and
+    `ROUGH` for solvers that have none.
     """
     residual, said = linear_info.residual, linear_info.code
     if max_residual is None:
@@ -92,8 +118,16 @@ def verdict(linear_info: LinearInfo, max_residual: Any) -> tuple[Scalar, Scalar]
     else:
         rough = residual > max_residual
     broken, negative = said == RESULTS.adjoint_breakdown, said == RESULTS.negative_curvature
-    nothing = broken & ~(residual < 1) | negative & ~jnp.isfinite(residual) | (said == RESULTS.adjoint_nonfinite)
-    code = jnp.where(jnp.isfinite(residual), jnp.int32(RESULTS.success), jnp.int32(RESULTS.adjoint_nonfinite))
+    nothing = (
+        broken & ~(residual < 1)
+        | negative & ~jnp.isfinite(residual)
+        | (said == RESULTS.adjoint_nonfinite)
+    )
+    code = jnp.where(
+        jnp.isfinite(residual), jnp.int32(RESULTS.success), jnp.int32(RESULTS.adjoint_nonfinite)
+    )
     code = jnp.where(nothing, said, code)
-    warnings = warning(rough, RESULTS.adjoint_not_converged) | warning(broken, RESULTS.adjoint_breakdown)
+    warnings = warning(rough, RESULTS.adjoint_not_converged) | warning(
+        broken, RESULTS.adjoint_breakdown
+    )
     return code, warnings | warning(negative, RESULTS.negative_curvature)

@@ -1,11 +1,13 @@
-"""The mixed-mode rule: an objective whose gradient is differentiated forward over reverse, whoever asks for that gradient.
+"""The mixed-mode rule: an objective whose gradient is differentiated forward over reverse, whoever
+asks for that gradient.
 
-Reverse mode through a gradient keeps what the gradient's own forward and backward pass computed and walks it a second time. The cotangent `u` of
-``∇_y g`` needs only ``(∇²_yy g·u, ∇²_xy g·u)``, a directional derivative of ``∇_(y,x) g``: one forward sweep beside the gradient,
-which keeps nothing.
+Reverse mode through a gradient keeps what the gradient's own forward and backward pass computed and
+walks it a second time. The cotangent `u` of ``∇_y g`` needs only ``(∇²_yy g·u, ∇²_xy g·u)``, a
+directional derivative of ``∇_(y,x) g``: one forward sweep beside the gradient, which keeps nothing.
 
-The gradient that a step takes is named, so that whoever runs the step again can keep it. It is then an operand of the optimizer's update on the way
-back and not taken a second time: the compiler does not merge it with the one inside the directional derivative.
+The gradient that a step takes is named, so that whoever runs the step again can keep it. It is then
+an operand of the optimizer's update on the way back and not taken a second time: the compiler does
+not merge it with the one inside the directional derivative.
 """
 
 from __future__ import annotations
@@ -27,19 +29,36 @@ GRADIENT = "bilevax_inner_gradient"  # what a rematerialisation policy may save
 def mixed(objective: Objective) -> Objective:
     """`objective` with the rule attached: its value and its first derivatives are the same numbers.
 
-    ``jax.grad`` and ``jax.value_and_grad`` of it with respect to the inner parameters are picked up. Any further derivative of that is exact;
-    forward mode of it (``jax.jvp`` through the solve) is refused by JAX, a custom reverse rule having none.
+    ``jax.grad`` and ``jax.value_and_grad`` of it with respect to the inner parameters are picked
+    up. Any further derivative of that is exact; forward mode of it (``jax.jvp`` through the solve)
+    is refused by JAX, a custom reverse rule having none.
     """
-    # All flags on, so that batch, model state and key reach the rule as arguments, whatever of them the user's function reads.
-    return Objective(Bound(objective.name, _evaluate, objective=objective), True, True, True, indexed=True)
+    # All flags on, so that batch, model state and key reach the rule as arguments, whatever of them
+    # the user's function reads.
+    return Objective(
+        Bound(objective.name, _evaluate, objective=objective), True, True, True, indexed=True
+    )
 
 
-def _evaluate(inner: PyTree, outer: PyTree, batch: PyTree, model: PyTree, *, key: Any, inner_step: Any, objective: Objective) -> Any:
+def _evaluate(
+    inner: PyTree,
+    outer: PyTree,
+    batch: PyTree,
+    model: PyTree,
+    *,
+    key: Any,
+    inner_step: Any,
+    objective: Objective,
+) -> Any:
     ctx = Ctx(batch, key, model, inner_step=inner_step)
-    # A fresh function each time: JAX remembers traces by function, and a remembered one may have captured tracers of a trace that has ended.
-    closed, shape = jax.make_jaxpr(lambda inner, outer, ctx: objective(inner, outer, ctx), return_shape=True)(inner, outer, ctx)
+    # A fresh function each time: JAX remembers traces by function, and a remembered one may have
+    # captured tracers of a trace that has ended.
+    closed, shape = jax.make_jaxpr(
+        lambda inner, outer, ctx: objective(inner, outer, ctx), return_shape=True
+    )(inner, outer, ctx)
     rule = _Static(closed.jaxpr, jax.tree.structure(shape))
-    # What the user's function captured (closed-over arrays, bound settings) are operands here, so it may be traced and differentiated.
+    # What the user's function captured (closed-over arrays, bound settings) are operands here, so
+    # it may be traced and differentiated.
     return _objective(rule, inner, (outer, ctx, list(closed.consts)))
 
 
@@ -57,7 +76,9 @@ class _Static(NamedTuple):
 
 @jax.tree_util.register_static
 class _Flags(tuple[Any, ...]):
-    """Which leaves are being differentiated; rides along with the residuals without becoming an array."""
+    """Which leaves are being differentiated; rides along with the residuals without becoming an
+    array.
+    """
 
 
 def _is_zero(a: Any) -> bool:
@@ -66,9 +87,13 @@ def _is_zero(a: Any) -> bool:
 
 def _unwrap(primals: Any) -> tuple[PyTree, _Flags]:
     """Values and flags of what a forward rule is given under ``symbolic_zeros``."""
-    is_primal = lambda a: isinstance(a, jax.custom_derivatives.CustomVJPPrimal)  # by type: an nnx.Variable answers hasattr for its value
+    is_primal = lambda a: isinstance(
+        a, jax.custom_derivatives.CustomVJPPrimal
+    )  # by type: an nnx.Variable answers hasattr for its value
     wrapped = jax.tree.leaves(primals, is_leaf=is_primal)
-    return jax.tree.map(lambda a: a.value, primals, is_leaf=is_primal), _Flags(a.perturbed for a in wrapped)
+    return jax.tree.map(lambda a: a.value, primals, is_leaf=is_primal), _Flags(
+        a.perturbed for a in wrapped
+    )
 
 
 def _choose(flags: Any, a: PyTree) -> list[Any]:
@@ -79,7 +104,9 @@ def _place(flags: Any, like: PyTree, chosen: list[Any]) -> PyTree:
     """`chosen` at the flagged leaves of `like`, None (a zero cotangent) at the others."""
     values = iter(chosen)
     leaves, treedef = jax.tree.flatten(like)
-    return treedef.unflatten([next(values) if flag else None for flag, _ in zip(flags, leaves, strict=True)])
+    return treedef.unflatten(
+        [next(values) if flag else None for flag, _ in zip(flags, leaves, strict=True)]
+    )
 
 
 def _moving(rule: _Static, operands: PyTree, flags: Any) -> Any:
@@ -88,7 +115,11 @@ def _moving(rule: _Static, operands: PyTree, flags: Any) -> Any:
 
     def fn(moved: list[Any]):
         values = iter(moved)
-        return rule(*treedef.unflatten([next(values) if flag else leaf for flag, leaf in zip(flags, leaves, strict=True)]))
+        return rule(
+            *treedef.unflatten(
+                [next(values) if flag else leaf for flag, leaf in zip(flags, leaves, strict=True)]
+            )
+        )
 
     return fn, _choose(flags, operands)
 
@@ -117,12 +148,17 @@ def _gradient_bwd(rule: Any, residuals: Any, cotangents: Any) -> Any:
     assert len(direction) == count
     if all(map(_is_zero, direction)):
         fn, moved = _moving(rule, (inner, rest), flags)
-        total, first = None, (None if _is_zero(value_cotangent) else jax.grad(fn, has_aux=True)(moved)[0])
+        total, first = (
+            None,
+            (None if _is_zero(value_cotangent) else jax.grad(fn, has_aux=True)(moved)[0]),
+        )
     else:
         u = jax.tree.map(_instantiate, u, is_leaf=_is_zero)
         first, total = _directional(rule, inner, rest, flags, u, extras_cotangent)
         extras = False  # pulled along
-    if not _is_zero(value_cotangent):  # the gradient itself comes free with its directional derivative
+    if not _is_zero(
+        value_cotangent
+    ):  # the gradient itself comes free with its directional derivative
         scaled = tree.scale(value_cotangent, first)
         total = scaled if total is None else tree.add(total, scaled)
     if extras:
@@ -136,11 +172,14 @@ def _gradient_bwd(rule: Any, residuals: Any, cotangents: Any) -> Any:
 _gradient.defvjp(_gradient_fwd, _gradient_bwd, symbolic_zeros=True)
 
 
-def _directional(rule: Any, inner: PyTree, rest: Any, flags: Any, u: Any, extras_cotangent: Any) -> Any:
-    """``∇ g`` with respect to all that moves, the inner parameters included, and its derivative along `u`.
+def _directional(
+    rule: Any, inner: PyTree, rest: Any, flags: Any, u: Any, extras_cotangent: Any
+) -> Any:
+    """``∇ g`` with respect to all that moves, the inner parameters included, and its derivative
+    along `u`.
 
-    The pullback of model state and aux is added to the latter: they are weighed into the value by an amount that grows
-    from zero, so that one forward sweep gives both.
+    The pullback of model state and aux is added to the latter: they are weighed into the value by
+    an amount that grows from zero, so that one forward sweep gives both.
     """
     keep, cotangent = _moved_extras(extras_cotangent)
 
@@ -149,7 +188,11 @@ def _directional(rule: Any, inner: PyTree, rest: Any, flags: Any, u: Any, extras
 
         def weighed(moved):
             value, extras = fn(moved)
-            return value + amount * tree.dot(_choose(keep, extras), cotangent).astype(value.dtype) if cotangent else value
+            return (
+                value + amount * tree.dot(_choose(keep, extras), cotangent).astype(value.dtype)
+                if cotangent
+                else value
+            )
 
         return jax.grad(weighed)(moved)
 
@@ -171,7 +214,9 @@ def _instantiate(a: Any) -> Any:
 
 
 def _pull_extras(rule: Any, inner: PyTree, rest: Any, flags: Any, cotangent: PyTree) -> Any:
-    """Reverse mode through model state and aux: what a stateful objective hands to its next step."""
+    """Reverse mode through model state and aux: what a stateful objective hands to its next
+    step.
+    """
     fn, moved = _moving(rule, (inner, rest), flags)
     keep, chosen = _moved_extras(cotangent)
     _, pull = jax.vjp(lambda moved: _choose(keep, fn(moved)[1]), moved)
@@ -197,7 +242,9 @@ def _objective_bwd(rule: Any, residuals: Any, cotangents: Any) -> Any:
     value_cotangent, extras_cotangent = cotangents
     count = len(jax.tree.leaves(inner))
     extras = not all(map(_is_zero, jax.tree.leaves(extras_cotangent, is_leaf=_is_zero)))
-    if not extras and not any(flags[count:]):  # what solvers ask for: the value, with respect to the inner parameters
+    if not extras and not any(
+        flags[count:]
+    ):  # what solvers ask for: the value, with respect to the inner parameters
         if _is_zero(value_cotangent):
             return None, None
         return tree.scale(value_cotangent, gradient), None

@@ -22,8 +22,11 @@ def exact(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTre
     return apart(lambda inner, q: jax.jvp(outer_gradient, (inner,), (q,))[1], inner, q)
 
 
-def central_difference(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTree, radius: Scalar) -> tuple[PyTree, Scalar]:
-    """``[∇_x g(y + εq) − ∇_x g(y − εq)] / 2ε`` with ``ε = radius / ‖q‖``, both in the one context, and a mask of warnings.
+def central_difference(
+    objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, q: PyTree, radius: Scalar
+) -> tuple[PyTree, Scalar]:
+    """``[∇_x g(y + εq) − ∇_x g(y − εq)] / 2ε`` with ``ε = radius / ‖q‖``, both in the one context,
+    and a mask of warnings.
 
     For ``q = 0`` both points are `y`, and the product is exactly zero.
     """
@@ -34,7 +37,9 @@ def central_difference(objective: Objective, inner: PyTree, outer: PyTree, ctx: 
         return jax.grad(objective, 1, has_aux=True)(inner, outer, ctx)[0]
 
     up, down = tree.axpy(eps, q, inner), tree.axpy(-eps, q, inner)
-    product = tree.scale(size / (2 * radius), tree.sub(apart(outer_gradient, up), apart(outer_gradient, down)))
+    product = tree.scale(
+        size / (2 * radius), tree.sub(apart(outer_gradient, up), apart(outer_gradient, down))
+    )
     # In half precision a displacement may round away, and the difference with it.
     error = tree.norm(tree.axpy(-2 * eps, q, tree.sub(up, down)))
     lost = jnp.isfinite(size) & (error > 0.2 * radius)

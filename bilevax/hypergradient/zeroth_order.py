@@ -15,41 +15,54 @@ from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pul
 from bilevax.hypergradient._solve import forward_with
 
 
-def zeroth_order(samples: int = 16, scale: Numeric = 1e-2, *, antithetic: bool = True, chunk: int | None = None) -> Hypergradient:
+def zeroth_order(
+    samples: int = 16, scale: Numeric = 1e-2, *, antithetic: bool = True, chunk: int | None = None
+) -> Hypergradient:
     r"""The derivative of a Gaussian-smoothed solution map, by solves at perturbed outer parameters.
 
     .. math::
-        dx = \frac{1}{Q} \sum_{j=1}^{Q} u_j \Big\langle w, \frac{y_K(x + \mu u_j) - y_K(x - \mu u_j)}{2\mu} \Big\rangle, \qquad u_j \sim N(0, I)
+        dx = \frac{1}{Q} \sum_{j=1}^{Q} u_j \Big\langle w,
+        \frac{y_K(x + \mu u_j) - y_K(x - \mu u_j)}{2\mu} \Big\rangle, \qquad u_j \sim N(0, I)
 
-    Unbiased for the derivative of ``E[y_K(x + μu)]``, where ``y_K`` is what the solver's K steps make of their start: right for any solver,
-    through loops, kinks and code without derivatives, at a variance that grows with the number of outer parameters. Each solve sees the same
-    batches, the same keys and the same start.
+    Unbiased for the derivative of ``E[y_K(x + μu)]``, where ``y_K`` is what the solver's K steps
+    make of their start: right for any solver, through loops, kinks and code without derivatives, at
+    a variance that grows with the number of outer parameters. Each solve sees the same batches, the
+    same keys and the same start.
 
     Args:
       samples: directions Q. Each costs two solves, one if not antithetic.
-      scale: μ, the width of the smoothing. Large values (evolution strategies) see over small bumps; too small a one drowns in rounding.
-      antithetic: mirrored pairs. Otherwise differences to the unperturbed solve, half as costly and of larger variance.
+      scale: μ, the width of the smoothing. Large values (evolution strategies) see over small
+        bumps; too small a one drowns in rounding.
+      antithetic: mirrored pairs. Otherwise differences to the unperturbed solve, half as costly and
+        of larger variance.
       chunk: directions solved at once; None for all. Fewer need less memory.
 
     Returns:
-      A `Hypergradient`. It draws, so it needs ``key=``; its info has ``gradients`` (those of the extra solves), ``hvps`` and ``mixed_products``
-      (none), and ``spread``, the standard error of the estimate's norm.
+      A `Hypergradient`. It draws, so it needs ``key=``; its info has ``gradients`` (those of the
+      extra solves), ``hvps`` and ``mixed_products`` (none), and ``spread``, the standard error of
+      the estimate's norm.
 
     Raises:
-      TypeError, ValueError: for arguments of another kind or outside their range; when called without a key.
+      TypeError, ValueError: for arguments of another kind or outside their range; when called
+        without a key.
 
     Examples:
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> inner = lambda y, x, batch: jnp.sum((y - x) ** 2) / 2
       >>> outer = lambda y, x, batch: jnp.sum(y)
       >>> solver = bx.inner.optax(optax.sgd(0.5), steps=2)
-      >>> fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=bx.hypergradient.zeroth_order(samples=500))
-      >>> bool(abs(fn(jnp.zeros(1), jnp.ones(1), key=jax.random.key(0)).grad[0] - 0.75) < 0.15)  # 1 - 0.5**2, give or take
+      >>> fn = bx.value_and_hypergrad(
+      ...     inner, outer, solver=solver, hypergradient=bx.hypergradient.zeroth_order(samples=500)
+      ... )
+      >>> bool(
+      ...     abs(fn(jnp.zeros(1), jnp.ones(1), key=jax.random.key(0)).grad[0] - 0.75) < 0.15
+      ... )  # 1 - 0.5**2, give or take
       True
 
-    Source: Nesterov and Spokoiny, "Random gradient-free minimization of convex functions" (2017); Sow, Ji and Liang, "On the convergence
-    theory for Hessian-free bilevel algorithms" (NeurIPS 2022, PZOBO); Salimans et al., "Evolution strategies as a scalable alternative to
-    reinforcement learning" (2017), on antithetic pairs.
+    Source: Nesterov and Spokoiny, "Random gradient-free minimization of convex functions" (2017);
+    Sow, Ji and Liang, "On the convergence theory for Hessian-free bilevel algorithms" (NeurIPS
+    2022, PZOBO); Salimans et al., "Evolution strategies as a scalable alternative to reinforcement
+    learning" (2017), on antithetic pairs.
     """
     settings = dict(
         samples=numbers.count(samples, "samples"),
@@ -57,7 +70,14 @@ def zeroth_order(samples: int = 16, scale: Numeric = 1e-2, *, antithetic: bool =
         antithetic=numbers.flag(antithetic, "antithetic"),
         chunk=None if chunk is None else numbers.count(chunk, "chunk"),
     )
-    return Hypergradient(init=_init, vjp=Bound("zeroth_order", _vjp, **settings), order=1, extends=False, sees_settings=True, batches=0)
+    return Hypergradient(
+        init=_init,
+        vjp=Bound("zeroth_order", _vjp, **settings),
+        order=1,
+        extends=False,
+        sees_settings=True,
+        batches=0,
+    )
 
 
 def _init(inner: PyTree) -> Any:
@@ -79,7 +99,10 @@ def _vjp(
 ) -> tuple[InnerState, Pullback]:
     key = ctx.key
     if key is None:
-        raise ValueError("key: got None although hypergradient.zeroth_order draws directions; expected a PRNG key. Try key=jax.random.key(0).")
+        raise ValueError(
+            "key: got None although hypergradient.zeroth_order draws directions; expected a PRNG "
+            "key. Try key=jax.random.key(0)."
+        )
     solution, info, _ = forward_with(lower, inner_state, outer, feed)
 
     def solve(direction, sign):
@@ -96,9 +119,15 @@ def _vjp(
         keys = jax.random.split(jax.random.fold_in(key, 0x5A), samples)
         terms = lax.map(one, keys, batch_size=min(samples, chunk or samples))
         mean = jax.tree.map(lambda a: jnp.mean(a, axis=0), terms)
-        squares = jnp.mean(jax.vmap(lambda term: tree.dot(term, term))(terms)) - tree.dot(mean, mean)
+        squares = jnp.mean(jax.vmap(lambda term: tree.dot(term, term))(terms)) - tree.dot(
+            mean, mean
+        )
         solves = samples * (2 if antithetic else 1)
-        steps = info["inner_iterations"] if "inner_iterations" in info else jnp.int32(lower.solver.steps)
+        steps = (
+            info["inner_iterations"]
+            if "inner_iterations" in info
+            else jnp.int32(lower.solver.steps)
+        )
         report = {
             **info,
             "gradients": solves * jnp.asarray(steps, jnp.int32),

@@ -18,5 +18,6 @@ def __dir__() -> list[str]:
 
 
 __all__ = [
-    "agd", "black_box", "fixed_point", "gradient_descent", "jaxopt", "lbfgs", "optax", "optimistix", "proximal_map", "qp", "sqp", "tunable",
+    "agd", "black_box", "fixed_point", "gradient_descent", "jaxopt", "lbfgs", "optax",
+    "optimistix", "proximal_map", "qp", "sqp", "tunable",
 ]  # fmt: skip

@@ -1,4 +1,6 @@
-"""What adapters of other libraries' solvers share: whose promotion rules hold where, and how a solve ends."""
+"""What adapters of other libraries' solvers share: whose promotion rules hold where, and how a
+solve ends.
+"""
 
 from __future__ import annotations
 
@@ -24,8 +26,13 @@ def lenient() -> Iterator[None]:
 
 
 def own_rules(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The user's `fn` under the promotion rules that hold now, by which it was written, wherever it is called."""
-    promotion, rank = (getattr(jax.config, name) for name in ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion"))
+    """The user's `fn` under the promotion rules that hold now, by which it was written, wherever it
+    is called.
+    """
+    promotion, rank = (
+        getattr(jax.config, name)
+        for name in ("jax_numpy_dtype_promotion", "jax_numpy_rank_promotion")
+    )
 
     @functools.wraps(fn)  # some libraries look which parameters it has
     def called(*args: Any, **kwargs: Any) -> Any:
@@ -36,11 +43,20 @@ def own_rules(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def ended(
-    objective: base.Objective, state: base.InnerState, found: PyTree, outer: PyTree, ctx: base.Ctx, solved: Scalar, iterations: Scalar, **said: Scalar
+    objective: base.Objective,
+    state: base.InnerState,
+    found: PyTree,
+    outer: PyTree,
+    ctx: base.Ctx,
+    solved: Scalar,
+    iterations: Scalar,
+    **said: Scalar,
 ) -> tuple[base.InnerState, dict[str, Scalar]]:
-    """The solver's step at what was `found`, which is `solved` or not; one that left the finite numbers gives the point that it began at.
+    """The solver's step at what was `found`, which is `solved` or not; one that left the finite
+    numbers gives the point that it began at.
 
-    The info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations`` and ``code``, and what is `said` instead.
+    The info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations`` and ``code``,
+    and what is `said` instead.
     """
     params = jax.tree.map(tolerance.like, found, state.params)
     point = tolerance.evaluate(objective, params, outer, ctx)

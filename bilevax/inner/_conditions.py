@@ -1,4 +1,6 @@
-"""What holds at a point of a constrained lower level: which inequalities are active, which only just, and whether they depend on each other."""
+"""What holds at a point of a constrained lower level: which inequalities are active, which only
+just, and whether they depend on each other.
+"""
 
 from __future__ import annotations
 
@@ -14,7 +16,9 @@ from bilevax.inner._mapping import bound_like
 from bilevax.results import RESULTS, warning
 
 ENTRIES = 4_000_000  # of the constraints' Jacobian, up to which it is written out
-WEAK = 0.4  # a constraint is weakly active where its slack and its multiplier are both below eps to this power: 6e-7, in float32 2e-3
+# a constraint is weakly active where its slack and its multiplier are both below eps to this power:
+# 6e-7, in float32 2e-3
+WEAK = 0.4
 
 
 class Active(NamedTuple):
@@ -34,8 +38,8 @@ class Active(NamedTuple):
 def lagrangian(objective: Objective, constraints: Objective) -> Any:
     r"""A function whose stationary point in ``(y, λ, μ)`` is the solution with its multipliers.
 
-    ``g + λ'c + (a∘μ)'h − ½‖(1 − a)∘μ‖²`` with the mask `a` of active inequalities: zero derivatives are stationarity, the constraints,
-    ``h = 0`` where active and ``μ = 0`` elsewhere.
+    ``g + λ'c + (a∘μ)'h − ½‖(1 − a)∘μ‖²`` with the mask `a` of active inequalities: zero derivatives
+    are stationarity, the constraints, ``h = 0`` where active and ``μ = 0`` elsewhere.
     """
 
     def value(point, outer, mask, ctx: Ctx):
@@ -51,12 +55,18 @@ def lagrangian(objective: Objective, constraints: Objective) -> Any:
 
 
 def active(
-    objective: Objective, constraints: Objective, inner: PyTree, outer: PyTree, ctx: Ctx, multipliers: PyTree | None, near: float = 1e-3
+    objective: Objective,
+    constraints: Objective,
+    inner: PyTree,
+    outer: PyTree,
+    ctx: Ctx,
+    multipliers: PyTree | None,
+    near: float = 1e-3,
 ) -> Active:
     """The active inequalities at a point.
 
-    With multipliers: those whose multiplier is more of what holds the point than their slack is of its way. Without: those whose boundary is no
-    further than `near` times the size of the point.
+    With multipliers: those whose multiplier is more of what holds the point than their slack is of
+    its way. Without: those whose boundary is no further than `near` times the size of the point.
     """
     limited, dtype = bound_like(constraints, objective), dense_dtype(inner)
     start = vector(inner, dtype)
@@ -80,8 +90,11 @@ def active(
         mask, weak = way <= near * reach, jnp.zeros((), bool)
         meeting = mask
     else:
-        # What holds the point: the gradient, which may be the difference of larger forces, as its change towards the origin tells.
-        gradient, bent = jax.jvp(jax.grad(lambda y: objective(y, outer, ctx)[0]), (inner,), (inner,))
+        # What holds the point: the gradient, which may be the difference of larger forces, as its
+        # change towards the origin tells.
+        gradient, bent = jax.jvp(
+            jax.grad(lambda y: objective(y, outer, ctx)[0]), (inner,), (inner,)
+        )
         pulls = [jnp.sqrt(jnp.sum(vector(force, dtype) ** 2)) for force in (gradient, bent)]
         held = vector(multipliers[1], dtype) * lengths[1]
         force = _positive(jnp.maximum(jnp.maximum(*pulls), jnp.max(jnp.abs(held), initial=0.0)))
@@ -90,10 +103,17 @@ def active(
         weak = jnp.any(jnp.maximum(held / force, way / reach) <= tight)
     warnings = warning(weak, RESULTS.weakly_active)
     if small and c.size + h.size:
-        directions = jnp.concatenate([rows[0] / lengths[0][:, None], meeting[:, None].astype(dtype) * rows[1] / lengths[1][:, None]])
+        directions = jnp.concatenate(
+            [
+                rows[0] / lengths[0][:, None],
+                meeting[:, None].astype(dtype) * rows[1] / lengths[1][:, None],
+            ]
+        )
         absent = jnp.concatenate([jnp.zeros_like(c), (~meeting).astype(dtype)])
         least = jnp.linalg.eigvalsh(directions @ directions.T + jnp.diag(absent))[0]
-        warnings |= warning(least <= 10 * jnp.finfo(dtype).eps * len(absent), RESULTS.dependent_constraints)
+        warnings |= warning(
+            least <= 10 * jnp.finfo(dtype).eps * len(absent), RESULTS.dependent_constraints
+        )
     return Active(unvector(mask.astype(dtype), form), unvector(lengths[1], form), warnings)
 
 

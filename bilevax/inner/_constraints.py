@@ -1,4 +1,6 @@
-"""Constraints as solvers and methods call them: one function that gives both kinds, and vectors in place of pytrees."""
+"""Constraints as solvers and methods call them: one function that gives both kinds, and vectors in
+place of pytrees.
+"""
 
 from __future__ import annotations
 
@@ -14,16 +16,22 @@ from bilevax.inner._mapping import as_mapping
 
 
 def as_constraints(equality: Any, inequality: Any) -> Objective:
-    """Both constraints as the `Objective` form of one function ``(inner, outer, batch) -> (equality, inequality)``; ``()`` for none."""
+    """Both constraints as the `Objective` form of one function ``(inner, outer, batch) ->
+    (equality, inequality)``; ``()`` for none.
+    """
     parts = []
     for name, given in (("equality", equality), ("inequality", inequality)):
         if isinstance(given, Linear):
             raise TypeError(
-                f"{name}: got {given!r}, a linear solver; expected a function (inner_params, outer_params, batch) -> arrays. Try linear=."
+                f"{name}: got {given!r}, a linear solver; expected a function (inner_params, "
+                "outer_params, batch) -> arrays. Try linear=."
             )
         parts.append(None if given is None else as_mapping(given, name))
     given = [part for part in parts if part is not None]
-    flags = {name: any(getattr(part, name) for part in given) for name in ("stateful", "keyed", "indexed")}
+    flags = {
+        name: any(getattr(part, name) for part in given)
+        for name in ("stateful", "keyed", "indexed")
+    }
     fn = Bound("constraints", _both, parts=tuple(parts))
     return Objective(fn, stateful=flags["stateful"], keyed=flags["keyed"], indexed=flags["indexed"])
 
@@ -36,7 +44,14 @@ def _both(*args: Any, parts: Any, key: Any = None, inner_step: Any = None) -> An
         if part is None:
             return ()
         given = args if part.stateful or not stateful else args[:3]
-        extra = {name: arg for name, arg, taken in (("key", key, part.keyed), ("inner_step", inner_step, part.indexed)) if taken}
+        extra = {
+            name: arg
+            for name, arg, taken in (
+                ("key", key, part.keyed),
+                ("inner_step", inner_step, part.indexed),
+            )
+            if taken
+        }
         out = part.fn(*given, **extra)
         return out[0] if part.stateful or part.has_aux else out
 
@@ -54,8 +69,15 @@ def unvector(flat: Any, like: PyTree) -> PyTree:
     """A vector in the form of a pytree (of arrays or of their shapes)."""
     leaves, treedef = jax.tree.flatten(like)
     ends = np.cumsum([int(np.prod(leaf.shape)) for leaf in leaves])
-    parts = [flat[end - int(np.prod(leaf.shape)) : end] for leaf, end in zip(leaves, ends, strict=True)]
-    return treedef.unflatten([part.reshape(leaf.shape).astype(leaf.dtype) for part, leaf in zip(parts, leaves, strict=True)])
+    parts = [
+        flat[end - int(np.prod(leaf.shape)) : end] for leaf, end in zip(leaves, ends, strict=True)
+    ]
+    return treedef.unflatten(
+        [
+            part.reshape(leaf.shape).astype(leaf.dtype)
+            for part, leaf in zip(parts, leaves, strict=True)
+        ]
+    )
 
 
 def dense_dtype(params: PyTree) -> Any:

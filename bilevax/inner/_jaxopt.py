@@ -19,29 +19,40 @@ from bilevax.inner._adapter import ended, lenient, own_rules
 from bilevax.inner._residual import agreed, as_residual, as_vector, flat
 
 
-def jaxopt(solver: Any, *, residual: Callable[..., Any] | None = None, **settings: Any) -> base.InnerSolver:
+def jaxopt(
+    solver: Any, *, residual: Callable[..., Any] | None = None, **settings: Any
+) -> base.InnerSolver:
     """Solve the lower level with a jaxopt solver, given as its class and keyword arguments.
 
-    jaxopt binds the objective when a solver is built, so the solver is built inside, with the lower level's objective and with jaxopt's own
-    differentiation off: the hypergradient method differentiates here. Each solve starts at the last inner parameters and with fresh solver state.
+    jaxopt binds the objective when a solver is built, so the solver is built inside, with the lower
+    level's objective and with jaxopt's own
+    differentiation off: the hypergradient method differentiates here. Each solve starts at the last
+      inner parameters and with fresh solver state.
 
     Args:
-      solver: a jaxopt class that minimises ``fun``: ``jaxopt.LBFGS``, ``BFGS``, ``NonlinearCG``, ``GradientDescent``, ``ProximalGradient``,
-        ``ProjectedGradient``, ``MirrorDescent``; or one that takes residuals: ``jaxopt.GaussNewton``, ``LevenbergMarquardt``, ``Broyden``.
-      residual: ``(inner_params, outer_params, batch) -> array or pytree``, for the latter: what is brought to zero, or as near as least squares
-        come. The inner objective is the sum of its squares, up to a factor; where it is another function, the code is not_stationary.
-      **settings: its arguments but ``fun``, ``has_aux``, ``value_and_grad``, ``implicit_diff`` and ``unroll``; ``maxiter`` and ``tol`` above
-        all. What its ``run`` takes beside the parameters goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. These are
-        constants; for those that outer parameters move, take ``inner.fixed_point`` of ``inner.proximal_map``. Floats are leaves.
+      solver: a jaxopt class that minimises ``fun``: ``jaxopt.LBFGS``, ``BFGS``, ``NonlinearCG``,
+        ``GradientDescent``, ``ProximalGradient``, ``ProjectedGradient``, ``MirrorDescent``; or one
+        that takes residuals: ``jaxopt.GaussNewton``, ``LevenbergMarquardt``, ``Broyden``.
+      residual: ``(inner_params, outer_params, batch) -> array or pytree``, for the latter: what is
+        brought to zero, or as near as least squares come. The inner objective is the sum of its
+        squares, up to a factor; where it is another function, the code is not_stationary.
+      **settings: its arguments but ``fun``, ``has_aux``, ``value_and_grad``, ``implicit_diff`` and
+        ``unroll``; ``maxiter`` and ``tol`` above all. What its ``run`` takes beside the parameters
+        goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. These are constants;
+          for those that outer parameters move, take ``inner.fixed_point`` of
+          ``inner.proximal_map``. Floats are leaves.
 
     Returns:
-      An `InnerSolver` of one step, not reversible. Solutions of a projected, proximal or bounded solver are fixed points of that step, which
-      ``hypergradient.implicit`` then differentiates. Its info has ``value`` (at the start), ``grad_norm`` (at the end; jaxopt's own optimality
-      error where there is a ``prox`` or ``projection``), ``iterations`` and ``code``: inner_not_converged where the error is above its ``tol``.
+      An `InnerSolver` of one step, not reversible. Solutions of a projected, proximal or bounded
+      solver are fixed points of that step, which ``hypergradient.implicit`` then differentiates.
+      Its info has ``value`` (at the start), ``grad_norm`` (at the end; jaxopt's own optimality
+      error where there is a ``prox`` or ``projection``), ``iterations`` and ``code``:
+      inner_not_converged where the error is above its ``tol``.
 
     Raises:
-      TypeError: if `solver` is not a jaxopt class, or has no such argument; for a `residual` that is missing or not wanted; for jaxopt's SciPy
-        wrappers, quadratic programs and other root solvers, which do not minimise ``fun`` in compiled code.
+      TypeError: if `solver` is not a jaxopt class, or has no such argument; for a `residual` that
+        is missing or not wanted; for jaxopt's SciPy wrappers, quadratic programs and other root
+        solvers, which do not minimise ``fun`` in compiled code.
 
     Examples:
       >>> import warnings
@@ -58,21 +69,40 @@ def jaxopt(solver: Any, *, residual: Callable[..., Any] | None = None, **setting
       Blondel et al., Efficient and modular implicit differentiation, 2022 (jaxopt).
     """
     _refused(solver)
-    if not inspect.isclass(solver) or not (hasattr(solver, "init_state") and hasattr(solver, "run")):
-        raise TypeError(f"solver: got {solver!r}; expected a jaxopt class and its keyword arguments. Try inner.jaxopt(jaxopt.LBFGS, maxiter=100).")
+    if not inspect.isclass(solver) or not (
+        hasattr(solver, "init_state") and hasattr(solver, "run")
+    ):
+        raise TypeError(
+            f"solver: got {solver!r}; expected a jaxopt class and its keyword arguments. Try "
+            "inner.jaxopt(jaxopt.LBFGS, maxiter=100)."
+        )
     taken = inspect.signature(solver).parameters
     solves_residuals = _takes_residuals(solver)
     residual = as_residual(residual, f"jaxopt.{solver.__name__}", solves_residuals)
     if "fun" not in taken and not solves_residuals:
-        raise TypeError(f"solver: {solver.__name__} has no argument fun; expected a solver that minimises an objective, such as jaxopt.LBFGS.")
-    ours = [name for name in ("fun", "residual_fun", "has_aux", "value_and_grad", "implicit_diff", "unroll") if name in settings]
+        raise TypeError(
+            f"solver: {solver.__name__} has no argument fun; expected a solver that minimises an "
+            "objective, such as jaxopt.LBFGS."
+        )
+    ours = [
+        name
+        for name in ("fun", "residual_fun", "has_aux", "value_and_grad", "implicit_diff", "unroll")
+        if name in settings
+    ]
     if ours:
         raise TypeError(f"{ours[0]}: is set by bilevax; leave it out.")
-    run_names = set(inspect.signature(solver.init_state).parameters) - {"self", "init_params", "args", "kwargs"}
+    run_names = set(inspect.signature(solver.init_state).parameters) - {
+        "self",
+        "init_params",
+        "args",
+        "kwargs",
+    }
     unknown = [name for name in settings if name not in taken and name not in run_names]
     if unknown:
         known = ", ".join(sorted(set(taken) - {"fun", "residual_fun"}))
-        raise TypeError(f"{unknown[0]}: is no argument of jaxopt.{solver.__name__}; expected some of {known}.")
+        raise TypeError(
+            f"{unknown[0]}: is no argument of jaxopt.{solver.__name__}; expected some of {known}."
+        )
     if "maxiter" in settings:
         settings["maxiter"] = numbers.count(settings["maxiter"], "maxiter")
     if "tol" in settings:
@@ -80,7 +110,14 @@ def jaxopt(solver: Any, *, residual: Callable[..., Any] | None = None, **setting
     runtime = {name: settings.pop(name) for name in list(settings) if name not in taken}
     return base.InnerSolver(
         init=base.Bound("init", _init),
-        step=base.Bound(f"jaxopt.{solver.__name__}", _solve, solver=solver, settings=settings, runtime=runtime, residual=residual),
+        step=base.Bound(
+            f"jaxopt.{solver.__name__}",
+            _solve,
+            solver=solver,
+            settings=settings,
+            runtime=runtime,
+            residual=residual,
+        ),
         steps=1,
         update=None,
         reversible=False,
@@ -89,23 +126,35 @@ def jaxopt(solver: Any, *, residual: Callable[..., Any] | None = None, **setting
 
 
 def _refused(solver: Any) -> None:
-    """The jaxopt classes that are no minimiser of ``fun(params)`` in compiled code, each with what takes its place."""
-    name, taken = getattr(solver, "__name__", ""), inspect.signature(solver).parameters if inspect.isclass(solver) else {}
+    """The jaxopt classes that are no minimiser of ``fun(params)`` in compiled code, each with what
+    takes its place.
+    """
+    name, taken = (
+        getattr(solver, "__name__", ""),
+        inspect.signature(solver).parameters if inspect.isclass(solver) else {},
+    )
     if name.startswith("Scipy"):
-        raise TypeError(f"solver: got jaxopt.{name}, which runs SciPy on the host; expected a solver in JAX. Try jaxopt.LBFGS.")
+        raise TypeError(
+            f"solver: got jaxopt.{name}, which runs SciPy on the host; expected a solver in JAX. "
+            "Try jaxopt.LBFGS."
+        )
     if "matvec_A" in taken:
         raise TypeError(
-            f"solver: got jaxopt.{name}, which solves quadratic programs given by their matrices; expected a minimiser of the objective. Try "
-            "jaxopt.LBFGSB for bounds, inner.fixed_point(inner.proximal_map(...)) for a set with a projection."
+            f"solver: got jaxopt.{name}, which solves quadratic programs given by their matrices; "
+            "expected a minimiser of the objective. Try "
+            "jaxopt.LBFGSB for bounds, inner.fixed_point(inner.proximal_map(...)) for a set with a "
+            "projection."
         )
     if "block_prox" in taken:
         raise TypeError(
-            f"solver: got jaxopt.{name}, which takes an objective composed of a linear map; expected a minimiser of any objective. Try "
+            f"solver: got jaxopt.{name}, which takes an objective composed of a linear map; "
+            "expected a minimiser of any objective. Try "
             "jaxopt.ProximalGradient with its prox."
         )
     if any(each in taken for each in ("optimality_fun", "fixed_point_fun")):
         raise TypeError(
-            f"solver: got jaxopt.{name}, which solves equations of another form; expected a minimiser of the objective. Try jaxopt.Broyden with "
+            f"solver: got jaxopt.{name}, which solves equations of another form; expected a "
+            "minimiser of the objective. Try jaxopt.Broyden with "
             "residual=, or inner.fixed_point(mapping) with hypergradient.fixed_point()."
         )
 
@@ -115,15 +164,31 @@ def _takes_residuals(solver: Any) -> bool:
 
 
 def _optimality(settings: dict[Any, Any], runtime: dict[Any, Any]) -> base.Bound | None:
-    """The mapping whose fixed points the solutions of a projected, proximal or bounded solver are."""
+    """The mapping whose fixed points the solutions of a projected, proximal or bounded solver
+    are.
+    """
     if settings.get("prox") is not None:
-        return base.Bound("prox", _prox_step, prox=settings["prox"], hyperparams=runtime.get("hyperparams_prox"))
+        return base.Bound(
+            "prox", _prox_step, prox=settings["prox"], hyperparams=runtime.get("hyperparams_prox")
+        )
     if settings.get("projection") is not None:
-        return base.Bound("projection", _projected_step, projection=settings["projection"], hyperparams=runtime.get("hyperparams_proj"))
+        return base.Bound(
+            "projection",
+            _projected_step,
+            projection=settings["projection"],
+            hyperparams=runtime.get("hyperparams_proj"),
+        )
     if settings.get("projection_grad") is not None:
-        return base.Bound("mirror", _mirror_step, projection_grad=settings["projection_grad"], hyperparams=runtime.get("hyperparams_proj"))
+        return base.Bound(
+            "mirror",
+            _mirror_step,
+            projection_grad=settings["projection_grad"],
+            hyperparams=runtime.get("hyperparams_proj"),
+        )
     if runtime.get("bounds") is not None:
-        return base.Bound("bounds", _projected_step, projection=_clip, hyperparams=runtime["bounds"])
+        return base.Bound(
+            "bounds", _projected_step, projection=_clip, hyperparams=runtime["bounds"]
+        )
     return None
 
 
@@ -135,19 +200,39 @@ def _descent(objective: Objective, params: PyTree, outer: PyTree, ctx: base.Ctx)
     return tree.sub(params, jax.grad(objective, has_aux=True)(params, outer, ctx)[0])
 
 
-def _prox_step(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, *, prox: Any, hyperparams: Any) -> Any:
+def _prox_step(
+    objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, *, prox: Any, hyperparams: Any
+) -> Any:
     with _lenient():
         return prox(_descent(objective, params, outer, ctx), hyperparams, 1.0)
 
 
-def _projected_step(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, *, projection: Any, hyperparams: Any) -> Any:
+def _projected_step(
+    objective: Objective,
+    params: PyTree,
+    outer: PyTree,
+    ctx: Ctx,
+    *,
+    projection: Any,
+    hyperparams: Any,
+) -> Any:
     with _lenient():
         return projection(_descent(objective, params, outer, ctx), hyperparams)
 
 
-def _mirror_step(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, *, projection_grad: Any, hyperparams: Any) -> PyTree:
+def _mirror_step(
+    objective: Objective,
+    params: PyTree,
+    outer: PyTree,
+    ctx: Ctx,
+    *,
+    projection_grad: Any,
+    hyperparams: Any,
+) -> PyTree:
     with _lenient():
-        return projection_grad(params, jax.grad(objective, has_aux=True)(params, outer, ctx)[0], 1.0, hyperparams)
+        return projection_grad(
+            params, jax.grad(objective, has_aux=True)(params, outer, ctx)[0], 1.0, hyperparams
+        )
 
 
 def _init(params: PyTree) -> tuple[Any, ...]:
@@ -156,7 +241,9 @@ def _init(params: PyTree) -> tuple[Any, ...]:
 
 @contextlib.contextmanager
 def _lenient() -> Iterator[None]:
-    """What jaxopt needs: it mixes dtypes and ranks on its own, and warns of its age; none of that is the user's doing."""
+    """What jaxopt needs: it mixes dtypes and ranks on its own, and warns of its age; none of that
+    is the user's doing.
+    """
     with warnings.catch_warnings(), lenient():
         warnings.simplefilter("ignore", DeprecationWarning)
         warnings.simplefilter("ignore", FutureWarning)
@@ -178,11 +265,15 @@ def _solve(
     if residual is None:
         value = own_rules(lambda params, outer, ctx: objective(params, outer, ctx)[0])
     else:
-        value = own_rules(lambda params, outer, ctx: flat(residual, objective, back(params), outer, ctx))
+        value = own_rules(
+            lambda params, outer, ctx: flat(residual, objective, back(params), outer, ctx)
+        )
     taken = inspect.signature(solver).parameters
     off = {name: False for name in ("implicit_diff", "unroll") if name in taken}
     with _lenient():
-        built = solver(**{"residual_fun" if "residual_fun" in taken else "fun": value}, **settings, **off)
+        built = solver(
+            **{"residual_fun" if "residual_fun" in taken else "fun": value}, **settings, **off
+        )
         params, inside = built.run(start, **runtime, outer=outer, ctx=ctx)
     error = jnp.asarray(inside.error).astype(tolerance.scalar_dtype(state.params))
     constrained = any(name in taken for name in ("prox", "projection", "projection_grad"))

@@ -1,4 +1,6 @@
-"""A constrained lower level as functions of one vector, and what Newton's method needs of them at a point."""
+"""A constrained lower level as functions of one vector, and what Newton's method needs of them at a
+point.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ from bilevax.results import RESULTS
 
 
 class Level(NamedTuple):
-    """``value(y)`` and ``limits(y) -> (equality, inequality)`` on vectors, and the forms of both."""
+    """``value(y)`` and ``limits(y) -> (equality, inequality)`` on vectors, and the forms of
+    both.
+    """
 
     value: Any
     limits: Any
@@ -32,14 +36,19 @@ class Level(NamedTuple):
         return unvector(equality, self.shapes[0]), unvector(inequality, self.shapes[1])
 
 
-def level(objective: Objective, constraints: Objective, params: PyTree, outer: PyTree, ctx: Ctx) -> Level:
+def level(
+    objective: Objective, constraints: Objective, params: PyTree, outer: PyTree, ctx: Ctx
+) -> Level:
     """The level that `objective` and `constraints` make with these outer parameters."""
     dtype, limited = dense_dtype(params), bound_like(constraints, objective)
     shapes = jax.eval_shape(lambda y: limited(y, outer, ctx)[0], params)
     for name, kind in zip(("equality", "inequality"), shapes, strict=True):
         for leaf in jax.tree.leaves(kind):
             if not jnp.issubdtype(leaf.dtype, jnp.floating):
-                raise TypeError(f"{name}: it returned {leaf}; expected floating-point arrays, zero or not positive where the constraint holds.")
+                raise TypeError(
+                    f"{name}: it returned {leaf}; expected floating-point arrays, zero or not "
+                    "positive where the constraint holds."
+                )
 
     def value(y):
         return objective(unvector(y, params), outer, ctx)[0].astype(dtype)
@@ -52,7 +61,9 @@ def level(objective: Objective, constraints: Objective, params: PyTree, outer: P
 
 
 def around(given: Level, y: Any, equality: Any, inequality: Any) -> Program:
-    """The quadratic program of a Newton step from `y`, in the step: second derivatives of the Lagrangian, constraints to first order."""
+    """The quadratic program of a Newton step from `y`, in the step: second derivatives of the
+    Lagrangian, constraints to first order.
+    """
     c, h = given.limits(y)
 
     def lagrangian(y):
@@ -64,15 +75,27 @@ def around(given: Level, y: Any, equality: Any, inequality: Any) -> Program:
 
 
 def left(given: Level, y: Any, equality: Any, inequality: Any, curvature: Any) -> Any:
-    """The largest relative violation of the conditions of optimality of the level itself; `curvature` is a Hessian of about the right size."""
+    """The largest relative violation of the conditions of optimality of the level itself;
+    `curvature` is a Hessian of about the right size.
+    """
     (c, h), rows = given.limits(y), jax.jacrev(given.limits)(y)
-    # As a program in whole coordinates, so that what is left is compared with what it is the difference of.
+    # As a program in whole coordinates, so that what is left is compared with what it is the
+    # difference of.
     bent = jax.grad(given.value)(y) - curvature @ y
-    return violation(Program(curvature, bent, rows[0], rows[0] @ y - c, rows[1], rows[1] @ y - h), y, equality, inequality)
+    return violation(
+        Program(curvature, bent, rows[0], rows[0] @ y - c, rows[1], rows[1] @ y - h),
+        y,
+        equality,
+        inequality,
+    )
 
 
 def verdict(residual: Any, tol: Any) -> Any:
-    """The `RESULTS` code of a point with this violation: solved to `tol`, or to what rounding allows."""
+    """The `RESULTS` code of a point with this violation: solved to `tol`, or to what rounding
+    allows.
+    """
     allowed = jnp.maximum(jnp.asarray(tol, residual.dtype), 100 * jnp.finfo(residual.dtype).eps)
-    code = jnp.where(residual <= allowed, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
+    code = jnp.where(
+        residual <= allowed, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged)
+    )
     return jnp.where(jnp.isfinite(residual), code, jnp.int32(RESULTS.inner_nonfinite))

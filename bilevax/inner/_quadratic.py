@@ -1,4 +1,6 @@
-"""Convex quadratic programs on dense matrices: a primal-dual interior point, then one solve on the active set that it found."""
+"""Convex quadratic programs on dense matrices: a primal-dual interior point, then one solve on the
+active set that it found.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +17,9 @@ REFINE = 3  # rounds of iterative refinement on the active set
 
 
 class Program(NamedTuple):
-    """``min ½y'Qy + p'y`` subject to ``Ay = b`` and ``Gy <= h``; shapes ``(n, n), (n,), (q, n), (q,), (m, n), (m,)``."""
+    """``min ½y'Qy + p'y`` subject to ``Ay = b`` and ``Gy <= h``; shapes ``(n, n), (n,), (q, n),
+    (q,), (m, n), (m,)``.
+    """
 
     Q: Any
     p: Any
@@ -26,7 +30,9 @@ class Program(NamedTuple):
 
 
 class Point(NamedTuple):
-    """A solution, the multipliers of its constraints, and the largest relative violation of the conditions of optimality."""
+    """A solution, the multipliers of its constraints, and the largest relative violation of the
+    conditions of optimality.
+    """
 
     y: Any
     equality: Any
@@ -46,20 +52,26 @@ class _Carry(NamedTuple):
 
 
 def minimize(program: Program, *, maxiter: int, tol: Any) -> Point:
-    """Solve a convex program until no condition is violated by more than `tol` of what it is made of.
+    """Solve a convex program until no condition is violated by more than `tol` of what it is made
+    of.
 
-    Rows of the constraints are brought to length one, so that neither their units nor those of the objective matter.
+    Rows of the constraints are brought to length one, so that neither their units nor those of the
+    objective matter.
     """
     scaled, sizes = _scaled(program)
     point = _interior(scaled, maxiter, tol) if program.h.size else _start(scaled)
     polished = _polished(scaled, point)
     better = polished.residual < point.residual
     point = jax.tree.map(lambda new, old: jnp.where(better, new, old), polished, point)
-    return point._replace(equality=point.equality / sizes[0], inequality=point.inequality / sizes[1])
+    return point._replace(
+        equality=point.equality / sizes[0], inequality=point.inequality / sizes[1]
+    )
 
 
 def violation(program: Program, y: Any, equality: Any, inequality: Any, slack: Any = None) -> Any:
-    """The largest violation of stationarity, of the constraints, of the signs and of complementarity, each relative to its own terms."""
+    """The largest violation of stationarity, of the constraints, of the signs and of
+    complementarity, each relative to its own terms.
+    """
     Q, p, A, b, G, h = program
     slack = h - G @ y if slack is None else slack
     forces = (Q @ y, p, A.T @ equality, G.T @ inequality)
@@ -109,7 +121,9 @@ def _factor(program: Program, weights: Any) -> Any:
     half = solve_triangular(lower, A.T, lower=True)
     schur = half.T @ half
     tiny = jnp.finfo(Q.dtype).eps * 10 * jnp.max(jnp.diagonal(schur))
-    outer = jnp.linalg.cholesky(schur + tiny * jnp.eye(len(schur), dtype=Q.dtype), symmetrize_input=False)
+    outer = jnp.linalg.cholesky(
+        schur + tiny * jnp.eye(len(schur), dtype=Q.dtype), symmetrize_input=False
+    )
 
     def solve(r, t):
         u = solve_triangular(lower, r, lower=True)
@@ -121,7 +135,9 @@ def _factor(program: Program, weights: Any) -> Any:
 
 def _start(program: Program) -> Point:
     """The solution on the equalities, which is all there is without inequalities."""
-    y, equality = _factor(program, jnp.ones_like(program.h))(-program.p + program.G.T @ program.h, program.b)
+    y, equality = _factor(program, jnp.ones_like(program.h))(
+        -program.p + program.G.T @ program.h, program.b
+    )
     inequality = program.G @ y - program.h
     return Point(y, equality, inequality, violation(program, y, equality, inequality), jnp.int32(0))
 
@@ -133,7 +149,9 @@ def _interior(program: Program, maxiter: int, tol: Any) -> Point:
 
     def inside(v):  # Mehrotra's start: moved into the cone where it is out of it
         least = jnp.min(v)
-        return jnp.where(least > 0, v, v - least + jnp.maximum(jnp.max(jnp.abs(v)), jnp.finfo(v.dtype).tiny))
+        return jnp.where(
+            least > 0, v, v - least + jnp.maximum(jnp.max(jnp.abs(v)), jnp.finfo(v.dtype).tiny)
+        )
 
     start = (first.y, first.equality, inside(first.inequality), inside(-first.inequality))
     unknown = Point(*start[:3], jnp.asarray(jnp.inf, Q.dtype), jnp.int32(0))
@@ -154,7 +172,11 @@ def _interior(program: Program, maxiter: int, tol: Any) -> Point:
             return dy, dequality, -(gap + z * ds) / s, ds
 
         def length(dz, ds):
-            steps = jnp.where(jnp.stack([dz, ds]) < 0, -jnp.stack([z, s]) / jnp.where(jnp.stack([dz, ds]) < 0, jnp.stack([dz, ds]), 1), jnp.inf)
+            steps = jnp.where(
+                jnp.stack([dz, ds]) < 0,
+                -jnp.stack([z, s]) / jnp.where(jnp.stack([dz, ds]) < 0, jnp.stack([dz, ds]), 1),
+                jnp.inf,
+            )
             return jnp.min(steps)
 
         mean = jnp.sum(s * z) / many
@@ -167,7 +189,11 @@ def _interior(program: Program, maxiter: int, tol: Any) -> Point:
         y, equality, z, s = y + step * dy, equality + step * dequality, z + step * dz, s + step * ds
         residual = violation(program, y, equality, z, s)
         better = residual < c.best.residual
-        best = jax.tree.map(lambda new, old: jnp.where(better, new, old), Point(y, equality, z, residual, c.iterations + 1), c.best)
+        best = jax.tree.map(
+            lambda new, old: jnp.where(better, new, old),
+            Point(y, equality, z, residual, c.iterations + 1),
+            c.best,
+        )
         stalled = jnp.where(better, 0, c.stalled + jnp.where(jnp.isfinite(residual), 1, STALL))
         return _Carry(y, equality, z, s, best, stalled, c.iterations + 1)
 
@@ -176,7 +202,9 @@ def _interior(program: Program, maxiter: int, tol: Any) -> Point:
 
 
 def _polished(program: Program, point: Point) -> Point:
-    """The minimum on the constraints that are active at a point, by one factorisation of its conditions."""
+    """The minimum on the constraints that are active at a point, by one factorisation of its
+    conditions.
+    """
     Q, p, A, b, G, h = program
     n, q, m = len(p), len(b), len(h)
     slack = h - G @ point.y
@@ -191,7 +219,9 @@ def _polished(program: Program, point: Point) -> Point:
     )
     right = jnp.concatenate([-p, b, active * h])
     unit = _curvature(Q)
-    regular = system + jnp.diag(unit * jnp.concatenate([jnp.ones(n, Q.dtype), -jnp.ones(q + m, Q.dtype)]))
+    regular = system + jnp.diag(
+        unit * jnp.concatenate([jnp.ones(n, Q.dtype), -jnp.ones(q + m, Q.dtype)])
+    )
     factors = lu_factor(regular)
     start = jnp.concatenate([point.y, point.equality, active * point.inequality])
 
@@ -201,4 +231,10 @@ def _polished(program: Program, point: Point) -> Point:
     solved = lax.fori_loop(0, REFINE, refine, start)
     y, equality, inequality = jnp.split(solved, [n, n + q])
     residual = violation(program, y, equality, inequality)
-    return Point(y, equality, inequality, jnp.where(jnp.isfinite(residual), residual, jnp.inf), point.iterations)
+    return Point(
+        y,
+        equality,
+        inequality,
+        jnp.where(jnp.isfinite(residual), residual, jnp.inf),
+        point.iterations,
+    )

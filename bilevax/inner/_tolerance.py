@@ -1,20 +1,22 @@
-"""When a solver to a tolerance stops, and what it says then. Shared by `gradient_descent`, `agd` and `lbfgs`.
+"""When a solver to a tolerance stops, and what it says then. Shared by `gradient_descent`, `agd`
+and `lbfgs`.
 
-Converged: two accepted iterates in a row from which the solution is, by the solver's own estimate, no
-further than ``tol · ‖y‖``. The estimate is ``‖H ∇g‖`` with L-BFGS's inverse Hessian, and ``‖∇g‖ / m``
-with the smallest curvature `m` along the last steps elsewhere. It moves neither with the start, nor with
-the unit of the parameters, nor with the scale of the objective, which a rule relative to the first
-gradient does: from a poor start that one stops at garbage. For solutions near zero, ``‖y‖`` is at least
-``√eps`` times the farthest that the solve has been. Nothing of this is carried to the next solve.
+Converged: two accepted iterates in a row from which the solution is, by the solver's own estimate,
+no further than ``tol · ‖y‖``. The estimate is ``‖H ∇g‖`` with L-BFGS's inverse Hessian, and ``‖∇g‖
+/ m`` with the smallest curvature `m` along the last steps elsewhere. It moves neither with the
+start, nor with the unit of the parameters, nor with the scale of the objective, which a rule
+relative to the first gradient does: from a poor start that one stops at garbage. For solutions near
+zero, ``‖y‖`` is at least ``√eps`` times the farthest that the solve has been. Nothing of this is
+carried to the next solve.
 
 At rounding: the step that is left is within the tolerance, and a line search finds no better point.
 
-Stalled: `PATIENCE` accepted steps in a row (for `lbfgs`: 40 evaluations) that set no new best value and no
-new best gradient norm. The code then says success if the gradient is at its rounding level
-``ROUNDING · eps · L ‖y‖`` (`eps` of the coarsest dtype among the leaves, `L` the curvature that the solver
-met) and the estimated distance is at most ``eps^REACH ‖y‖``: no solver does better in this precision,
-whatever was asked for. Otherwise, where rounding times condition leaves more than that, or no rounding
-explains the stall, it says inner_not_converged.
+Stalled: `PATIENCE` accepted steps in a row (for `lbfgs`: 40 evaluations) that set no new best value
+and no new best gradient norm. The code then says success if the gradient is at its rounding level
+``ROUNDING · eps · L ‖y‖`` (`eps` of the coarsest dtype among the leaves, `L` the curvature that the
+solver met) and the estimated distance is at most ``eps^REACH ‖y‖``: no solver does better in this
+precision, whatever was asked for. Otherwise, where rounding times condition leaves more than that,
+or no rounding explains the stall, it says inner_not_converged.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ from bilevax.results import RESULTS
 
 PATIENCE = 20
 ROUNDING = 100.0
-REACH = 0.4  # 2e-3 in float32, 5e-7 in float64: what a solve that rounding has ended must have come to
+REACH = (
+    0.4  # 2e-3 in float32, 5e-7 in float64: what a solve that rounding has ended must have come to
+)
 
 
 class Best(NamedTuple):
@@ -54,14 +58,24 @@ class Point(NamedTuple):
 
 
 def unevaluated(params: PyTree, model: PyTree) -> Point:
-    """A point that no evaluation has been made at: its value is infinite, so any finite one is better."""
+    """A point that no evaluation has been made at: its value is infinite, so any finite one is
+    better.
+    """
     dtype = scalar_dtype(params)
-    return Point(params, jnp.asarray(jnp.inf, dtype), tree.zeros_like(params), jnp.asarray(jnp.inf, dtype), model)
+    return Point(
+        params,
+        jnp.asarray(jnp.inf, dtype),
+        tree.zeros_like(params),
+        jnp.asarray(jnp.inf, dtype),
+        model,
+    )
 
 
 def evaluate(objective: Objective, params: PyTree, outer: PyTree, ctx: base.Ctx) -> Point:
     """One value and gradient. The scalars are in the dtype that sums are taken in."""
-    (value, (model, _)), grads = jax.value_and_grad(lambda y: objective(y, outer, ctx), has_aux=True)(params)
+    (value, (model, _)), grads = jax.value_and_grad(
+        lambda y: objective(y, outer, ctx), has_aux=True
+    )(params)
     model = jax.tree.map(like, model, ctx.model)
     return Point(params, value.astype(scalar_dtype(params)), grads, tree.norm(grads), model)
 
@@ -107,7 +121,9 @@ def size(params: PyTree, reach: Scalar) -> Scalar:
 
 
 class Bend(NamedTuple):
-    """Curvatures along the steps of a solve: the largest, and the smallest of the last ones (infinite before any)."""
+    """Curvatures along the steps of a solve: the largest, and the smallest of the last ones
+    (infinite before any).
+    """
 
     largest: Any
     smallest: Any
@@ -121,8 +137,18 @@ def no_bend(params: PyTree) -> Bend:
     return Bend(zero, zero + jnp.inf)
 
 
-def update_bend(bend: Bend, su: Scalar, ss: Scalar, uu: Scalar, point_norm: Scalar, unit: Numeric, counts: Scalar) -> Bend:
-    """`bend` after a step ``s`` that changed the gradient by ``u``, where `counts`; changes that may be rounding tell nothing."""
+def update_bend(
+    bend: Bend,
+    su: Scalar,
+    ss: Scalar,
+    uu: Scalar,
+    point_norm: Scalar,
+    unit: Numeric,
+    counts: Scalar,
+) -> Bend:
+    """`bend` after a step ``s`` that changed the gradient by ``u``, where `counts`; changes that
+    may be rounding tell nothing.
+    """
     met = su / jnp.where(ss > 0, ss, jnp.ones_like(ss))
     counts = counts & (ss > 0)
     long = counts & (jnp.sqrt(ss) > unit**0.5 * point_norm)
@@ -134,26 +160,51 @@ def update_bend(bend: Bend, su: Scalar, ss: Scalar, uu: Scalar, point_norm: Scal
 ROW = 2  # accepted iterates in a row
 
 
-def near(row: Scalar, point: Point, tol: Scalar, reach: Scalar, bend: Bend, accepted: Scalar, first: Scalar) -> Scalar:
-    """How many accepted iterates in a row are by ``‖∇g‖ / m`` within the tolerance; a zero gradient is `ROW` of them."""
-    close = (point.grad_norm <= tol * size(point.params, reach) * bend.smallest) & jnp.isfinite(bend.smallest) & ~first
+def near(
+    row: Scalar,
+    point: Point,
+    tol: Scalar,
+    reach: Scalar,
+    bend: Bend,
+    accepted: Scalar,
+    first: Scalar,
+) -> Scalar:
+    """How many accepted iterates in a row are by ``‖∇g‖ / m`` within the tolerance; a zero gradient
+    is `ROW` of them.
+    """
+    close = (
+        (point.grad_norm <= tol * size(point.params, reach) * bend.smallest)
+        & jnp.isfinite(bend.smallest)
+        & ~first
+    )
     row = jnp.where(accepted, jnp.where(close, row + 1, 0), row)
     return jnp.where(accepted & (point.grad_norm == 0), ROW, row).astype(jnp.int32)
 
 
 def at_rounding(point: Point, bend: Bend) -> tuple[Scalar, Scalar]:
-    """Whether the gradient that is left may be rounding alone, and whether the solution is near enough all the same.
+    """Whether the gradient that is left may be rounding alone, and whether the solution is near
+    enough all the same.
 
     Where no curvature was met, the gradient alone decides.
     """
     unit, norm = numbers.rounding_unit(point.params), tree.norm(point.params)
     clear = jnp.isfinite(bend.smallest)
-    distance = jnp.where(clear, point.grad_norm / jnp.where(clear, bend.smallest, jnp.ones_like(norm)), jnp.zeros_like(norm))
+    distance = jnp.where(
+        clear,
+        point.grad_norm / jnp.where(clear, bend.smallest, jnp.ones_like(norm)),
+        jnp.zeros_like(norm),
+    )
     return point.grad_norm <= ROUNDING * unit * bend.largest * norm, distance <= unit**REACH * norm
 
 
 def verdict(point: Point, converged: Scalar, bend: Bend, diverged: Any = False) -> Scalar:
     """The `RESULTS` code of the returned point."""
     level, near = at_rounding(point, bend)
-    code = jnp.where(jnp.where(level, near, converged), jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged))
-    return jnp.where(is_finite(point) & jnp.logical_not(diverged), code, jnp.int32(RESULTS.inner_nonfinite))
+    code = jnp.where(
+        jnp.where(level, near, converged),
+        jnp.int32(RESULTS.success),
+        jnp.int32(RESULTS.inner_not_converged),
+    )
+    return jnp.where(
+        is_finite(point) & jnp.logical_not(diverged), code, jnp.int32(RESULTS.inner_nonfinite)
+    )

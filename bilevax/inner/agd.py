@@ -23,30 +23,37 @@ class AgdState(NamedTuple):
 
 
 def agd(*, maxiter: int = 1000, tol: Numeric = 1e-6) -> base.InnerSolver:
-    """Nesterov's accelerated gradient descent with adaptive restart, to a tolerance, with stall detection.
+    """Nesterov's accelerated gradient descent with adaptive restart, to a tolerance, with stall
+    detection.
 
-    ``y⁺ = z − t ∇_y g(z, x)``, ``z⁺ = y⁺ + (θ − 1)/θ⁺ (y⁺ − y)``, ``θ⁺ = (1 + √(1 + 4θ²))/2``; restarted (θ = 1) when ``⟨∇g(z), y⁺ − y⟩ > 0``.
+    ``y⁺ = z − t ∇_y g(z, x)``, ``z⁺ = y⁺ + (θ − 1)/θ⁺ (y⁺ − y)``, ``θ⁺ = (1 + √(1 + 4θ²))/2``;
+    restarted (θ = 1) when ``⟨∇g(z), y⁺ − y⟩ > 0``.
 
-    For convex lower levels; of the order of ``√κ`` iterations where plain descent takes ``κ``, without being told the strong convexity. One step
-    is a whole solve, a single ``while_loop`` with one value and gradient an iteration. The step size needs no evaluation of its own: a trial
-    ``z⁺`` is rejected, and the step shortened, where ``‖∇g(z⁺) − ∇g(z)‖ > ‖z⁺ − z‖ / t``. It doubles until the first rejection of a solve, and is
-    kept from solve to solve.
+    For convex lower levels; of the order of ``√κ`` iterations where plain descent takes ``κ``,
+    without being told the strong convexity. One step is a whole solve, a single ``while_loop`` with
+    one value and gradient an iteration. The step size needs no evaluation of its own: a trial
+    ``z⁺`` is rejected, and the step shortened, where ``‖∇g(z⁺) − ∇g(z)‖ > ‖z⁺ − z‖ / t``. It
+    doubles until the first rejection of a solve, and is kept from solve to solve.
 
-    It stops where two accepted iterates in a row have ``‖∇g‖ <= tol · m ‖y‖``, m the smallest curvature along the last steps: the distance that
-    is left, which moves neither with the start, nor with the unit of y, nor with the scale of g. Where rounding forbids `tol`, the solve stops
-    at the stall (20 steps without a new best value or gradient norm), and the code is success if the gradient is at its rounding level
-    (``100 eps`` of curvature times ``‖y‖``) and the distance at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise.
+    It stops where two accepted iterates in a row have ``‖∇g‖ <= tol · m ‖y‖``, m the smallest
+    curvature along the last steps: the distance that is left, which moves neither with the start,
+    nor with the unit of y, nor with the scale of g. Where rounding forbids `tol`, the solve stops
+    at the stall (20 steps without a new best value or gradient norm), and the code is success if
+    the gradient is at its rounding level (``100 eps`` of curvature times ``‖y‖``) and the distance
+    at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise.
 
     Args:
       maxiter: most iterations (accepted steps) in one solve.
-      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4 rounding units.
+      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4
+        rounding units.
 
     Returns:
-      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations``,
-      ``evaluations`` and ``code``.
+      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start),
+      ``grad_norm`` (at the end), ``iterations``, ``evaluations`` and ``code``.
 
     Raises:
-      TypeError, ValueError: if `maxiter` is not an int of at least 1, or `tol` is not a positive float.
+      TypeError, ValueError: if `maxiter` is not an int of at least 1, or `tol` is not a positive
+        float.
 
     Examples:
       >>> import jax.numpy as jnp, bilevax as bx
@@ -59,8 +66,9 @@ def agd(*, maxiter: int = 1000, tol: Numeric = 1e-6) -> base.InnerSolver:
       (True, 0)
 
     References:
-      Nesterov, A method of solving a convex programming problem with convergence rate O(1/k²), 1983. O'Donoghue and Candès, Adaptive restart for
-      accelerated gradient schemes, 2015 (gradient scheme).
+      Nesterov, A method of solving a convex programming problem with convergence rate O(1/k²),
+      1983. O'Donoghue and Candès, Adaptive restart for accelerated gradient schemes, 2015 (gradient
+            scheme).
     """
     maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
     return base.InnerSolver(
@@ -98,7 +106,14 @@ class _Carry(NamedTuple):
 
 
 def _solve(
-    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol: Any, products: str | None
+    objective: Objective,
+    state: base.InnerState,
+    outer: PyTree,
+    ctx: base.Ctx,
+    *,
+    maxiter: int,
+    tol: Any,
+    products: str | None,
 ) -> tuple[base.InnerState, dict[str, Scalar]]:
     objective = precision.under(products, objective)
     params = state.params
@@ -108,7 +123,9 @@ def _solve(
 
     def body(carry: _Carry) -> _Carry:
         point, t = carry.point, carry.opt.step_size
-        first = carry.evaluations == 0  # the start is evaluated by the loop too, at gradient zero: one copy of the objective
+        first = (
+            carry.evaluations == 0
+        )  # the start is evaluated by the loop too, at gradient zero: one copy of the objective
         y = tree.axpy(-t, point.grads, point.params)
         move = tree.sub(y, carry.last)
         restart = tree.dot(point.grads, move) > 0
@@ -131,7 +148,9 @@ def _solve(
 
         new = tree.where(accepted, trial, point)
         su, counts = tree.dot(move_z, change), finite & ~first
-        bend = tolerance.update_bend(carry.bend, su, length**2, turn**2, tree.norm(point.params), unit, counts)
+        bend = tolerance.update_bend(
+            carry.bend, su, length**2, turn**2, tree.norm(point.params), unit, counts
+        )
         reach = jnp.maximum(carry.reach, tree.norm(new.params))
         best = tolerance.update_best(carry.best, trial, accepted)
         rejected = jnp.where(accepted, 0, carry.rejected + 1).astype(jnp.int32)

@@ -22,32 +22,40 @@ class DescentState(NamedTuple):
     step_size: Any
 
 
-def gradient_descent(step_size: Numeric | None = None, *, maxiter: int = 1000, tol: Numeric = 1e-6) -> base.InnerSolver:
+def gradient_descent(
+    step_size: Numeric | None = None, *, maxiter: int = 1000, tol: Numeric = 1e-6
+) -> base.InnerSolver:
     """Gradient descent to a tolerance, with a fixed or a backtracked step and stall detection.
 
     ``y⁺ = y − t ∇_y g(y, x)``
 
-    One step is a whole solve, a single ``while_loop`` with one value and gradient an iteration. A fixed number of fixed steps, which may be
-    unrolled, is ``inner.optax(optax.sgd(t), steps)``. With ``step_size=None`` the step is halved until ``g(y⁺) <= g(y) − 0.3 t ‖∇g‖²`` (by slopes
-    where rounding blurs the values), grows by a quarter after each accepted step, and is kept from solve to solve.
+    One step is a whole solve, a single ``while_loop`` with one value and gradient an iteration. A
+    fixed number of fixed steps, which may be unrolled, is ``inner.optax(optax.sgd(t), steps)``.
+    With ``step_size=None`` the step is halved until ``g(y⁺) <= g(y) − 0.3 t ‖∇g‖²`` (by slopes
+    where rounding blurs the values), grows by a quarter after each accepted step, and is kept from
+    solve to solve.
 
-    It stops where two accepted iterates in a row have ``‖∇g‖ <= tol · m ‖y‖``, m the smallest curvature along the last steps: the distance that
-    is left, which moves neither with the start, nor with the unit of y, nor with the scale of g. Where rounding forbids `tol`, the solve stops
-    at the stall (20 steps without a new best value or gradient norm), and the code is success if the gradient is at its rounding level
-    (``100 eps`` of curvature times ``‖y‖``) and the distance at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise. A step that
-    would leave the finite numbers is not taken; with a fixed step it ends the solve as inner_nonfinite.
+    It stops where two accepted iterates in a row have ``‖∇g‖ <= tol · m ‖y‖``, m the smallest
+    curvature along the last steps: the distance that is left, which moves neither with the start,
+    nor with the unit of y, nor with the scale of g. Where rounding forbids `tol`, the solve stops
+    at the stall (20 steps without a new best value or gradient norm), and the code is success if
+    the gradient is at its rounding level (``100 eps`` of curvature times ``‖y‖``) and the distance
+    at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise. A step that would leave the finite
+    numbers is not taken; with a fixed step it ends the solve as inner_nonfinite.
 
     Args:
       step_size: fixed step, or None for backtracking.
       maxiter: most iterations (accepted steps) in one solve.
-      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4 rounding units.
+      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4
+        rounding units.
 
     Returns:
-      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations``,
-      ``evaluations`` and ``code``.
+      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start),
+      ``grad_norm`` (at the end), ``iterations``, ``evaluations`` and ``code``.
 
     Raises:
-      TypeError, ValueError: if `maxiter` is not an int of at least 1, or `tol` or `step_size` is not a positive float.
+      TypeError, ValueError: if `maxiter` is not an int of at least 1, or `tol` or `step_size` is
+        not a positive float.
 
     Examples:
       >>> import jax.numpy as jnp, bilevax as bx
@@ -66,7 +74,14 @@ def gradient_descent(step_size: Numeric | None = None, *, maxiter: int = 1000, t
     fixed = None if step_size is None else numbers.positive(step_size, "step_size")
     return base.InnerSolver(
         init=base.Bound("init", _init),
-        step=base.Bound("gradient_descent", _solve, step_size=fixed, maxiter=maxiter, tol=tol, products=precision.needed(tol)),
+        step=base.Bound(
+            "gradient_descent",
+            _solve,
+            step_size=fixed,
+            maxiter=maxiter,
+            tol=tol,
+            products=precision.needed(tol),
+        ),
         reversible=False,
         to_tolerance=base.Bound("to_tolerance", _to_tolerance, step_size=fixed),
         gradients=maxiter,
@@ -96,7 +111,15 @@ class _Carry(NamedTuple):
 
 
 def _solve(
-    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, step_size: Any, maxiter: int, tol: Any, products: str | None
+    objective: Objective,
+    state: base.InnerState,
+    outer: PyTree,
+    ctx: base.Ctx,
+    *,
+    step_size: Any,
+    maxiter: int,
+    tol: Any,
+    products: str | None,
 ) -> tuple[base.InnerState, dict[str, Scalar]]:
     objective = precision.under(products, objective)
     params = state.params
@@ -106,7 +129,9 @@ def _solve(
 
     def body(carry: _Carry) -> _Carry:
         point, t = carry.point, carry.opt.step_size
-        first = carry.evaluations == 0  # the start is evaluated by the loop too, at gradient zero: one copy of the objective
+        first = (
+            carry.evaluations == 0
+        )  # the start is evaluated by the loop too, at gradient zero: one copy of the objective
         trial = tolerance.evaluate(objective, tree.axpy(-t, point.grads, point.params), outer, ctx)
         finite = tolerance.is_finite(trial)
         drop = jnp.where(first, zero, point.grad_norm**2)
@@ -114,7 +139,9 @@ def _solve(
         if step_size is None:
             descends = trial.value <= point.value - SUFFICIENT * t * drop
             blurred = jnp.abs(trial.value - point.value) <= 10 * unit * jnp.abs(point.value)
-            accepted = finite & (first | jnp.where(blurred, slope <= (1 - 2 * SUFFICIENT) * drop, descends))
+            accepted = finite & (
+                first | jnp.where(blurred, slope <= (1 - 2 * SUFFICIENT) * drop, descends)
+            )
             start = jnp.where(t > 0, t, 1.0 / jnp.where(trial.grad_norm > 0, trial.grad_norm, 1.0))
             next_t = jnp.where(first, start, jnp.where(accepted, GROW * t, SHRINK * t))
         else:
@@ -124,8 +151,12 @@ def _solve(
         new = tree.where(accepted, trial, point)
         length = t * jnp.sqrt(drop)
         norm, counts = tree.norm(point.params), finite & ~first
-        turned = jnp.maximum(trial.grad_norm**2 + 2 * slope + drop, 0.0)  # the squared norm of the gradient's change
-        bend = tolerance.update_bend(carry.bend, (slope + drop) * t, length**2, turned, norm, unit, counts)
+        turned = jnp.maximum(
+            trial.grad_norm**2 + 2 * slope + drop, 0.0
+        )  # the squared norm of the gradient's change
+        bend = tolerance.update_bend(
+            carry.bend, (slope + drop) * t, length**2, turned, norm, unit, counts
+        )
         reach = jnp.maximum(carry.reach, tree.norm(new.params))
         near = tolerance.near(carry.near, new, tol, reach, bend, accepted, first)
         best = tolerance.update_best(carry.best, trial, accepted)

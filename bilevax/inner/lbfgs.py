@@ -16,15 +16,19 @@ from bilevax.inner import _tolerance as tolerance
 
 SUFFICIENT, CURVATURE = 1e-4, 0.9  # weak Wolfe conditions
 SEARCH = 20  # evaluations in one line search before the memory is dropped, or the solve given up
-LOST = 3  # trials in a row that rounding hides, with a step below the tolerance, before the solve is done
+# trials in a row that rounding hides, with a step below the tolerance, before the solve is done
+LOST = 3
 
 
 class LbfgsState(NamedTuple):
-    """The memory of a solve, kept for the next one. ``S`` holds steps ``s``, differences of iterates, and ``U`` the changes ``u`` of the gradient.
+    """The memory of a solve, kept for the next one. ``S`` holds steps ``s``, differences of
+    iterates, and ``U`` the changes ``u`` of the gradient.
 
     Attributes:
-      pairs: like the parameters, each leaf with leading axes ``(2, memory)``: ``S`` and ``U``, the oldest pair at `head`.
-      inverse: ``(memory, memory)``, ``R⁻¹`` with ``R_ij = s_i·u_j`` where pair i is not newer than pair j; zero for slots not in use.
+      pairs: like the parameters, each leaf with leading axes ``(2, memory)``: ``S`` and ``U``, the
+        oldest pair at `head`.
+      inverse: ``(memory, memory)``, ``R⁻¹`` with ``R_ij = s_i·u_j`` where pair i is not newer than
+        pair j; zero for slots not in use.
       diagonal: ``(memory,)``, ``s_i·u_i``; zero for slots not in use.
       changes: ``(memory, memory)``, ``U'U``.
       head: the slot that is written next.
@@ -44,32 +48,41 @@ class LbfgsState(NamedTuple):
 def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.InnerSolver:
     """L-BFGS to ``‖H ∇_y g‖ <= tol · ‖y‖``, with a weak Wolfe line search and stall detection.
 
-    ``y⁺ = y − t H ∇_y g(y, x)``, with ``H`` the inverse BFGS matrix of the last `memory` pairs ``s = y⁺ − y``, ``u = ∇g(y⁺) − ∇g(y)``.
+    ``y⁺ = y − t H ∇_y g(y, x)``, with ``H`` the inverse BFGS matrix of the last `memory` pairs ``s
+    = y⁺ − y``, ``u = ∇g(y⁺) − ∇g(y)``.
 
-    One step is a whole solve: a single ``while_loop`` whose body is one value and gradient. Search and descent share that one evaluation, so
-    the objective is compiled once and an iteration whose unit step is accepted costs one evaluation; ``optax.lbfgs`` and jaxopt's L-BFGS
-    compile it several times. ``H`` is applied in its compact form, from the small matrices of inner products, which takes four products with the
-    memory and no sequential recursion over it. Pairs without positive curvature are skipped, and a search that fails drops the memory, so
-    non-convex lower levels are safe. Near the minimum, where values no longer tell two points apart, slopes decide (approximate Wolfe).
+    One step is a whole solve: a single ``while_loop`` whose body is one value and gradient. Search
+    and descent share that one evaluation, so the objective is compiled once and an iteration whose
+    unit step is accepted costs one evaluation; ``optax.lbfgs`` and jaxopt's L-BFGS compile it
+    several times. ``H`` is applied in its compact form, from the small matrices of inner products,
+    which takes four products with the memory and no sequential recursion over it. Pairs without
+    positive curvature are skipped, and a search that fails drops the memory, so non-convex lower
+    levels are safe. Near the minimum, where values no longer tell two points apart, slopes decide
+    (approximate Wolfe).
 
-    It stops where two accepted iterates in a row have a quasi-Newton step ``‖H ∇g‖`` of at most ``tol · ‖y‖``: the distance that is left, which
-    moves neither with the start, nor with the unit of y, nor with the scale of g. The memory is kept from solve to solve, so that a warm start
-    takes fewer iterations; it cannot loosen the rule, since a step along which the memory is out of date fails the line search's test of
-    curvature. Where rounding forbids `tol`, the solve stops when it loses the values of its trials, or at the stall (40 evaluations without a
-    new best value or gradient norm). The code is success if the gradient is at its rounding level (``100 eps`` of curvature times ``‖y‖``) and
-    ``‖H ∇g‖`` at most ``eps^0.4 ‖y‖`` (2e-3 in float32, 5e-7 in float64), inner_not_converged otherwise.
+    It stops where two accepted iterates in a row have a quasi-Newton step ``‖H ∇g‖`` of at most
+    ``tol · ‖y‖``: the distance that is left, which moves neither with the start, nor with the unit
+    of y, nor with the scale of g. The memory is kept from solve to solve, so that a warm start
+    takes fewer iterations; it cannot loosen the rule, since a step along which the memory is out of
+    date fails the line search's test of curvature. Where rounding forbids `tol`, the solve stops
+    when it loses the values of its trials, or at the stall (40 evaluations without a new best value
+    or gradient norm). The code is success if the gradient is at its rounding level (``100 eps`` of
+    curvature times ``‖y‖``) and ``‖H ∇g‖`` at most ``eps^0.4 ‖y‖`` (2e-3 in float32, 5e-7 in
+    float64), inner_not_converged otherwise.
 
     Args:
       maxiter: most iterations (accepted steps) in one solve.
-      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4 rounding units.
+      tol: tolerance on the distance to the solution, relative to the solution's norm; at least 4
+        rounding units.
       memory: pairs kept.
 
     Returns:
-      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start), ``grad_norm`` (at the end), ``iterations``,
-      ``evaluations`` and ``code``.
+      An `InnerSolver` of one step, not reversible. Its info has ``value`` (at the start),
+      ``grad_norm`` (at the end), ``iterations``, ``evaluations`` and ``code``.
 
     Raises:
-      TypeError, ValueError: if `maxiter` or `memory` is not an int of at least 1, or `tol` is not a positive float.
+      TypeError, ValueError: if `maxiter` or `memory` is not an int of at least 1, or `tol` is not a
+        positive float.
 
     Examples:
       >>> import jax.numpy as jnp, bilevax as bx
@@ -82,9 +95,11 @@ def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.
       (True, 0)
 
     References:
-      Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989. Byrd, Nocedal and Schnabel, Representations of
-      quasi-Newton matrices and their use in limited memory methods, 1994 (compact form). Hager and Zhang, A new conjugate gradient method with
-      guaranteed descent, 2005 (approximate Wolfe). Lewis and Overton, Nonsmooth optimization via quasi-Newton methods, 2013 (bracketing).
+      Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989. Byrd,
+      Nocedal and Schnabel, Representations of quasi-Newton matrices and their use in limited memory
+      methods, 1994 (compact form). Hager and Zhang, A new conjugate gradient method with guaranteed
+      descent, 2005 (approximate Wolfe). Lewis and Overton, Nonsmooth optimization via quasi-Newton
+      methods, 2013 (bracketing).
     """
     maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
     memory = numbers.count(memory, "memory")
@@ -106,14 +121,23 @@ def _init(params: PyTree, *, memory: int) -> LbfgsState:
     dtype = tolerance.scalar_dtype(params)
     pairs = jax.tree.map(lambda p: jnp.zeros((2, memory, *p.shape), p.dtype), params)
     square, zero = jnp.zeros((memory, memory), dtype), jnp.zeros((), dtype)
-    return LbfgsState(pairs, square, jnp.zeros((memory,), dtype), jnp.zeros_like(square), jnp.int32(0), zero, jnp.zeros_like(zero))
+    return LbfgsState(
+        pairs,
+        square,
+        jnp.zeros((memory,), dtype),
+        jnp.zeros_like(square),
+        jnp.int32(0),
+        zero,
+        jnp.zeros_like(zero),
+    )
 
 
 # ---- the inverse Hessian estimate
 
 
 def inverse_hessian_product(state: LbfgsState, v: PyTree) -> PyTree:
-    """``H v`` with the inverse Hessian estimate that a solve left behind: positive definite, and ``v`` itself while no pair is kept.
+    """``H v`` with the inverse Hessian estimate that a solve left behind: positive definite, and
+    ``v`` itself while no pair is kept.
 
     Args:
       state: the `opt` of the `InnerState` that an `lbfgs` step returned.
@@ -133,30 +157,45 @@ def inverse_hessian_product(state: LbfgsState, v: PyTree) -> PyTree:
 
 
 def _apply(state: LbfgsState, v: PyTree, products: jax.Array, gamma: Scalar) -> PyTree:
-    """The compact form: ``Hv = γv + S R⁻ᵀ[(D + γ U'U) p − γ U'v] − γ U p`` with ``p = R⁻¹ S'v``; `products` are ``S'v`` and ``U'v``."""
+    """The compact form: ``Hv = γv + S R⁻ᵀ[(D + γ U'U) p − γ U'v] − γ U p`` with ``p = R⁻¹ S'v``;
+    `products` are ``S'v`` and ``U'v``.
+    """
     p = _matvec(state.inverse, products[0])
-    a = _matvec(state.inverse.T, state.diagonal * p + gamma * (_matvec(state.changes, p) - products[1]))
+    a = _matvec(
+        state.inverse.T, state.diagonal * p + gamma * (_matvec(state.changes, p) - products[1])
+    )
     coefficients = jnp.stack([a, -gamma * p])
 
     def leaf(u, rows):
-        sums = lax.dot_general(coefficients, rows.astype(gamma.dtype), (((0, 1), (0, 1)), ((), ())), precision=lax.Precision.HIGHEST)
+        sums = lax.dot_general(
+            coefficients,
+            rows.astype(gamma.dtype),
+            (((0, 1), (0, 1)), ((), ())),
+            precision=lax.Precision.HIGHEST,
+        )
         return (gamma * u.astype(gamma.dtype) + sums).astype(u.dtype)
 
     return jax.tree.map(leaf, v, state.pairs)
 
 
 def _matvec(a: jax.Array, b: jax.Array) -> jax.Array:
-    return jnp.sum(a * b[None, :], axis=1)  # a dozen numbers: a fused sum costs less than a call of a matrix product
+    return jnp.sum(
+        a * b[None, :], axis=1
+    )  # a dozen numbers: a fused sum costs less than a call of a matrix product
 
 
 def _products(pairs: PyTree, v: PyTree) -> jax.Array:
-    """``(2, memory)``: ``S'v`` and ``U'v``. Contracting all trailing axes at once reshapes nothing, so shardings hold."""
+    """``(2, memory)``: ``S'v`` and ``U'v``. Contracting all trailing axes at once reshapes nothing,
+    so shardings hold.
+    """
     dtype = tolerance.scalar_dtype(v)
 
     def leaf(rows, u):
         axes = (tuple(range(2, rows.ndim)), tuple(range(u.ndim)))
         wide = tolerance.scalar_dtype(u)
-        return lax.dot_general(rows, u, (axes, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=wide).astype(dtype)
+        return lax.dot_general(
+            rows, u, (axes, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=wide
+        ).astype(dtype)
 
     parts = jax.tree.leaves(jax.tree.map(leaf, pairs, v))
     return sum(parts[1:], parts[0])
@@ -165,8 +204,9 @@ def _products(pairs: PyTree, v: PyTree) -> jax.Array:
 def remember(state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar) -> LbfgsState:
     """Write a pair over the oldest one where `keep` holds.
 
-    Dropping the oldest pair strikes the first row and column off ``R``, hence off ``R⁻¹``; a new last column ``(r, su)`` of ``R`` gives
-    ``R⁻¹`` the column ``(−R⁻¹ r, 1) / su``. So the inverse is kept by products, with no order to sort and no system to solve.
+    Dropping the oldest pair strikes the first row and column off ``R``, hence off ``R⁻¹``; a new
+    last column ``(r, su)`` of ``R`` gives ``R⁻¹`` the column ``(−R⁻¹ r, 1) / su``. So the inverse
+    is kept by products, with no order to sort and no system to solve.
     """
     size, head = state.diagonal.shape[0], state.head
 
@@ -181,7 +221,11 @@ def remember(state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar) 
     su_safe = jnp.where(keep, su, jnp.ones_like(su))
     column = jnp.where(here, jnp.ones_like(su), -_matvec(older, products[0])) / su_safe
     inverse = jnp.where(here[None, :], column[:, None], older)
-    changes = jnp.where(here[None, :], products[1][:, None], jnp.where(here[:, None], products[1][None, :], state.changes))
+    changes = jnp.where(
+        here[None, :],
+        products[1][:, None],
+        jnp.where(here[:, None], products[1][None, :], state.changes),
+    )
     uu = jnp.sum(jnp.where(here, products[1], jnp.zeros_like(su)))
     return LbfgsState(
         pairs,
@@ -198,7 +242,9 @@ def remember(state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar) 
 
 
 class _Search(NamedTuple):
-    """A line search under way: from the current point along `direction`, with slope `slope` there, trying the step `t` in ``(low, high)``."""
+    """A line search under way: from the current point along `direction`, with slope `slope` there,
+    trying the step `t` in ``(low, high)``.
+    """
 
     direction: PyTree
     length: Any  # of the direction
@@ -225,7 +271,14 @@ class _Carry(NamedTuple):
 
 
 def _solve(
-    objective: Objective, state: base.InnerState, outer: PyTree, ctx: base.Ctx, *, maxiter: int, tol: Any, products: str | None
+    objective: Objective,
+    state: base.InnerState,
+    outer: PyTree,
+    ctx: base.Ctx,
+    *,
+    maxiter: int,
+    tol: Any,
+    products: str | None,
 ) -> tuple[base.InnerState, dict[str, Scalar]]:
     objective = precision.under(products, objective)
     params, memory = state.params, state.opt
@@ -235,7 +288,11 @@ def _solve(
 
     def body(carry: _Carry) -> _Carry:
         point, search = carry.point, carry.search
-        first = carry.evaluations == 0  # the start itself is evaluated by the loop, along a zero direction: one copy of the objective
+        first = (
+            carry.evaluations == 0
+            # the start itself is evaluated by the loop, along a zero direction: one copy of the
+            # objective
+        )
         step = tree.scale(search.t, search.direction)
         trial = tolerance.evaluate(objective, tree.add(point.params, step), outer, ctx)
         finite = tolerance.is_finite(trial)
@@ -250,12 +307,17 @@ def _solve(
         new = tree.where(accepted, trial, point)
         change = tree.sub(trial.grads, point.grads)
         su, ss, uu = tree.dot(step, change), tree.dot(step, step), tree.dot(change, change)
-        convex = su > unit * jnp.sqrt(ss * uu)  # also false at the start, whose step is zero, and for NaN
+        convex = su > unit * jnp.sqrt(
+            ss * uu
+        )  # also false at the start, whose step is zero, and for NaN
         reach = jnp.maximum(carry.reach, tree.norm(new.params))
-        bend = tolerance.update_bend(carry.bend, su, ss, uu, tree.norm(point.params), unit, finite & ~first)
+        bend = tolerance.update_bend(
+            carry.bend, su, ss, uu, tree.norm(point.params), unit, finite & ~first
+        )
         kept = remember(carry.memory, step, change, su, accepted & ~first & convex)
 
-        # A search that finds nothing drops the memory once; without any memory there is nothing left to try.
+        # A search that finds nothing drops the memory once; without any memory there is nothing
+        # left to try.
         count = jnp.where(accepted, 0, search.count + 1)
         failed = ~accepted & ~first & (count >= SEARCH)
         bare = ~jnp.any(kept.diagonal > 0)
@@ -265,20 +327,28 @@ def _solve(
         )
         restart = accepted | failed
 
-        gamma = jnp.where(kept.gamma > 0, kept.gamma, 1.0 / jnp.where(new.grad_norm > 0, new.grad_norm, 1.0))
+        gamma = jnp.where(
+            kept.gamma > 0, kept.gamma, 1.0 / jnp.where(new.grad_norm > 0, new.grad_norm, 1.0)
+        )
         direction = tree.neg(_apply(kept, new.grads, _products(kept.pairs, new.grads), gamma))
         down = tree.dot(direction, new.grads)
         uphill = ~(down < 0)  # by rounding, or NaN
         direction = tree.where(uphill, tree.scale(-gamma, new.grads), direction)
         down = jnp.where(uphill, -gamma * new.grad_norm**2, down)
         length = tree.norm(direction)
-        fresh = _Search(direction, length, down, jnp.ones_like(zero), zero, down, infinite, jnp.int32(0))
+        fresh = _Search(
+            direction, length, down, jnp.ones_like(zero), zero, down, infinite, jnp.int32(0)
+        )
         narrowed = _narrow(search._replace(count=count.astype(jnp.int32)), slope, enough, finite)
 
         best = tolerance.update_best(carry.best, trial, accepted)
-        best = best._replace(age=jnp.where(accepted, best.age, best.age + 1))  # at the rounding level it is searches that cost
+        best = best._replace(
+            age=jnp.where(accepted, best.age, best.age + 1)
+        )  # at the rounding level it is searches that cost
         target = tol * tolerance.size(new.params, reach)
-        was = search.length * jnp.maximum(1.0, search.t)  # a longer step than the direction says that the memory is out of date
+        was = search.length * jnp.maximum(
+            1.0, search.t
+        )  # a longer step than the direction says that the memory is out of date
         arrived = accepted & ~first & (length <= target) & (was <= target)
         converged = arrived | (finite & accepted & (new.grad_norm == 0))
         known = bend._replace(largest=jnp.where(bend.largest > 0, bend.largest, memory.curvature))
@@ -302,7 +372,9 @@ def _solve(
     start = _Carry(
         point=tolerance.unevaluated(params, state.model),
         memory=memory,
-        search=_Search(tree.zeros_like(params), zero, zero, zero, zero, zero, infinite, jnp.int32(0)),
+        search=_Search(
+            tree.zeros_like(params), zero, zero, zero, zero, zero, infinite, jnp.int32(0)
+        ),
         best=tolerance.first_best(params),
         bend=tolerance.no_bend(params),
         reach=zero,
@@ -321,21 +393,30 @@ def _solve(
         "evaluations": end.evaluations,
         "code": tolerance.verdict(end.point, end.converged, end.bend._replace(largest=met)),
     }
-    return base.InnerState(end.point.params, end.memory._replace(curvature=met), end.point.model), info
+    return base.InnerState(
+        end.point.params, end.memory._replace(curvature=met), end.point.model
+    ), info
 
 
 def _narrow(search: _Search, slope: Scalar, enough: Scalar, finite: Scalar) -> _Search:
-    """The next step to try: the secant's zero of the slope, kept inside the bracket, or further out while there is no upper end."""
+    """The next step to try: the secant's zero of the slope, kept inside the bracket, or further out
+    while there is no upper end.
+    """
     t, low, low_slope = search.t, search.low, search.low_slope
     bend = slope - low_slope
     secant = low - low_slope * (t - low) / jnp.where(bend > 0, bend, 1.0)
-    secant = jnp.where(finite & (bend > 0), secant, jnp.where(enough, jnp.inf, low + 0.1 * (t - low)))
+    secant = jnp.where(
+        finite & (bend > 0), secant, jnp.where(enough, jnp.inf, low + 0.1 * (t - low))
+    )
     low_new, slope_new = jnp.where(enough, t, low), jnp.where(enough, slope, low_slope)
     high = jnp.where(enough, search.high, t)
     bounded = jnp.isfinite(high)
     width = jnp.where(bounded, high - low_new, 0.0)
     inside = jnp.clip(secant, low_new + 0.1 * width, high - 0.1 * width)
-    # While the start itself is the lower end, the unit of the parameters may be orders of magnitude off.
+    # While the start itself is the lower end, the unit of the parameters may be orders of magnitude
+    # off.
     inside = jnp.where((low_new == 0) & (search.count >= 3), jnp.minimum(inside, 0.1 * t), inside)
     outside = jnp.clip(secant, 2.0 * t, 10.0 * t)
-    return search._replace(t=jnp.where(bounded, inside, outside), low=low_new, low_slope=slope_new, high=high)
+    return search._replace(
+        t=jnp.where(bounded, inside, outside), low=low_new, low_slope=slope_new, high=high
+    )

@@ -1,4 +1,6 @@
-"""What solvers of constrained levels and fixed points share with the methods that differentiate them, and small quadratic programs for others."""
+"""What solvers of constrained levels and fixed points share with the methods that differentiate
+them, and small quadratic programs for others.
+"""
 
 from bilevax.inner._conditions import active, lagrangian
 from bilevax.inner._constraints import as_constraints, dense_dtype, unvector, vector
@@ -6,6 +8,7 @@ from bilevax.inner._mapping import apply, as_mapping, bound_like
 from bilevax.inner._quadratic import Program, minimize, violation
 
 __all__ = [
-    "Program", "active", "apply", "as_constraints", "as_mapping", "bound_like", "dense_dtype", "lagrangian", "minimize", "unvector",
+    "Program", "active", "apply", "as_constraints", "as_mapping", "bound_like", "dense_dtype",
+    "lagrangian", "minimize", "unvector",
     "vector", "violation",
 ]  # fmt: skip

@@ -43,7 +43,9 @@ class _Carry(NamedTuple):
     iterations: Any
 
 
-def block_cg(matvec: Any, B: PyTree, X0: PyTree | None = None, *, maxiter: int, tol: Any) -> tuple[PyTree, LinearInfo]:
+def block_cg(
+    matvec: Any, B: PyTree, X0: PyTree | None = None, *, maxiter: int, tol: Any
+) -> tuple[PyTree, LinearInfo]:
     """Solve for every row of `B`; at most `maxiter` iterations, of a product a row each."""
     X0 = tree.zeros_like(B) if X0 is None else X0
     many = jax.tree.leaves(B)[0].shape[0]
@@ -66,14 +68,22 @@ def block_cg(matvec: Any, B: PyTree, X0: PyTree | None = None, *, maxiter: int, 
         largest = jnp.max(jnp.abs(values))
         kept = values > 100 * jnp.finfo(values.dtype).eps * largest
         negative = jnp.any(values < -100 * jnp.finfo(values.dtype).eps * largest)
-        inverse = (vectors * jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)[None, :]) @ vectors.T
+        inverse = (
+            vectors * jnp.where(kept, 1 / jnp.where(kept, values, 1), 0)[None, :]
+        ) @ vectors.T
         X = tree.add(c.X, mixed(c.C @ inverse, c.P))
         Q, M = orthonormal(tree.sub(c.Q, mixed(inverse, AP)))
         P = tree.add(Q, mixed(M.T, c.P))
         finite = jnp.all(jnp.isfinite(M)) & jnp.isfinite(largest)
-        code = jnp.where(finite, jnp.where(negative, RESULTS.negative_curvature, RESULTS.success), RESULTS.adjoint_nonfinite).astype(jnp.int32)
+        code = jnp.where(
+            finite,
+            jnp.where(negative, RESULTS.negative_curvature, RESULTS.success),
+            RESULTS.adjoint_nonfinite,
+        ).astype(jnp.int32)
         new = _Carry(X, P, Q, c.C @ M, code, c.iterations + 1)
-        return tree.where(negative | ~finite, c._replace(code=code, iterations=c.iterations + 1), new)
+        return tree.where(
+            negative | ~finite, c._replace(code=code, iterations=c.iterations + 1), new
+        )
 
     start = _Carry(X0, Q, Q, C, jnp.int32(RESULTS.success), jnp.int32(0))
     end = lax.while_loop(going, body, start)

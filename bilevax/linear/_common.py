@@ -21,7 +21,9 @@ def prepare(b: PyTree, x0: PyTree | None) -> tuple[PyTree, PyTree]:
 
 
 def singular(a_norm: Any, x_norm: Any, b_norm: Any) -> Any:
-    """Whether x is so large that rounding in A x leaves less than a digit of b: the matrix is singular to working precision."""
+    """Whether x is so large that rounding in A x leaves less than a digit of b: the matrix is
+    singular to working precision.
+    """
     return numbers.rounding_unit(b_norm.dtype) * a_norm * x_norm > 0.1 * b_norm
 
 
@@ -31,16 +33,23 @@ def relative(residual_norm: Any, b_norm: Any) -> Any:
 
 
 def info(iterations: Any, residual: Any, failure: Any, tol: Any = None) -> LinearInfo:
-    """A `LinearInfo` with its verdict: a failure met on the way, else nonfinite, else whether `residual` is at most `tol`.
+    """A `LinearInfo` with its verdict: a failure met on the way, else nonfinite, else whether
+    `residual` is at most `tol`.
 
     Methods without a tolerance (None) succeed where they beat x = 0.
     """
     solved = residual < 1 if tol is None else residual <= jnp.asarray(tol, residual.dtype)
     code = jnp.where(solved, RESULTS.success, RESULTS.adjoint_not_converged)
     code = jnp.where(jnp.isfinite(residual), code, RESULTS.adjoint_nonfinite)
-    return LinearInfo(jnp.asarray(iterations, jnp.int32), residual, jnp.where(failure == 0, code, failure).astype(jnp.int32))
+    return LinearInfo(
+        jnp.asarray(iterations, jnp.int32),
+        residual,
+        jnp.where(failure == 0, code, failure).astype(jnp.int32),
+    )
 
 
 @jax.tree_util.register_static
 class Size(int):
-    """An integer that shapes depend on: static even where the solver itself is an argument of a jitted function."""
+    """An integer that shapes depend on: static even where the solver itself is an argument of a
+    jitted function.
+    """

@@ -1,4 +1,6 @@
-"""Statistics of per-example gradients: moments of a layer's inputs and output gradients, and the curvature along their eigenvectors."""
+"""Statistics of per-example gradients: moments of a layer's inputs and output gradients, and the
+curvature along their eigenvectors.
+"""
 
 from __future__ import annotations
 
@@ -64,14 +66,26 @@ class Layers(tuple[Any, ...]):
         for block in self:
             layers, left, right = block.sizes
             side = lambda n, dense: f"{n}" if dense else f"diagonal {n}"
-            what = {"kronecker": f"{side(left, block.left)} x {side(right, block.right)}", "full": f"full {left}", "diagonal": "diagonal"}[block.kind]
-            lines.append((block.name, "x".join(map(str, block.shape)) or "()", what + (f", {layers} times" if layers > 1 else "")))
+            what = {
+                "kronecker": f"{side(left, block.left)} x {side(right, block.right)}",
+                "full": f"full {left}",
+                "diagonal": "diagonal",
+            }[block.kind]
+            lines.append(
+                (
+                    block.name,
+                    "x".join(map(str, block.shape)) or "()",
+                    what + (f", {layers} times" if layers > 1 else ""),
+                )
+            )
         widths = [max(len(line[i]) for line in lines) for i in range(2)]
         return "\n".join(f"{a:{widths[0]}}  {b:{widths[1]}}  {c}" for a, b, c in lines)
 
 
 class Part(NamedTuple):
-    """One block: eigenvectors of both sides (None: the identity), and what coordinates in them are divided by."""
+    """One block: eigenvectors of both sides (None: the identity), and what coordinates in them are
+    divided by.
+    """
 
     left: Any
     right: Any
@@ -83,17 +97,31 @@ class Plan(NamedTuple):
 
     walk: Walk
     layers: Layers
-    uses: list[list[tuple[int, bool]]]  # of each leaf: which uses, and whether inputs and outputs change places
+    uses: list[
+        list[tuple[int, bool]]
+    ]  # of each leaf: which uses, and whether inputs and outputs change places
 
 
-def plan(value: Callable[..., Any], params: PyTree, example: PyTree, *, small: int, largest: int, kronecker: bool = True) -> Plan:
+def plan(
+    value: Callable[..., Any],
+    params: PyTree,
+    example: PyTree,
+    *,
+    small: int,
+    largest: int,
+    kronecker: bool = True,
+) -> Plan:
     """What the blocks of a program's parameters are. `example`: a batch of one, or shapes."""
     walk = Walk(value, params, example)
     blocks: list[Block] = []
     found: list[list[tuple[int, bool]]] = []
     paths = jax.tree_util.tree_leaves_with_path(params)
     for number, (path, leaf) in enumerate(paths):
-        uses = [(i, use) for i, use in enumerate(walk.uses) if use.tag.leaf == number] if kronecker else []
+        uses = (
+            [(i, use) for i, use in enumerate(walk.uses) if use.tag.leaf == number]
+            if kronecker
+            else []
+        )
         places = _agreeing([use for _, use in uses], leaf.shape)
         name = jax.tree_util.keystr(path) or "params"
         size = int(np.prod(leaf.shape))
@@ -108,13 +136,24 @@ def plan(value: Callable[..., Any], params: PyTree, example: PyTree, *, small: i
         looked = [use.kind == "gather" for _, use in uses]
         by_row = all(look and not swapped for look, swapped in zip(looked, places, strict=True))
         by_column = all(look and swapped for look, swapped in zip(looked, places, strict=True))
-        blocks.append(Block(name, tuple(leaf.shape), "kronecker", how, left <= largest and not by_row, right <= largest and not by_column))
+        blocks.append(
+            Block(
+                name,
+                tuple(leaf.shape),
+                "kronecker",
+                how,
+                left <= largest and not by_row,
+                right <= largest and not by_column,
+            )
+        )
         found.append([(i, swapped) for (i, _), swapped in zip(uses, places, strict=True)])
     return Plan(walk, Layers(blocks), found)
 
 
 def _agreeing(uses: Sequence[Use], shape: Any) -> list[bool] | None:
-    """Of each use of one leaf, whether its inputs are the outputs of the first; None where they are neither, or there is no use."""
+    """Of each use of one leaf, whether its inputs are the outputs of the first; None where they are
+    neither, or there is no use.
+    """
     if not uses:
         return None
     if len(uses) == 1:
@@ -125,7 +164,10 @@ def _agreeing(uses: Sequence[Use], shape: Any) -> list[bool] | None:
         mine = matrices(layout(use), numbered)
         if mine.shape == first.shape and (mine == first).all():
             places.append(False)
-        elif mine.transpose(0, 2, 1).shape == first.shape and (mine.transpose(0, 2, 1) == first).all():
+        elif (
+            mine.transpose(0, 2, 1).shape == first.shape
+            and (mine.transpose(0, 2, 1) == first).all()
+        ):
             places.append(True)
         else:
             return None
@@ -136,7 +178,9 @@ def _agreeing(uses: Sequence[Use], shape: Any) -> list[bool] | None:
 
 
 class Gradients(NamedTuple):
-    """Of one example or, with an axis in front, of many: rows of each use, and gradients of the leaves without a use."""
+    """Of one example or, with an axis in front, of many: rows of each use, and gradients of the
+    leaves without a use.
+    """
 
     rows: list[tuple[jax.Array, jax.Array]]
     rest: list[Any]
@@ -148,22 +192,39 @@ def gradients(made: Plan, params: PyTree, example: PyTree) -> Gradients:
     def value(added, leaves):
         return made.walk(jax.tree.unflatten(jax.tree.structure(params), leaves), example, added)
 
-    (by_product, by_leaf), found = jax.grad(value, (0, 1), has_aux=True)(made.walk.zeros(), jax.tree.leaves(params))
+    (by_product, by_leaf), found = jax.grad(value, (0, 1), has_aux=True)(
+        made.walk.zeros(), jax.tree.leaves(params)
+    )
     wide = lambda a: a.astype(tree.accumulator(a)) if tree.is_float(a) else a
-    taken = [tuple(map(wide, rows(use, x, g))) for use, x, g in zip(made.walk.uses, found, by_product, strict=True)]
-    rest = [None if uses else wide(g).reshape(-1) for uses, g in zip(made.uses, by_leaf, strict=True)]
+    taken = [
+        tuple(map(wide, rows(use, x, g)))
+        for use, x, g in zip(made.walk.uses, found, by_product, strict=True)
+    ]
+    rest = [
+        None if uses else wide(g).reshape(-1) for uses, g in zip(made.uses, by_leaf, strict=True)
+    ]
     return Gradients(taken, rest)
 
 
-def of_block(made: Plan, number: int, got: Gradients, left: Any = None, right: Any = None) -> jax.Array:
-    """Gradients ``[examples, layers, in, out]`` of a leaf with uses, in the coordinates of its eigenvectors."""
+def of_block(
+    made: Plan, number: int, got: Gradients, left: Any = None, right: Any = None
+) -> jax.Array:
+    """Gradients ``[examples, layers, in, out]`` of a leaf with uses, in the coordinates of its
+    eigenvectors.
+    """
     total: Any = 0
     _, height, width = made.layers[number].sizes
     for i, swapped in made.uses[number]:
         x, g = got.rows[i]
         if made.walk.uses[i].kind == "gather":
             count = width if swapped else height
-            whole = jax.vmap(jax.vmap(lambda at, rows, count=count: jnp.zeros((count, rows.shape[-1]), rows.dtype).at[at].add(rows)))(x, g)
+            whole = jax.vmap(
+                jax.vmap(
+                    lambda at, rows, count=count: (
+                        jnp.zeros((count, rows.shape[-1]), rows.dtype).at[at].add(rows)
+                    )
+                )
+            )(x, g)
             whole = whole.swapaxes(-1, -2) if swapped else whole
             total = total + _turned(_turned(whole, right).swapaxes(-1, -2), left).swapaxes(-1, -2)
         else:
@@ -181,19 +242,28 @@ def _turned(values: jax.Array, basis: Any) -> jax.Array:
 
 
 def moments(made: Plan, got: Gradients) -> list[Any]:
-    """Of each leaf, summed over examples: second moments of both sides a use, and those of its gradient."""
+    """Of each leaf, summed over examples: second moments of both sides a use, and those of its
+    gradient.
+    """
     out: list[Any] = []
     for number, block in enumerate(made.layers):
         if not made.uses[number]:
             g = got.rest[number]
-            out.append((jnp.einsum("ni,nj->ij", g, g) if block.kind == "full" else jnp.sum(g**2, 0), jnp.sum(g, 0)))
+            out.append(
+                (
+                    jnp.einsum("ni,nj->ij", g, g) if block.kind == "full" else jnp.sum(g**2, 0),
+                    jnp.sum(g, 0),
+                )
+            )
             continue
         sides = [_sides(made, block, got, i, swapped) for i, swapped in made.uses[number]]
         out.append((sides, jnp.sum(of_block(made, number, got) ** 2, (0, 2, 3))))
     return out
 
 
-def _sides(made: Plan, block: Block, got: Gradients, i: int, swapped: bool) -> tuple[jax.Array, jax.Array]:
+def _sides(
+    made: Plan, block: Block, got: Gradients, i: int, swapped: bool
+) -> tuple[jax.Array, jax.Array]:
     x, g = got.rows[i]
     _, height, width = block.sizes
     looked = made.walk.uses[i].kind == "gather"
@@ -212,7 +282,11 @@ def eigenvectors(sides: Sequence[jax.Array], dense: bool) -> tuple[Any, jax.Arra
     """Eigenvectors and eigenvalues of the mean of some moments, each scaled to a trace of one."""
 
     def scaled(a):
-        trace = jnp.trace(a, axis1=-2, axis2=-1)[:, None, None] if dense else jnp.sum(a, -1, keepdims=True)
+        trace = (
+            jnp.trace(a, axis1=-2, axis2=-1)[:, None, None]
+            if dense
+            else jnp.sum(a, -1, keepdims=True)
+        )
         return a / jnp.where(trace > 0, trace, 1)
 
     mean = sum(map(scaled, sides)) / len(sides)
@@ -245,8 +319,12 @@ def averaged(fn: Callable[[PyTree], PyTree], examples: PyTree, at_once: int | No
 # ---- what the gradients are of
 
 
-def drawn(point: Point, relabel: Any, outputs: Any, key: jax.Array, number: Any, every: bool) -> PyTree:
-    """Examples whose gradients have the matrix as second moment: rows with labels drawn from the model, or with cotangents of its outputs."""
+def drawn(
+    point: Point, relabel: Any, outputs: Any, key: jax.Array, number: Any, every: bool
+) -> PyTree:
+    """Examples whose gradients have the matrix as second moment: rows with labels drawn from the
+    model, or with cotangents of its outputs.
+    """
     if relabel is not None:
         return alone(point.call(relabel, point.params, point.batch, key=key))
     if outputs is None:
@@ -257,13 +335,17 @@ def drawn(point: Point, relabel: Any, outputs: Any, key: jax.Array, number: Any,
 
     def one(example, key):
         found = point.call(network, point.params, example)
-        return example, _root(lambda out: jnp.mean(point.call(loss, out, example)), found, key, number, every)
+        return example, _root(
+            lambda out: jnp.mean(point.call(loss, out, example)), found, key, number, every
+        )
 
     return jax.vmap(one)(examples, jax.random.split(key, count))
 
 
 def surrogate(point: Point, outputs: Any) -> Callable[[PyTree, PyTree], Any]:
-    """What is differentiated: the objective of one example, or the outputs' inner product with a cotangent."""
+    """What is differentiated: the objective of one example, or the outputs' inner product with a
+    cotangent.
+    """
     if outputs is None:
         return lambda params, example: point.value(params, example)
     return lambda params, example: jnp.sum(point.call(outputs[0], params, example[0]) * example[1])
@@ -274,18 +356,26 @@ def alone(batch: PyTree) -> PyTree:
     return jax.tree.map(lambda a: jnp.asarray(a)[:, None], batch)
 
 
-def _root(loss: Callable[..., Any], out: jax.Array, key: jax.Array, number: Any, every: bool) -> jax.Array:
-    """A random vector whose second moment is the loss' Hessian, that Hessian being a block for each position along the last axis."""
+def _root(
+    loss: Callable[..., Any], out: jax.Array, key: jax.Array, number: Any, every: bool
+) -> jax.Array:
+    """A random vector whose second moment is the loss' Hessian, that Hessian being a block for each
+    position along the last axis.
+    """
     classes = out.shape[-1]
     _, product = jax.linearize(jax.grad(loss), out)
-    columns = jax.vmap(lambda e: product(jnp.broadcast_to(e, out.shape)))(jnp.eye(classes, dtype=out.dtype))
+    columns = jax.vmap(lambda e: product(jnp.broadcast_to(e, out.shape)))(
+        jnp.eye(classes, dtype=out.dtype)
+    )
     wide = tree.accumulator(out)
     hessian = jnp.moveaxis(columns, 0, -1).astype(wide)
     values, vectors = jnp.linalg.eigh((hessian + hessian.swapaxes(-1, -2)) / 2)
     half = vectors * jnp.sqrt(jnp.maximum(values, 0))[..., None, :]
     if every:  # one column at a time, with a sign for each position
         sign = jax.random.rademacher(key, out.shape[:-1], wide)
-        chosen = jnp.broadcast_to(jnp.arange(classes, dtype=jnp.int32) == number, out.shape).astype(wide)
+        chosen = jnp.broadcast_to(jnp.arange(classes, dtype=jnp.int32) == number, out.shape).astype(
+            wide
+        )
         weights = sign[..., None] * chosen * float(np.sqrt(classes))
     else:
         weights = jax.random.rademacher(key, out.shape, wide)

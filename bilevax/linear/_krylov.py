@@ -1,4 +1,5 @@
-"""The loop of the Krylov solvers other than CG: run, measure the residual, go on from the measured one.
+"""The loop of the Krylov solvers other than CG: run, measure the residual, go on from the measured
+one.
 
 A method is a pair of pure functions on its own state, each returning the vector to multiply next:
 
@@ -26,7 +27,9 @@ from bilevax.results import RESULTS
 
 
 class Step(NamedTuple):
-    """What one step says: the norm of the residual that the method believes in, and whether it must start anew from a measured one."""
+    """What one step says: the norm of the residual that the method believes in, and whether it must
+    start anew from a measured one.
+    """
 
     r_norm: Any
     restart: Any = False
@@ -60,8 +63,9 @@ def run(
 ) -> tuple[PyTree, LinearInfo]:
     """Solve with a method.
 
-    It ends at `tol`, after `maxiter` steps, on a failure, or where a restart does not bring the residual to `progress` times the one before:
-    rounding allows no more, or the method has broken down for good.
+    It ends at `tol`, after `maxiter` steps, on a failure, or where a restart does not bring the
+    residual to `progress` times the one before: rounding allows no more, or the method has broken
+    down for good.
     """
     b, x0 = _common.prepare(b, x0)
     b_norm = tree.norm(b)
@@ -98,7 +102,9 @@ def run(
             state=state,
             r_norm=r_norm,
             measure=jnp.asarray(False),
-            failure=jnp.where(stalled & finite & ~converged, c.failure, RESULTS.success),  # a breakdown that a restart cures is none
+            failure=jnp.where(
+                stalled & finite & ~converged, c.failure, RESULTS.success
+            ),  # a breakdown that a restart cures is none
             done=~finite | converged | stalled | (c.step >= maxiter),
         )
 
@@ -108,18 +114,33 @@ def run(
         measure = (report.r_norm <= target) | (count >= maxiter) | report.restart | report.breakdown
         if finish is not None:
             x = lax.cond(measure, finish, lambda x, _: x, x, state)
-        # A product that is not finite spoils x nowhere: the iterate before it is kept, and the residual reported is the last measured.
+        # A product that is not finite spoils x nowhere: the iterate before it is kept, and the
+        # residual reported is the last measured.
         finite = jnp.isfinite(report.r_norm) & tree.all_finite(x)
         singular = _common.singular(c.a_norm, tree.norm(x), b_norm)
         x = tree.where(finite & ~singular, x, c.x)
         breakdown = report.breakdown | singular
         measure = measure | singular
-        failure = jnp.where(finite, jnp.where(breakdown, RESULTS.adjoint_breakdown, RESULTS.success), RESULTS.adjoint_nonfinite)
-        return c._replace(step=count, x=x, p=tree.where(measure, x, p), state=state, measure=measure, failure=failure.astype(jnp.int32), done=~finite)
+        failure = jnp.where(
+            finite,
+            jnp.where(breakdown, RESULTS.adjoint_breakdown, RESULTS.success),
+            RESULTS.adjoint_nonfinite,
+        )
+        return c._replace(
+            step=count,
+            x=x,
+            p=tree.where(measure, x, p),
+            state=state,
+            measure=measure,
+            failure=failure.astype(jnp.int32),
+            done=~finite,
+        )
 
     def body(c: _Carry) -> _Carry:
         ap = matvec(c.p)
-        stretch = (tree.norm(ap) / jnp.maximum(tree.norm(c.p), float(jnp.finfo(dtype).tiny))).astype(dtype)
+        stretch = (
+            tree.norm(ap) / jnp.maximum(tree.norm(c.p), float(jnp.finfo(dtype).tiny))
+        ).astype(dtype)
         c = c._replace(matvecs=c.matvecs + 1, a_norm=jnp.fmax(c.a_norm, stretch))
         return lax.cond(c.measure, measured, stepped, c, ap)
 

@@ -15,22 +15,26 @@ from bilevax.base import Bound, Linear
 from bilevax.linear import _common
 from bilevax.results import RESULTS
 
-LIMIT = 4096  # entries of a vector; the matrix is then 128 MiB in float64, and its matvecs run at once
+LIMIT = (
+    4096  # entries of a vector; the matrix is then 128 MiB in float64, and its matvecs run at once
+)
 
 
 def cholesky() -> Linear:
-    r"""Solve a symmetric positive definite system by a Cholesky factorisation of the materialised matrix.
+    r"""Solve a symmetric positive definite system by a Cholesky factorisation of the materialised
+    matrix.
 
     .. math::
         A = L L^\top, \qquad x = L^{-\top} L^{-1} b
 
-    As many matvecs as there are unknowns, vectorised; at most 4,096 unknowns. Half precisions are factorised in float32. `x0` is what comes
-    back on a failure.
+    As many matvecs as there are unknowns, vectorised; at most 4,096 unknowns. Half precisions are
+    factorised in float32. `x0` is what comes back on a failure.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``negative_curvature`` (not positive definite), ``adjoint_breakdown``
-      (singular to rounding), ``adjoint_nonfinite``, ``adjoint_not_converged`` (the residual is above
-      the square root of the rounding unit, as for a matrix without symmetry).
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``negative_curvature`` (not
+      positive definite), ``adjoint_breakdown`` (singular to rounding), ``adjoint_nonfinite``,
+      ``adjoint_not_converged`` (the residual is above the square root of the rounding unit, as for
+      a matrix without symmetry).
 
     Raises:
       ValueError: when called with more than 4,096 unknowns.
@@ -38,7 +42,9 @@ def cholesky() -> Linear:
     Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
-      >>> x, info = linear.cholesky()(lambda v: jnp.array([[2.0, 1.0], [1.0, 2.0]]) @ v, jnp.array([3.0, 3.0]), jnp.zeros(2))
+      >>> x, info = linear.cholesky()(
+      ...     lambda v: jnp.array([[2.0, 1.0], [1.0, 2.0]]) @ v, jnp.array([3.0, 3.0]), jnp.zeros(2)
+      ... )
       >>> x.round(3).tolist(), int(info.iterations)
       ([1.0, 1.0], 2)
 
@@ -54,12 +60,13 @@ def lu() -> Linear:
     .. math::
         P A = L U, \qquad x = U^{-1} L^{-1} P b
 
-    As many matvecs as there are unknowns, vectorised; at most 4,096 unknowns. Half precisions are factorised in float32. `x0` is what comes
-    back on a failure.
+    As many matvecs as there are unknowns, vectorised; at most 4,096 unknowns. Half precisions are
+    factorised in float32. `x0` is what comes back on a failure.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown`` (singular to rounding), ``adjoint_nonfinite``,
-      ``adjoint_not_converged`` (the residual is above the square root of the rounding unit).
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown``
+      (singular to rounding), ``adjoint_nonfinite``, ``adjoint_not_converged`` (the residual is
+      above the square root of the rounding unit).
 
     Raises:
       ValueError: when called with more than 4,096 unknowns.
@@ -67,7 +74,11 @@ def lu() -> Linear:
     Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
-      >>> x, info = linear.lu()(lambda v: jnp.array([[0.0, 1.0], [-1.0, 0.0]]) @ v, jnp.array([2.0, 1.0]), jnp.zeros(2))
+      >>> x, info = linear.lu()(
+      ...     lambda v: jnp.array([[0.0, 1.0], [-1.0, 0.0]]) @ v,
+      ...     jnp.array([2.0, 1.0]),
+      ...     jnp.zeros(2),
+      ... )
       >>> x.round(3).tolist(), int(info.code)
       ([-1.0, 2.0], 0)
 
@@ -78,10 +89,15 @@ def lu() -> Linear:
 
 
 def _materialise(matvec: Callable[[PyTree], PyTree], b: PyTree, name: str) -> Any:
-    """The matrix and the right-hand side in one dtype wide enough for LAPACK, and the way back to a pytree."""
+    """The matrix and the right-hand side in one dtype wide enough for LAPACK, and the way back to a
+    pytree.
+    """
     n = tree.size(b)
     if n > LIMIT:
-        raise ValueError(f"b: got {n} unknowns; linear.{name} materialises the matrix and expects at most {LIMIT}. Try linear.cg().")
+        raise ValueError(
+            f"b: got {n} unknowns; linear.{name} materialises the matrix and expects at most "
+            f"{LIMIT}. Try linear.cg()."
+        )
     leaves, treedef = jax.tree.flatten(b)
     dtype = tree.accumulator(*leaves)
 
@@ -113,19 +129,28 @@ def _cholesky(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) 
     a, rhs, unflat = _materialise(matvec, b, "cholesky")
     factor = jnp.linalg.cholesky((a + a.T) / 2)
     pivots = jnp.diagonal(factor) ** 2
-    singular = jnp.min(pivots) <= rhs.size * numbers.rounding_unit(a.dtype) * jnp.max(jnp.diagonal(a))
-    # The factorisation gives NaN for an indefinite matrix and, by rounding, for about half of the singular ones: the spectrum decides.
+    singular = jnp.min(pivots) <= rhs.size * numbers.rounding_unit(a.dtype) * jnp.max(
+        jnp.diagonal(a)
+    )
+    # The factorisation gives NaN for an indefinite matrix and, by rounding, for about half of the
+    # singular ones: the spectrum decides.
     lowest, highest = _extremes((a + a.T) / 2, jnp.all(jnp.isfinite(pivots)))
     negative = lowest < -rhs.size * numbers.rounding_unit(a.dtype) * highest
-    failure = jnp.where(singular | ~jnp.isfinite(pivots).all(), RESULTS.adjoint_breakdown, RESULTS.success)
+    failure = jnp.where(
+        singular | ~jnp.isfinite(pivots).all(), RESULTS.adjoint_breakdown, RESULTS.success
+    )
     failure = jnp.where(negative, RESULTS.negative_curvature, failure)
-    failure = jnp.where(jnp.isfinite(a).all() & jnp.isfinite(rhs).all(), failure, RESULTS.adjoint_nonfinite).astype(jnp.int32)
+    failure = jnp.where(
+        jnp.isfinite(a).all() & jnp.isfinite(rhs).all(), failure, RESULTS.adjoint_nonfinite
+    ).astype(jnp.int32)
     x = jax.scipy.linalg.cho_solve((factor, True), rhs)
     return _finished(a, x, rhs, x0, unflat, failure)
 
 
 def _extremes(a: Any, definite: Any) -> Any:
-    """Smallest and largest absolute eigenvalue, computed only where the matrix did not prove definite."""
+    """Smallest and largest absolute eigenvalue, computed only where the matrix did not prove
+    definite.
+    """
 
     def measure(a):
         values = jnp.linalg.eigvalsh(jnp.where(jnp.isfinite(a), a, 0))
@@ -142,5 +167,7 @@ def _lu(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None) -> Any
     pivots = jnp.abs(jnp.diagonal(factors[0]))
     singular = ~(jnp.min(pivots) > rhs.size * numbers.rounding_unit(a.dtype) * jnp.max(jnp.abs(a)))
     failure = jnp.where(singular, RESULTS.adjoint_breakdown, RESULTS.success)
-    failure = jnp.where(jnp.isfinite(a).all() & jnp.isfinite(rhs).all(), failure, RESULTS.adjoint_nonfinite).astype(jnp.int32)
+    failure = jnp.where(
+        jnp.isfinite(a).all() & jnp.isfinite(rhs).all(), failure, RESULTS.adjoint_nonfinite
+    ).astype(jnp.int32)
     return _finished(a, jax.scipy.linalg.lu_solve(factors, rhs), rhs, x0, unflat, failure)

@@ -21,14 +21,15 @@ def identity(scale: Numeric = 1.0) -> Linear:
     .. math::
         x = a b
 
-    Its one matvec measures the residual, and is dead code in a program that does not read it. `x0` is ignored.
+    Its one matvec measures the residual, and is dead code in a program that does not read it. `x0`
+    is ignored.
 
     Args:
       scale: the factor a; the inner step size makes x the adjoint of one gradient step.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. The code is success or ``adjoint_nonfinite``: how far x is from a solution is
-      what the residual says.
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. The code is success or
+      ``adjoint_nonfinite``: how far x is from a solution is what the residual says.
 
     Raises:
       TypeError, ValueError: for a scale of another kind or not positive.
@@ -41,13 +42,16 @@ def identity(scale: Numeric = 1.0) -> Linear:
       ([0.5, 1.0], 1.0)
 
     Reference:
-      Luketina, Berglund, Greff and Raiko 2016, Scalable Gradient-Based Tuning of Continuous Regularization Hyperparameters.
+      Luketina, Berglund, Greff and Raiko 2016, Scalable Gradient-Based Tuning of Continuous
+      Regularization Hyperparameters.
     """
     scale = numbers.positive(scale, "scale", example=1.0)
     return Linear(Bound("identity", _identity, scale=scale), products=1, approximate=True)
 
 
-def _identity(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, scale: Any) -> Any:
+def _identity(
+    matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, scale: Any
+) -> Any:
     b, _ = _common.prepare(b, b)
     x = tree.scale(scale, b)
     residual = _common.relative(tree.norm(tree.sub(b, matvec(x))), tree.norm(b))

@@ -1,4 +1,6 @@
-"""Approximate inverses of a network's Gauss-Newton or Fisher matrix, made of its layers: K-FAC, EK-FAC, and the diagonal."""
+"""Approximate inverses of a network's Gauss-Newton or Fisher matrix, made of its layers: K-FAC,
+EK-FAC, and the diagonal.
+"""
 
 from __future__ import annotations
 
@@ -38,7 +40,9 @@ _SMALL, _LARGEST = 256, 4096
 _SHARE = 0.1  # of the mean eigenvalue of a block: the customary damping
 
 
-@functools.partial(jax.tree_util.register_dataclass, data_fields=["parts", "key"], meta_fields=["layers"])
+@functools.partial(
+    jax.tree_util.register_dataclass, data_fields=["parts", "key"], meta_fields=["layers"]
+)
 class Curvature:
     """What is kept of a network's curvature.
 
@@ -76,12 +80,15 @@ def kfac(
     at_once: int | None = None,
     key: jax.Array | None = None,
 ) -> Linear:
-    r"""Kronecker-factored approximate curvature: the inverse of a network's Gauss-Newton matrix, layer by layer.
+    r"""Kronecker-factored approximate curvature: the inverse of a network's Gauss-Newton matrix,
+      layer by layer.
 
     .. math::
-        s = W a, \quad g = \partial \ell / \partial s, \quad F_W \approx c\, E[a a^\top] \otimes E[g g^\top], \qquad x = (F + \lambda I)^{-1} b
+        s = W a, \quad g = \partial \ell / \partial s, \quad
+        F_W \approx c\, E[a a^\top] \otimes E[g g^\top], \qquad x = (F + \lambda I)^{-1} b
 
-    with c so that the trace is that of the block. As `ekfac`, without its second pass over the examples; see there.
+    with c so that the trace is that of the block. As `ekfac`, without its second pass over the
+    examples; see there.
 
     Args:
       outputs: as for `ekfac`.
@@ -107,8 +114,9 @@ def kfac(
       cg(maxiter=100, tol=1e-06, preconditioner=kfac())
 
     Reference:
-      Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate Curvature; Eschenhagen et al. 2023,
-      Kronecker-Factored Approximate Curvature for Modern Neural Network Architectures, for shared weights.
+      Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate
+      Curvature; Eschenhagen et al. 2023, Kronecker-Factored Approximate Curvature for Modern Neural
+      Network Architectures, for shared weights.
     """
     return _made("kfac", outputs, relabel, draws, damping, layers, small, largest, at_once, key)
 
@@ -125,44 +133,58 @@ def ekfac(
     at_once: int | None = None,
     key: jax.Array | None = None,
 ) -> Linear:
-    r"""Eigenvalue-corrected Kronecker factors: a network's curvature along the eigenvectors of its layers' inputs and output gradients.
+    r"""Eigenvalue-corrected Kronecker factors: a network's curvature along the eigenvectors of its
+      layers' inputs and output gradients.
 
     .. math::
-        E[a a^\top] = Q_A \cdot Q_A^\top, \; E[g g^\top] = Q_S \cdot Q_S^\top, \quad \Lambda = E[(Q_A^\top G Q_S)^2], \qquad
+        E[a a^\top] = Q_A \cdot Q_A^\top, \; E[g g^\top] = Q_S \cdot Q_S^\top, \quad
+        \Lambda = E[(Q_A^\top G Q_S)^2], \qquad
         x = Q_A \frac{Q_A^\top b\, Q_S}{\Lambda + \lambda} Q_S^\top
 
-    A direct answer (influence functions), or a preconditioner: ``linear.cg(preconditioner=linear.ekfac(...))``, likewise for `minres` and
-    `neumann`. It reads the objective, a mean over the leading axis of its batch, one example at a time: `hypergradient.implicit` and
-    `attribution.implicit` show it; where only products are known it is refused. Dense layers and other products with a parameter,
-    convolutions, embeddings, parameters used several times, stacked layers inside ``lax.scan``; small leaves (biases, normalisation) have their full
-    block, what remains its diagonal: `linear.layers` lists what was found. A batch's statistics (BatchNorm in training) are those of one
-    example here: use frozen ones. What all examples share, such as a weight decay, is left out: let `damping` hold it.
+    A direct answer (influence functions), or a preconditioner:
+    ``linear.cg(preconditioner=linear.ekfac(...))``, likewise for `minres` and `neumann`. It reads
+    the objective, a mean over the leading axis of its batch, one example at a time:
+    `hypergradient.implicit` and `attribution.implicit` show it; where only products are known it is
+    refused. Dense layers and other products with a parameter, convolutions, embeddings, parameters
+    used several times, stacked layers inside ``lax.scan``; small leaves (biases, normalisation)
+    have their full
+    block, what remains its diagonal: `linear.layers` lists what was found. A batch's statistics
+      (BatchNorm in training) are those of one
+    example here: use frozen ones. What all examples share, such as a weight decay, is left out: let
+      `damping` hold it.
 
     Args:
-      outputs: the objective as a pair ``(network, loss)``: ``network`` takes the objective's arguments and returns an array,
-        ``loss`` takes that in place of the inner parameters, and is a sum of terms for each position along its last axis (classes). The
-        factors are then the Gauss-Newton matrix's, in its scale. Recommended.
-      relabel: instead, takes the objective's arguments and ``key=``, and returns the batch with labels drawn from the model: the Fisher matrix.
-        Its scale is that of an objective whose example's loss is the negative logarithm of a probability; for a mean over T drawn labels it
+      outputs: the objective as a pair ``(network, loss)``: ``network`` takes the objective's
+        arguments and returns an array, ``loss`` takes that in place of the inner parameters, and is
+        a sum of terms for each position along its last axis (classes). The factors are then the
+        Gauss-Newton matrix's, in its scale. Recommended.
+      relabel: instead, takes the objective's arguments and ``key=``, and returns the batch with
+        labels drawn from the model: the Fisher matrix. Its scale is that of an objective whose
+        example's loss is the negative logarithm of a probability; for a mean over T drawn labels it
         is T times too small.
-        With neither, labels are the data's: the empirical Fisher, wrong in scale and near a solution in direction.
-      draws: draws of the labels (or cotangents), at least 1; "all": one for each class, exact where an example has one label (with
-        `outputs` only).
-      damping: λ, beside what the method adds (``implicit(damping=...)``). None: nothing more where that adds something, else a tenth of the
-        mean eigenvalue, block by block, which is customary for influence functions.
-      layers: from `linear.layers`. With it the factors are kept in the method's state and refreshed by ``implicit(refresh=...)``;
-        without, they are made in each solve.
+        With neither, labels are the data's: the empirical Fisher, wrong in scale and near a
+          solution in direction.
+      draws: draws of the labels (or cotangents), at least 1; "all": one for each class, exact where
+        an example has one label (with `outputs` only).
+      damping: λ, beside what the method adds (``implicit(damping=...)``). None: nothing more where
+        that adds something, else a tenth of the mean eigenvalue, block by block, which is customary
+        for influence functions.
+      layers: from `linear.layers`. With it the factors are kept in the method's state and refreshed
+        by ``implicit(refresh=...)``; without, they are made in each solve.
       small: leaves of other kinds up to this many entries have their full block.
-      largest: a side of a layer with more entries has no eigenvectors; its coordinates stay as they are.
+      largest: a side of a layer with more entries has no eigenvectors; its coordinates stay as they
+        are.
       at_once: examples whose gradients are held at once; None for all.
       key: PRNG key of the first draw; None takes ``jax.random.key(0)``.
 
     Returns:
-      A `LinearSolver` which holds a `Preconditioner`. One product measures the residual. The code is success where that is below
-      one of x = 0, else ``adjoint_not_converged``, or ``adjoint_nonfinite``.
+      A `LinearSolver` which holds a `Preconditioner`. One product measures the residual. The code
+      is success where that is below one of x = 0, else ``adjoint_not_converged``, or
+      ``adjoint_nonfinite``.
 
     Raises:
-      TypeError, ValueError: for arguments of another kind or not positive; where only products with the matrix are known.
+      TypeError, ValueError: for arguments of another kind or not positive; where only products with
+        the matrix are known.
 
     Examples:
       >>> import jax, jax.numpy as jnp, bilevax as bx
@@ -170,14 +192,19 @@ def ekfac(
       >>> loss = lambda out, rows: 0.5 * jnp.sum((out - rows["y"]) ** 2, -1)
       >>> rows = {"x": jax.random.normal(jax.random.key(0), (64, 3)), "y": jnp.ones((64, 1))}
       >>> found = bx.attribution.implicit(
-      ...     lambda w, rows: loss(network(w, rows), rows), lambda w, _: jnp.sum(w), jnp.ones((3, 1)), rows,
-      ...     linear=bx.linear.ekfac((network, loss), draws="all", damping=1e-6))
+      ...     lambda w, rows: loss(network(w, rows), rows),
+      ...     lambda w, _: jnp.sum(w),
+      ...     jnp.ones((3, 1)),
+      ...     rows,
+      ...     linear=bx.linear.ekfac((network, loss), draws="all", damping=1e-6),
+      ... )
       >>> bool(found.info["residual"] < 1e-2)  # one output: the factors are exact
       True
 
     Reference:
-      George et al. 2018, Fast Approximate Natural Gradient Descent in a Kronecker-factored Eigenbasis; Grosse et al. 2023, Studying Large
-      Language Model Generalization with Influence Functions.
+      George et al. 2018, Fast Approximate Natural Gradient Descent in a Kronecker-factored
+      Eigenbasis; Grosse et al. 2023, Studying Large Language Model Generalization with Influence
+      Functions.
     """
     return _made("ekfac", outputs, relabel, draws, damping, layers, small, largest, at_once, key)
 
@@ -218,18 +245,25 @@ def diagonal(
       diagonal(preconditioner=diagonal())
 
     Reference:
-      Becker and LeCun 1989, Improving the Convergence of Back-Propagation Learning with Second Order Methods.
+      Becker and LeCun 1989, Improving the Convergence of Back-Propagation Learning with Second
+      Order Methods.
     """
     return _made("diagonal", outputs, relabel, draws, damping, layers, 1, 1, at_once, key)
 
 
 def layers(
-    objective: Callable[..., Any], params: PyTree, *arguments: PyTree, small: int = _SMALL, largest: int = _LARGEST, kronecker: bool = True
+    objective: Callable[..., Any],
+    params: PyTree,
+    *arguments: PyTree,
+    small: int = _SMALL,
+    largest: int = _LARGEST,
+    kronecker: bool = True,
 ) -> Layers:
     """What `kfac` and `ekfac` make of an objective's parameters, leaf by leaf. Nothing is computed.
 
     Args:
-      objective: as it is minimised: ``(inner, outer, batch[, model_state]) -> scalar``, or ``(params, rows)`` for influence.
+      objective: as it is minimised: ``(inner, outer, batch[, model_state]) -> scalar``, or
+        ``(params, rows)`` for influence.
       params: the inner parameters, or their shapes.
       *arguments: its other arguments, or their shapes.
       small: as for `ekfac`.
@@ -245,7 +279,11 @@ def layers(
     Examples:
       >>> import jax.numpy as jnp, bilevax as bx
       >>> model = lambda p, rows: jnp.mean((jnp.tanh(rows @ p["w"] + p["b"]) @ p["v"]) ** 2)
-      >>> bx.linear.layers(model, {"b": jnp.zeros(3), "v": jnp.zeros((3, 1)), "w": jnp.zeros((2, 3))}, jnp.ones((8, 2)))
+      >>> bx.linear.layers(
+      ...     model,
+      ...     {"b": jnp.zeros(3), "v": jnp.zeros((3, 1)), "w": jnp.zeros((2, 3))},
+      ...     jnp.ones((8, 2)),
+      ... )
       leaf   shape  block
       ['b']  3      full 3
       ['v']  3x1    3 x 1
@@ -254,14 +292,23 @@ def layers(
     small, largest = numbers.count(small, "small"), numbers.count(largest, "largest")
     kronecker = numbers.flag(kronecker, "kronecker")
     if not callable(objective):
-        raise TypeError(f"objective: got {numbers.shown(objective)}; expected a function (inner, outer, batch) -> scalar.")
+        raise TypeError(
+            f"objective: got {numbers.shown(objective)}; expected a function (inner, outer, batch) "
+            "-> scalar."
+        )
     if not arguments:
-        raise TypeError("arguments: got none; expected the objective's arguments behind the inner parameters, its batch among them.")
+        raise TypeError(
+            "arguments: got none; expected the objective's arguments behind the inner parameters, "
+            "its batch among them."
+        )
     numbers.arrays((params, arguments), "params")
     place = 0 if len(arguments) == 1 else 1
     floats, fixed = tree.partition(jax.tree.map(_shape, params))
     if not jax.tree.leaves(floats):
-        raise ValueError(f"params: got {numbers.describe(params)}, which has no floating-point leaf; expected parameters.")
+        raise ValueError(
+            f"params: got {numbers.describe(params)}, which has no floating-point leaf; expected "
+            "parameters."
+        )
     batch, rest = jax.tree.map(_shape, (arguments[place], arguments))
 
     def value(params, given):
@@ -276,29 +323,53 @@ def layers(
 
     fixed = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), fixed)
     example = jax.tree.map(lambda a: jax.ShapeDtypeStruct((1, *a.shape[1:]), a.dtype), batch)
-    return plan(value, floats, (example, rest), small=small, largest=largest, kronecker=kronecker).layers
+    return plan(
+        value, floats, (example, rest), small=small, largest=largest, kronecker=kronecker
+    ).layers
 
 
 def _shape(a: Any) -> jax.ShapeDtypeStruct:
     return a if isinstance(a, jax.ShapeDtypeStruct) else jax.eval_shape(lambda: jnp.asarray(a))
 
 
-def _made(kind: Any, outputs: Any, relabel: Any, draws: Any, damping: Any, layers: Any, small: Any, largest: Any, at_once: Any, key: Any) -> Linear:
-    if outputs is not None and not (isinstance(outputs, tuple) and len(outputs) == 2 and all(map(callable, outputs))):
-        raise TypeError(f"outputs: got {numbers.shown(outputs)}; expected a pair of functions, (network, loss).")
+def _made(
+    kind: Any,
+    outputs: Any,
+    relabel: Any,
+    draws: Any,
+    damping: Any,
+    layers: Any,
+    small: Any,
+    largest: Any,
+    at_once: Any,
+    key: Any,
+) -> Linear:
+    if outputs is not None and not (
+        isinstance(outputs, tuple) and len(outputs) == 2 and all(map(callable, outputs))
+    ):
+        raise TypeError(
+            f"outputs: got {numbers.shown(outputs)}; expected a pair of functions, (network, loss)."
+        )
     if not (relabel is None or callable(relabel)):
-        raise TypeError(f"relabel: got {numbers.shown(relabel)}; expected a function of the objective's arguments and key=.")
+        raise TypeError(
+            f"relabel: got {numbers.shown(relabel)}; expected a function of the objective's "
+            "arguments and key=."
+        )
     if relabel is not None and outputs is not None:
         raise TypeError("relabel: got a function beside outputs=; expected one of the two.")
     if isinstance(draws, str):
         numbers.choice(draws, "draws", ["all"])
         if outputs is None:
-            raise ValueError("draws: got 'all' without outputs=; expected a number. Try outputs=(network, loss).")
+            raise ValueError(
+                "draws: got 'all' without outputs=; expected a number. Try outputs=(network, loss)."
+            )
     else:
         draws = numbers.count(draws, "draws", why=" or 'all'")
     if not (layers is None or isinstance(layers, Layers)):
         raise TypeError(f"layers: got {numbers.shown(layers)}; expected what linear.layers found.")
-    damping = None if damping is None else numbers.positive(damping, "damping", zero=True, example=1e-3)
+    damping = (
+        None if damping is None else numbers.positive(damping, "damping", zero=True, example=1e-3)
+    )
     small, largest = numbers.count(small, "small"), numbers.count(largest, "largest")
     at_once = None if at_once is None else numbers.count(at_once, "at_once")
     key = None if key is None else numbers.key(key)
@@ -322,27 +393,39 @@ def _no_products(b: PyTree) -> int:
 
 
 def _init(b: PyTree, *, layers: Any, key: Any) -> Any:
-    """With layers a state with which nothing is done; without, what it will look like is not known."""
+    """With layers a state with which nothing is done; without, what it will look like is not
+    known.
+    """
     if layers is None:
         return None
     leaves = jax.tree.leaves(b)
     if [leaf.shape for leaf in leaves] != [block.shape for block in layers]:
         shapes = [list(leaf.shape) for leaf in leaves]
         raise ValueError(
-            f"layers: got blocks of {[list(block.shape) for block in layers]} for parameters {shapes}. Try linear.layers of this objective."
+            f"layers: got blocks of {[list(block.shape) for block in layers]} for parameters "
+            f"{shapes}. Try linear.layers of this objective."
         )
     parts = []
     for block, leaf in zip(layers, leaves, strict=True):
         count, height, width = block.sizes
         dtype = tree.accumulator(leaf)
-        same = lambda n, dense, count=count, dtype=dtype: jnp.broadcast_to(jnp.eye(n, dtype=dtype), (count, n, n)) if dense else None
-        parts.append(Part(same(height, block.left), same(width, block.right), jnp.ones((count, height, width), dtype)))
+        same = lambda n, dense, count=count, dtype=dtype: (
+            jnp.broadcast_to(jnp.eye(n, dtype=dtype), (count, n, n)) if dense else None
+        )
+        parts.append(
+            Part(
+                same(height, block.left),
+                same(width, block.right),
+                jnp.ones((count, height, width), dtype),
+            )
+        )
     return Curvature(parts, jax.random.key(0) if key is None else key, layers)
 
 
 def _blind(matvec: Callable[[PyTree], PyTree], state: Any, *, settings: Any) -> None:
     raise TypeError(
-        f"linear.{settings.kind}: got products with a matrix and not the objective behind it; expected to be called by hypergradient.implicit or "
+        f"linear.{settings.kind}: got products with a matrix and not the objective behind it; "
+        "expected to be called by hypergradient.implicit or "
         "attribution.implicit. Try linear.nystrom or linear.nystrom_preconditioner here."
     )
 
@@ -350,7 +433,15 @@ def _blind(matvec: Callable[[PyTree], PyTree], state: Any, *, settings: Any) -> 
 def _at(point: Point, *, settings: Any, damping: Any, layers: Any, key: Any) -> Preconditioner:
     return Preconditioner(
         init=Bound("init", _init, layers=layers, key=key),
-        refresh=Bound("refresh", _refreshed, point=point, settings=settings, damping=damping, layers=layers, key=key),
+        refresh=Bound(
+            "refresh",
+            _refreshed,
+            point=point,
+            settings=settings,
+            damping=damping,
+            layers=layers,
+            key=key,
+        ),
         apply=Bound(settings.kind, _apply),
         cost=_no_products,
         kept=layers is not None,
@@ -358,31 +449,54 @@ def _at(point: Point, *, settings: Any, damping: Any, layers: Any, key: Any) -> 
 
 
 def _refreshed(
-    matvec: Callable[[PyTree], PyTree], state: Any, *, point: Point, settings: _Settings, damping: Any, layers: Any, key: Any
+    matvec: Callable[[PyTree], PyTree],
+    state: Any,
+    *,
+    point: Point,
+    settings: _Settings,
+    damping: Any,
+    layers: Any,
+    key: Any,
 ) -> Curvature:
     known = state.key if state is not None else key
     next_key, use = jax.random.split(jax.random.key(0) if known is None else known)
     if isinstance(settings.draws, str):
-        shapes = jax.eval_shape(lambda: point.call(settings.outputs[0], point.params, jax.tree.map(lambda a: a[0], alone(point.batch))))
+        shapes = jax.eval_shape(
+            lambda: point.call(
+                settings.outputs[0], point.params, jax.tree.map(lambda a: a[0], alone(point.batch))
+            )
+        )
         count, every = shapes.shape[-1], True
     else:
         count, every = int(settings.draws), False
     if settings.relabel is None and settings.outputs is None:
         count = 1  # the data's labels are what they are
-    examples = lambda number, key: drawn(point, settings.relabel, settings.outputs, key, number, every)
+    examples = lambda number, key: drawn(
+        point, settings.relabel, settings.outputs, key, number, every
+    )
     shape = jax.eval_shape(lambda: jax.tree.map(lambda a: a[0], examples(0, use)))
     made = plan(
-        surrogate(point, settings.outputs), point.params, shape, small=settings.small, largest=settings.largest, kronecker=settings.kind != "diagonal"
+        surrogate(point, settings.outputs),
+        point.params,
+        shape,
+        small=settings.small,
+        largest=settings.largest,
+        kronecker=settings.kind != "diagonal",
     )
     if layers is not None and made.layers != layers:
-        raise ValueError(f"layers: got\n{layers}\nwhere the objective has\n{made.layers}\nTry linear.layers of this objective.")
+        raise ValueError(
+            f"layers: got\n{layers}\nwhere the objective has\n{made.layers}\nTry linear.layers of "
+            "this objective."
+        )
 
     def mean(fn: Callable[[Gradients], PyTree]) -> PyTree:
         """Over examples and draws."""
 
         def draw(number):
             taken = lambda some: fn(jax.vmap(lambda one: gradients(made, point.params, one))(some))
-            return averaged(taken, examples(number, jax.random.fold_in(use, number)), settings.at_once)
+            return averaged(
+                taken, examples(number, jax.random.fold_in(use, number)), settings.at_once
+            )
 
         if count == 1:
             return draw(jnp.int32(0))
@@ -392,11 +506,17 @@ def _refreshed(
     bases = [_bases(made, number, found[number]) for number in range(len(made.layers))]
     if settings.kind == "ekfac" and any(made.uses):
         squares = mean(lambda got: _squares(made, bases, got))
-        bases = [(left, right, values if new is None else new) for (left, right, values), new in zip(bases, squares, strict=True)]
+        bases = [
+            (left, right, values if new is None else new)
+            for (left, right, values), new in zip(bases, squares, strict=True)
+        ]
     if settings.outputs is None:
         bases = [_centred(made, number, found[number], base) for number, base in enumerate(bases)]
     leaves = jax.tree.leaves(point.params)
-    parts = [Part(left, right, _damped(values, leaf, damping, point.damping)) for (left, right, values), leaf in zip(bases, leaves, strict=True)]
+    parts = [
+        Part(left, right, _damped(values, leaf, damping, point.damping))
+        for (left, right, values), leaf in zip(bases, leaves, strict=True)
+    ]
     return Curvature(parts, next_key, made.layers)
 
 
@@ -416,11 +536,18 @@ def _bases(made: Plan, number: int, found: Any) -> tuple[Any, Any, jax.Array]:
 
 def _squares(made: Plan, bases: list[Any], got: Gradients) -> list[Any]:
     """Along the eigenvectors, the squares of each leaf's gradients, summed over examples."""
-    return [jnp.sum(of_block(made, number, got, left, right) ** 2, 0) if made.uses[number] else None for number, (left, right, _) in enumerate(bases)]
+    return [
+        jnp.sum(of_block(made, number, got, left, right) ** 2, 0) if made.uses[number] else None
+        for number, (left, right, _) in enumerate(bases)
+    ]
 
 
-def _centred(made: Plan, number: int, found: Any, base: tuple[Any, ...]) -> tuple[Any, Any, jax.Array]:
-    """Without what all examples share: the gradient of a leaf that is not captured holds the regulariser's."""
+def _centred(
+    made: Plan, number: int, found: Any, base: tuple[Any, ...]
+) -> tuple[Any, Any, jax.Array]:
+    """Without what all examples share: the gradient of a leaf that is not captured holds the
+    regulariser's.
+    """
     if made.uses[number]:
         return base
     square, mean = found
@@ -433,7 +560,9 @@ def _damped(values: jax.Array, leaf: jax.Array, own: Any, added: Any) -> jax.Arr
     if own is None and added is None:
         damping = _SHARE * jnp.mean(values)
     else:
-        damping = jnp.asarray(0.0 if own is None else own, values.dtype) + jnp.asarray(0.0 if added is None else added, values.dtype)
+        damping = jnp.asarray(0.0 if own is None else own, values.dtype) + jnp.asarray(
+            0.0 if added is None else added, values.dtype
+        )
     floor = numbers.rounding_unit(values.dtype) * jnp.max(values)
     total = values + jnp.maximum(damping, floor)
     return jnp.where(total > 0, total, 1)
@@ -441,7 +570,12 @@ def _damped(values: jax.Array, leaf: jax.Array, own: Any, added: Any) -> jax.Arr
 
 def _apply(state: Curvature, v: PyTree) -> PyTree:
     leaves, treedef = jax.tree.flatten(v)
-    return treedef.unflatten([_solved(block, part, leaf) for block, part, leaf in zip(state.layers, state.parts, leaves, strict=True)])
+    return treedef.unflatten(
+        [
+            _solved(block, part, leaf)
+            for block, part, leaf in zip(state.layers, state.parts, leaves, strict=True)
+        ]
+    )
 
 
 def _solved(block: Any, part: Part, leaf: jax.Array) -> jax.Array:
@@ -455,11 +589,15 @@ def _solved(block: Any, part: Part, leaf: jax.Array) -> jax.Array:
         wide = jnp.einsum("lkm,lcm->lkc", wide, part.right)
     if part.left is not None:
         wide = jnp.einsum("lrk,lkc->lrc", part.left, wide)
-    (back,) = jax.linear_transpose(lambda a: matrices(block.layout, a), leaf)(wide.astype(leaf.dtype))
+    (back,) = jax.linear_transpose(lambda a: matrices(block.layout, a), leaf)(
+        wide.astype(leaf.dtype)
+    )
     return back
 
 
-def _direct(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, preconditioner: Any) -> tuple[PyTree, LinearInfo]:
+def _direct(
+    matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, preconditioner: Any
+) -> tuple[PyTree, LinearInfo]:
     b, _ = _common.prepare(b, b)
     inverse, products = started(preconditioner, matvec, b)
     x = b if inverse is None else inverse(b)

@@ -16,23 +16,32 @@ from bilevax.linear import _krylov
 from bilevax.linear.preconditioner import Preconditioner, checked, started
 
 
-def minres(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[[PyTree], PyTree] | Preconditioner | Linear | None = None) -> Linear:
-    r"""MINRES for symmetric systems, definite or not: a saddle of the lower level, or the Lagrangian system of several levels.
+def minres(
+    maxiter: int = 100,
+    tol: Numeric = 1e-6,
+    *,
+    preconditioner: Callable[[PyTree], PyTree] | Preconditioner | Linear | None = None,
+) -> Linear:
+    r"""MINRES for symmetric systems, definite or not: a saddle of the lower level, or the
+      Lagrangian system of several levels.
 
     .. math::
-        x_k = \operatorname{argmin}_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad K_k(A, r) = \mathrm{span}\{r, Ar, \dots, A^{k-1} r\}
+        x_k = \operatorname{argmin}_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad
+        K_k(A, r) = \mathrm{span}\{r, Ar, \dots, A^{k-1} r\}
 
-    One matvec an iteration; one more for the residual at the end, and one for a start other than zero. Seven vectors of memory, nine with a
-    preconditioner P, which shrinks the residual in the norm of P and stops by the plain one.
+    One matvec an iteration; one more for the residual at the end, and one for a start other than
+    zero. Seven vectors of memory, nine with a preconditioner P, which shrinks the residual in the
+    norm of P and stops by the plain one.
 
     Args:
       maxiter: the most iterations.
       tol: stop at ``‖Ax − b‖ <= tol ‖b‖``.
-      preconditioner: an approximate inverse P of the absolute value of A, symmetric positive definite; as for `cg`.
+      preconditioner: an approximate inverse P of the absolute value of A, symmetric positive
+        definite; as for `cg`.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown`` (a singular matrix that cannot give b),
-      ``adjoint_nonfinite``, ``adjoint_not_converged``.
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown`` (a
+      singular matrix that cannot give b), ``adjoint_nonfinite``, ``adjoint_not_converged``.
 
     Raises:
       TypeError, ValueError: for arguments of another kind or not positive.
@@ -40,7 +49,9 @@ def minres(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[
     Examples:
       >>> import jax.numpy as jnp
       >>> from bilevax import linear
-      >>> x, info = linear.minres()(lambda v: jnp.array([1.0, -2.0]) * v, jnp.array([1.0, 1.0]), jnp.zeros(2))
+      >>> x, info = linear.minres()(
+      ...     lambda v: jnp.array([1.0, -2.0]) * v, jnp.array([1.0, 1.0]), jnp.zeros(2)
+      ... )
       >>> x.round(3).tolist(), int(info.code)
       ([1.0, -0.5], 0)
 
@@ -49,7 +60,13 @@ def minres(maxiter: int = 100, tol: Numeric = 1e-6, *, preconditioner: Callable[
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)
-    return Linear(Bound("minres", _minres, maxiter=maxiter), tol, maxiter, indefinite=True, preconditioner=checked(preconditioner))
+    return Linear(
+        Bound("minres", _minres, maxiter=maxiter),
+        tol,
+        maxiter,
+        indefinite=True,
+        preconditioner=checked(preconditioner),
+    )
 
 
 class _State(NamedTuple):
@@ -65,7 +82,9 @@ class _State(NamedTuple):
 
 
 class _Dual(NamedTuple):
-    """With a preconditioner: what `_State` is in its norm, and in the plain one the Lanczos vector and the residual."""
+    """With a preconditioner: what `_State` is in its norm, and in the plain one the Lanczos vector
+    and the residual.
+    """
 
     own: _State
     v: PyTree
@@ -83,7 +102,8 @@ def _step(x: Any, s: _State, v: Any, av: Any, a_norm: Any) -> Any:
     alpha = tree.dot(v, av)
     u = tree.axpy(-s.beta, s.v_old, tree.axpy(-alpha, v, av))
     beta = tree.norm(u)
-    # Column k of the tridiagonal matrix is (beta_k, alpha_k, beta_k+1): the last rotation acts on it, then a new one clears beta_k+1.
+    # Column k of the tridiagonal matrix is (beta_k, alpha_k, beta_k+1): the last rotation acts on
+    # it, then a new one clears beta_k+1.
     upper = s.cos * s.delta + s.sin * alpha
     corner = s.sin * s.delta - s.cos * alpha
     gamma = jnp.hypot(corner, beta)
@@ -97,7 +117,9 @@ def _step(x: Any, s: _State, v: Any, av: Any, a_norm: Any) -> Any:
     return x, state, p, _krylov.Step(jnp.where(breakdown, s.phi, state.phi), breakdown=breakdown)
 
 
-def _start_dual(r: PyTree, r_norm: Any, *, inverse: Callable[[PyTree], PyTree]) -> tuple[_Dual, PyTree]:
+def _start_dual(
+    r: PyTree, r_norm: Any, *, inverse: Callable[[PyTree], PyTree]
+) -> tuple[_Dual, PyTree]:
     z = inverse(r)
     size = jnp.sqrt(jnp.maximum(tree.dot(r, z), 0)).astype(r_norm.dtype)
     scale = 1 / jnp.where(size > 0, size, 1)
@@ -105,7 +127,9 @@ def _start_dual(r: PyTree, r_norm: Any, *, inverse: Callable[[PyTree], PyTree]) 
     return _Dual(own, tree.scale(scale, r), r), tree.scale(scale, z)
 
 
-def _step_dual(x: PyTree, s: _Dual, z: PyTree, az: PyTree, a_norm: Any, *, inverse: Callable[[PyTree], PyTree]) -> Any:
+def _step_dual(
+    x: PyTree, s: _Dual, z: PyTree, az: PyTree, a_norm: Any, *, inverse: Callable[[PyTree], PyTree]
+) -> Any:
     """As `_step` with Lanczos vectors v and z = P v, orthonormal to each other."""
     old, v = s.own, s.v
     alpha = tree.dot(z, az)
@@ -116,7 +140,9 @@ def _step_dual(x: PyTree, s: _Dual, z: PyTree, az: PyTree, a_norm: Any, *, inver
     corner = old.sin * old.delta - old.cos * alpha
     gamma = jnp.hypot(corner, beta)
     # The size of P A is what the entries of its tridiagonal matrix say; that of A has another unit.
-    breakdown = gamma <= 10 * numbers.rounding_unit(gamma.dtype) * (jnp.abs(alpha) + old.beta + jnp.abs(upper))
+    breakdown = gamma <= 10 * numbers.rounding_unit(gamma.dtype) * (
+        jnp.abs(alpha) + old.beta + jnp.abs(upper)
+    )
     safe = jnp.where(breakdown, 1, gamma)
     cos, sin = corner / safe, beta / safe
     w = tree.scale(1 / safe, tree.axpy(-upper, old.w, tree.axpy(-old.epsilon, old.w_old, z)))
@@ -126,10 +152,23 @@ def _step_dual(x: PyTree, s: _Dual, z: PyTree, az: PyTree, a_norm: Any, *, inver
     ahead = tree.scale(scale, u)
     r = tree.where(breakdown, s.r, tree.axpy(-phi * cos, ahead, tree.scale(sin**2, s.r)))
     own = _State(v, w, old.w, beta, cos, sin, -old.cos * beta, old.sin * beta, phi)
-    return x, _Dual(own, ahead, r), tree.scale(scale, y), _krylov.Step(tree.norm(r).astype(phi.dtype), breakdown=breakdown)
+    return (
+        x,
+        _Dual(own, ahead, r),
+        tree.scale(scale, y),
+        _krylov.Step(tree.norm(r).astype(phi.dtype), breakdown=breakdown),
+    )
 
 
-def _minres(matvec: Callable[[PyTree], PyTree], b: PyTree, x0: PyTree = None, *, maxiter: int, tol: Any, preconditioner: Any = None) -> Any:
+def _minres(
+    matvec: Callable[[PyTree], PyTree],
+    b: PyTree,
+    x0: PyTree = None,
+    *,
+    maxiter: int,
+    tol: Any,
+    preconditioner: Any = None,
+) -> Any:
     inverse, setup = started(preconditioner, matvec, b)
     start: Callable[..., Any] = _start
     step: Callable[..., Any] = _step

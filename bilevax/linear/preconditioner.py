@@ -17,8 +17,8 @@ class Point(NamedTuple):
       value: ``(params, batch) -> scalar``, a mean over the leading axis of the batch.
       params: the floating-point parameters, as the right-hand side.
       batch: the batch.
-      call: ``(fn, params, batch, **keywords)``, a user's function called with the arguments that the objective gets, `params` in place of
-        the inner parameters (whatever they are).
+      call: ``(fn, params, batch, **keywords)``, a user's function called with the arguments that
+        the objective gets, `params` in place of the inner parameters (whatever they are).
       damping: what was added to the Hessian's diagonal; None for nothing.
     """
 
@@ -37,8 +37,10 @@ class Preconditioner(NamedTuple):
       refresh: ``(matvec, state) -> state``, adapted to the operator.
       apply: ``(state, v) -> v``, symmetric positive definite in v.
       cost: ``(b) -> int``, matvecs of one refresh.
-      at: ``(Point) -> Preconditioner``, this one for a matrix of which the objective is known. None: it reads products alone.
-      kept: its state may go from solve to solve. False: `init` cannot tell what it will look like, and each solve makes its own.
+      at: ``(Point) -> Preconditioner``, this one for a matrix of which the objective is known.
+        None: it reads products alone.
+      kept: its state may go from solve to solve. False: `init` cannot tell what it will look like,
+        and each solve makes its own.
     """
 
     init: Callable[[PyTree], PyTree]
@@ -61,7 +63,9 @@ def _applied(v: Any, *, preconditioner: Any, state: Any) -> Any:
     return preconditioner.apply(state, v)
 
 
-def started(preconditioner: Any, matvec: Callable[..., Any], b: PyTree) -> tuple[Callable[[PyTree], PyTree] | None, int]:
+def started(
+    preconditioner: Any, matvec: Callable[..., Any], b: PyTree
+) -> tuple[Callable[[PyTree], PyTree] | None, int]:
     """A solver's preconditioner as a function of a vector, and the matvecs that this took."""
     if not isinstance(preconditioner, Preconditioner):
         return preconditioner, 0
@@ -70,19 +74,24 @@ def started(preconditioner: Any, matvec: Callable[..., Any], b: PyTree) -> tuple
 
 
 def checked(preconditioner: Any) -> Any:
-    """What solvers take as preconditioner: a function of a vector, a `Preconditioner`, a linear solver that holds one, or None."""
+    """What solvers take as preconditioner: a function of a vector, a `Preconditioner`, a linear
+    solver that holds one, or None.
+    """
     held = preconditioner.preconditioner if isinstance(preconditioner, Linear) else preconditioner
     empty = isinstance(preconditioner, Linear) and held is None
     if empty or not (held is None or callable(held) or isinstance(held, Preconditioner)):
         raise TypeError(
-            f"preconditioner: got {numbers.shown(preconditioner)}; expected a function of a vector, a Preconditioner or None. "
+            f"preconditioner: got {numbers.shown(preconditioner)}; expected a function of a "
+            "vector, a Preconditioner or None. "
             "Try linear.nystrom_preconditioner(rank=10)."
         )
     return held
 
 
 def at(solver: Linear, point: Point) -> Linear:
-    """`solver` for a matrix of which the objective is known: for those that read more than products."""
+    """`solver` for a matrix of which the objective is known: for those that read more than
+    products.
+    """
     held = solver.preconditioner
     if isinstance(held, Preconditioner) and held.at is not None:
         solver = solver._replace(preconditioner=held.at(point))
@@ -90,13 +99,20 @@ def at(solver: Linear, point: Point) -> Linear:
 
 
 def without(solver: Linear) -> Linear:
-    """`solver` without a preconditioner that must know the objective: for systems of which only products are known."""
+    """`solver` without a preconditioner that must know the objective: for systems of which only
+    products are known.
+    """
     held = solver.preconditioner
-    return solver._replace(preconditioner=None) if isinstance(held, Preconditioner) and held.at is not None and not solver.approximate else solver
+    return (
+        solver._replace(preconditioner=None)
+        if isinstance(held, Preconditioner) and held.at is not None and not solver.approximate
+        else solver
+    )
 
 
 def precondition(solver: Linear, state: PyTree) -> Linear:
-    """`solver` with its `Preconditioner` fixed in a given state, so that the solve does not refresh it.
+    """`solver` with its `Preconditioner` fixed in a given state, so that the solve does not refresh
+    it.
 
     Args:
       solver: a linear solver made with a `Preconditioner`.
@@ -120,5 +136,8 @@ def precondition(solver: Linear, state: PyTree) -> Linear:
     """
     held = solver.preconditioner if isinstance(solver, Linear) else None
     if not isinstance(held, Preconditioner):
-        raise TypeError(f"solver: got {solver!r}; expected one with a Preconditioner. Try linear.cg(preconditioner=linear.nystrom_preconditioner()).")
+        raise TypeError(
+            f"solver: got {solver!r}; expected one with a Preconditioner. Try "
+            "linear.cg(preconditioner=linear.nystrom_preconditioner())."
+        )
     return solver._replace(preconditioner=applied(held, state))

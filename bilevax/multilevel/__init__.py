@@ -10,4 +10,11 @@ def __dir__() -> list[str]:
     return __all__
 
 
-__all__ = ["Edge", "Explanation", "Level", "explain", "solve_multilevel", "value_and_multilevel_grad"]
+__all__ = [
+    "Edge",
+    "Explanation",
+    "Level",
+    "explain",
+    "solve_multilevel",
+    "value_and_multilevel_grad",
+]

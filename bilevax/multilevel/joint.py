@@ -1,15 +1,20 @@
-r"""Three or more nested levels as one symmetric system, in place of linear solves inside linear solves.
+r"""Three or more nested levels as one symmetric system, in place of linear solves inside linear
+solves.
 
 The total objective of a level j, with levels i nested in it, has the Lagrangian
 
 .. math::
-    L_j(u_j) = f_j + \sum_i \langle \mu_i, \nabla_{u_i} L_i(u_i) \rangle, \qquad u_j = (y_j, (u_i, \mu_i)_i)
+    L_j(u_j) = f_j + \sum_i \langle \mu_i, \nabla_{u_i} L_i(u_i) \rangle, \qquad
+    u_j = (y_j, (u_i, \mu_i)_i)
 
-whose stationary points in ``u_j`` are the solutions of level j with all the levels below solved, too. So ``∇L_j(u_j, x) = 0`` defines ``u_j(x)``, its
-Jacobian is the symmetric (and indefinite) Hessian of ``L_j``, and MINRES solves with it. Levels stacked one on another have n, 3n, 7n, 15n unknowns.
-The inner products are directional derivatives of ``L_i``, so ``L_j`` is one forward sweep and its gradient one reverse sweep over it.
+whose stationary points in ``u_j`` are the solutions of level j with all the levels below solved,
+too. So ``∇L_j(u_j, x) = 0`` defines ``u_j(x)``, its Jacobian is the symmetric (and indefinite)
+Hessian of ``L_j``, and MINRES solves with it. Levels stacked one on another have n, 3n, 7n, 15n
+unknowns. The inner products are directional derivatives of ``L_i``, so ``L_j`` is one forward sweep
+and its gradient one reverse sweep over it.
 
-Source: the construction is this library's; the symmetric system of two levels is the adjoint method's classical KKT system.
+Source: the construction is this library's; the symmetric system of two levels is the adjoint
+method's classical KKT system.
 """
 
 from __future__ import annotations
@@ -26,7 +31,9 @@ from bilevax.results import first
 
 
 def adapted(system: System, name: str) -> Hypergradient:
-    """The method of a level that the top level solves: from three nested levels on, implicit differentiation takes the one system."""
+    """The method of a level that the top level solves: from three nested levels on, implicit
+    differentiation takes the one system.
+    """
     method = system.methods[name]
     if not is_adapted(system, name):
         return method
@@ -46,7 +53,15 @@ def products(system: System, name: str) -> int | None:
 
 
 def _vjp(
-    lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree, *, system: System, name: str
+    lower: Lower,
+    inner_state: InnerState,
+    outer: PyTree,
+    feed: Feed,
+    ctx: Ctx,
+    state: PyTree,
+    *,
+    system: System,
+    name: str,
 ) -> tuple[InnerState, Pullback]:
     solution, info = forward(lower, inner_state, outer, feed)
     ctx = ctx._replace(model=solution.model)
@@ -55,14 +70,28 @@ def _vjp(
         u, said = lax.stop_gradient(nested.point(system, name, solution.params, outer, ctx))
 
         def gradients(u):
-            return jax.grad(lambda u, outer: nested.lagrangian(system, name, u, outer, ctx), (0, 1))(u, outer)
+            return jax.grad(
+                lambda u, outer: nested.lagrangian(system, name, u, outer, ctx), (0, 1)
+            )(u, outer)
 
         (stationarity, _), products = jax.linearize(gradients, u)
         right = tree.zeros_like(u)._replace(y=w)
-        q, linear_info = nested.joint_solver(system, name, u)(lambda v: products(v)[0], right, tree.zeros_like(u))
+        q, linear_info = nested.joint_solver(system, name, u)(
+            lambda v: products(v)[0], right, tree.zeros_like(u)
+        )
         mixed = products(q)[1]
-        found = report(info, linear_info, system.methods[name].max_residual, inner_grad_norm=tree.norm(stationarity), cotangent_norm=tree.norm(w))
-        found |= {"multiplier_residual": said.residual, "code": first(found["code"], said.code), "warnings": found["warnings"] | said.warnings}
+        found = report(
+            info,
+            linear_info,
+            system.methods[name].max_residual,
+            inner_grad_norm=tree.norm(stationarity),
+            cotangent_norm=tree.norm(w),
+        )
+        found |= {
+            "multiplier_residual": said.residual,
+            "code": first(found["code"], said.code),
+            "warnings": found["warnings"] | said.warnings,
+        }
         return tree.neg(mixed), None, state, found
 
     return solution, pullback

@@ -36,7 +36,9 @@ from bilevax.sharding import Sharding
 
 
 class MultilevelState(NamedTuple):
-    """Where a multilevel run stands: the lower levels' states (an `InnerState` of dicts by level name), the top level, its optimizer, the methods."""
+    """Where a multilevel run stands: the lower levels' states (an `InnerState` of dicts by level
+    name), the top level, its optimizer, the methods.
+    """
 
     inner: InnerState
     outer: PyTree
@@ -50,15 +52,37 @@ def _packed(states: dict[str, InnerState]) -> InnerState:
 
 def _init(problem: System, inner: InnerState, outer: PyTree) -> MultilevelState:
     opt = {name: solver.first(inner.params[name], None) for name, solver in problem.solvers.items()}
-    methods = {name: joint.adapted(problem, name).init(inner.params[name]) for name in problem.solvers}
-    return MultilevelState(inner._replace(opt=opt), outer, optimizer.init(problem.optimizer, outer), methods)
+    methods = {
+        name: joint.adapted(problem, name).init(inner.params[name]) for name in problem.solvers
+    }
+    return MultilevelState(
+        inner._replace(opt=opt), outer, optimizer.init(problem.optimizer, outer), methods
+    )
 
 
-def _step(problem: System, state: MultilevelState, feeds: tuple[Feed, ...], *, project: Any) -> tuple[MultilevelState, StepInfo]:
+def _step(
+    problem: System, state: MultilevelState, feeds: tuple[Feed, ...], *, project: Any
+) -> tuple[MultilevelState, StepInfo]:
     states = {name: InnerState(*(part[name] for part in state.inner)) for name in problem.solvers}
-    out = sweep(problem, states, state.method, state.outer, dict(zip(problem.graph.names, feeds, strict=True)))
-    outer, opt = optimizer.moved(problem.optimizer, out.grad, state.outer_opt, state.outer, project, value=out.value, grad=out.grad)
-    return MultilevelState(_packed(out.states), outer, opt, out.methods), told(out.value, out.info, (_packed(out.solved), state.outer), out.aux)
+    out = sweep(
+        problem,
+        states,
+        state.method,
+        state.outer,
+        dict(zip(problem.graph.names, feeds, strict=True)),
+    )
+    outer, opt = optimizer.moved(
+        problem.optimizer,
+        out.grad,
+        state.outer_opt,
+        state.outer,
+        project,
+        value=out.value,
+        grad=out.grad,
+    )
+    return MultilevelState(_packed(out.states), outer, opt, out.methods), told(
+        out.value, out.info, (_packed(out.solved), state.outer), out.aux
+    )
 
 
 @by_intent
@@ -86,37 +110,43 @@ def solve_multilevel(
 ) -> Solution:
     """Minimise the top level's objective over the solutions of the levels below it.
 
-    In each step every level takes its solver's steps from where it stood, after the levels that it reads; then the gradient of
-    `value_and_multilevel_grad` moves the top level. The driver is that of `solve_bilevel`, and so is what is not explained here.
+    In each step every level takes its solver's steps from where it stood, after the levels that it
+    reads; then the gradient of `value_and_multilevel_grad` moves the top level. The driver is that
+    of `solve_bilevel`, and so is what is not explained here.
 
     Args:
-      levels: two or more `Level`, lowest first; the top level's solver is the optax transformation that moves it.
+      levels: two or more `Level`, lowest first; the top level's solver is the optax transformation
+        that moves it.
       params: dict by level name: where each starts.
-      data: dict by level name, each entry as in `solve_bilevel`; levels without one get ``batch=None``. Inner
-        steps and second-order products draw apart; of an iterable each batch is trained on once, and products
-        are taken on the last one that the level was trained on. A level inside another's objective cannot take
-        an iterable, since how often it is solved is not known on the host (episodes of one it can).
+      data: dict by level name, each entry as in `solve_bilevel`; levels without one get
+        ``batch=None``. Inner steps and second-order products draw apart; of an iterable each batch
+        is trained on once, and products are taken on the last one that the level was trained on. A
+        level inside another's objective cannot take an iterable, since how often it is solved is
+        not known on the host (episodes of one it can).
       num_steps: steps of the top level.
       key: PRNG key; needed where data is sampled or an objective is keyed.
       project: of the top level's parameters, after each of its steps.
-      model_state: initial model states of stateful objectives, a dict by level name. A network's belongs to the level that trains it:
-        ``{"w": {"w": net.state}}``; the others read it as it is then.
-      metrics: as in `solve_bilevel`; called with the dict of lower levels, the top level, and the data.
+      model_state: initial model states of stateful objectives, a dict by level name. A network's
+        belongs to the level that trains it: ``{"w": {"w": net.state}}``; the others read it as it
+          is then.
+      metrics: as in `solve_bilevel`; called with the dict of lower levels, the top level, and the
+        data.
       tol: as in `solve_bilevel`.
       keep: as in `solve_bilevel`.
       state: as in `solve_bilevel`.
       callbacks: as in `solve_bilevel`.
       progress: as in `solve_bilevel`.
       checkpoint: as in `solve_bilevel`.
-      sharding: as in `solve_bilevel`: `sharding.data_parallel()`, `fsdp()`, `tasks()` or `by_path(...)`.
+      sharding: as in `solve_bilevel`: `sharding.data_parallel()`, `fsdp()`, `tasks()` or
+        `by_path(...)`.
       on_failure: as in `solve_bilevel`.
       read_ahead: as in `solve_bilevel`.
       strict: as in `solve_bilevel`.
       throw: as in `solve_bilevel`.
 
     Returns:
-      A `Solution`: ``inner_params`` is a dict of the lower levels, ``outer_params`` the top level. The history has each level's diagnostics as
-      ``"name/entry"``.
+      A `Solution`: ``inner_params`` is a dict of the lower levels, ``outer_params`` the top level.
+      The history has each level's diagnostics as ``"name/entry"``.
 
     Raises:
       TypeError, ValueError: for arguments that cannot work, before anything is compiled.
@@ -126,8 +156,15 @@ def solve_multilevel(
       >>> import jax.numpy as jnp, optax, bilevax as bx
       >>> descent, method = bx.inner.optax(optax.sgd(0.2), 3), bx.hypergradient.implicit()
       >>> levels = [
-      ...     bx.Level("z", lambda p, batch: (p["z"] - p["y"]) ** 2, solver=descent, hypergradient=method),
-      ...     bx.Level("y", lambda p, batch: (p["y"] - p["x"]) ** 2 + p["z"] ** 2, solver=descent, hypergradient=method),
+      ...     bx.Level(
+      ...         "z", lambda p, batch: (p["z"] - p["y"]) ** 2, solver=descent, hypergradient=method
+      ...     ),
+      ...     bx.Level(
+      ...         "y",
+      ...         lambda p, batch: (p["y"] - p["x"]) ** 2 + p["z"] ** 2,
+      ...         solver=descent,
+      ...         hypergradient=method,
+      ...     ),
       ...     bx.Level("x", lambda p, batch: (p["y"] - 1.0) ** 2, solver=optax.sgd(0.5)),
       ... ]
       >>> solution = bx.solve_multilevel(levels, {"z": 0.0, "y": 0.0, "x": 4.0}, num_steps=60)
@@ -137,22 +174,41 @@ def solve_multilevel(
     levels = checked(levels)
     options = check_options(
         num_steps, metrics, tol, keep, callbacks, progress, throw,
-        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead, strict=strict, name="solve_multilevel",
+        on_failure=on_failure, checkpoint=checkpoint, sharding=sharding, read_ahead=read_ahead,
+        strict=strict, name="solve_multilevel",
     )  # fmt: skip
     if sharding is not None and sharding.mean:
-        raise ValueError("sharding: got mean=True for more than two levels; expected data_parallel() without it, fsdp(), tasks() or by_path(...).")
+        raise ValueError(
+            "sharding: got mean=True for more than two levels; expected data_parallel() without "
+            "it, fsdp(), tasks() or by_path(...)."
+        )
     if state is not None and not isinstance(state, RunState):
-        raise TypeError(f"state: got {check.describe(state)}; expected solution.state of an earlier run, or None.")
+        raise TypeError(
+            f"state: got {check.describe(state)}; expected solution.state of an earlier run, or "
+            "None."
+        )
     if project is not None and not callable(project):
-        raise TypeError(f"project: got {check.describe(project)}; expected a function of the top level's parameters, or None.")
+        raise TypeError(
+            f"project: got {check.describe(project)}; expected a function of the top level's "
+            "parameters, or None."
+        )
     if project is not None:
         numbers.takes(project, "project", "(params) -> params")
     names = [level.name for level in levels]
     upper = names[-1]
     given = check_names(data, names, "data")
-    sources = dict(zip(names, numbered(tuple(as_source(given.get(n), f"data[{n!r}]") for n in names)), strict=True))
+    sources = dict(
+        zip(
+            names,
+            numbered(tuple(as_source(given.get(n), f"data[{n!r}]") for n in names)),
+            strict=True,
+        )
+    )
     refuse_shared(tuple(sources.values()))
-    models = {n: check.arrays(m, f"model_state[{n!r}]") for n, m in check_names(model_state, names, "model_state").items()}
+    models = {
+        n: check.arrays(m, f"model_state[{n!r}]")
+        for n, m in check_names(model_state, names, "model_state").items()
+    }
     for name, model in models.items():
         check.finite(model, f"model_state[{name!r}]")
     run_key = key if state is None else state.key
@@ -162,7 +218,12 @@ def solve_multilevel(
         check.finite(floats[name], f"params[{name!r}]")
     if state is not None:
         refuse_one_pass(tuple(sources.values()))
-    contexts = {level.name: with_number(objective(level.objective), first_context(sources[level.name], run_key)) for level in levels}
+    contexts = {
+        level.name: with_number(
+            objective(level.objective), first_context(sources[level.name], run_key)
+        )
+        for level in levels
+    }
     objectives = {level.name: objective(level.objective) for level in levels}
     division = divided(names, objectives, models)
     # What a state brings are the levels' own; the readers' are theirs.
@@ -173,26 +234,54 @@ def solve_multilevel(
     for name, source in sources.items():
         if isinstance(source, Stream) and name in inside:
             raise ValueError(
-                f"data[{name!r}]: got an iterable for a level that is solved inside another one's objective; expected arrays, data.minibatches of "
+                f"data[{name!r}]: got an iterable for a level that is solved inside another one's "
+                "objective; expected arrays, data.minibatches of "
                 "them, or a function (key, step) -> batch."
             )
     model = {n: division.own[n] for n in names[:-1]}
     start = InnerState({n: floats[n] for n in names[:-1]}, {}, model)
     if options.metrics is not None:
-        measured = check_metrics(options.metrics, start.params, floats[upper], model, {"value", "grad_norm", "code", "warnings", "aux"})
+        measured = check_metrics(
+            options.metrics,
+            start.params,
+            floats[upper],
+            model,
+            {"value", "grad_norm", "code", "warnings", "aux"},
+        )
         options = options._replace(metrics=measured)
     seen = contexts[upper]._replace(model=division.whole(upper))
     value = jax.eval_shape(lambda p, ctx: system.objectives[upper](p, None, ctx)[0], floats, seen)
     counts = (*(solver.steps + 1 for solver in system.solvers.values()), 1)
-    bound = None if project is None else Bound("project", _projected, fn=project, fixed=fixed[upper])
-    # The driver hands an algorithm whatever problem it was given, and as many streams as `draws` has entries.
+    bound = (
+        None if project is None else Bound("project", _projected, fn=project, fixed=fixed[upper])
+    )
+    # The driver hands an algorithm whatever problem it was given, and as many streams as `draws`
+    # has entries.
     algorithm = Algorithm(_init, Bound("multilevel", _step, project=bound), counts)  # type: ignore[arg-type]
     leaves = ({n: fixed[n] for n in names[:-1]}, fixed[upper])
     functions = {
-        f"objective of level {name!r}": (system.objectives[name], (floats, None, contexts[name]._replace(model=now.get(name)))) for name in names
+        f"objective of level {name!r}": (
+            system.objectives[name],
+            (floats, None, contexts[name]._replace(model=now.get(name))),
+        )
+        for name in names
     }
     named = {f"data[{name!r}]": source for name, source in sources.items()}
-    return drive(ready(system, algorithm, named, start, floats[upper], leaves, key, state, value.dtype, options, functions))
+    return drive(
+        ready(
+            system,
+            algorithm,
+            named,
+            start,
+            floats[upper],
+            leaves,
+            key,
+            state,
+            value.dtype,
+            options,
+            functions,
+        )
+    )
 
 
 def _draw_of(level: Level, source: Any) -> Any:

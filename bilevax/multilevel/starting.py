@@ -1,4 +1,6 @@
-"""Where a level's solve begins: at a function of the other levels' variables, in each solve anew."""
+"""Where a level's solve begins: at a function of the other levels' variables, in each solve
+anew.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,11 @@ _STREAM = 0x5354  # apart from the other uses of a level's key
 
 
 def starts_of(
-    levels: Sequence[Level], params: dict[str, PyTree], fixed: dict[str, PyTree], own: dict[str, PyTree], keys: dict[Any, Any]
+    levels: Sequence[Level],
+    params: dict[str, PyTree],
+    fixed: dict[str, PyTree],
+    own: dict[str, PyTree],
+    keys: dict[Any, Any],
 ) -> dict[str, Start]:
     """The starts of the levels that have one, tried on these shapes."""
     out = {}
@@ -26,11 +32,17 @@ def starts_of(
         if level.start is None:
             continue
         name = level.name
-        start = as_start(level.start, {n: value for n, value in fixed.items() if n != name}, fixed[name])
-        begun, moved = jax.eval_shape(lambda others, key, start=start: start(others, key), _others(params, name), keys[name])
+        start = as_start(
+            level.start, {n: value for n, value in fixed.items() if n != name}, fixed[name]
+        )
+        begun, moved = jax.eval_shape(
+            lambda others, key, start=start: start(others, key), _others(params, name), keys[name]
+        )
         check.same_structure(begun, params[name], f"Level {name!r}, start", f"params[{name!r}]")
         if moved is not None:
-            check.same_structure(moved, own[name], f"Level {name!r}, start's model state", f"model_state[{name!r}]")
+            check.same_structure(
+                moved, own[name], f"Level {name!r}, start's model state", f"model_state[{name!r}]"
+            )
         out[name] = start
     return out
 
@@ -47,18 +59,32 @@ def refuse_unread(
     contexts: dict[Any, Any],
     frozen: Sequence[str],
 ) -> None:
-    """A leaf of the top level that nothing reads; one that a start alone reads, with a method that gives starts no derivative.
+    """A leaf of the top level that nothing reads; one that a start alone reads, with a method that
+    gives starts no derivative.
 
     Raises:
       ValueError: naming the leaf.
     """
     count = len(jax.tree.leaves(params))  # the contexts may be shapes: they are arguments, too
-    known = reads(lambda given: [fn(given[0], None, given[1][name])[0] for name, fn in objectives.items()], (params, contexts))[:count]
+    known = reads(
+        lambda given: [fn(given[0], None, given[1][name])[0] for name, fn in objectives.items()],
+        (params, contexts),
+    )[:count]
 
     def read_by(name):
         others = _others(params, name)
-        paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(others)]
-        return {p for p, flag in zip(paths, reads(lambda given: starts[name](*given), (others, contexts[name].key)), strict=False) if flag}
+        paths = [
+            jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(others)
+        ]
+        return {
+            p
+            for p, flag in zip(
+                paths,
+                reads(lambda given: starts[name](*given), (others, contexts[name].key)),
+                strict=False,
+            )
+            if flag
+        }
 
     read = {name: read_by(name) for name in starts}
     seen = set().union(*(found for name, found in read.items() if methods[name].sees_init))
@@ -70,21 +96,33 @@ def refuse_unread(
             continue
         if blind:
             raise ValueError(
-                f"Level {blind[0]!r}, start: it depends on params{place}, which no objective reads, with {methods[blind[0]]!r}, "
-                "which gives the initial point no derivative (an exact solution does not depend on where it was started): its "
-                "gradient would be zero. Try hypergradient.unrolled(), or put a proximal term ‖y − x‖² into the objective."
+                f"Level {blind[0]!r}, start: it depends on params{place}, which no objective "
+                f"reads, with {methods[blind[0]]!r}, "
+                "which gives the initial point no derivative (an exact solution does not depend on "
+                "where it was started): its "
+                "gradient would be zero. Try hypergradient.unrolled(), or put a proximal term ‖y − "
+                "x‖² into the objective."
             )
         if path[0].key == top:
             raise ValueError(
-                f"params{place}: no level's objective reads it, and no start; expected every leaf of the top level to be read. A value "
+                f"params{place}: no level's objective reads it, and no start; expected every leaf "
+                "of the top level to be read. A value "
                 "that a function captured is a constant: use params in the objective."
             )
 
 
 def begun(
-    start: Start | None, name: str, names: Sequence[str], solver: InnerSolver, state: InnerState, env: dict[Any, Any], key: Any, sees: bool
+    start: Start | None,
+    name: str,
+    names: Sequence[str],
+    solver: InnerSolver,
+    state: InnerState,
+    env: dict[Any, Any],
+    key: Any,
+    sees: bool,
 ) -> tuple[InnerState, Callable[..., Any] | None]:
-    """The state that a solve of level `name` begins with, and the pullback of its cotangent to the variables in ``moving``.
+    """The state that a solve of level `name` begins with, and the pullback of its cotangent to the
+    variables in ``moving``.
 
     Args:
       start: the level's own; None for one that goes on from `state`.
@@ -112,4 +150,6 @@ def begun(
         _, reverse, _ = jax.vjp(begin, {n: variables[n] for n in moving}, has_aux=True)
         return reverse(cotangent)[0]
 
-    return state._replace(params=params, opt=solver.first(params, None), model=tree.combine(floats, rest)), pulled
+    return state._replace(
+        params=params, opt=solver.first(params, None), model=tree.combine(floats, rest)
+    ), pulled

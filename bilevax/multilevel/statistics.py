@@ -1,9 +1,11 @@
-"""Whose model state is whose: a network's statistics belong to the level that trains it, and every reader sees the current ones.
+"""Whose model state is whose: a network's statistics belong to the level that trains it, and every
+reader sees the current ones.
 
-A level's model state that is a dict by level names is *by owner*: the entry under the level's own name is its own, to
-be moved by its real inner steps; those under other names are the other levels', which this one reads. Any other model
-state is the level's alone. Among the variables of all levels an owner's state has two entries, its floating-point
-leaves, which methods that see the model's state differentiate, and the rest.
+A level's model state that is a dict by level names is *by owner*: the entry under the level's own
+name is its own, to be moved by its real inner steps; those under other names are the other levels',
+which this one reads. Any other model state is the level's alone. Among the variables of all levels
+an owner's state has two entries, its floating-point leaves, which methods that see the model's
+state differentiate, and the rest.
 """
 
 from __future__ import annotations
@@ -47,24 +49,37 @@ class Division(NamedTuple):
         return {**{k: self.own[k][k] for k in self.owners}, **self.own[name]}
 
     def shown(self, states: dict[str, InnerState], like: dict[str, PyTree]) -> dict[str, PyTree]:
-        """The states' models, in the form of `like`: a reader that was given a copy gets the current one."""
+        """The states' models, in the form of `like`: a reader that was given a copy gets the
+        current one.
+        """
         out = {name: state.model for name, state in states.items()}
         for name in out:
             given = like.get(name)
             if name in self.by_owner and isinstance(given, dict):
-                out[name] = {k: states[k].model[k] if k in self.owners and k in states else out[name].get(k, given[k]) for k in given}
+                out[name] = {
+                    k: states[k].model[k]
+                    if k in self.owners and k in states
+                    else out[name].get(k, given[k])
+                    for k in given
+                }
             elif name in self.by_owner:
                 out[name] = None
         return out
 
 
-def divided(names: Sequence[str], objectives: dict[str, Objective], models: dict[str, PyTree]) -> Division:
+def divided(
+    names: Sequence[str], objectives: dict[str, Objective], models: dict[str, PyTree]
+) -> Division:
     """Who owns which state.
 
     Raises:
       ValueError: naming a level whose objective is stateful without any state.
     """
-    keyed = {n for n in names if isinstance(models.get(n), dict) and models[n] and set(models[n]) <= set(names)}
+    keyed = {
+        n
+        for n in names
+        if isinstance(models.get(n), dict) and models[n] and set(models[n]) <= set(names)
+    }
     owners = tuple(n for n in names if n in keyed and n in models[n])
     own: dict[str, PyTree] = {}
     by_owner = []
@@ -80,7 +95,8 @@ def divided(names: Sequence[str], objectives: dict[str, Objective], models: dict
             own[name] = {}
         elif given is None:
             raise ValueError(
-                f"model_state: got none for level {name!r}, whose objective is stateful; expected its initial model "
+                f"model_state: got none for level {name!r}, whose objective is stateful; expected "
+                "its initial model "
                 "state, or one of a level whose network it reads."
             )
         else:
@@ -90,11 +106,17 @@ def divided(names: Sequence[str], objectives: dict[str, Objective], models: dict
 
 def read(params: dict[str, PyTree], model: PyTree, shared: Sequence[str]) -> dict[str, PyTree]:
     """A dict by owner: the others' states out of the variables, beside the level's own."""
-    found = {k: tree.combine(params[floats_of(k)], params[others_of(k)]) for k in shared if floats_of(k) in params}
+    found = {
+        k: tree.combine(params[floats_of(k)], params[others_of(k)])
+        for k in shared
+        if floats_of(k) in params
+    }
     return {**found, **model}
 
 
-def entered(env: dict[str, PyTree], owners: Sequence[str], models: dict[str, PyTree]) -> dict[str, PyTree]:
+def entered(
+    env: dict[str, PyTree], owners: Sequence[str], models: dict[str, PyTree]
+) -> dict[str, PyTree]:
     """`env` with the states of those owners that are in `models`."""
     out = dict(env)
     for name in owners:
@@ -103,6 +125,10 @@ def entered(env: dict[str, PyTree], owners: Sequence[str], models: dict[str, PyT
     return out
 
 
-def constant(env: dict[str, PyTree], owners: Sequence[str], states: dict[str, InnerState]) -> dict[str, PyTree]:
+def constant(
+    env: dict[str, PyTree], owners: Sequence[str], states: dict[str, InnerState]
+) -> dict[str, PyTree]:
     """`env` with the states of the owners in `states`, which nothing is differentiated through."""
-    return entered(env, owners, lax.stop_gradient({n: s.model for n, s in states.items() if n in owners}))
+    return entered(
+        env, owners, lax.stop_gradient({n: s.model for n, s in states.items() if n in owners})
+    )

@@ -1,4 +1,6 @@
-"""The levels as compiled code is given them: bound to their fixed leaves, with the graph of who reads whom."""
+"""The levels as compiled code is given them: bound to their fixed leaves, with the graph of who
+reads whom.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +15,17 @@ from jax import lax
 from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax._captured import hoisted
-from bilevax.base import Bound, Ctx, Draw, Feed, Hypergradient, InnerSolver, Objective, PyTree, objective
+from bilevax.base import (
+    Bound,
+    Ctx,
+    Draw,
+    Feed,
+    Hypergradient,
+    InnerSolver,
+    Objective,
+    PyTree,
+    objective,
+)
 from bilevax.hypergradient.one_step import one_step
 from bilevax.hypergradient.parts import over
 from bilevax.multilevel import statistics
@@ -24,7 +36,9 @@ from bilevax.starts import Start
 
 
 class System(NamedTuple):
-    """The levels as compiled code is given them: a pytree whose functions and integers are static and whose numbers are leaves."""
+    """The levels as compiled code is given them: a pytree whose functions and integers are static
+    and whose numbers are leaves.
+    """
 
     graph: Graph
     objectives: dict[str, Objective]  # (params, None, ctx), on floating-point leaves
@@ -40,7 +54,9 @@ class System(NamedTuple):
 
     @property
     def stream_draws(self) -> tuple[Draw | None, ...]:
-        """The draw of each level's stream, where it may find out its order beforehand: a level may be solved more than once in a step."""
+        """The draw of each level's stream, where it may find out its order beforehand: a level may
+        be solved more than once in a step.
+        """
         return (None,) * len(self.graph.names)
 
     def with_objectives(self, change: Callable[[Objective], Objective]) -> System:
@@ -53,23 +69,45 @@ class System(NamedTuple):
 
 
 def as_system(
-    levels: Sequence[Level], params: dict[Any, Any], fixed: dict[Any, Any], draws: dict[str, Draw], contexts: dict[Any, Any], models: dict[Any, Any]
+    levels: Sequence[Level],
+    params: dict[Any, Any],
+    fixed: dict[Any, Any],
+    draws: dict[str, Draw],
+    contexts: dict[Any, Any],
+    models: dict[Any, Any],
 ) -> System:
-    """The levels bound to their non-float leaves, with the graph of who reads whom found from these shapes."""
+    """The levels bound to their non-float leaves, with the graph of who reads whom found from these
+    shapes.
+    """
     wrapped = {level.name: objective(level.objective) for level in levels}
     division = statistics.divided(list(wrapped), wrapped, models)
     objectives, given = {}, {}
     for level in levels:
         name, fn = level.name, wrapped[level.name]
-        shared = tuple(k for k in division.owners if k != name) if name in division.by_owner else None
-        settings = dict(fn=fn.fn, fixed=fixed, shared=shared, own=tuple(division.own[name] or ()) if shared is not None else None)
-        objectives[name] = dataclasses.replace(fn, fn=Bound(fn.name, _two_arguments, **settings, has_aux=fn.has_aux))
+        shared = (
+            tuple(k for k in division.owners if k != name) if name in division.by_owner else None
+        )
+        settings = dict(
+            fn=fn.fn,
+            fixed=fixed,
+            shared=shared,
+            own=tuple(division.own[name] or ()) if shared is not None else None,
+        )
+        objectives[name] = dataclasses.replace(
+            fn, fn=Bound(fn.name, _two_arguments, **settings, has_aux=fn.has_aux)
+        )
         given[name] = contexts[name]._replace(model=division.whole(name))
         check.evaluate(objectives[name], f"Level {name!r}, objective", params, None, given[name])
-    objectives = {name: hoisted(value, params, None, given[name]) for name, value in objectives.items()}
+    objectives = {
+        name: hoisted(value, params, None, given[name]) for name, value in objectives.items()
+    }
     frozen = [level.name for level in levels if level.freeze]
-    starts = starts_of(levels, params, fixed, division.own, {name: ctx.key for name, ctx in given.items()})
-    graph = find(objectives, params, given, {level.name: level.reads for level in levels}, frozen, starts)
+    starts = starts_of(
+        levels, params, fixed, division.own, {name: ctx.key for name, ctx in given.items()}
+    )
+    graph = find(
+        objectives, params, given, {level.name: level.reads for level in levels}, frozen, starts
+    )
     *lower, top = levels
     solvers = {level.name: as_solver(level) for level in lower}
     methods = {level.name: over(method_of(level), solvers[level.name]) for level in lower}
@@ -78,12 +116,21 @@ def as_system(
         graph,
         objectives,
         solvers,
-        {name: _first_order(method) if any(methods[n].order < 2 for n in graph[name].held) else method for name, method in methods.items()},
+        {
+            name: _first_order(method)
+            if any(methods[n].order < 2 for n in graph[name].held)
+            else method
+            for name, method in methods.items()
+        },
         draws,
         top.solver,
         {level.name: level.look_ahead for level in lower},
         division.owners,
-        tuple(n for n in graph.top.nested if n in division.owners and methods[n].sees_model and graph[n].live),
+        tuple(
+            n
+            for n in graph.top.nested
+            if n in division.owners and methods[n].sees_model and graph[n].live
+        ),
         division.own[top.name],
         starts,
     )
@@ -103,7 +150,16 @@ def _first_order(method: Hypergradient) -> Hypergradient:
 
 
 def _two_arguments(
-    params: PyTree, _: Any, batch: PyTree, *model: Any, fn: Callable[..., Any], fixed: Any, shared: Any, own: Any, has_aux: bool, **keyed: Any
+    params: PyTree,
+    _: Any,
+    batch: PyTree,
+    *model: Any,
+    fn: Callable[..., Any],
+    fixed: Any,
+    shared: Any,
+    own: Any,
+    has_aux: bool,
+    **keyed: Any,
 ) -> Any:
     variables = {name: tree.combine(params[name], fixed[name]) for name in fixed}
     if shared is None:
@@ -116,12 +172,22 @@ def _two_arguments(
 
 def as_solver(level: Level) -> InnerSolver:
     """What solves a level below the top."""
-    solver = level.solver if isinstance(level.solver, InnerSolver) else inner_solvers.optax(level.solver, 1)
+    solver = (
+        level.solver
+        if isinstance(level.solver, InnerSolver)
+        else inner_solvers.optax(level.solver, 1)
+    )
     if level.every == 1:
         return solver
     method = level.hypergradient
-    seen = method is not None and method.linear is None and (method.sees_init or method.order > 1 or method.batches == 0)
-    step = Bound("every", _every_nth, step=solver.step, solves=solver.steps + 1, every=level.every, seen=seen)
+    seen = (
+        method is not None
+        and method.linear is None
+        and (method.sees_init or method.order > 1 or method.batches == 0)
+    )
+    step = Bound(
+        "every", _every_nth, step=solver.step, solves=solver.steps + 1, every=level.every, seen=seen
+    )
     return solver._replace(step=step)
 
 
@@ -130,11 +196,23 @@ def _held(old: Any, new: Any) -> Any:
     return lax.stop_gradient(old) + (new - lax.stop_gradient(new)) if tree.is_float(old) else old
 
 
-def _every_nth(objective: Objective, state: Any, outer: PyTree, ctx: Ctx, *, step: Any, solves: Any, every: Any, seen: Any) -> Any:
+def _every_nth(
+    objective: Objective,
+    state: Any,
+    outer: PyTree,
+    ctx: Ctx,
+    *,
+    step: Any,
+    solves: Any,
+    every: Any,
+    seen: Any,
+) -> Any:
     """The solver's step in every n-th solve; in the others the level stands still.
 
-    Where the method differentiates the steps (`seen`), standing still has the derivative of the steps that would have been taken, all at the point
-    where the level stands: parameters, optimizer and model state keep their values and move in their tangents alone.
+    Where the method differentiates the steps (`seen`), standing still has the derivative of the
+    steps that would have been taken, all at the point
+    where the level stands: parameters, optimizer and model state keep their values and move in
+    their tangents alone.
     """
 
     def move():

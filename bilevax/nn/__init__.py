@@ -1,4 +1,5 @@
-"""Flax models, as their users write them: objectives from modules and losses, and the building blocks that outer levels are made of.
+"""Flax models, as their users write them: objectives from modules and losses, and the building
+blocks that outer levels are made of.
 
 Imported on first use of ``bilevax.nn``, and Flax with it.
 """

@@ -1,4 +1,6 @@
-"""Small trainable parts for large frozen models: low-rank adapters with gated ranks, and prompts."""
+"""Small trainable parts for large frozen models: low-rank adapters with gated ranks, and
+prompts.
+"""
 
 from __future__ import annotations
 
@@ -33,19 +35,32 @@ class LoRALinear(nnx.Module):
       >>> import jax.numpy as jnp
       >>> from flax import nnx
       >>> from bilevax import nn
-      >>> layer = nn.LoRALinear(nnx.Linear(3, 2, rngs=nnx.Rngs(0)), (3, 2), rank=4, rngs=nnx.Rngs(1))
+      >>> layer = nn.LoRALinear(
+      ...     nnx.Linear(3, 2, rngs=nnx.Rngs(0)), (3, 2), rank=4, rngs=nnx.Rngs(1)
+      ... )
       >>> layer.gates.tolist()
       [0.25, 0.25, 0.25, 0.25]
       >>> nn.from_nnx(layer, wrt=(nnx.LoRAParam, nn.GateParam))
       Net(24 learned numbers)
 
-    Source: Hu et al., "LoRA" (ICLR 2022); Zhang et al., "AutoLoRA" (NAACL 2024, arXiv 2403.09113), for the gates.
+    Source: Hu et al., "LoRA" (ICLR 2022); Zhang et al., "AutoLoRA" (NAACL 2024, arXiv 2403.09113),
+    for the gates.
     """
 
-    def __init__(self, base: Callable[..., Any], features: tuple[int, int], rank: int, *, gate: Callable[..., Any] = jax.nn.softmax, rngs: nnx.Rngs):
+    def __init__(
+        self,
+        base: Callable[..., Any],
+        features: tuple[int, int],
+        rank: int,
+        *,
+        gate: Callable[..., Any] = jax.nn.softmax,
+        rngs: nnx.Rngs,
+    ):
         inputs, outputs = features
         self.base, self.gate = base, gate
-        self.a = nnx.LoRAParam(jax.random.normal(rngs.params(), (inputs, rank), jnp.float32) * inputs**-0.5)
+        self.a = nnx.LoRAParam(
+            jax.random.normal(rngs.params(), (inputs, rank), jnp.float32) * inputs**-0.5
+        )
         self.b = nnx.LoRAParam(jnp.zeros((rank, outputs), jnp.float32))
         self.logits = GateParam(jnp.zeros(rank, jnp.float32))
 
@@ -85,22 +100,36 @@ def add_lora(
     Examples:
       >>> from flax import nnx
       >>> from bilevax import nn
-      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.relu, nnx.Linear(4, 2, rngs=nnx.Rngs(0))
+      ... )
       >>> nn.add_lora(model, nn.paths("layers"), rank=2, rngs=nnx.Rngs(1))
       2
       >>> nn.from_nnx(model, wrt=(nnx.LoRAParam, nn.GateParam))
       Net(30 learned numbers)
     """
     rank = numbers.count(rank, "rank")
-    found = [(path, layer) for path, layer in nnx.iter_graph(model) if isinstance(layer, nnx.Linear) and path and chosen(path, layer)]
+    found = [
+        (path, layer)
+        for path, layer in nnx.iter_graph(model)
+        if isinstance(layer, nnx.Linear) and path and chosen(path, layer)
+    ]
     if not found:
-        names = ["/".join(map(str, path)) for path, layer in nnx.iter_graph(model) if isinstance(layer, nnx.Linear)]
-        raise ValueError(f"chosen: {chosen!r} takes no nnx.Linear; expected at least one of {names[:8]}.")
+        names = [
+            "/".join(map(str, path))
+            for path, layer in nnx.iter_graph(model)
+            if isinstance(layer, nnx.Linear)
+        ]
+        raise ValueError(
+            f"chosen: {chosen!r} takes no nnx.Linear; expected at least one of {names[:8]}."
+        )
     for path, layer in found:
         parent: Any = model
         for part in path[:-1]:
             parent = parent[part] if isinstance(part, int) else getattr(parent, str(part))
-        changed = LoRALinear(layer, (layer.in_features, layer.out_features), rank, gate=gate, rngs=rngs)
+        changed = LoRALinear(
+            layer, (layer.in_features, layer.out_features), rank, gate=gate, rngs=rngs
+        )
         if isinstance(path[-1], int):
             parent[path[-1]] = changed
         else:
@@ -124,16 +153,22 @@ class Prompt(nnx.Module):
       >>> nn.Prompt(4, 8, rngs=nnx.Rngs(0))(jnp.ones((2, 10, 8))).shape
       (2, 14, 8)
 
-    Source: Lester, Al-Rfou and Constant, "The power of scale for parameter-efficient prompt tuning" (EMNLP 2021).
+    Source: Lester, Al-Rfou and Constant, "The power of scale for parameter-efficient prompt tuning"
+    (EMNLP 2021).
     """
 
     def __init__(self, length: int, features: int, *, scale: float = 0.02, rngs: nnx.Rngs):
-        self.vectors = nnx.Param(scale * jax.random.normal(rngs.params(), (length, features), jnp.float32))
+        self.vectors = nnx.Param(
+            scale * jax.random.normal(rngs.params(), (length, features), jnp.float32)
+        )
 
     def __call__(self, embeddings: jax.Array) -> jax.Array:
         """``(n, length + t, d)`` from ``(n, t, d)``."""
         vectors = self.vectors[...].astype(embeddings.dtype)
-        return jnp.concatenate([jnp.broadcast_to(vectors[None], (embeddings.shape[0], *vectors.shape)), embeddings], axis=1)
+        return jnp.concatenate(
+            [jnp.broadcast_to(vectors[None], (embeddings.shape[0], *vectors.shape)), embeddings],
+            axis=1,
+        )
 
 
 __all__ = ["GateParam", "LoRALinear", "Prompt", "add_lora"]

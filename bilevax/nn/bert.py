@@ -1,4 +1,6 @@
-"""Encoders of the BERT type: the architecture in nnx, and a loader for published weights and their tokenizer."""
+"""Encoders of the BERT type: the architecture in nnx, and a loader for published weights and their
+tokenizer.
+"""
 
 from __future__ import annotations
 
@@ -31,20 +33,35 @@ class BertConfig(NamedTuple):
 
 
 class BertLayer(nnx.Module):
-    """Self-attention and a feed-forward block, each with a residual and a normalisation after it."""
+    """Self-attention and a feed-forward block, each with a residual and a normalisation after
+    it.
+    """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
-        d, norm = config.hidden_size, partial(nnx.LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs)
+        d, norm = (
+            config.hidden_size,
+            partial(nnx.LayerNorm, config.hidden_size, epsilon=config.layer_norm_eps, rngs=rngs),
+        )
         self.heads = config.num_attention_heads
-        self.query, self.key, self.value, self.attention_out = (nnx.Linear(d, d, rngs=rngs) for _ in range(4))
-        self.up, self.down = nnx.Linear(d, config.intermediate_size, rngs=rngs), nnx.Linear(config.intermediate_size, d, rngs=rngs)
+        self.query, self.key, self.value, self.attention_out = (
+            nnx.Linear(d, d, rngs=rngs) for _ in range(4)
+        )
+        self.up, self.down = (
+            nnx.Linear(d, config.intermediate_size, rngs=rngs),
+            nnx.Linear(config.intermediate_size, d, rngs=rngs),
+        )
         self.attention_norm, self.norm = norm(), norm()
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, rngs=rngs)
 
     def __call__(self, x: jax.Array, mask: jax.Array) -> jax.Array:
         """``(n, t, d)`` from ``(n, t, d)`` and a mask ``(n, t)`` that is False at padding."""
         split = lambda z: z.reshape(*z.shape[:-1], self.heads, -1)
-        attended = jax.nn.dot_product_attention(split(self.query(x)), split(self.key(x)), split(self.value(x)), mask=mask[:, None, None, :])
+        attended = jax.nn.dot_product_attention(
+            split(self.query(x)),
+            split(self.key(x)),
+            split(self.value(x)),
+            mask=mask[:, None, None, :],
+        )
         x = self.attention_norm(x + self.dropout(self.attention_out(attended.reshape(x.shape))))
         return self.norm(x + self.dropout(self.down(jax.nn.gelu(self.up(x), approximate=False))))
 
@@ -64,7 +81,8 @@ class Bert(nnx.Module):
       >>> model(tokens, mask).shape, model.sentence(tokens, mask).shape
       ((1, 3, 8), (1, 8))
 
-    Source: Devlin et al., "BERT" (NAACL 2019); Reimers and Gurevych, "Sentence-BERT" (EMNLP 2019), for the mean over tokens.
+    Source: Devlin et al., "BERT" (NAACL 2019); Reimers and Gurevych, "Sentence-BERT" (EMNLP 2019),
+    for the mean over tokens.
     """
 
     def __init__(self, config: BertConfig, *, rngs: nnx.Rngs):
@@ -74,7 +92,9 @@ class Bert(nnx.Module):
         self.types = nnx.Embed(config.type_vocab_size, d, rngs=rngs)
         self.norm = nnx.LayerNorm(d, epsilon=config.layer_norm_eps, rngs=rngs)
         self.dropout = nnx.Dropout(config.hidden_dropout_prob, rngs=rngs)
-        self.layers = nnx.List([BertLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)])
+        self.layers = nnx.List(
+            [BertLayer(config, rngs=rngs) for _ in range(config.num_hidden_layers)]
+        )
 
     def embed(self, tokens: jax.Array) -> jax.Array:
         """Embeddings ``(n, t, d)`` before any normalisation: where a prompt goes in front."""
@@ -89,7 +109,9 @@ class Bert(nnx.Module):
         return x
 
     def __call__(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
-        """Hidden states ``(n, t, d)`` from tokens ``(n, t)`` and a mask ``(n, t)`` that is False at padding."""
+        """Hidden states ``(n, t, d)`` from tokens ``(n, t)`` and a mask ``(n, t)`` that is False at
+        padding.
+        """
         return self.encode(self.embed(tokens), mask.astype(bool))
 
     def sentence(self, tokens: jax.Array, mask: jax.Array) -> jax.Array:
@@ -121,10 +143,12 @@ _LAYER = {
 
 
 def load_bert(folder: str | Path) -> Bert:
-    """A published encoder from ``config.json`` and ``model.safetensors``, in evaluation mode. Needs the extra ``text``.
+    """A published encoder from ``config.json`` and ``model.safetensors``, in evaluation mode. Needs
+    the extra ``text``.
 
     Args:
-      folder: where the two files are. Weights may stand under a prefix ``bert.``; a pooler or a language model's head is left out.
+      folder: where the two files are. Weights may stand under a prefix ``bert.``; a pooler or a
+        language model's head is left out.
 
     Returns:
       A `Bert`.
@@ -138,14 +162,27 @@ def load_bert(folder: str | Path) -> Bert:
     folder = Path(folder)
     content = json.loads((folder / "config.json").read_text())
     if content.get("model_type") != "bert" or content.get("hidden_act") != "gelu":
-        raise ValueError(f"{folder}: got a {content.get('model_type')!r} with {content.get('hidden_act')!r}; expected a 'bert' with 'gelu'.")
+        raise ValueError(
+            f"{folder}: got a {content.get('model_type')!r} with {content.get('hidden_act')!r}; "
+            "expected a 'bert' with 'gelu'."
+        )
     config = BertConfig(**{name: content[name] for name in BertConfig._fields if name in content})
-    weights = {name.removeprefix("bert."): value for name, value in load_file(folder / "model.safetensors").items()}
+    weights = {
+        name.removeprefix("bert."): value
+        for name, value in load_file(folder / "model.safetensors").items()
+    }
     model = nnx.eval_shape(lambda: Bert(config, rngs=nnx.Rngs(0)))
-    names: dict[tuple[Any, ...], str] = {(*ours, part): f"{theirs}.{part}" for theirs, ours in _TOP.items() for part in ("weight", "bias")}
+    names: dict[tuple[Any, ...], str] = {
+        (*ours, part): f"{theirs}.{part}"
+        for theirs, ours in _TOP.items()
+        for part in ("weight", "bias")
+    }
     for number in range(config.num_hidden_layers):
         for theirs, ours in _LAYER.items():
-            names |= {("layers", number, ours, part): f"encoder.layer.{number}.{theirs}.{part}" for part in ("weight", "bias")}
+            names |= {
+                ("layers", number, ours, part): f"encoder.layer.{number}.{theirs}.{part}"
+                for part in ("weight", "bias")
+            }
 
     def find(path, variable):
         kind = path[-1]
@@ -154,12 +191,17 @@ def load_bert(folder: str | Path) -> Bert:
             raise ValueError(f"{folder}/model.safetensors: {name} is missing.")
         value = weights[name].T if kind == "kernel" else weights[name]  # they store the transpose
         if value.shape != variable.shape:
-            raise ValueError(f"{folder}/model.safetensors: {name} is {value.shape}; expected {variable.shape}, as config.json says.")
+            raise ValueError(
+                f"{folder}/model.safetensors: {name} is {value.shape}; expected {variable.shape}, "
+                "as config.json says."
+            )
         return variable.replace(jnp.asarray(value))
 
     graphdef, *parts = nnx.split(model, nnx.Param, ...)
     params, rest = parts
-    loaded = nnx.from_flat_state([(path, find(path, variable)) for path, variable in nnx.to_flat_state(params)])
+    loaded = nnx.from_flat_state(
+        [(path, find(path, variable)) for path, variable in nnx.to_flat_state(params)]
+    )
     model = nnx.merge(graphdef, loaded, _concrete(rest))
     model.eval()
     return model
@@ -170,17 +212,28 @@ def _concrete(rest: nnx.State[Any, Any]) -> nnx.State[Any, Any]:
     made = []
     for number, (path, variable) in enumerate(nnx.to_flat_state(rest)):
         is_key = jnp.issubdtype(variable.dtype, jax.dtypes.prng_key)
-        made.append((path, variable.replace(jax.random.key(number) if is_key else jnp.zeros(variable.shape, variable.dtype))))
+        made.append(
+            (
+                path,
+                variable.replace(
+                    jax.random.key(number) if is_key else jnp.zeros(variable.shape, variable.dtype)
+                ),
+            )
+        )
     return nnx.from_flat_state(made)
 
 
-def tokenize(folder: str | Path, texts: Sequence[str], length: int = 128) -> tuple[np.ndarray, np.ndarray]:
-    """Tokens and mask ``(n, t)`` of some texts, by the ``tokenizer.json`` in `folder`. Needs the extra ``text``.
+def tokenize(
+    folder: str | Path, texts: Sequence[str], length: int = 128
+) -> tuple[np.ndarray, np.ndarray]:
+    """Tokens and mask ``(n, t)`` of some texts, by the ``tokenizer.json`` in `folder`. Needs the
+    extra ``text``.
 
     Args:
       folder: where ``tokenizer.json`` is.
       texts: strings.
-      length: where longer texts are cut. Rows are padded to the longest, rounded up to 16, so that few shapes are compiled.
+      length: where longer texts are cut. Rows are padded to the longest, rounded up to 16, so that
+        few shapes are compiled.
 
     Returns:
       int32 tokens, and a boolean mask that is False at padding.
@@ -206,21 +259,32 @@ def _sentences(
     return nnx.merge(graphdef, state, copy=True).sentence(tokens, mask)
 
 
-def features(folder: str | Path, texts: Sequence[str], *, cache: str | Path | None = None, batch: int = 64, length: int = 128) -> np.ndarray:
+def features(
+    folder: str | Path,
+    texts: Sequence[str],
+    *,
+    cache: str | Path | None = None,
+    batch: int = 64,
+    length: int = 128,
+) -> np.ndarray:
     """Frozen sentence embeddings, computed once and kept in a file.
 
     Args:
       folder: of the encoder; see `load_bert` and `tokenize`.
       texts: strings.
-      cache: folder of the files, named by the texts and the encoder's own files, whose content decides. None: nothing
-        is kept. A file that was cut off is made anew.
+      cache: folder of the files, named by the texts and the encoder's own files, whose content
+        decides. None: nothing is kept. A file that was cut off is made anew.
       batch: texts encoded at a time, the shortest together.
       length: where longer texts are cut.
 
     Returns:
       float32 unit vectors ``(n, d)``.
     """
-    path = None if cache is None else Path(cache) / f"features-{_about(Path(folder), texts, length)}.npy"
+    path = (
+        None
+        if cache is None
+        else Path(cache) / f"features-{_about(Path(folder), texts, length)}.npy"
+    )
     if path is not None and (kept := _read(path, len(texts))) is not None:
         return kept
     graphdef, state = nnx.split(load_bert(folder))
@@ -228,7 +292,9 @@ def features(folder: str | Path, texts: Sequence[str], *, cache: str | Path | No
     out: Any = None
     for start in range(0, len(order), batch):
         rows = order[start : start + batch]
-        padded = np.resize(rows, batch) if start else rows  # the last batch is filled up, so that its shape is compiled already
+        padded = (
+            np.resize(rows, batch) if start else rows
+        )  # the last batch is filled up, so that its shape is compiled already
         tokens, mask = tokenize(folder, [texts[row] for row in padded], length)
         found = np.asarray(_sentences(graphdef, state, tokens, mask))[: len(rows)]
         out = np.zeros((len(texts), found.shape[1]), np.float32) if out is None else out
@@ -243,7 +309,9 @@ def features(folder: str | Path, texts: Sequence[str], *, cache: str | Path | No
 
 
 def _about(folder: Path, texts: Sequence[str], length: int) -> str:
-    """What the features depend on: the texts, where they are cut, and the bytes of the encoder's files."""
+    """What the features depend on: the texts, where they are cut, and the bytes of the encoder's
+    files.
+    """
     total = hashlib.sha256(json.dumps([list(texts), length]).encode())
     for name in ("config.json", "tokenizer.json", "model.safetensors"):
         if (folder / name).is_file():

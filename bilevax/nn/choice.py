@@ -15,7 +15,14 @@ from bilevax._core.types import Key
 from bilevax.base import PyTree
 
 
-def soft_choice(logits: jax.Array, options: Sequence[Any], *, temperature: float = 1.0, key: Key | None = None, hard: bool = False) -> jax.Array:
+def soft_choice(
+    logits: jax.Array,
+    options: Sequence[Any],
+    *,
+    temperature: float = 1.0,
+    key: Key | None = None,
+    hard: bool = False,
+) -> jax.Array:
     """A mixture of options, by softmax or by Gumbel noise.
 
     ``Σ_k p_k o_k`` with ``p = softmax((logits + noise) / temperature)``.
@@ -31,7 +38,8 @@ def soft_choice(logits: jax.Array, options: Sequence[Any], *, temperature: float
       An array of the options' shape.
 
     Raises:
-      TypeError, ValueError: for another number of logits than options, or a temperature that is not positive.
+      TypeError, ValueError: for another number of logits than options, or a temperature that is not
+        positive.
 
     Examples:
       >>> import jax.numpy as jnp
@@ -39,25 +47,39 @@ def soft_choice(logits: jax.Array, options: Sequence[Any], *, temperature: float
       >>> nn.soft_choice(jnp.zeros(2), [jnp.array([0.0]), jnp.array([4.0])]).tolist()
       [2.0]
 
-    Source: Liu, Simonyan and Yang, "DARTS" (ICLR 2019); Jang, Gu and Poole, "Categorical reparameterization with Gumbel-softmax" (ICLR 2017).
+    Source: Liu, Simonyan and Yang, "DARTS" (ICLR 2019); Jang, Gu and Poole, "Categorical
+    reparameterization with Gumbel-softmax" (ICLR 2017).
     """
     numbers.arrays(logits, "logits")
     temperature = numbers.positive(temperature, "temperature", example=1.0)
     hard = numbers.flag(hard, "hard")
-    if jnp.ndim(logits) != 1 or not isinstance(options, (list, tuple, np.ndarray, jax.Array)) or len(options) != len(logits):
+    if (
+        jnp.ndim(logits) != 1
+        or not isinstance(options, (list, tuple, np.ndarray, jax.Array))
+        or len(options) != len(logits)
+    ):
         count = len(options) if isinstance(options, (list, tuple)) else numbers.describe(options)
-        raise ValueError(f"logits: got {numbers.describe(logits)} for the options {count}; expected a logit an option, in one axis.")
+        raise ValueError(
+            f"logits: got {numbers.describe(logits)} for the options {count}; expected a logit an "
+            "option, in one axis."
+        )
     numbers.arrays(list(options), "options")
     if key is not None:
         numbers.key(key)
-    noise = jnp.zeros_like(logits) if key is None else jax.random.gumbel(key, logits.shape, logits.dtype)
+    noise = (
+        jnp.zeros_like(logits)
+        if key is None
+        else jax.random.gumbel(key, logits.shape, logits.dtype)
+    )
     p = jax.nn.softmax((logits + noise) / temperature)
     p = straight_through(jax.nn.one_hot(jnp.argmax(p), p.size, dtype=p.dtype), p) if hard else p
     return sum(p[k].astype(option.dtype) * option for k, option in enumerate(options))
 
 
 class ArchParam(nnx.Param):  # type: ignore[type-arg]  # nnx looks at its base classes
-    """Architecture parameters, so that ``wrt=nn.ArchParam`` finds them: ``nn.from_nnx(net, (nnx.Not(nn.ArchParam), nn.ArchParam))``."""
+    """Architecture parameters, so that ``wrt=nn.ArchParam`` finds them: ``nn.from_nnx(net,
+    (nnx.Not(nn.ArchParam), nn.ArchParam))``.
+    """
 
 
 class SoftChoice(nnx.Module):
@@ -93,7 +115,12 @@ class SoftChoice(nnx.Module):
             raise ValueError("rngs: got None with gumbel=True, which draws; expected nnx.Rngs.")
         self.operations = nnx.List(operations)
         self.logits = ArchParam(jnp.zeros(len(operations), jnp.float32))
-        self.temperature, self.gumbel, self.hard, self.deterministic = temperature, gumbel, hard, False
+        self.temperature, self.gumbel, self.hard, self.deterministic = (
+            temperature,
+            gumbel,
+            hard,
+            False,
+        )
         self.rngs = rngs["gumbel"].fork() if gumbel and rngs is not None else None
 
     @property
@@ -103,7 +130,13 @@ class SoftChoice(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         key = None if self.rngs is None or self.deterministic else self.rngs()
-        return soft_choice(self.logits[...], [op(x) for op in self.operations], temperature=self.temperature, key=key, hard=self.hard)
+        return soft_choice(
+            self.logits[...],
+            [op(x) for op in self.operations],
+            temperature=self.temperature,
+            key=key,
+            hard=self.hard,
+        )
 
 
 # ---- masks
@@ -129,13 +162,20 @@ def straight_through(value: PyTree, surrogate: PyTree) -> PyTree:
       >>> float(value), round(float(grad), 6)
       (1.0, 1.4)
 
-    Source: Bengio, Léonard and Courville, "Estimating or propagating gradients through stochastic neurons" (arXiv 1308.3432).
+    Source: Bengio, Léonard and Courville, "Estimating or propagating gradients through stochastic
+    neurons" (arXiv 1308.3432).
     """
     for given, name in ((value, "value"), (surrogate, "surrogate")):
         numbers.arrays(given, name)
-    shapes = [(jax.tree.structure(one), [jnp.shape(leaf) for leaf in jax.tree.leaves(one)]) for one in (value, surrogate)]
+    shapes = [
+        (jax.tree.structure(one), [jnp.shape(leaf) for leaf in jax.tree.leaves(one)])
+        for one in (value, surrogate)
+    ]
     if shapes[0] != shapes[1]:
-        raise ValueError(f"value and surrogate: got {shapes[0]} and {shapes[1]}; expected one structure with the same shapes.")
+        raise ValueError(
+            f"value and surrogate: got {shapes[0]} and {shapes[1]}; expected one structure with "
+            "the same shapes."
+        )
     return jax.tree.map(lambda v, s: jax.lax.stop_gradient(v - s) + s, value, surrogate)
 
 
@@ -144,10 +184,12 @@ def mask(scores: PyTree, keep: float | None = None) -> PyTree:
 
     Args:
       scores: pytree of arrays, such as one like the parameters to prune.
-      keep: the fraction of all entries that are kept, those of the largest scores over the whole tree. None: those above zero.
+      keep: the fraction of all entries that are kept, those of the largest scores over the whole
+        tree. None: those above zero.
 
     Returns:
-      A pytree of arrays of the scores' shapes. Multiply parameters by it: ``jax.tree.map(jnp.multiply, params, mask(scores, 0.1))``.
+      A pytree of arrays of the scores' shapes. Multiply parameters by it:
+      ``jax.tree.map(jnp.multiply, params, mask(scores, 0.1))``.
 
     Raises:
       ValueError: if `keep` is not a fraction.
@@ -158,19 +200,27 @@ def mask(scores: PyTree, keep: float | None = None) -> PyTree:
       >>> nn.mask({"w": jnp.array([1.0, -2.0, 3.0, 0.5])}, keep=0.5)["w"].tolist()
       [1.0, 0.0, 1.0, 0.0]
 
-    Source: Ramanujan et al., "What's hidden in a randomly weighted neural network?" (CVPR 2020); Zhang et al., "Advancing model pruning via bi-level
-    optimization" (NeurIPS 2022).
+    Source: Ramanujan et al., "What's hidden in a randomly weighted neural network?" (CVPR 2020);
+    Zhang et al., "Advancing model pruning via bi-level optimization" (NeurIPS 2022).
     """
     numbers.arrays(scores, "scores")
     scores = jax.tree.map(jnp.asarray, scores)
-    if not jax.tree.leaves(scores) or not all(jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(scores)):
-        raise TypeError(f"scores: got {numbers.describe(scores)}; expected a pytree of floating-point arrays.")
+    if not jax.tree.leaves(scores) or not all(
+        jnp.issubdtype(leaf.dtype, jnp.floating) for leaf in jax.tree.leaves(scores)
+    ):
+        raise TypeError(
+            f"scores: got {numbers.describe(scores)}; expected a pytree of floating-point arrays."
+        )
     if keep is None:
-        return jax.tree.map(lambda s: straight_through((s > 0).astype(s.dtype), jax.nn.sigmoid(s)), scores)
+        return jax.tree.map(
+            lambda s: straight_through((s > 0).astype(s.dtype), jax.nn.sigmoid(s)), scores
+        )
     keep = numbers.positive(keep, "keep", upper=1.0)
     flat = jnp.sort(jnp.concatenate([jnp.ravel(leaf) for leaf in jax.tree.leaves(scores)]))
     threshold = flat[flat.size - max(1, round(keep * flat.size))]
-    return jax.tree.map(lambda s: straight_through((s >= threshold).astype(s.dtype), jax.nn.sigmoid(s)), scores)
+    return jax.tree.map(
+        lambda s: straight_through((s >= threshold).astype(s.dtype), jax.nn.sigmoid(s)), scores
+    )
 
 
 __all__ = ["ArchParam", "SoftChoice", "mask", "soft_choice", "straight_through"]

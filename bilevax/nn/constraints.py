@@ -13,20 +13,24 @@ from bilevax.base import Bound, PyTree
 
 
 def constrained(
-    projection: Callable[..., PyTree], wrt: Callable[[tuple[Any, ...], Any], bool] | None = None, **settings: Any
+    projection: Callable[..., PyTree],
+    wrt: Callable[[tuple[Any, ...], Any], bool] | None = None,
+    **settings: Any,
 ) -> optax.GradientTransformation:
     """Keep parameters in a set: the last link of an optimizer's chain.
 
     ``u ← P(x + u) − x``
 
     Args:
-      projection: ``array -> array``, such as those of ``optax.projections``: ``projection_box``, ``projection_simplex``,
-        ``projection_non_negative``. Each leaf is projected by itself.
-      wrt: a predicate ``(path, value) -> bool`` such as `paths`: the leaves that are projected. None: all.
+      projection: ``array -> array``, such as those of ``optax.projections``: ``projection_box``,
+        ``projection_simplex``, ``projection_non_negative``. Each leaf is projected by itself.
+      wrt: a predicate ``(path, value) -> bool`` such as `paths`: the leaves that are projected.
+        None: all.
       **settings: further arguments of `projection` (``lower=``, ``upper=``, ``scale=``).
 
     Returns:
-      A ``GradientTransformation``. To be put last: ``optax.chain(optax.adam(1e-2), nn.constrained(...))``.
+      A ``GradientTransformation``. To be put last: ``optax.chain(optax.adam(1e-2),
+        nn.constrained(...))``.
 
     Raises:
       TypeError: if `projection` is not a function. When it is run, if it is not given parameters.
@@ -40,12 +44,17 @@ def constrained(
       >>> print(optax.apply_updates(x, updates))
       [1. 0.]
 
-    Source: Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions" (ICML 2008), for the simplex.
+    Source: Duchi et al., "Efficient projections onto the l1-ball for learning in high dimensions"
+    (ICML 2008), for the simplex.
     """
     if not callable(projection):
-        raise TypeError(f"projection: got {check.describe(projection)}; expected a function tree -> tree. Try optax.projections.projection_box.")
+        raise TypeError(
+            f"projection: got {check.describe(projection)}; expected a function tree -> tree. Try "
+            "optax.projections.projection_box."
+        )
     return optax.GradientTransformation(
-        Bound("constrained", _init, projection=projection), Bound("constrained", _update, projection=projection, wrt=wrt, settings=settings)
+        Bound("constrained", _init, projection=projection),
+        Bound("constrained", _update, projection=projection, wrt=wrt, settings=settings),
     )
 
 
@@ -53,12 +62,19 @@ def _init(params: PyTree, *, projection: Any) -> Any:
     return optax.EmptyState()
 
 
-def _update(updates: Any, state: Any, params: PyTree = None, *, projection: Any, wrt: Any, settings: Any) -> Any:
+def _update(
+    updates: Any, state: Any, params: PyTree = None, *, projection: Any, wrt: Any, settings: Any
+) -> Any:
     if params is None:
-        raise TypeError("params: got None; expected the parameters, which a projection depends on: opt.update(grads, state, params).")
+        raise TypeError(
+            "params: got None; expected the parameters, which a projection depends on: "
+            "opt.update(grads, state, params)."
+        )
 
     def leaf(path, u, p):
-        if wrt is not None and not wrt(tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path), p):
+        if wrt is not None and not wrt(
+            tuple(getattr(k, "key", getattr(k, "idx", getattr(k, "name", None))) for k in path), p
+        ):
             return u
         return projection(p + u.astype(p.dtype), **settings) - p
 

@@ -26,20 +26,24 @@ def from_linen(
 ) -> Net:
     """Take a linen model apart into what is learned, what moves with it, and what stands still.
 
-    In a loss the model is a function: ``model(x)`` is ``module.apply`` with the variables, the mode's arguments and fresh ``rngs``; the collections
-    that it changes are kept.
+    In a loss the model is a function: ``model(x)`` is ``module.apply`` with the variables, the
+    mode's arguments and fresh ``rngs``; the collections that it changes are kept.
 
     Args:
       module: a ``linen.Module``, or its ``apply`` (a ``TrainState.apply_fn``).
       variables: what ``module.init`` returned, with ``"params"``.
-      wrt: what is learned: True for all parameters, a predicate ``(path, value) -> bool`` such as `paths`, or a tuple or a dict of them, a
-        filter a level, which divides the parameters between levels; each takes what those before it left. What no filter takes is frozen.
-      train: arguments of each call in training mode, such as ``{"train": True}`` or ``{"deterministic": False}``.
+      wrt: what is learned: True for all parameters, a predicate ``(path, value) -> bool`` such as
+        `paths`, or a tuple or a dict of them, a filter a level, which divides the parameters
+        between levels; each takes what those before it left. What no filter takes is frozen.
+      train: arguments of each call in training mode, such as ``{"train": True}`` or
+        ``{"deterministic": False}``.
       evaluate: arguments of each call in evaluation mode.
-      rngs: names of the module's random streams, such as ``("dropout",)``. Each evaluation gets new keys from the key of the run.
+      rngs: names of the module's random streams, such as ``("dropout",)``. Each evaluation gets new
+        keys from the key of the run.
 
     Returns:
-      A `Net`. ``params`` are nested dicts like ``variables["params"]``, the other collections are the ``state``.
+      A `Net`. ``params`` are nested dicts like ``variables["params"]``, the other collections are
+      the ``state``.
 
     Raises:
       TypeError: for arguments of another kind.
@@ -57,21 +61,40 @@ def from_linen(
       >>> model(jnp.ones((5, 3))).shape
       (5, 2)
     """
-    module = getattr(module, "__self__", module)  # the module behind its bound apply, which compares by value
+    module = getattr(
+        module, "__self__", module
+    )  # the module behind its bound apply, which compares by value
     if not callable(module):
-        raise TypeError(f"module: got {check.describe(module)}; expected a linen.Module, or its apply.")
+        raise TypeError(
+            f"module: got {check.describe(module)}; expected a linen.Module, or its apply."
+        )
     if not isinstance(variables, Mapping) or "params" not in variables:
         got = sorted(variables) if isinstance(variables, Mapping) else check.describe(variables)
-        raise ValueError(f"variables: got {got}; expected what module.init returned, with 'params'. Wrap parameters alone: {{'params': params}}.")
+        raise ValueError(
+            f"variables: got {got}; expected what module.init returned, with 'params'. Wrap "
+            f"parameters alone: {{'params': params}}."
+        )
     if isinstance(rngs, str) or not all(isinstance(name, str) for name in rngs):
         raise TypeError(f"rngs: got {rngs!r}; expected a tuple of names. Try rngs=('dropout',).")
     filters, form = divided(wrt)
-    params, state = unfreeze(variables["params"]), {name: unfreeze(value) for name, value in variables.items() if name != "params"}
+    params, state = (
+        unfreeze(variables["params"]),
+        {name: unfreeze(value) for name, value in variables.items() if name != "params"},
+    )
     groups, frozen = _divide(params, filters)
     check_groups(groups, filters, list(flatten_dict(params, sep="/")))
     modes = (tuple((evaluate or {}).items()), tuple((train or {}).items()))
-    bind = Bound("linen", _bind, module=module, frozen=frozen, form=form, modes=modes, rngs=tuple(rngs))
-    return Net(pack(groups, form), state, bind, Bound("merge", _merge, frozen=frozen, form=form, initial=state), bool(rngs), form)
+    bind = Bound(
+        "linen", _bind, module=module, frozen=frozen, form=form, modes=modes, rngs=tuple(rngs)
+    )
+    return Net(
+        pack(groups, form),
+        state,
+        bind,
+        Bound("merge", _merge, frozen=frozen, form=form, initial=state),
+        bool(rngs),
+        form,
+    )
 
 
 def _divide(params: PyTree, filters: tuple[Any, ...]) -> tuple[tuple[Any, ...], PyTree]:
@@ -88,26 +111,52 @@ def _takes(chosen: Any, path: Any, value: Any) -> bool:
     if chosen is True or chosen is ...:
         return True
     if not callable(chosen) or isinstance(chosen, type):
-        raise TypeError(f"wrt: got {chosen!r}; expected True, or a predicate (path, value) -> bool. Try nn.paths('head').")
+        raise TypeError(
+            f"wrt: got {chosen!r}; expected True, or a predicate (path, value) -> bool. Try "
+            "nn.paths('head')."
+        )
     return bool(chosen(path, value))
 
 
 def _joined(*parts: PyTree) -> PyTree:
-    return unflatten_dict({path: value for part in parts for path, value in flatten_dict(part).items()})
+    return unflatten_dict(
+        {path: value for part in parts for path, value in flatten_dict(part).items()}
+    )
 
 
 class _Model:
     """A linen module with its variables, for the length of one evaluation of a loss."""
 
-    def __init__(self, apply: Callable[..., Any], params: PyTree, state: PyTree, mode: dict[Any, Any], rngs: tuple[str, ...], key: Any, train: bool):
-        self.apply, self.params, self.state, self.mode, self.rngs, self.key, self.train = apply, params, state, mode, rngs, key, train
+    def __init__(
+        self,
+        apply: Callable[..., Any],
+        params: PyTree,
+        state: PyTree,
+        mode: dict[Any, Any],
+        rngs: tuple[str, ...],
+        key: Any,
+        train: bool,
+    ):
+        self.apply, self.params, self.state, self.mode, self.rngs, self.key, self.train = (
+            apply,
+            params,
+            state,
+            mode,
+            rngs,
+            key,
+            train,
+        )
         self.calls = 0
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         drawn = {}
         if self.key is not None:
             key = jax.random.fold_in(self.key, self.calls)
-            drawn = {"rngs": {name: jax.random.fold_in(key, number) for number, name in enumerate(self.rngs)}}
+            drawn = {
+                "rngs": {
+                    name: jax.random.fold_in(key, number) for number, name in enumerate(self.rngs)
+                }
+            }
         self.calls += 1
         variables, kwargs = {"params": self.params, **self.state}, {**self.mode, **kwargs}
         if not (self.train and self.state):
@@ -118,7 +167,16 @@ class _Model:
 
 
 def _bind(
-    params: PyTree, state: PyTree, key: Any, train: bool, *, module: Any, frozen: Any, form: Form, modes: tuple[Any, ...], rngs: tuple[str, ...]
+    params: PyTree,
+    state: PyTree,
+    key: Any,
+    train: bool,
+    *,
+    module: Any,
+    frozen: Any,
+    form: Form,
+    modes: tuple[Any, ...],
+    rngs: tuple[str, ...],
 ) -> Any:
     apply = module.apply if isinstance(module, linen.Module) else module
     whole = _joined(*unpack(params, form), frozen)
@@ -127,7 +185,10 @@ def _bind(
 
 
 def _merge(params: PyTree, state: PyTree = None, *, frozen: Any, form: Form, initial: Any) -> Any:
-    return {"params": _joined(*unpack(params, form), frozen), **(initial if state is None else state)}
+    return {
+        "params": _joined(*unpack(params, form), frozen),
+        **(initial if state is None else state),
+    }
 
 
 __all__ = ["from_linen"]

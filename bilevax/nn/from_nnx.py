@@ -16,19 +16,25 @@ from bilevax.nn.net import Form, Net, check_groups, divided, pack, unpack
 def from_nnx(model: Any, wrt: Any = nnx.Param) -> Net:
     """Take an nnx model apart into what is learned, what moves with it, and what stands still.
 
-    Its graph definition is static, so that a second model of the same architecture compiles nothing. `model` itself is left as it is:
-    write results into it with ``nnx.update(model, solution.inner_params)``, or make another one with ``net.merge``.
+    Its graph definition is static, so that a second model of the same architecture compiles
+    nothing. `model` itself is left as it is: write results into it with ``nnx.update(model,
+      solution.inner_params)``, or make another one with ``net.merge``.
 
     Args:
-      model: an ``nnx.Module``, or a dict, list or tuple of them. Calling one in a loss moves its own copy.
-      wrt: what is learned. An nnx filter: a variable type (``nnx.LoRAParam``), or anything else that chooses among the ``nnx.Param``, such as
-        `paths`, ``nnx.Not(...)``, or a function ``(path, value) -> bool``. A tuple or a dict of filters, a filter a level, divides the parameters of
-        one model between levels; each takes what those before it left. Parameters that no filter takes are frozen.
+      model: an ``nnx.Module``, or a dict, list or tuple of them. Calling one in a loss moves its
+        own copy.
+      wrt: what is learned. An nnx filter: a variable type (``nnx.LoRAParam``), or anything else
+        that chooses among the ``nnx.Param``, such as `paths`, ``nnx.Not(...)``, or a function
+        ``(path, value) -> bool``. A tuple or a dict of filters, a filter a level, divides the
+        parameters of one model between levels; each takes what those before it left. Parameters
+        that no filter takes are frozen.
 
     Returns:
-      A `Net`. ``params`` holds ``nnx.State``, what ``nnx.state(model, filter)`` gives. Variables of other types (BatchNorm's statistics, caches)
-      are the ``state``. A module that is in evaluation mode when it comes (``use_running_average=True``, ``deterministic=True``) stays in it;
-      the others are switched by each objective's ``train``. Random streams are neither: each evaluation gets new keys from the key of the run.
+      A `Net`. ``params`` holds ``nnx.State``, what ``nnx.state(model, filter)`` gives. Variables of
+      other types (BatchNorm's statistics, caches) are the ``state``. A module that is in evaluation
+      mode when it comes (``use_running_average=True``, ``deterministic=True``) stays in it; the
+      others are switched by each objective's ``train``. Random streams are neither: each evaluation
+      gets new keys from the key of the run.
 
     Raises:
       TypeError: if `model` is not of nnx.
@@ -37,7 +43,11 @@ def from_nnx(model: Any, wrt: Any = nnx.Param) -> Net:
     Examples:
       >>> from flax import nnx
       >>> from bilevax import nn
-      >>> model = nnx.Sequential(nnx.Linear(3, 4, rngs=nnx.Rngs(0)), nnx.BatchNorm(4, rngs=nnx.Rngs(0)), nnx.Linear(4, 2, rngs=nnx.Rngs(0)))
+      >>> model = nnx.Sequential(
+      ...     nnx.Linear(3, 4, rngs=nnx.Rngs(0)),
+      ...     nnx.BatchNorm(4, rngs=nnx.Rngs(0)),
+      ...     nnx.Linear(4, 2, rngs=nnx.Rngs(0)),
+      ... )
       >>> nn.from_nnx(model)
       Net(34 learned numbers, with state)
       >>> head_only = nn.from_nnx(model, wrt=nn.paths("layers/2"))
@@ -45,18 +55,33 @@ def from_nnx(model: Any, wrt: Any = nnx.Param) -> Net:
     """
     if not modules(model):
         raise TypeError(
-            f"model: got {check.describe(model)}; expected an nnx.Module, or a dict, list or tuple of them. For linen, try nn.from_linen."
+            f"model: got {check.describe(model)}; expected an nnx.Module, or a dict, list or tuple "
+            "of them. For linen, try nn.from_linen."
         )
     filters, form = divided(wrt)
     model = nnx.clone(model)
     nnx.pop(model, nnx.Intermediate)
-    graphdef, draws, *parts = nnx.split(model, nnx.RngState, *map(_among_params, filters), nnx.Param, ...)
+    graphdef, draws, *parts = nnx.split(
+        model, nnx.RngState, *map(_among_params, filters), nnx.Param, ...
+    )
     *groups, frozen, state = parts
     names = ["/".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(model, nnx.Param))]
     check_groups(tuple(groups), filters, names)
     settings = dict(graphdef=graphdef, draws=draws, frozen=frozen, form=form)
-    bind = Bound("nnx", _bind, **settings, moving=_Among(frozenset(path for path, _ in nnx.to_flat_state(state))))
-    return Net(pack(tuple(groups), form), state, bind, Bound("merge", _merge, **settings, initial=state), bool(jax.tree.leaves(draws)), form)
+    bind = Bound(
+        "nnx",
+        _bind,
+        **settings,
+        moving=_Among(frozenset(path for path, _ in nnx.to_flat_state(state))),
+    )
+    return Net(
+        pack(tuple(groups), form),
+        state,
+        bind,
+        Bound("merge", _merge, **settings, initial=state),
+        bool(jax.tree.leaves(draws)),
+        form,
+    )
 
 
 def modules(model: Any) -> list[nnx.Module]:
@@ -66,8 +91,14 @@ def modules(model: Any) -> list[nnx.Module]:
 
 
 def _among_params(chosen: Any) -> Any:
-    """A type says itself which variables it means; any other filter means parameters, so that no path takes BatchNorm's statistics along."""
-    return chosen if isinstance(chosen, type) else nnx.All(nnx.Param, list(chosen) if isinstance(chosen, list) else chosen)
+    """A type says itself which variables it means; any other filter means parameters, so that no
+    path takes BatchNorm's statistics along.
+    """
+    return (
+        chosen
+        if isinstance(chosen, type)
+        else nnx.All(nnx.Param, list(chosen) if isinstance(chosen, list) else chosen)
+    )
 
 
 class _Among:
@@ -86,10 +117,23 @@ class _Among:
         return isinstance(other, _Among) and self.places == other.places
 
 
-def _bind(params: PyTree, state: PyTree, key: Any, train: bool, *, graphdef: Any, draws: Any, frozen: Any, form: Form, moving: _Among) -> Any:
+def _bind(
+    params: PyTree,
+    state: PyTree,
+    key: Any,
+    train: bool,
+    *,
+    graphdef: Any,
+    draws: Any,
+    frozen: Any,
+    form: Form,
+    moving: _Among,
+) -> Any:
     state = nnx.State({}) if state is None else state
     draws = draws if key is None else _reseeded(draws, key)
-    model = nnx.merge(graphdef, draws, *unpack(params, form), frozen, state, copy=True)  # a copy: calling it must not touch what was passed in
+    model = nnx.merge(
+        graphdef, draws, *unpack(params, form), frozen, state, copy=True
+    )  # a copy: calling it must not touch what was passed in
     _switch(model, train)
     return model, lambda: nnx.state(model, moving)
 
@@ -98,10 +142,17 @@ _MODES = ("deterministic", "use_running_average")
 
 
 def _switch(model: Any, train: bool) -> None:
-    """Training or evaluation mode of every module that its maker left in training mode: what was frozen stays frozen."""
+    """Training or evaluation mode of every module that its maker left in training mode: what was
+    frozen stays frozen.
+    """
     for root in modules(model):
         inside = [module for _, module in nnx.iter_modules(root)]
-        frozen = [(module, mode) for module in inside for mode in _MODES if getattr(module, mode, None) is True]
+        frozen = [
+            (module, mode)
+            for module in inside
+            for mode in _MODES
+            if getattr(module, mode, None) is True
+        ]
         root.train() if train else root.eval()
         for module, mode in frozen:
             setattr(module, mode, True)
@@ -111,7 +162,9 @@ def _switch(model: Any, train: bool) -> None:
 
 
 class _BatchNorm(nnx.BatchNorm):
-    """BatchNorm whose running statistics have a derivative: flax stops it, and here it is part of the map."""
+    """BatchNorm whose running statistics have a derivative: flax stops it, and here it is part of
+    the map.
+    """
 
     def __call__(self, x: Any, use_running_average: Any = None, *, mask: Any = None) -> Any:
         given = self.use_running_average if use_running_average is None else use_running_average
@@ -122,18 +175,42 @@ class _BatchNorm(nnx.BatchNorm):
             axes = tuple(i for i in range(x.ndim) if i not in {a % x.ndim for a in axis})
             wide = x.astype(jax.numpy.promote_types(x.dtype, jax.numpy.float32))
             mean, square = (self._over(a, axes, mask) for a in (wide, wide * wide))
-            for variable, old, new in zip((self.mean, self.var), before, (mean, square - mean * mean), strict=True):
+            for variable, old, new in zip(
+                (self.mean, self.var), before, (mean, square - mean * mean), strict=True
+            ):
                 moved = self.momentum * old + (1 - self.momentum) * new.astype(old.dtype)
-                variable[...] = variable[...] + (moved - jax.lax.stop_gradient(moved))  # flax's value, and our derivative
+                variable[...] = variable[...] + (
+                    moved - jax.lax.stop_gradient(moved)
+                )  # flax's value, and our derivative
         return out
 
     def _over(self, a: Any, axes: Any, mask: Any) -> Any:
         mean = jax.numpy.mean(a, axes, where=mask)
-        return mean if self.axis_name is None else jax.lax.pmean(mean, self.axis_name, axis_index_groups=self.axis_index_groups)
+        return (
+            mean
+            if self.axis_name is None
+            else jax.lax.pmean(mean, self.axis_name, axis_index_groups=self.axis_index_groups)
+        )
 
 
-def _merge(params: PyTree, state: PyTree = None, *, graphdef: Any, draws: Any, frozen: Any, form: Form, initial: Any) -> Any:
-    return nnx.merge(graphdef, draws, *unpack(params, form), frozen, initial if state is None else state, copy=True)
+def _merge(
+    params: PyTree,
+    state: PyTree = None,
+    *,
+    graphdef: Any,
+    draws: Any,
+    frozen: Any,
+    form: Form,
+    initial: Any,
+) -> Any:
+    return nnx.merge(
+        graphdef,
+        draws,
+        *unpack(params, form),
+        frozen,
+        initial if state is None else state,
+        copy=True,
+    )
 
 
 def _reseeded(draws: nnx.State[Any, Any], key: Key) -> nnx.State[Any, Any]:

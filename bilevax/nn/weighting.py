@@ -12,7 +12,8 @@ from bilevax._core import numbers
 class WeightNet(nnx.Module):
     """A weight in (0, 1) for each example, from its loss and whatever else is known of it.
 
-    ``w_i = σ(b + a' tanh(W [l_i, c_i]))``. It starts at a weight of a half everywhere, so that the first steps are ordinary training.
+    ``w_i = σ(b + a' tanh(W [l_i, c_i]))``. It starts at a weight of a half everywhere, so that the
+    first steps are ordinary training.
 
     Args:
       features: numbers that are known of an example besides its loss, such as a one-hot class.
@@ -29,7 +30,8 @@ class WeightNet(nnx.Module):
       >>> by_class(jnp.array([0.1, 3.0]), jax.nn.one_hot(jnp.array([2, 7]), 10)).shape
       (2,)
 
-    Source: Shu et al., "Meta-Weight-Net: learning an explicit mapping for sample weighting" (NeurIPS 2019).
+    Source: Shu et al., "Meta-Weight-Net: learning an explicit mapping for sample weighting"
+    (NeurIPS 2019).
     """
 
     def __init__(self, features: int = 0, hidden: int = 32, *, rngs: nnx.Rngs):
@@ -39,16 +41,24 @@ class WeightNet(nnx.Module):
         self.out = nnx.Linear(hidden, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
     def __call__(self, losses: jax.Array, features: jax.Array | None = None) -> jax.Array:
-        """Weights ``(n,)`` from losses ``(n,)``, of which no gradient is taken, and features ``(n, d)``."""
-        seen = jax.lax.stop_gradient(losses)[:, None]  # a weight judges a loss; the model must not be trained to please it
-        seen = seen if features is None else jnp.concatenate([seen, features.astype(seen.dtype)], -1)
+        """Weights ``(n,)`` from losses ``(n,)``, of which no gradient is taken, and features ``(n,
+        d)``.
+        """
+        seen = jax.lax.stop_gradient(losses)[
+            :, None
+        ]  # a weight judges a loss; the model must not be trained to please it
+        seen = (
+            seen if features is None else jnp.concatenate([seen, features.astype(seen.dtype)], -1)
+        )
         return jax.nn.sigmoid(self.out(jnp.tanh(self.hidden(seen)))[:, 0])
 
 
 class LabelNet(nnx.Module):
-    """Corrected labels: a distribution over classes for each example, from the label it has and what a model sees in it.
+    """Corrected labels: a distribution over classes for each example, from the label it has and
+    what a model sees in it.
 
-    ``p_i = softmax(c · onehot(y_i) + W₂ tanh(W₁ [z_i, onehot(y_i)]))``. It starts close to the labels as they are.
+    ``p_i = softmax(c · onehot(y_i) + W₂ tanh(W₁ [z_i, onehot(y_i)]))``. It starts close to the
+    labels as they are.
 
     Args:
       features: size of what is known of an example: a frozen embedding, or a model's logits.
@@ -65,10 +75,13 @@ class LabelNet(nnx.Module):
       >>> correct(jnp.ones((2, 5)), jnp.array([0, 2])).argmax(-1).tolist()
       [0, 2]
 
-    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI 2021).
+    Source: Zheng, Awadallah and Dumais, "Meta label correction for noisy label learning" (AAAI
+    2021).
     """
 
-    def __init__(self, features: int, classes: int, hidden: int = 64, *, trust: float = 4.0, rngs: nnx.Rngs):
+    def __init__(
+        self, features: int, classes: int, hidden: int = 64, *, trust: float = 4.0, rngs: nnx.Rngs
+    ):
         self.classes = classes
         self.trust = nnx.Param(jnp.full((), trust, jnp.float32))
         self.hidden = nnx.Linear(features + classes, hidden, rngs=rngs)
@@ -77,7 +90,9 @@ class LabelNet(nnx.Module):
     def __call__(self, features: jax.Array, labels: jax.Array) -> jax.Array:
         """Probabilities ``(n, classes)`` from features ``(n, d)`` and integer labels ``(n,)``."""
         given = jax.nn.one_hot(labels, self.classes, dtype=features.dtype)
-        change = self.out(jnp.tanh(self.hidden(jnp.concatenate([jax.lax.stop_gradient(features), given], -1))))
+        change = self.out(
+            jnp.tanh(self.hidden(jnp.concatenate([jax.lax.stop_gradient(features), given], -1)))
+        )
         return jax.nn.softmax(self.trust[...].astype(given.dtype) * given + change)
 
 

@@ -42,12 +42,16 @@ def reader(fn: Callable[[int], PyTree]) -> Reader:
       >>> import numpy as np, bilevax as bx
       >>> tokens = np.arange(1000).reshape(100, 10)
       >>> order = np.random.default_rng(0).integers(0, 100, size=(50, 8))  # 50 steps of 8 rows
-      >>> batches = bx.replay.reader(lambda step: {"tokens": tokens[order[step]], "index": order[step]})
+      >>> batches = bx.replay.reader(
+      ...     lambda step: {"tokens": tokens[order[step]], "index": order[step]}
+      ... )
       >>> batches.fn(3)["tokens"].shape
       (8, 10)
     """
     if not callable(fn):
-        raise TypeError(f"fn: got {check.describe(fn)}; expected a function from a step's number to its batch.")
+        raise TypeError(
+            f"fn: got {check.describe(fn)}; expected a function from a step's number to its batch."
+        )
     return Reader(fn)
 
 
@@ -58,8 +62,10 @@ def resolve(data: Any) -> Source | Reader:
     found = as_source(data, "inner_data")
     if isinstance(found, Stream):
         raise TypeError(
-            f"inner_data: got {check.describe(data)}, an iterable, whose batches come once and in one order; a replay reads them again "
-            "on its way back. Try replay.reader(lambda step: ...), data.minibatches(arrays, batch_size), or a pure function (key, step) -> batch."
+            f"inner_data: got {check.describe(data)}, an iterable, whose batches come once and in "
+            "one order; a replay reads them again "
+            "on its way back. Try replay.reader(lambda step: ...), data.minibatches(arrays, "
+            "batch_size), or a pure function (key, step) -> batch."
         )
     return found
 
@@ -70,7 +76,11 @@ class Batches:
     def __init__(self, source: Source | Reader, num_steps: int, put: Callable[[PyTree], PyTree]):
         self.source, self.num_steps, self.put = source, num_steps, put
         self._ahead: dict[int, Future[Any]] = {}
-        self._pool = ThreadPoolExecutor(1, thread_name_prefix="replay-batches") if isinstance(source, Reader) else None
+        self._pool = (
+            ThreadPoolExecutor(1, thread_name_prefix="replay-batches")
+            if isinstance(source, Reader)
+            else None
+        )
         self._whole = None if isinstance(source, Reader) else source.data
 
     @property

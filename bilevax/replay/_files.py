@@ -1,7 +1,7 @@
 """Arrays in files of their own: written beside and moved into place, with a digest of every byte.
 
-A file holds the leaves of a tree as they lay on this process's devices, in order. Read back, they are placed as a
-template's leaves are. Each process of a run writes its own.
+A file holds the leaves of a tree as they lay on this process's devices, in order. Read back, they
+are placed as a template's leaves are. Each process of a run writes its own.
 """
 
 from __future__ import annotations
@@ -77,7 +77,9 @@ def _bytes(part: np.ndarray) -> memoryview:
 
 def write(path: str, value: PyTree, **notes: Any) -> None:
     """Write the leaves of `value` and some `notes` of JSON's kinds."""
-    parts = [np.asarray(part, order="C") for leaf in jax.tree.leaves(value) for part in _parts(leaf)]
+    parts = [
+        np.asarray(part, order="C") for leaf in jax.tree.leaves(value) for part in _parts(leaf)
+    ]
     total = hashlib.blake2b(digest_size=16)
     for part in parts:
         total.update(_bytes(part))
@@ -135,8 +137,13 @@ def _placed(form: Form, arrays: Any) -> Any:
     if form.key is not None:
         return jax.random.wrap_key_data(jnp.array(next(arrays)), impl=form.key)
     if form.sharding.is_fully_addressable:
-        # What lay on no device in particular is not bound to one, which would compile all programs anew.
-        return jax.device_put(next(arrays), form.sharding) if form.committed else jnp.array(next(arrays))
+        # What lay on no device in particular is not bound to one, which would compile all programs
+        # anew.
+        return (
+            jax.device_put(next(arrays), form.sharding)
+            if form.committed
+            else jnp.array(next(arrays))
+        )
     own = [jax.device_put(next(arrays), device) for device in form.devices]
     return jax.make_array_from_single_device_arrays(form.shape, form.sharding, own)
 

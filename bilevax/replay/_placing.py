@@ -24,12 +24,20 @@ class Placing:
             return
         start = InnerState(state.params, model=state.model)
         found = layout.of_run(sharding, state, start, outer)
-        self.state = jax.tree.structure(state).unflatten([sharding.named(*spec) for spec in found.specs])
-        self.outer = jax.tree.map(lambda spec: sharding.named(*spec), layout.param_specs(sharding, outer, "outer"))
-        self.moving = jax.tree.map(lambda leaf, where: where if tree.is_float(leaf) else None, state, self.state)
+        self.state = jax.tree.structure(state).unflatten(
+            [sharding.named(*spec) for spec in found.specs]
+        )
+        self.outer = jax.tree.map(
+            lambda spec: sharding.named(*spec), layout.param_specs(sharding, outer, "outer")
+        )
+        self.moving = jax.tree.map(
+            lambda leaf, where: where if tree.is_float(leaf) else None, state, self.state
+        )
 
     def _name(self) -> Any:
-        return self.sharding, () if self.sharding is None else tuple(jax.tree.leaves((self.state, self.outer)))
+        return self.sharding, () if self.sharding is None else tuple(
+            jax.tree.leaves((self.state, self.outer))
+        )
 
     def __hash__(self) -> int:
         return hash(self._name())
@@ -72,7 +80,11 @@ class Placing:
 
     def put_params(self, params: PyTree) -> PyTree:
         """Inner parameters."""
-        return params if self.sharding is None else jax.tree.map(layout.put_leaf, params, self.state.params)
+        return (
+            params
+            if self.sharding is None
+            else jax.tree.map(layout.put_leaf, params, self.state.params)
+        )
 
     def put_outer(self, outer: PyTree) -> PyTree:
         """Outer parameters."""
@@ -80,4 +92,8 @@ class Placing:
 
 
 def _hold(leaf: Any, where: NamedSharding) -> Any:
-    return leaf if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key) else lax.with_sharding_constraint(leaf, where)
+    return (
+        leaf
+        if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+        else lax.with_sharding_constraint(leaf, where)
+    )

@@ -1,4 +1,6 @@
-"""What a replay leaves in a folder so that it can go on after it was killed, on the way there or on the way back."""
+"""What a replay leaves in a folder so that it can go on after it was killed, on the way there or on
+the way back.
+"""
 
 from __future__ import annotations
 
@@ -36,7 +38,8 @@ def _is_key(leaf: Any) -> bool:
 
 
 class Progress:
-    """The files of one replay: states on the way there, every so many steps, and cotangents on the way back.
+    """The files of one replay: states on the way there, every so many steps, and cotangents on the
+    way back.
 
     Those of the way there stay until the way back has passed them. Writing overlaps with the steps.
     """
@@ -89,13 +92,20 @@ class Progress:
             notes = _files.notes(path)
             if notes.get("name") == self.name:
                 return _files.read(path, like)
-        except Exception as error:  # whatever the reader trips over: the file is not what was written
+        except (
+            Exception
+        ) as error:  # whatever the reader trips over: the file is not what was written
             reason = f"{type(error).__name__}: {error}"
-            warnings.warn(f"checkpoint: {path} is damaged ({reason}); going back to the one before it.", RuntimeWarning, stacklevel=6)
+            warnings.warn(
+                f"checkpoint: {path} is damaged ({reason}); going back to the one before it.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
             _files.remove([path])
             return None
         raise ValueError(
-            f"checkpoint: {path} belongs to another replay; expected the same objectives, optimizer, numbers, data, start and "
+            f"checkpoint: {path} belongs to another replay; expected the same objectives, "
+            "optimizer, numbers, data, start and "
             "key. Give this one a directory of its own."
         )
 

@@ -57,7 +57,9 @@ class Metagradient(NamedTuple):
 
 
 class Pieces:
-    """The programs of a replay. Trainings that differ in numbers, length or schedule only are compiled once for all."""
+    """The programs of a replay. Trainings that differ in numbers, length or schedule only are
+    compiled once for all.
+    """
 
     def __init__(self, training: Training, outer: Objective):
         self.static, self.numbers = split((training, outer))
@@ -114,12 +116,23 @@ class _End(NamedTuple):
 class Run:
     """One replay: where it stands on its way there or back."""
 
-    def __init__(self, fn: Any, pieces: Pieces, batches: Batches, given: Given, params: PyTree, model: PyTree, outer_batch: Any):
+    def __init__(
+        self,
+        fn: Any,
+        pieces: Pieces,
+        batches: Batches,
+        given: Given,
+        params: PyTree,
+        model: PyTree,
+        outer_batch: Any,
+    ):
         self.fn, self.batches, self.given, self.outer_batch = fn, batches, given, outer_batch
         self.params, self.model, self.pieces = params, model, pieces
         self.shelf = Host() if fn.states is None else Folder(fn.states)
         self.progress: _resuming.Progress | None = None
-        self.owed: set[int] = set()  # states that the schedule has kept and a killed process has lost
+        self.owed: set[int] = (
+            set()
+        )  # states that the schedule has kept and a killed process has lost
         self.values: dict[int, Any] = {}
         self.norms: dict[int, Any] = {}
         self.digests: dict[int, list[Any]] = {}
@@ -151,7 +164,11 @@ class Run:
             self._close(False)
             raise
         self._close(True)
-        info = {"seconds_there": turned - begin, "seconds_back": time.perf_counter() - turned, "resumed_from": resumed}
+        info = {
+            "seconds_there": turned - begin,
+            "seconds_back": time.perf_counter() - turned,
+            "resumed_from": resumed,
+        }
         return self._report(outer, init, info)
 
     def _first(self) -> _Node:
@@ -159,7 +176,11 @@ class Run:
 
     def _finish(self) -> tuple[PyTree, PyTree]:
         end = self.end
-        return jax.block_until_ready(self.pieces.finish(self.params, self.given, self.model, end.cotangent, end.outer_cotangent))
+        return jax.block_until_ready(
+            self.pieces.finish(
+                self.params, self.given, self.model, end.cotangent, end.outer_cotangent
+            )
+        )
 
     def _close(self, done: bool) -> None:
         self.shelf.close()
@@ -174,7 +195,9 @@ class Run:
             if not self.turned and self.progress is not None and self.progress.due(self.node.step):
                 self.node = self.node._replace(own=False)
                 values = self._read(self.values, range(self.node.step))
-                self.progress.save("there", self.node.step, (self.node.state, self.node.saved, values))
+                self.progress.save(
+                    "there", self.node.step, (self.node.state, self.node.saved, values)
+                )
 
     def _keep(self, step: int) -> None:
         self._remember(step)
@@ -197,7 +220,9 @@ class Run:
         last = self._step(self.node, False)
         self.turned, self.rebuilt = True, False
         value, aux, cotangent, outer = self._measure(last.state, last.step)
-        self.end = _End(value, aux, cotangent, outer, last.saved, last.state.params, last.state.model)
+        self.end = _End(
+            value, aux, cotangent, outer, last.saved, last.state.params, last.state.model
+        )
 
     def _back(self, step: int) -> None:
         if self.rebuilt and step + 1 in self.digests and not self.checked:
@@ -205,14 +230,18 @@ class Run:
         self._remember(step)
         end, given = self.end, self._given(step, step - 1)
         state, number = self.node.state, np.int32(step)
-        cotangent, outer, norm = self.pieces.retreat(state, end.arrived, given, number, end.cotangent, end.outer_cotangent)
+        cotangent, outer, norm = self.pieces.retreat(
+            state, end.arrived, given, number, end.cotangent, end.outer_cotangent
+        )
         value, self.norms[step] = end.value, norm
         self._throttle(norm)
         if step in self.fn.at:
             more, _, *cotangents = self._measure(state, step)
             value = value + more
             cotangent, outer = _add((cotangent, outer), tuple(cotangents))
-        self.end = end._replace(value=value, cotangent=cotangent, outer_cotangent=outer, arrived=self.node.saved)
+        self.end = end._replace(
+            value=value, cotangent=cotangent, outer_cotangent=outer, arrived=self.node.saved
+        )
         if self.progress is not None and self.progress.due(step):
             self._save_back(step)
 
@@ -220,7 +249,9 @@ class Run:
 
     def _step(self, node: _Node, donate: bool) -> _Node:
         advance = self.pieces.advance_over if donate else self.pieces.advance
-        state, saved = advance(node.state, self._given(node.step, node.step + 1), np.int32(node.step))
+        state, saved = advance(
+            node.state, self._given(node.step, node.step + 1), np.int32(node.step)
+        )
         self.executed += 1
         if not self.turned:
             self.values[node.step] = saved.value
@@ -235,7 +266,11 @@ class Run:
     def _measure(self, state: InnerState, step: int) -> Any:
         at = self.fn.at
         weight = 1 / len(at) if step in at else 0.0
-        key = None if self.given.key is None else jax.random.fold_in(self.given.key, self.fn.num_steps + 1)
+        key = (
+            None
+            if self.given.key is None
+            else jax.random.fold_in(self.given.key, self.fn.num_steps + 1)
+        )
         return tree.copy(self.pieces.end(state, self.given, self.outer_batch, key, weight))
 
     def _throttle(self, marker: Any) -> None:
@@ -256,15 +291,22 @@ class Run:
         before, now = jax.device_get((self.digests[step + 1], _digest(node)))
         if [int(word) for word in before] != [int(word) for word in now]:
             raise RuntimeError(
-                f"replay: training steps done again up to step {step + 1} gave other bits than the first time, so the way "
-                "back would follow another training; expected a deterministic step. The batches may differ when they are "
+                f"replay: training steps done again up to step {step + 1} gave other bits than the "
+                "first time, so the way "
+                "back would follow another training; expected a deterministic step. The batches "
+                "may differ when they are "
                 "read again, or the device's programs are not deterministic. Try "
-                "XLA_FLAGS=--xla_gpu_deterministic_ops=true, schedule=replay.everything(), or verify=False."
+                "XLA_FLAGS=--xla_gpu_deterministic_ops=true, schedule=replay.everything(), or "
+                "verify=False."
             )
 
     def _read(self, column: dict[int, Any], steps: range) -> np.ndarray:
         """Numbers by step; what was on the devices is fetched once."""
-        column.update(jax.device_get({step: column[step] for step in steps if not isinstance(column[step], np.ndarray)}))
+        column.update(
+            jax.device_get(
+                {step: column[step] for step in steps if not isinstance(column[step], np.ndarray)}
+            )
+        )
         column.update({step: np.asarray(column[step]) for step in steps})
         return np.stack([column[step] for step in steps]) if steps else np.zeros(0)
 
@@ -303,7 +345,9 @@ class Run:
         return None if where == "back" and kind == "back" and step == resumed else where
 
     def _rebuild(self, step: int) -> None:
-        """Reach a state that is kept no longer, from the nearest one before it; others that were lost are kept on the way."""
+        """Reach a state that is kept no longer, from the nearest one before it; others that were
+        lost are kept on the way.
+        """
         assert self.progress is not None, "the schedule takes up a state that it has not kept"
         found: _Node | None = None
         for base in sorted((b for b in self.progress.there() if b <= step), reverse=True):
@@ -344,7 +388,9 @@ class Run:
         axis = lead[0].ndim
         cotangent, outer = jax.tree.map(lambda leaf: _files.Form.of(leaf).behind(axis), like)
         anywhere = lambda value: jax.tree.map(lambda a: plain, value)
-        end = _End(anywhere(lead[0]), anywhere(lead[1]), cotangent, outer, saved, forms.params, forms.model)
+        end = _End(
+            anywhere(lead[0]), anywhere(lead[1]), cotangent, outer, saved, forms.params, forms.model
+        )
         return {"there": (forms, saved, host), "back": (end, host, host)}
 
     def _name(self) -> str:
@@ -362,7 +408,10 @@ class Run:
     def _report(self, outer: PyTree, init: PyTree, info: dict[Any, Any]) -> Metagradient:
         steps = range(self.fn.num_steps)
         value = jax.device_get(self.end.value)
-        info |= {"values": self._read(self.values, steps), "cotangent_norm": self._read(self.norms, steps)}
+        info |= {
+            "values": self._read(self.values, steps),
+            "cotangent_norm": self._read(self.norms, steps),
+        }
         info |= {"executed": self.executed, "checked": self.checked}
         info |= {"held": self.shelf.most, "host_bytes": self.shelf.most_bytes}
         info["code"], where = _code(info, value, outer)
@@ -382,7 +431,9 @@ class Run:
 
 def _digest(node: _Node) -> list[Any]:
     leaves = jax.tree.leaves((node.state, node.saved))
-    return digest.words([leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)])
+    return digest.words(
+        [leaf for leaf in leaves if not jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)]
+    )
 
 
 def _code(info: dict[Any, Any], value: Any, grad: Any) -> tuple[RESULTS, str]:

@@ -70,7 +70,9 @@ def bound(value: PyTree) -> PyTree:
     What comes back is bound to its device, and a program is compiled anew for arrays that are where
     those before were not: so all are from the start.
     """
-    return jax.tree.map(lambda leaf: leaf if _on_host(leaf) else jax.device_put(leaf, leaf.sharding), value)
+    return jax.tree.map(
+        lambda leaf: leaf if _on_host(leaf) else jax.device_put(leaf, leaf.sharding), value
+    )
 
 
 def _on_host(leaf: Any) -> bool:
@@ -96,13 +98,19 @@ def _local_bytes(leaf: Any) -> int:
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         return leaf.size * 8
     return (
-        sum(int(np.prod(part.data.shape)) for part in leaf.addressable_shards if part.replica_id == 0 or not leaf.is_fully_addressable)
+        sum(
+            int(np.prod(part.data.shape))
+            for part in leaf.addressable_shards
+            if part.replica_id == 0 or not leaf.is_fully_addressable
+        )
         * leaf.dtype.itemsize
     )
 
 
 class Folder:
-    """States in files, by step: for trainings whose states outgrow the host's memory. Written while training goes on."""
+    """States in files, by step: for trainings whose states outgrow the host's memory. Written while
+    training goes on.
+    """
 
     def __init__(self, folder: str):
         self.folder = folder

@@ -87,7 +87,9 @@ def _in_parts(training: Training, fn: Callable[[Ctx], PyTree], ctx: Ctx) -> PyTr
     if count == 1:
         return fn(ctx)
     # Every n-th row, so that each device of a sharded batch has its part in each microbatch.
-    parts = jax.tree.map(lambda a: jnp.moveaxis(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 1, 0), ctx.batch)
+    parts = jax.tree.map(
+        lambda a: jnp.moveaxis(a.reshape(a.shape[0] // count, count, *a.shape[1:]), 1, 0), ctx.batch
+    )
 
     def one(i):
         key = None if ctx.key is None else jax.random.fold_in(ctx.key, i)
@@ -111,13 +113,17 @@ def _objective(training: Training, given: Given, ctx: Ctx) -> Any:
 
     def fn(params, outer, model):
         full = tree.combine(params, given.inner_fixed), tree.combine(outer, given.outer_fixed)
-        value, (new, _) = training.objective(*full, ctx._replace(model=tree.combine(model, resting)))
+        value, (new, _) = training.objective(
+            *full, ctx._replace(model=tree.combine(model, resting))
+        )
         return value, new
 
     return fn, moving
 
 
-def _take_gradient(training: Training, given: Given, params: PyTree, outer: PyTree, ctx: Ctx) -> Any:
+def _take_gradient(
+    training: Training, given: Given, params: PyTree, outer: PyTree, ctx: Ctx
+) -> Any:
     """``(Saved, new model state)``."""
     if isinstance(training.objective, Gradients):
         full = tree.combine(params, given.inner_fixed), tree.combine(outer, given.outer_fixed)
@@ -136,10 +142,14 @@ def _take_gradient(training: Training, given: Given, params: PyTree, outer: PyTr
     return Saved(value, grads), model
 
 
-def _update(training: Training, given: Given, params: PyTree, opt: Any, outer: PyTree, saved: Saved) -> Any:
+def _update(
+    training: Training, given: Given, params: PyTree, opt: Any, outer: PyTree, saved: Saved
+) -> Any:
     """The optimizer's step alone, as a function of all that it reads."""
     transformation = training.optimizer(tree.combine(outer, given.outer_fixed))
-    updates, opt = optimizer.update(transformation, saved.grads, opt, params, value=saved.value, grad=saved.grads)
+    updates, opt = optimizer.update(
+        transformation, saved.grads, opt, params, value=saved.value, grad=saved.grads
+    )
     return optimizer.apply(params, updates), opt
 
 
@@ -149,19 +159,27 @@ def _update(training: Training, given: Given, params: PyTree, opt: Any, outer: P
 def begin(training: Training, params: PyTree, given: Given, model: PyTree) -> InnerState:
     """The first state."""
     if training.start is not None:
-        params = tree.partition(tree.strong(training.start(tree.combine(given.outer, given.outer_fixed))))[0]
+        params = tree.partition(
+            tree.strong(training.start(tree.combine(given.outer, given.outer_fixed)))
+        )[0]
     transformation = training.optimizer(tree.combine(given.outer, given.outer_fixed))
-    return training.placing.hold_state(InnerState(params, optimizer.init(transformation, params), model))
+    return training.placing.hold_state(
+        InnerState(params, optimizer.init(transformation, params), model)
+    )
 
 
-def advance(training: Training, state: InnerState, given: Given, step: Any) -> tuple[InnerState, Saved]:
+def advance(
+    training: Training, state: InnerState, given: Given, step: Any
+) -> tuple[InnerState, Saved]:
     """One training step, and what its pullback will ask for."""
     ctx = _context(training, given, step, state.model)
     saved, model = _take_gradient(training, given, state.params, given.outer, ctx)
     saved = saved._replace(grads=training.placing.hold_grads(saved.grads))
     saved = lax.optimization_barrier(saved)  # the same numbers, whether or not they are an output
     params, opt = _update(training, given, state.params, state.opt, given.outer, saved)
-    return training.placing.hold_state(InnerState(params, opt, model)), saved if training.save else Saved(saved.value)
+    return training.placing.hold_state(
+        InnerState(params, opt, model)
+    ), saved if training.save else Saved(saved.value)
 
 
 def retreat(
@@ -185,13 +203,17 @@ def retreat(
 
     reads_value = _reads_value(update, state.params, moving, given.outer, saved)
     _, pull = jax.vjp(update, state.params, moving, given.outer, saved)
-    pull_gradient = functools.partial(_pull_gradient, training, given, state.params, ctx, reads_value)
+    pull_gradient = functools.partial(
+        _pull_gradient, training, given, state.params, ctx, reads_value
+    )
 
     def one(cotangent: InnerState, outer_cotangent):
         params, opt, outer, direction = pull((cotangent.params, cotangent.opt))
         more = pull_gradient(direction, cotangent.model)
         outer = jax.tree.map(lambda a, b, c: a + b + c, outer_cotangent, outer, more[1])
-        new, outer = training.placing.hold_cotangents(InnerState(tree.add(params, more[0]), opt, more[2]), outer)
+        new, outer = training.placing.hold_cotangents(
+            InnerState(tree.add(params, more[0]), opt, more[2]), outer
+        )
         return new, outer, tree.norm(new)
 
     if jnp.ndim(jax.tree.leaves(cotangent.params)[0]) == jnp.ndim(jax.tree.leaves(state.params)[0]):
@@ -199,7 +221,15 @@ def retreat(
     return jax.vmap(one)(cotangent, outer_cotangent)  # a query each
 
 
-def _pull_gradient(training: Any, given: Any, params: PyTree, ctx: Ctx, reads_value: Any, direction: Saved, model_cotangent: Any) -> Any:
+def _pull_gradient(
+    training: Any,
+    given: Any,
+    params: PyTree,
+    ctx: Ctx,
+    reads_value: Any,
+    direction: Saved,
+    model_cotangent: Any,
+) -> Any:
     """Pulls the step's gradient and new model state back to parameters, outer and model state."""
     if isinstance(training.objective, Gradients):
         return _pull_own_gradient(training, given, params, ctx, direction.grads, model_cotangent)
@@ -213,19 +243,27 @@ def _pull_gradient(training: Any, given: Any, params: PyTree, ctx: Ctx, reads_va
             # once.
             def weighed(params, outer, model):
                 value, new = fn(params, outer, model)
-                extra = tree.dot(tree.partition(new)[0], model_cotangent) if jax.tree.leaves(model_cotangent) else None
+                extra = (
+                    tree.dot(tree.partition(new)[0], model_cotangent)
+                    if jax.tree.leaves(model_cotangent)
+                    else None
+                )
                 return value if extra is None else value + amount * extra.astype(value.dtype)
 
             return jax.grad(weighed, (0, 1, 2))(params, given.outer, moving)
 
         amount = jnp.zeros((), direction.value.dtype)
-        first, total = jax.jvp(derivative, (params, amount), (direction.grads, jnp.ones_like(amount)))
+        first, total = jax.jvp(
+            derivative, (params, amount), (direction.grads, jnp.ones_like(amount))
+        )
         return tree.axpy(direction.value, first, total) if reads_value else total
 
     return _in_parts(training, part, ctx)
 
 
-def _pull_own_gradient(training: Any, given: Any, params: PyTree, ctx: Ctx, direction: Any, model_cotangent: Any) -> Any:
+def _pull_own_gradient(
+    training: Any, given: Any, params: PyTree, ctx: Ctx, direction: Any, model_cotangent: Any
+) -> Any:
     moving, resting = tree.partition(ctx.model)
 
     def fn(params, outer, model):
@@ -292,7 +330,9 @@ def finish(
     """The pullback of `begin`: cotangents of the outer and of the initial parameters."""
 
     def fn(outer, params):
-        return tree.partition(begin(training, params, given._replace(outer=outer), model))[0]._replace(model=None)
+        return tree.partition(begin(training, params, given._replace(outer=outer), model))[
+            0
+        ]._replace(model=None)
 
     _, pull = jax.vjp(fn, given.outer, params)
 

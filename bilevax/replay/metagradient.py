@@ -39,7 +39,10 @@ class MetagradFn:
         self.verify, self.throw = bool(settings["verify"]), bool(settings["throw"])
 
     def __repr__(self) -> str:
-        return f"value_and_metagrad({self.training.objective.name}, {self.outer.name}, num_steps={self.num_steps}, schedule={self.schedule!r})"
+        return (
+            f"value_and_metagrad({self.training.objective.name}, {self.outer.name}, "
+            f"num_steps={self.num_steps}, schedule={self.schedule!r})"
+        )
 
     def __call__(
         self,
@@ -52,7 +55,9 @@ class MetagradFn:
         key: Key | None = None,
     ) -> Metagradient:
         """Train, and go back; see `value_and_metagrad`."""
-        _check_concrete(inner_params=inner_params, outer_params=outer_params, outer_batch=outer_batch, key=key)
+        _check_concrete(
+            inner_params=inner_params, outer_params=outer_params, outer_batch=outer_batch, key=key
+        )
         source = resolve(inner_data)
         inner_params, outer_params = (
             check.arrays(inner_params, "inner_params"),
@@ -118,15 +123,22 @@ def gradients(fn: Callable[..., Any], *, stateful: bool = False, keyed: bool = F
       >>> import jax, jax.numpy as jnp, optax, bilevax as bx
       >>> loss = lambda w, x, row: (w - x * row) ** 2
       >>> clipped = lambda g: g / jnp.maximum(1.0, jnp.abs(g))
-      >>> mean = lambda w, x, batch: jnp.mean(jax.vmap(lambda row: clipped(jax.grad(loss)(w, x, row)))(batch))
+      >>> mean = lambda w, x, batch: jnp.mean(
+      ...     jax.vmap(lambda row: clipped(jax.grad(loss)(w, x, row)))(batch)
+      ... )
       >>> own = bx.replay.gradients(mean)
-      >>> fn = bx.replay.value_and_metagrad(own, lambda w, x, batch: w**2, optax.sgd(0.1), num_steps=5)
+      >>> fn = bx.replay.value_and_metagrad(
+      ...     own, lambda w, x, batch: w**2, optax.sgd(0.1), num_steps=5
+      ... )
       >>> found = fn(jnp.float32(0.5), jnp.float32(1.0), jnp.arange(4.0))
       >>> bool(jnp.isfinite(found.grad))
       True
     """
     if not callable(fn):
-        raise TypeError(f"fn: got {check.describe(fn)}; expected a function (inner_params, outer_params, batch) -> grads.")
+        raise TypeError(
+            f"fn: got {check.describe(fn)}; expected a function (inner_params, outer_params, "
+            "batch) -> grads."
+        )
     return Gradients(fn, stateful, keyed)
 
 
@@ -134,7 +146,8 @@ def _check_concrete(**arguments: PyTree) -> None:
     for name, value in arguments.items():
         if any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves(value)):
             raise TypeError(
-                f"{name}: got a traced value, under jit, grad, vmap or scan; expected arrays, since a replay is a loop of the host. Call it outside, "
+                f"{name}: got a traced value, under jit, grad, vmap or scan; expected arrays, "
+                "since a replay is a loop of the host. Call it outside, "
                 "or take hypergradient.unrolled(checkpoint='sqrt') inside."
             )
 
@@ -147,10 +160,14 @@ def _check_sharding(sharding: Any, inner: Any) -> None:
     if sharding is None:
         return
     if not isinstance(sharding, Sharding) or sharding.apart or sharding.dry:
-        raise TypeError(f"sharding: got {check.describe(sharding)}; expected sharding.data_parallel(), fsdp() or by_path(...), or None.")
+        raise TypeError(
+            f"sharding: got {check.describe(sharding)}; expected sharding.data_parallel(), fsdp() "
+            "or by_path(...), or None."
+        )
     if isinstance(inner, Gradients):
         raise TypeError(
-            f"sharding: got {sharding.kind!r} with {inner.name}, a gradient of your own; expected None. Place the arrays of the call, which stay "
+            f"sharding: got {sharding.kind!r} with {inner.name}, a gradient of your own; expected "
+            "None. Place the arrays of the call, which stay "
             "where they lie, and split the rows inside."
         )
 
@@ -240,8 +257,14 @@ def value_and_metagrad(
       >>> loss = lambda w, x, batch: jnp.mean(x["weight"] * (w - batch) ** 2)
       >>> quality = lambda w, x, batch: (w - 1.0) ** 2
       >>> sgd = lambda x: optax.sgd(x["rate"])
-      >>> fn = bx.replay.value_and_metagrad(loss, quality, sgd, num_steps=20, schedule=bx.replay.tree(3))
-      >>> found = fn(jnp.float32(0.0), {"weight": jnp.ones(3), "rate": jnp.float32(0.1)}, jnp.array([0.0, 1.0, 5.0]))
+      >>> fn = bx.replay.value_and_metagrad(
+      ...     loss, quality, sgd, num_steps=20, schedule=bx.replay.tree(3)
+      ... )
+      >>> found = fn(
+      ...     jnp.float32(0.0),
+      ...     {"weight": jnp.ones(3), "rate": jnp.float32(0.1)},
+      ...     jnp.array([0.0, 1.0, 5.0]),
+      ... )
       >>> found.grad["weight"].shape, found.info["executed"]
       ((3,), 47)
 
@@ -250,7 +273,9 @@ def value_and_metagrad(
     2505.00793), proposition 3.1.
     """
     steps = numbers.count(num_steps, "num_steps")
-    inner = inner_objective if isinstance(inner_objective, Gradients) else objective(inner_objective)
+    inner = (
+        inner_objective if isinstance(inner_objective, Gradients) else objective(inner_objective)
+    )
     if isinstance(optimizer, tuple) and hasattr(optimizer, "update"):
         factory: Callable[..., Any] = Bound("optimizer", _constant, transformation=optimizer)
     elif callable(optimizer):
@@ -260,18 +285,34 @@ def value_and_metagrad(
     if schedule is None:
         schedule = schedules.segments()
     if not isinstance(schedule, schedules.Schedule):
-        hint = " Call the factory: replay.segments()." if callable(schedule) else " Try replay.segments()."
+        hint = (
+            " Call the factory: replay.segments()."
+            if callable(schedule)
+            else " Try replay.segments()."
+        )
         raise TypeError(f"schedule: got {check.describe(schedule)}; expected a Schedule.{hint}")
     points = (steps,) if at is None else tuple(at)
-    if not points or any(isinstance(t, bool) or not isinstance(t, (int, np.integer)) or not 1 <= t <= steps for t in points):
+    if not points or any(
+        isinstance(t, bool) or not isinstance(t, (int, np.integer)) or not 1 <= t <= steps
+        for t in points
+    ):
         raise ValueError(f"at: got {at!r}; expected steps from 1 to num_steps, {steps}.")
     parts = numbers.count(microbatches, "microbatches")
     if parts > 1 and (isinstance(inner, Gradients) or inner.stateful):
-        raise ValueError(f"microbatches: got {parts} with {inner.name}, which has a model state or its own gradient; expected 1 there.")
+        raise ValueError(
+            f"microbatches: got {parts} with {inner.name}, which has a model state or its own "
+            "gradient; expected 1 there."
+        )
     if checkpoint is not None and not isinstance(checkpoint, Checkpointing):
-        raise TypeError(f"checkpoint: got {check.describe(checkpoint)}; expected checkpoint.every(n, directory), or None.")
+        raise TypeError(
+            f"checkpoint: got {check.describe(checkpoint)}; expected checkpoint.every(n, "
+            "directory), or None."
+        )
     if states is not None and not isinstance(states, (str, os.PathLike)):
-        raise TypeError(f"states: got {check.describe(states)}; expected a folder's path, or None for the host's memory.")
+        raise TypeError(
+            f"states: got {check.describe(states)}; expected a folder's path, or None for the "
+            "host's memory."
+        )
     _check_sharding(sharding, inner)
     training = Training(inner, factory, None, inner_init, parts, bool(save_gradients))  # type: ignore[arg-type]
     return MetagradFn(

@@ -112,7 +112,8 @@ def tree(slots: int) -> Schedule:
     r"""At most `slots` states are kept, moved so that the fewest training steps are done again.
 
     .. math::
-        r T - \binom{k + r}{k + 1} + 1 \quad\text{steps, where } \binom{k + r - 1}{k} < T \le \binom{k + r}{k}
+        r T - \binom{k + r}{k + 1} + 1 \quad\text{steps,
+        where } \binom{k + r - 1}{k} < T \le \binom{k + r}{k}
 
     The least that any schedule with so many slots can do. It pays below ``√T`` slots; with twice
     as many, `segments` does about as few steps.
@@ -178,7 +179,9 @@ def _segments(num_steps: int, *, length: int | None) -> Iterator[Action]:
 
 def _tree(num_steps: int, *, slots: int) -> Iterator[Action]:
     yield Action("keep", 0)
-    todo: list[tuple[int, int, int] | Action] = [(0, num_steps, slots)]  # a stack: a tree may be deeper than Python's
+    todo: list[tuple[int, int, int] | Action] = [
+        (0, num_steps, slots)
+    ]  # a stack: a tree may be deeper than Python's
     while todo:
         item = todo.pop()
         if isinstance(item, Action):
@@ -208,7 +211,9 @@ def _split(length: int, slots: int) -> int:
     repeats = 1
     while math.comb(slots + repeats, slots) < length:
         repeats += 1
-    most = math.comb(slots + repeats - 1, slots)  # what `repeats - 1` repetitions reach with all slots
+    most = math.comb(
+        slots + repeats - 1, slots
+    )  # what `repeats - 1` repetitions reach with all slots
     least_right = math.comb(slots - 1 + repeats - 1, slots - 1)
     return max(1, min(most, length - least_right))
 

@@ -1,4 +1,6 @@
-"""A run: chunks of steps of an algorithm, each one compiled program, and what the host does between them."""
+"""A run: chunks of steps of an algorithm, each one compiled program, and what the host does between
+them.
+"""
 
 from __future__ import annotations
 
@@ -37,31 +39,60 @@ from bilevax.run.window import Window, stream_of
 from bilevax.sharding.report import Compiled
 
 MOST_VALUES = 2**18  # a call takes more steps only where their history is that small
-LONGEST, QUICK = 4096, 0.1  # a call takes at most so many steps in about so many seconds: a failure or a signal is to be seen soon
-LOOK_BACK = 2**26  # bytes of a state that is small enough to be kept while a call goes past the steps at which somebody looks
-GROWTH = 16  # the first calls are of one step, whose time nobody knows; each later one is at most so many times longer
+LONGEST, QUICK = (
+    4096,
+    0.1,
+    # a call takes at most so many steps in about so many seconds: a failure or a signal is to be
+    # seen soon
+)
+LOOK_BACK = (
+    2**26
+    # bytes of a state that is small enough to be kept while a call goes past the steps at which
+    # somebody looks
+)
+# the first calls are of one step, whose time nobody knows; each later one is at most so many times
+# longer
+GROWTH = 16
 
 
 # ---- one step, and many of them as one program
 
 
-def one_step(plan: Plan, state: RunState, data: tuple[Any, ...], known: tuple[Any, ...] | None = None) -> tuple[RunState, dict[Any, Any]]:
-    """One step of the algorithm and what the driver adds to it: the row of the history, the kept iterate, the stop and the undo."""
-    algorithm, info = plan.algorithm.step(plan.problem, state.algorithm, feeds(plan, state, data, known))
+def one_step(
+    plan: Plan, state: RunState, data: tuple[Any, ...], known: tuple[Any, ...] | None = None
+) -> tuple[RunState, dict[Any, Any]]:
+    """One step of the algorithm and what the driver adds to it: the row of the history, the kept
+    iterate, the stop and the undo.
+    """
+    algorithm, info = plan.algorithm.step(
+        plan.problem, state.algorithm, feeds(plan, state, data, known)
+    )
     inner, outer = info.point
     code, warned = as_warning(info.code)
     warnings = warned | info.warnings | diverging(state.watch, info, state.step)
     code = first(strictly(code, warnings, plan.strict), lost(algorithm))
-    row = {"value": info.value, "grad_norm": info.grad_norm, "code": code, "warnings": warnings, **info.diagnostics}
+    row = {
+        "value": info.value,
+        "grad_norm": info.grad_norm,
+        "code": code,
+        "warnings": warnings,
+        **info.diagnostics,
+    }
     score = info.value
     if plan.metrics is not None:
         measured = plan.metrics.row(inner.params, outer, inner.model, state.step)
         if taken := sorted(set(measured) & set(row)):
-            raise ValueError(f"metrics: got the names {taken}, which are columns of the history already; expected others than {sorted(row)}.")
+            raise ValueError(
+                f"metrics: got the names {taken}, which are columns of the history already; "
+                f"expected others than {sorted(row)}."
+            )
         row.update(plan.metrics.written(measured, state.step))
         if plan.metrics.select is not None:
             score = measured[plan.metrics.select] * (1 if plan.metrics.mode == "min" else -1)
-            unusable = warning(~jnp.isfinite(score) & (state.step % plan.metrics.every == 0), RESULTS.metric_nonfinite)
+            unusable = warning(
+                ~jnp.isfinite(score) & (state.step % plan.metrics.every == 0),
+                RESULTS.metric_nonfinite,
+            )
             warnings, row["warnings"] = warnings | unusable, warnings | unusable
     if info.aux is not None:
         row["aux"] = info.aux
@@ -70,11 +101,22 @@ def one_step(plan: Plan, state: RunState, data: tuple[Any, ...], known: tuple[An
     grad_norm = jnp.asarray(info.grad_norm, state.first_norm.dtype)
     watch = watched(state.watch, info, state.step)
     if plan.tol is None:
-        first_norm, converged = state.first_norm, jnp.asarray(False)  # `_chunk` finds it out afterwards
+        first_norm, converged = (
+            state.first_norm,
+            jnp.asarray(False),
+        )  # `_chunk` finds it out afterwards
     else:
-        first_norm = jnp.where((state.first_norm == 0) & ~failed, grad_norm, state.first_norm)  # of the first step that did not fail
-        # An adjoint that starts at zero can make the first direction zero anywhere: twice in a row, and it is a solution.
-        converged = ~failed & (warnings == 0) & (grad_norm <= plan.tol * first_norm) & ((first_norm > 0) | (state.step > 0))
+        first_norm = jnp.where(
+            (state.first_norm == 0) & ~failed, grad_norm, state.first_norm
+        )  # of the first step that did not fail
+        # An adjoint that starts at zero can make the first direction zero anywhere: twice in a row,
+        # and it is a solution.
+        converged = (
+            ~failed
+            & (warnings == 0)
+            & (grad_norm <= plan.tol * first_norm)
+            & ((first_norm > 0) | (state.step > 0))
+        )
         converged &= settled(watch, info, plan.tol)
     best = state.best
     if best is not None:
@@ -84,36 +126,66 @@ def one_step(plan: Plan, state: RunState, data: tuple[Any, ...], known: tuple[An
         better &= ~failed
         watch = tree.where(better, watch, watch._replace(kept=state.watch.kept))
         best = tree.where(better, Best(score, state.step, inner.params, inner.model, outer), best)
-    code = jnp.where(failed, code, jnp.where(converged, jnp.int32(RESULTS.converged), jnp.int32(RESULTS.success)))
+    code = jnp.where(
+        failed, code, jnp.where(converged, jnp.int32(RESULTS.converged), jnp.int32(RESULTS.success))
+    )
     step = state.step + jnp.where(failed, 0, 1).astype(state.step.dtype)
-    new = RunState(undone(plan, failed, state.algorithm, algorithm), state.key, step, state.skipped, code, first_norm, best, watch)
-    return (new, row) if plan.layout is None else (plan.layout.pin(new), plan.layout.everywhere(row))
+    new = RunState(
+        undone(plan, failed, state.algorithm, algorithm),
+        state.key,
+        step,
+        state.skipped,
+        code,
+        first_norm,
+        best,
+        watch,
+    )
+    return (
+        (new, row) if plan.layout is None else (plan.layout.pin(new), plan.layout.everywhere(row))
+    )
 
 
 def _chunk(
-    static: Any, capacity: int, state: RunState, dynamic: tuple[Any, ...], data: tuple[Any, ...], n: Any, most_values: int | None = None
+    static: Any,
+    capacity: int,
+    state: RunState,
+    dynamic: tuple[Any, ...],
+    data: tuple[Any, ...],
+    n: Any,
+    most_values: int | None = None,
 ) -> Any:
-    """At most `n` steps, fewer after a failure or at the tolerance. `n` is a value, so chunks of any length share one program.
+    """At most `n` steps, fewer after a failure or at the tolerance. `n` is a value, so chunks of
+    any length share one program.
 
-    `capacity` is the most that `n` may be; where the history of so many steps had more than `most_values` numbers, fewer steps are done.
+    `capacity` is the most that `n` may be; where the history of so many steps had more than
+    `most_values` numbers, fewer steps are done.
     """
     plan = join(static, dynamic)
     same: dict[str, Any] = {}  # columns of Python numbers, which no step changes
 
     def moving(state, dynamic, data, known):
         state, row = one_step(join(static, dynamic), state, data, known)
-        for name in ("code", "warnings"):  # exact, and one more entry of a vector that is written anyway
+        for name in (
+            "code",
+            "warnings",
+        ):  # exact, and one more entry of a vector that is written anyway
             row[name] = row[name].astype(state.first_norm.dtype)
         same.update({name: value for name, value in row.items() if isinstance(value, int)})
         return state, {name: value for name, value in row.items() if name not in same}
 
     step = jax.jit(moving)  # traced once, for the shapes and for the loop
-    shapes = jax.eval_shape(lambda: step(state, dynamic, data, row_of(orders(plan, state, data, 1), 0)))[1]
+    shapes = jax.eval_shape(
+        lambda: step(state, dynamic, data, row_of(orders(plan, state, data, 1), 0))
+    )[1]
     if most_values is not None:
-        capacity = min(capacity, max(CHUNK, most_values // sum(leaf.size for leaf in jax.tree.leaves(shapes))))
+        capacity = min(
+            capacity, max(CHUNK, most_values // sum(leaf.size for leaf in jax.tree.leaves(shapes)))
+        )
     known, first = orders(plan, state, data, capacity), state.step
     pack, unpack = packing(shapes)
-    rows = jax.tree.map(lambda s: jnp.zeros((capacity, *s.shape), s.dtype), jax.eval_shape(pack, shapes))
+    rows = jax.tree.map(
+        lambda s: jnp.zeros((capacity, *s.shape), s.dtype), jax.eval_shape(pack, shapes)
+    )
 
     def unfinished(carry):
         i, state, _ = carry
@@ -125,32 +197,63 @@ def _chunk(
         rows = jax.tree.map(lambda buffer, value: write(buffer, value, i), rows, pack(row))
         return i + 1, state._replace(step=None), rows  # one counter is enough
 
-    count, state, rows = lax.while_loop(unfinished, body, (jnp.zeros((), jnp.int32), state._replace(step=None), rows))
+    count, state, rows = lax.while_loop(
+        unfinished, body, (jnp.zeros((), jnp.int32), state._replace(step=None), rows)
+    )
     state = state._replace(step=first + count - results.failed(state.code).astype(first.dtype))
     rows = jax.vmap(unpack)(rows)
     rows |= {name: rows[name].astype(jnp.int32) for name in ("code", "warnings")}
     rows |= {name: jnp.full((capacity,), value, jnp.int32) for name, value in same.items()}
     state, rows = _afterwards(plan, state, rows, count, data)
-    return (state, rows, count) if plan.layout is None else (plan.layout.pin(state), *plan.layout.everywhere((rows, count)))
+    return (
+        (state, rows, count)
+        if plan.layout is None
+        else (plan.layout.pin(state), *plan.layout.everywhere((rows, count)))
+    )
 
 
-def _afterwards(plan: Plan, state: RunState, rows: dict[Any, Any], count: Any, data: tuple[Any, ...]) -> tuple[RunState, dict[Any, Any]]:
-    """What short steps would feel if each of them found it out: the first norm, where no tolerance asks for it, and what a failure came from."""
+def _afterwards(
+    plan: Plan, state: RunState, rows: dict[Any, Any], count: Any, data: tuple[Any, ...]
+) -> tuple[RunState, dict[Any, Any]]:
+    """What short steps would feel if each of them found it out: the first norm, where no tolerance
+    asks for it, and what a failure came from.
+    """
     if plan.tol is None:
-        counted = (jnp.arange(len(rows["code"]), dtype=count.dtype) < count) & ~results.failed(rows["code"]) & (rows["grad_norm"] != 0)
+        counted = (
+            (jnp.arange(len(rows["code"]), dtype=count.dtype) < count)
+            & ~results.failed(rows["code"])
+            & (rows["grad_norm"] != 0)
+        )
         found = rows["grad_norm"][jnp.argmax(counted)].astype(state.first_norm.dtype)
-        state = state._replace(first_norm=jnp.where((state.first_norm == 0) & jnp.any(counted), found, state.first_norm))
+        state = state._replace(
+            first_norm=jnp.where(
+                (state.first_norm == 0) & jnp.any(counted), found, state.first_norm
+            )
+        )
     look = plan.algorithm.finite
     if look is not None:
-        failed, last, draws = results.failed(state.code), jnp.maximum(count - 1, 0), plan.algorithm.draws
+        failed, last, draws = (
+            results.failed(state.code),
+            jnp.maximum(count - 1, 0),
+            plan.algorithm.draws,
+        )
         streams = feeds(plan, state, data)
-        finite = lax.cond(failed, lambda: look(plan.problem, streams, draws), lambda: jnp.asarray(True))
-        state = state._replace(code=jnp.where(finite, state.code, jnp.int32(RESULTS.nonfinite_batch)))
-        rows = {**rows, "code": rows["code"].at[last].set(jnp.where(failed, state.code, rows["code"][last]))}
+        finite = lax.cond(
+            failed, lambda: look(plan.problem, streams, draws), lambda: jnp.asarray(True)
+        )
+        state = state._replace(
+            code=jnp.where(finite, state.code, jnp.int32(RESULTS.nonfinite_batch))
+        )
+        rows = {
+            **rows,
+            "code": rows["code"].at[last].set(jnp.where(failed, state.code, rows["code"][last])),
+        }
     return state, rows
 
 
-run_chunk = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))(functools.partial(_chunk, most_values=MOST_VALUES))
+run_chunk = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))(
+    functools.partial(_chunk, most_values=MOST_VALUES)
+)
 run_traced = _chunk  # the same inside another program
 
 
@@ -158,7 +261,9 @@ run_traced = _chunk  # the same inside another program
 
 
 def drive(ready: Ready) -> Solution:
-    """Chunk after chunk until the steps are done, a failure, the tolerance, or a word from outside."""
+    """Chunk after chunk until the steps are done, a failure, the tolerance, or a word from
+    outside.
+    """
     options, error = ready.options, None
     if ready.traced:
         return _whole(ready)
@@ -194,7 +299,10 @@ def _compiled(ready: Ready) -> Compiled:
     """One step, compiled and not run."""
     put = ready.plan.layout.put_window
     data, _ = Window(ready.sources, 1, 1, put).read(0, 1)
-    step = jax.jit(lambda dynamic, run, data: one_step(join(ready.static, dynamic), run, data), donate_argnums=(1,))
+    step = jax.jit(
+        lambda dynamic, run, data: one_step(join(ready.static, dynamic), run, data),
+        donate_argnums=(1,),
+    )
     return Compiled(step.lower(ready.dynamic, ready.run, data).compile(), ready.run)
 
 
@@ -203,23 +311,38 @@ def _whole(ready: Ready) -> Solution:
     options, run = ready.options, ready.run
     if any(map(stream_of, ready.sources)) or options.watchers:
         raise ValueError(
-            "callbacks, progress and iterables of batches: got one under a JAX transformation; expected none, since nothing of the host runs there."
+            "callbacks, progress and iterables of batches: got one under a JAX transformation; "
+            "expected none, since nothing of the host runs there."
         )
-    if options.checkpoint is not None or options.sharding is not None or options.on_failure != "stop":
+    if (
+        options.checkpoint is not None
+        or options.sharding is not None
+        or options.on_failure != "stop"
+    ):
         raise ValueError(
-            "checkpoint, sharding and on_failure: got one under a JAX transformation; expected their defaults there, since nothing of the host runs. "
+            "checkpoint, sharding and on_failure: got one under a JAX transformation; expected "
+            "their defaults there, since nothing of the host runs. "
             "Shard the arrays that are passed in, and save solution.state from outside."
         )
     steps, first = options.num_steps, run.step
     why = (
-        f"{options.name}: got a derivative through a whole run, which is a loop until it is told to stop and has none; expected one of its "
-        "solution or of one step. Try argmin for the solution map, or value_and_hypergrad in a loop of your own."
+        f"{options.name}: got a derivative through a whole run, which is a loop until it is told "
+        "to stop and has none; expected one of its "
+        "solution or of one step. Try argmin for the solution map, or value_and_hypergrad in a "
+        "loop of your own."
     )
-    run, dynamic, data = undifferentiable(why, (run, ready.dynamic, tuple(s.data for s in ready.sources)))
+    run, dynamic, data = undifferentiable(
+        why, (run, ready.dynamic, tuple(s.data for s in ready.sources))
+    )
     run, rows, count = run_traced(ready.static, steps, run, dynamic, data, steps)
     if options.metrics is not None:
         rows = options.metrics.read(rows, first, jnp)
-    return ready.solution(run, run.code, rows, {"steps": count, "best_step": run.best.step if run.best is not None else run.step})
+    return ready.solution(
+        run,
+        run.code,
+        rows,
+        {"steps": count, "best_step": run.best.step if run.best is not None else run.step},
+    )
 
 
 class Loop:
@@ -232,7 +355,13 @@ class Loop:
         self.begin, self.start, self.first_chunk = time.perf_counter(), int(run.step), 0.0
         put = None if plan.layout is None else plan.layout.put_window
         self.window = Window(sources, options.num_steps, options.read_ahead, put)
-        self.capacity = self.window.capacity if self.window.streaming else LONGEST if plan.layout is None else CHUNK
+        self.capacity = (
+            self.window.capacity
+            if self.window.streaming
+            else LONGEST
+            if plan.layout is None
+            else CHUNK
+        )
         self.length, self.each = 1, None  # steps of the next call, seconds a step
         self.history, self.recovery = History(), Recovery(options.on_failure)
         self.store: store_lib.Store | None = None
@@ -241,9 +370,16 @@ class Loop:
         self.called = [0] * len(options.watchers)  # steps done when each watcher was called last
         self.every = [w.every or min(self.capacity, CHUNK) for w in options.watchers]
         small = sum(leaf.nbytes for leaf in jax.tree.leaves(run)) <= LOOK_BACK
-        self.looks_back = small and self.peers.count == 1 and options.on_failure == "stop" and not self.window.streaming
+        self.looks_back = (
+            small
+            and self.peers.count == 1
+            and options.on_failure == "stop"
+            and not self.window.streaming
+        )
         self.reads_state = [not (watcher.exact and self.looks_back) for watcher in options.watchers]
-        self.before: tuple[Any, ...] | None = None  # what the last call was given, where its steps may have to be done again
+        self.before: tuple[Any, ...] | None = (
+            None  # what the last call was given, where its steps may have to be done again
+        )
 
     # ---- the parts of a round
 
@@ -265,7 +401,8 @@ class Loop:
         self.called = [self.done] * len(self.called)
         if self.store is not None and self.done > options.num_steps:
             raise ValueError(
-                f"num_steps: got {options.num_steps}, fewer than the {self.done} steps that {self.store.spec.directory!r} has of this run; "
+                f"num_steps: got {options.num_steps}, fewer than the {self.done} steps that "
+                f"{self.store.spec.directory!r} has of this run; "
                 "expected at least as many. Give this run a directory of its own."
             )
         self.window.seek(self.resumed, self._place)
@@ -276,7 +413,11 @@ class Loop:
 
     def steps(self) -> None:
         """One call of compiled steps: up to where the state is to be seen."""
-        exact = [(i, every - self.done % every) for i, every in enumerate(self.every) if self.options.watchers[i].exact]
+        exact = [
+            (i, every - self.done % every)
+            for i, every in enumerate(self.every)
+            if self.options.watchers[i].exact
+        ]
         due = [left for i, left in exact if self.reads_state[i]]
         if self.store is not None:
             due.append(self.store.spec.every - (self.start + self.done) % self.store.spec.every)
@@ -288,8 +429,14 @@ class Loop:
             since, first = time.perf_counter(), self.start + self.done
             passed = any(left < steps for _, left in exact)
             self.before = (tree.copy(self.run), data, self.done) if passed else None
-            with contextlib.nullcontext() if self.first_chunk else compiling(name_of(self.plan.algorithm.step)):
-                self.run, rows, count = run_chunk(self.static, self.capacity, self.run, self.dynamic, data, steps)
+            with (
+                contextlib.nullcontext()
+                if self.first_chunk
+                else compiling(name_of(self.plan.algorithm.step))
+            ):
+                self.run, rows, count = run_chunk(
+                    self.static, self.capacity, self.run, self.dynamic, data, steps
+                )
             self.window.prefetch(self.length, self.start + self.options.num_steps)
             self.peers.wait(count)
             count = int(count)
@@ -304,7 +451,9 @@ class Loop:
             self.result = RESULTS.data_exhausted
 
     def _pace(self, each: float) -> None:
-        """The length of the next call, by the time of this one. That of the first is mostly compilation."""
+        """The length of the next call, by the time of this one. That of the first is mostly
+        compilation.
+        """
         if not self.first_chunk:
             self.first_chunk = time.perf_counter() - self.begin
             return
@@ -330,31 +479,59 @@ class Loop:
         stop, terminate, interrupt = (any(one[i] for one in said) for i in range(3))
         self.length = min(one[3] for one in said)
         if not self.over and (stop or terminate or interrupt):
-            self.result = RESULTS.interrupted if interrupt else RESULTS.preempted if terminate else RESULTS.stopped
+            self.result = (
+                RESULTS.interrupted
+                if interrupt
+                else RESULTS.preempted
+                if terminate
+                else RESULTS.stopped
+            )
             self._call(self.done, self._uncalled())
 
     def _passed(self) -> list[int]:
         """The steps done, before the end of the last call, at which somebody is to look."""
-        watched = (every for every, watcher in zip(self.every, self.options.watchers, strict=True) if watcher.exact)
-        places = {place for every in watched for place in range(self.first - self.first % every + every, self.done, every)}
+        watched = (
+            every
+            for every, watcher in zip(self.every, self.options.watchers, strict=True)
+            if watcher.exact
+        )
+        places = {
+            place
+            for every in watched
+            for place in range(self.first - self.first % every + every, self.done, every)
+        }
         return sorted(places)
 
     def _due(self, done: int) -> list[int]:
         """The watchers that are to be called after so many steps."""
         each = enumerate(zip(self.options.watchers, self.every, self.called, strict=True))
         end = done == self.done  # of a call, when those may look that need not be exact
-        return [i for i, (watcher, every, last) in each if (done % every == 0 if watcher.exact else end and done - last >= every)]
+        return [
+            i
+            for i, (watcher, every, last) in each
+            if (done % every == 0 if watcher.exact else end and done - last >= every)
+        ]
 
     def _uncalled(self) -> list[int]:
         """The watchers that have not seen the last step: each is called once more at the end."""
         return [i for i, last in enumerate(self.called) if last != self.done]
 
     def _call(self, done: int, watchers: list[int]) -> bool:
-        """Let these watchers look at the run as it was after so many steps: whether one of them says stop."""
+        """Let these watchers look at the run as it was after so many steps: whether one of them
+        says stop.
+        """
         stop = False
-        failed = done == self.done and self.result.failed  # a step that is in the history and not in the state
+        failed = (
+            done == self.done and self.result.failed
+        )  # a step that is in the history and not in the state
         event = watch.Event.seen(
-            self.start + done - failed, done, self.options.num_steps, self._rows, self._state, self.start, self.resumed - self.start
+            self.start + done - failed,
+            done,
+            self.options.num_steps,
+            self._rows,
+            self._state,
+            self.start,
+            self.resumed - self.start,
         )
         for i in watchers:
             self.called[i], self._calling = done, i
@@ -362,7 +539,10 @@ class Loop:
             try:
                 stop = bool(said) or stop
             except (TypeError, ValueError) as error:
-                raise TypeError(f"callbacks[{i}]: returned {numbers.describe(said)}; expected True to end the run, or nothing.") from error
+                raise TypeError(
+                    f"callbacks[{i}]: returned {numbers.describe(said)}; expected True to end the "
+                    "run, or nothing."
+                ) from error
         return stop
 
     def last_rows(self) -> list[Callable[[], Any]]:
@@ -374,22 +554,29 @@ class Loop:
         return self.history.all(len(self.history) - self.done + done)
 
     def _state(self, done: int) -> RunState:
-        """The state after so many steps of the last call. Who asks for one that was passed will find the calls cut short for it."""
+        """The state after so many steps of the last call. Who asks for one that was passed will
+        find the calls cut short for it.
+        """
         if done == self.done:
             return self.run
         if self.before is None or not self.before[2] < done < self.done:
             raise RuntimeError(
-                f"state: got a look at step {self.start + done}, of which the run has gone on; expected one while the callback is called."
+                f"state: got a look at step {self.start + done}, of which the run has gone on; "
+                "expected one while the callback is called."
             )
         self.reads_state[self._calling] = True
         return self._again(done)
 
     def _again(self, done: int) -> RunState:
         run, data, first = self.before  # type: ignore[misc]
-        return run_chunk(self.static, self.capacity, tree.copy(run), self.dynamic, data, done - first)[0]
+        return run_chunk(
+            self.static, self.capacity, tree.copy(run), self.dynamic, data, done - first
+        )[0]
 
     def _back(self, done: int) -> None:
-        """Let the run be what it was after so many steps: those of the last call are done again up to there."""
+        """Let the run be what it was after so many steps: those of the last call are done again up
+        to there.
+        """
         self.run, self.result = jax.block_until_ready(self._again(done)), RESULTS.success
         self.history.cut(len(self.history) - self.done + done)
         self.done = done
@@ -402,7 +589,13 @@ class Loop:
         self.store.renew()
         due = self.over or step % self.store.spec.every == 0
         if due and self.store.saved != step and not self.result.failed:
-            self.store.save(self.run, self.recovery.state(self.run), self.history.flat(), step, self.window.places())
+            self.store.save(
+                self.run,
+                self.recovery.state(self.run),
+                self.history.flat(),
+                step,
+                self.window.places(),
+            )
 
     def finish(self, result: RESULTS) -> Solution:
         """What the run has come to."""

@@ -1,4 +1,6 @@
-"""Digests of arrays: a flipped bit anywhere changes them, and they are the same however the arrays lie on devices."""
+"""Digests of arrays: a flipped bit anywhere changes them, and they are the same however the arrays
+lie on devices.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,28 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-_PACKED = tuple(map(jnp.dtype, (jnp.uint8, jnp.int8, jnp.uint16, jnp.int16, jnp.bfloat16, jnp.float16)))
+_PACKED = tuple(
+    map(jnp.dtype, (jnp.uint8, jnp.int8, jnp.uint16, jnp.int16, jnp.bfloat16, jnp.float16))
+)
 
 
 def _bits(leaf: Any, packed: bool) -> Any:
-    """The leaf's bits as uint32: 64-bit entries as two along a last axis, `packed` narrow ones together where they come out even."""
-    if packed and leaf.dtype in _PACKED and leaf.ndim and leaf.shape[-1] % (4 // leaf.dtype.itemsize) == 0:
-        together = leaf.reshape(*leaf.shape[:-1], -1, 4 // leaf.dtype.itemsize)  # a fourth or half of the work
+    """The leaf's bits as uint32: 64-bit entries as two along a last axis, `packed` narrow ones
+    together where they come out even.
+    """
+    if (
+        packed
+        and leaf.dtype in _PACKED
+        and leaf.ndim
+        and leaf.shape[-1] % (4 // leaf.dtype.itemsize) == 0
+    ):
+        together = leaf.reshape(
+            *leaf.shape[:-1], -1, 4 // leaf.dtype.itemsize
+        )  # a fourth or half of the work
         return lax.bitcast_convert_type(together, jnp.uint32)
-    if leaf.dtype == jnp.bool_ or (jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 4):
+    if leaf.dtype == jnp.bool_ or (
+        jnp.issubdtype(leaf.dtype, jnp.integer) and leaf.dtype.itemsize < 4
+    ):
         return leaf.astype(jnp.int32).astype(jnp.uint32)
     size = leaf.dtype.itemsize
     if size >= 4:
@@ -35,15 +50,24 @@ def _mixed(value: Any, constant: int) -> Any:
 
 @functools.partial(jax.jit, static_argnums=1)
 def _digests(leaves: list[Any], packed: bool) -> Any:
-    """Two words a leaf: wrapping sums of a bijection of each entry's bits, chosen by its place. Sums do not care who holds which part."""
+    """Two words a leaf: wrapping sums of a bijection of each entry's bits, chosen by its place.
+    Sums do not care who holds which part.
+    """
     words: list[Any] = []
     for leaf in leaves:
         bits = _bits(leaf, packed)
         place = jnp.zeros(bits.shape, jnp.uint32)
         for axis, length in enumerate(bits.shape):
-            place = place * jnp.uint32(length % 2**32) + lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-        places = [(_mixed(place + jnp.uint32(1), constant), constant) for constant in (0x846CA68B, 0x9E3779B1)]
-        words += [jnp.sum(_mixed(bits ^ there, constant), dtype=jnp.uint32) for there, constant in places]
+            place = place * jnp.uint32(length % 2**32) + lax.broadcasted_iota(
+                jnp.uint32, bits.shape, axis
+            )
+        places = [
+            (_mixed(place + jnp.uint32(1), constant), constant)
+            for constant in (0x846CA68B, 0x9E3779B1)
+        ]
+        words += [
+            jnp.sum(_mixed(bits ^ there, constant), dtype=jnp.uint32) for there, constant in places
+        ]
     return words
 
 
@@ -53,7 +77,9 @@ def words(leaves: list[Any]) -> list[jax.Array]:
 
 
 def of_arrays(leaves: list[Any], packed: bool = True) -> list[int]:
-    """Two words a leaf, computed where the leaves are; not `packed`, as the first formats of checkpoints have them."""
+    """Two words a leaf, computed where the leaves are; not `packed`, as the first formats of
+    checkpoints have them.
+    """
     return [int(word) for word in jax.device_get(_digests(leaves, packed))]
 
 

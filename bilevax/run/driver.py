@@ -1,4 +1,6 @@
-"""From a problem and an algorithm to a `Solution`: the state made, or taken over; what follows is the loop's."""
+"""From a problem and an algorithm to a `Solution`: the state made, or taken over; what follows is
+the loop's.
+"""
 
 from __future__ import annotations
 
@@ -36,11 +38,22 @@ def ready(
 ) -> Ready:
     """`algorithm` on `problem`, about to begin at `start`, or to go on from `state`.
 
-    All parameters are floating-point leaves; `fixed` holds the others, of the inner and of the outer ones. `named` are
-    the sources by argument. `functions` are those that the problem is made of, each with arguments to trace it on: what
-    a checkpoint tells other problems by.
+    All parameters are floating-point leaves; `fixed` holds the others, of the inner and of the
+    outer ones. `named` are the sources by argument. `functions` are those that the problem is made
+    of, each with arguments to trace it on: what a checkpoint tells other problems by.
     """
-    given = (problem, algorithm, named, start, outer, fixed, key, state, score_dtype_of(value_dtype), functions)
+    given = (
+        problem,
+        algorithm,
+        named,
+        start,
+        outer,
+        fixed,
+        key,
+        state,
+        score_dtype_of(value_dtype),
+        functions,
+    )
     sources = tuple(named.values())
     print_of = functools.cache(lambda: _fingerprint(*given))
     if jax.process_count() > 1 and options.sharding is not None:
@@ -52,8 +65,15 @@ def ready(
         key = key if state is None else state.key
         sharding = layout.of_problem(options.sharding, problem, start)
         options = options._replace(sharding=sharding)
-        plan, sources, start, outer, key, spec = layout.place(sharding, plan, sources, start, outer, key)
-    shapes = jax.eval_shape(lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, options.keep), start, outer, key)
+        plan, sources, start, outer, key, spec = layout.place(
+            sharding, plan, sources, start, outer, key
+        )
+    shapes = jax.eval_shape(
+        lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, options.keep),
+        start,
+        outer,
+        key,
+    )
     if options.sharding is not None:
         plan = plan._replace(layout=layout.of_run(options.sharding, shapes, start, outer, spec))
     static, dynamic = split(plan)
@@ -61,39 +81,87 @@ def ready(
         dynamic = plan.layout.put_everywhere(dynamic)
 
     if state is not None:
-        check.same_structure(state.algorithm, shapes.algorithm, "state", "a fresh state of this problem and algorithm")
+        check.same_structure(
+            state.algorithm,
+            shapes.algorithm,
+            "state",
+            "a fresh state of this problem and algorithm",
+        )
         best = state.best
         if options.keep == "best" and best is None:
             point = state.algorithm
-            best = Best(jnp.full((), jnp.inf, state.first_norm.dtype), state.step, point.inner.params, point.inner.model, point.outer)
-        run = state._replace(code=jnp.zeros((), jnp.int32), best=best if options.keep == "best" else None, place=None)
+            best = Best(
+                jnp.full((), jnp.inf, state.first_norm.dtype),
+                state.step,
+                point.inner.params,
+                point.inner.model,
+                point.outer,
+            )
+        run = state._replace(
+            code=jnp.zeros((), jnp.int32), best=best if options.keep == "best" else None, place=None
+        )
         run = tree.copy(run if plan.layout is None else plan.layout.put(run))
     elif plan.layout is None:
         run = tree.copy(_first_state(plan, start, outer, key, score_dtype, options.keep))
     else:
-        run = tree.copy(_placed_first_state(static, score_dtype, options.keep, dynamic, start, outer, key))
+        run = tree.copy(
+            _placed_first_state(static, score_dtype, options.keep, dynamic, start, outer, key)
+        )
 
     def solution(run: RunState, result, history: dict[Any, Any], stats: dict[Any, Any]) -> Solution:
-        best, last = run.best, (run.algorithm.inner.params, run.algorithm.inner.model, run.algorithm.outer)
+        best, last = (
+            run.best,
+            (run.algorithm.inner.params, run.algorithm.inner.model, run.algorithm.outer),
+        )
         if best is None:
             kept_inner, model, kept_outer = last
         else:  # where no step's iterate could be scored, the last
-            kept_inner, model, kept_outer = tree.where(best.step >= 0, (best.inner, best.model, best.outer), last)
-        return Solution(tree.combine(kept_inner, inner_fixed), tree.combine(kept_outer, outer_fixed), model, result, history, run, stats)
+            kept_inner, model, kept_outer = tree.where(
+                best.step >= 0, (best.inner, best.model, best.outer), last
+            )
+        return Solution(
+            tree.combine(kept_inner, inner_fixed),
+            tree.combine(kept_outer, outer_fixed),
+            model,
+            result,
+            history,
+            run,
+            stats,
+        )
 
-    return Ready(plan, static, dynamic, run, sources, solution, options, print_of, None if state is None else state.place)
+    return Ready(
+        plan,
+        static,
+        dynamic,
+        run,
+        sources,
+        solution,
+        options,
+        print_of,
+        None if state is None else state.place,
+    )
 
 
 def _agree(options: Options, parts: dict[str, str]) -> None:
-    """Refuse settings and problems that differ between the processes of a run: one would wait for ever, or compute something else."""
+    """Refuse settings and problems that differ between the processes of a run: one would wait for
+    ever, or compute something else.
+    """
     saved = options.checkpoint
     told = {
-        **{name: str(getattr(options, name)) for name in ("num_steps", "tol", "keep", "on_failure", "strict")},
+        **{
+            name: str(getattr(options, name))
+            for name in ("num_steps", "tol", "keep", "on_failure", "strict")
+        },
         "callbacks": str([watcher.every for watcher in options.watchers if watcher.exact]),
         "checkpoint": str(saved and (saved.every, saved.directory, saved.keep, saved.resume)),
         **{name: value[:12] for name, value in parts.items()},
     }
-    peers.agree(told, "processes", "Expected every process to make the same call. Try the same seed, files and arguments on all of them.")
+    peers.agree(
+        told,
+        "processes",
+        "Expected every process to make the same call. Try the same seed, files and arguments on "
+        "all of them.",
+    )
 
 
 def score_dtype_of(value_dtype: Any) -> Any:
@@ -113,36 +181,79 @@ def _fingerprint(
     score_dtype: Any,
     functions: Any,
 ) -> dict[str, Any]:
-    """The parts that make this problem, before anything of it is placed on devices: how a run lies there is no part of it."""
+    """The parts that make this problem, before anything of it is placed on devices: how a run lies
+    there is no part of it.
+    """
     traced = {name: fingerprint.of_function(fn, *args) for name, (fn, args) in functions.items()}
     plan = Plan(problem, algorithm, None, None)
     static, dynamic = split(plan)
     key = key if state is None else state.key
-    shapes = jax.eval_shape(lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, "last"), start, outer, key)
+    shapes = jax.eval_shape(
+        lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, "last"),
+        start,
+        outer,
+        key,
+    )
     data = tuple(first_data(source) for source in sources.values())
-    traced["algorithm"] = fingerprint.of_function(lambda d, s, b: one_step(join(static, d), s, b), dynamic, shapes, data)
-    held = {name: s.data for name, s in sources.items() if stream_of(s) is None and jax.tree.leaves(s.data)}
+    traced["algorithm"] = fingerprint.of_function(
+        lambda d, s, b: one_step(join(static, d), s, b), dynamic, shapes, data
+    )
+    held = {
+        name: s.data
+        for name, s in sources.items()
+        if stream_of(s) is None and jax.tree.leaves(s.data)
+    }
     if held.get("hyper_data") is held.get("inner_data"):
         held.pop("hyper_data", None)
     parts = {
         **traced,
         "numbers of the algorithm": fingerprint.of_settings(algorithm),
         **{name: fingerprint.of_values(data) for name, data in held.items()},
-        "start": fingerprint.of_values((start, outer, fixed) if state is None else (state.algorithm, state.step, fixed)),
+        "start": fingerprint.of_values(
+            (start, outer, fixed) if state is None else (state.algorithm, state.step, fixed)
+        ),
         "key": fingerprint.of_values(key),
     }
     shown = {"algorithm": fingerprint.shown(algorithm), "key": fingerprint.shown(parts["key"][:8])}
-    return {"versions": fingerprint.versions(), "parts": parts, "traced": list(traced), "shown": shown}
+    return {
+        "versions": fingerprint.versions(),
+        "parts": parts,
+        "traced": list(traced),
+        "shown": shown,
+    }
 
 
-def _first_state(plan: Plan, start: InnerState, outer: PyTree, key: Any, score_dtype: Any, keep: str) -> RunState:
+def _first_state(
+    plan: Plan, start: InnerState, outer: PyTree, key: Any, score_dtype: Any, keep: str
+) -> RunState:
     score = jnp.full((), jnp.inf, score_dtype)
-    best = Best(score, jnp.zeros((), jnp.int32) - 1, start.params, start.model, outer) if keep == "best" else None
+    best = (
+        Best(score, jnp.zeros((), jnp.int32) - 1, start.params, start.model, outer)
+        if keep == "best"
+        else None
+    )
     zero = jnp.zeros((), jnp.int32)
-    return RunState(plan.algorithm.init(plan.problem, start, outer), key, zero, zero, zero, jnp.zeros_like(score), best, first_watch(score))
+    return RunState(
+        plan.algorithm.init(plan.problem, start, outer),
+        key,
+        zero,
+        zero,
+        zero,
+        jnp.zeros_like(score),
+        best,
+        first_watch(score),
+    )
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1, 2))
-def _placed_first_state(static: Any, score_dtype: Any, keep: str, dynamic: tuple[Any, ...], start: InnerState, outer: PyTree, key: Any) -> RunState:
+def _placed_first_state(
+    static: Any,
+    score_dtype: Any,
+    keep: str,
+    dynamic: tuple[Any, ...],
+    start: InnerState,
+    outer: PyTree,
+    key: Any,
+) -> RunState:
     plan = join(static, dynamic)
     return plan.layout.pin(_first_state(plan, start, outer, key, score_dtype, keep))

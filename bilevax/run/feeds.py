@@ -12,8 +12,12 @@ from bilevax.data.episodes import drawn
 from bilevax.run.state import Plan, RunState
 
 
-def feeds(plan: Plan, state: RunState, data: tuple[Any, ...], orders: tuple[Any, ...] | None = None) -> Any:
-    """The streams of the next step; `orders` has this step's row of what `orders` below found out, a stream each."""
+def feeds(
+    plan: Plan, state: RunState, data: tuple[Any, ...], orders: tuple[Any, ...] | None = None
+) -> Any:
+    """The streams of the next step; `orders` has this step's row of what `orders` below found out,
+    a stream each.
+    """
     draws = plan.algorithm.draws
     orders = (None,) * len(data) if orders is None else orders
 
@@ -21,15 +25,23 @@ def feeds(plan: Plan, state: RunState, data: tuple[Any, ...], orders: tuple[Any,
         return None if state.key is None else jax.random.fold_in(state.key, i)
 
     data = tuple(drawn(d, state.key, state.step) for d in data)
-    streams = tuple(Feed(d, key(i), state.step * n, order) for i, (d, n, order) in enumerate(zip(data, draws, orders, strict=True)))
+    streams = tuple(
+        Feed(d, key(i), state.step * n, order)
+        for i, (d, n, order) in enumerate(zip(data, draws, orders, strict=True))
+    )
     return plan.problem.feeds(streams, state.key, state.step, state.step - state.skipped)
 
 
 def orders(plan: Plan, state: RunState, data: tuple[Any, ...], steps: int) -> tuple[Any, ...]:
-    """What the draws of the next `steps` steps can know of before the loop, a stream each: None, or an array with a row a step."""
+    """What the draws of the next `steps` steps can know of before the loop, a stream each: None, or
+    an array with a row a step.
+    """
     if not any(map(knows_order, plan.problem.stream_draws)):
         return (None,) * len(data)
     streams = feeds(plan, state, data)[: len(data)]
     pairs = zip(plan.problem.stream_draws, streams, plan.algorithm.draws, strict=True)
-    found = ((ordered(draw, feed, steps * count) if count else None, count) for draw, feed, count in pairs)
+    found = (
+        (ordered(draw, feed, steps * count) if count else None, count)
+        for draw, feed, count in pairs
+    )
     return tuple(None if order is None else order.reshape(steps, count) for order, count in found)

@@ -1,4 +1,6 @@
-"""What a run is of: a digest for each part of its problem, the same in every process that builds the same problem."""
+"""What a run is of: a digest for each part of its problem, the same in every process that builds
+the same problem.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,16 @@ from bilevax.run import digest
 _ADDRESS = re.compile(r"( at)? ?0x[0-9a-f]+")
 
 # Where arrays lie, and what tells the compiler how, is no part of a problem.
-_LAYOUT = ("mesh", "sharding", "shardings", "layout", "layouts", "donated", "keep_unused", "compiler_options")
+_LAYOUT = (
+    "mesh",
+    "sharding",
+    "shardings",
+    "layout",
+    "layouts",
+    "donated",
+    "keep_unused",
+    "compiler_options",
+)
 
 
 def versions() -> dict[str, str]:
@@ -28,17 +39,35 @@ def versions() -> dict[str, str]:
 
 
 def of_values(values: PyTree) -> str:
-    """A digest of a pytree of arrays, keys and numbers: structure, shapes, dtypes and bits, wherever they lie."""
+    """A digest of a pytree of arrays, keys and numbers: structure, shapes, dtypes and bits,
+    wherever they lie.
+    """
     leaves, treedef = jax.tree.flatten(values)
-    plain = [jax.random.key_data(a) if jnp.issubdtype(jnp.asarray(a).dtype, jax.dtypes.prng_key) else jnp.asarray(a) for a in leaves]
+    plain = [
+        jax.random.key_data(a)
+        if jnp.issubdtype(jnp.asarray(a).dtype, jax.dtypes.prng_key)
+        else jnp.asarray(a)
+        for a in leaves
+    ]
     shapes = [f"{a.dtype}{list(a.shape)}" for a in plain]
-    structure = _ADDRESS.sub("", str(treedef))  # functions may be part of it; what they compute is traced elsewhere
+    structure = _ADDRESS.sub(
+        "", str(treedef)
+    )  # functions may be part of it; what they compute is traced elsewhere
     return _hash(structure, *shapes, *map(str, digest.of_arrays([a for a in plain if a.size])))
 
 
 def of_function(fn: Callable[..., Any], *args: Any) -> str:
-    """A digest of what `fn` computes on arguments of these shapes, the values that it closes over included."""
-    shapes = jax.tree.map(lambda a: jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, weak_type=False) if hasattr(a, "dtype") else a, args)
+    """A digest of what `fn` computes on arguments of these shapes, the values that it closes over
+    included.
+    """
+    shapes = jax.tree.map(
+        lambda a: (
+            jax.ShapeDtypeStruct(jnp.shape(a), a.dtype, weak_type=False)
+            if hasattr(a, "dtype")
+            else a
+        ),
+        args,
+    )
     closed = jax.make_jaxpr(fn)(*shapes)
     return _hash(text(closed.jaxpr), of_values([jnp.asarray(c) for c in closed.consts]))
 
@@ -46,7 +75,11 @@ def of_function(fn: Callable[..., Any], *args: Any) -> str:
 def of_settings(value: PyTree) -> str:
     """A digest of the numbers among some settings, each with its place."""
     leaves = jax.tree_util.tree_leaves_with_path(value)
-    numbers = [(jax.tree_util.keystr(path), leaf) for path, leaf in leaves if isinstance(leaf, (float, int, np.generic, np.ndarray, jax.Array))]
+    numbers = [
+        (jax.tree_util.keystr(path), leaf)
+        for path, leaf in leaves
+        if isinstance(leaf, (float, int, np.generic, np.ndarray, jax.Array))
+    ]
     return _hash(*(path for path, _ in numbers), of_values([leaf for _, leaf in numbers]))
 
 
@@ -58,7 +91,8 @@ def shown(value: Any) -> str:
 def differing(saved: dict[Any, Any], now: dict[Any, Any]) -> dict[str, str]:
     """The parts that differ, each with how it reads there and here where that tells anything.
 
-    Parts that are digests of traced functions differ between versions of the libraries, too: there they are not compared.
+    Parts that are digests of traced functions differ between versions of the libraries, too: there
+    they are not compared.
     """
     comparable = saved["versions"] == now["versions"]
     out = {}
@@ -67,8 +101,14 @@ def differing(saved: dict[Any, Any], now: dict[Any, Any]) -> dict[str, str]:
         if there != here and (comparable or not (name in now["traced"] or name in saved["traced"])):
             a, b = saved["shown"].get(name), now["shown"].get(name)
             out[name] = f" (there {a}, here {b})" if a != b else ""
-    if any(name != "algorithm" and name in now["traced"] for name in out) and "algorithm" in out and not out["algorithm"]:
-        del out["algorithm"]  # its steps hold the objectives, and nothing says that more than those differ
+    if (
+        any(name != "algorithm" and name in now["traced"] for name in out)
+        and "algorithm" in out
+        and not out["algorithm"]
+    ):
+        del out[
+            "algorithm"
+        ]  # its steps hold the objectives, and nothing says that more than those differ
     return out
 
 
@@ -83,7 +123,9 @@ def _hash(*texts: str) -> str:
 
 
 def text(jaxpr: core.Jaxpr) -> str:
-    """A jaxpr with its variables numbered in order, functions by their names, arrays by their bits; no addresses, no lines of source."""
+    """A jaxpr with its variables numbered in order, functions by their names, arrays by their bits;
+    no addresses, no lines of source.
+    """
     names: dict[Any, str] = {}
 
     def var(v) -> str:
@@ -93,8 +135,15 @@ def text(jaxpr: core.Jaxpr) -> str:
 
     lines = [" ".join(map(var, (*jaxpr.constvars, *jaxpr.invars)))]
     for eqn in jaxpr.eqns:
-        params = (f"{name}={_value(value)}" for name, value in sorted(eqn.params.items()) if not any(part in name for part in _LAYOUT))
-        lines.append(f"{' '.join(map(var, eqn.outvars))} = {eqn.primitive.name}[{' '.join(params)}] {' '.join(map(var, eqn.invars))}")
+        params = (
+            f"{name}={_value(value)}"
+            for name, value in sorted(eqn.params.items())
+            if not any(part in name for part in _LAYOUT)
+        )
+        lines.append(
+            f"{' '.join(map(var, eqn.outvars))} = {eqn.primitive.name}[{' '.join(params)}] "
+            f"{' '.join(map(var, eqn.invars))}"
+        )
     lines.append(" ".join(map(var, jaxpr.outvars)))
     return "\n".join(lines)
 

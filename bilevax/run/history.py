@@ -13,7 +13,8 @@ import numpy as np
 class History:
     """The rows so far: those of an earlier process, and those of the chunks behind them.
 
-    Columns are kept by path in buffers that grow by doubling, so that adding rows and looking at all of them cost the same at any length.
+    Columns are kept by path in buffers that grow by doubling, so that adding rows and looking at
+    all of them cost the same at any length.
     """
 
     def __init__(self, restored: dict[str, np.ndarray] | None = None) -> None:
@@ -30,7 +31,10 @@ class History:
 
     def append(self, rows: dict[Any, Any], count: int) -> None:
         """Add the first `count` of these rows."""
-        flat = {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(rows)}
+        flat = {
+            jax.tree_util.keystr(path): np.asarray(leaf)
+            for path, leaf in jax.tree_util.tree_leaves_with_path(rows)
+        }
         if self._structure is None:
             self._structure = jax.tree.structure(rows), list(flat)
             self._meet(flat)
@@ -42,7 +46,9 @@ class History:
         self._rows = total
 
     def _meet(self, flat: dict[str, np.ndarray]) -> None:
-        """Bring restored columns and those of the first chunk together: what one of them lacks is NaN there."""
+        """Bring restored columns and those of the first chunk together: what one of them lacks is
+        NaN there.
+        """
         before = self._restored
         self.begun = [path for path in flat if path not in before] if before else []
         self.ended = [path for path in before if path not in flat]
@@ -50,17 +56,26 @@ class History:
             old = before.get(path)
             if old is None:
                 dtype = _with_nan(leaf.dtype) if self._rows else leaf.dtype
-                self._buffers[path] = np.full((self._rows, *leaf.shape[1:]), np.nan if self._rows else 0, dtype)
+                self._buffers[path] = np.full(
+                    (self._rows, *leaf.shape[1:]), np.nan if self._rows else 0, dtype
+                )
             elif old.shape[1:] != leaf.shape[1:]:
                 raise ValueError(
-                    f"checkpoint: the column {path} of the history has rows of shape {list(old.shape[1:])} there and {list(leaf.shape[1:])} here; "
-                    "expected one shape. Give the new column another name, or this run a directory of its own."
+                    f"checkpoint: the column {path} of the history has rows of shape "
+                    f"{list(old.shape[1:])} there and {list(leaf.shape[1:])} here; "
+                    "expected one shape. Give the new column another name, or this run a directory "
+                    "of its own."
                 )
         for path in self.ended:
             self._buffers[path] = before[path].astype(_with_nan(before[path].dtype))
         if self.begun or self.ended:
             begun, ended = self.names()
-            logging.getLogger("bilevax").warning("checkpoint: the history's columns %s begin at row %d, and %s end there", begun, self._rows, ended)
+            logging.getLogger("bilevax").warning(
+                "checkpoint: the history's columns %s begin at row %d, and %s end there",
+                begun,
+                self._rows,
+                ended,
+            )
 
     def names(self) -> tuple[list[str], list[str]]:
         """The columns that begin and those that end where this process goes on."""
@@ -85,7 +100,10 @@ class History:
             self._views = self._nested()
         if rows is None or rows == self._rows:
             return dict(self._views)
-        return {name: a[:rows] if type(a) is np.ndarray else jax.tree.map(lambda a: a[:rows], a) for name, a in self._views.items()}
+        return {
+            name: a[:rows] if type(a) is np.ndarray else jax.tree.map(lambda a: a[:rows], a)
+            for name, a in self._views.items()
+        }
 
     def cut(self, rows: int) -> None:
         """Forget all rows but the first `rows`."""

@@ -12,15 +12,27 @@ from pathlib import Path
 from typing import Any
 
 NAME = "bilevax_lock.json"
-RENEW, STALE = 10.0, 60.0  # seconds between two signs of life, and without one after which a writer elsewhere counts as gone
+RENEW, STALE = (
+    10.0,
+    60.0,
+    # seconds between two signs of life, and without one after which a writer elsewhere counts as
+    # gone
+)
 
 
 class Lock:
-    """Held from `__init__` to `release`. Raises RuntimeError where another writer has the folder."""
+    """Held from `__init__` to `release`. Raises RuntimeError where another writer has the
+    folder.
+    """
 
     def __init__(self, folder: os.PathLike[str] | str):
         self.path = Path(folder) / NAME
-        self.me = {**_place(), "pid": os.getpid(), "began": _began(os.getpid()), "token": uuid.uuid4().hex}
+        self.me = {
+            **_place(),
+            "pid": os.getpid(),
+            "began": _began(os.getpid()),
+            "token": uuid.uuid4().hex,
+        }
         self._renewed = time.monotonic()
         try:
             with self.path.open("x") as file:
@@ -31,12 +43,14 @@ class Lock:
         holder = self._read()
         if self._lives(holder):
             raise RuntimeError(
-                f"checkpoint: the directory {str(self.path.parent)!r} is written to by {_name(holder)}; expected one that no other run writes to. "
+                f"checkpoint: the directory {str(self.path.parent)!r} is written to by "
+                f"{_name(holder)}; expected one that no other run writes to. "
                 "Wait for that run, end it, or give this one a directory of its own."
             )
         if holder and not self._here(holder):
             warnings.warn(
-                f"checkpoint: {_name(holder)} has not written to {str(self.path.parent)!r} for {STALE:.0f} s, and "
+                f"checkpoint: {_name(holder)} has not written to {str(self.path.parent)!r} for "
+                f"{STALE:.0f} s, and "
                 "counts as gone; this run takes over.",
                 RuntimeWarning,
                 stacklevel=6,
@@ -50,13 +64,15 @@ class Lock:
         if not self.path.exists():
             what = "has lost the lock of this run" if self.path.parent.is_dir() else "is gone"
             raise FileNotFoundError(
-                f"checkpoint: the directory {str(self.path.parent)!r} {what}; expected nobody to touch it while a run writes there. "
+                f"checkpoint: the directory {str(self.path.parent)!r} {what}; expected nobody to "
+                "touch it while a run writes there. "
                 "Nothing more is saved here."
             )
         holder = self._read()
         if holder.get("token") != self.me["token"]:
             raise RuntimeError(
-                f"checkpoint: the directory {str(self.path.parent)!r} was taken over by {_name(holder)} while this run "
+                f"checkpoint: the directory {str(self.path.parent)!r} was taken over by "
+                f"{_name(holder)} while this run "
                 "wrote to it; expected to be its only writer. Nothing more is saved here."
             )
 
@@ -88,10 +104,16 @@ class Lock:
         return all(holder.get(name) == value for name, value in _place().items())
 
     def _lives(self, holder: dict[Any, Any]) -> bool:
-        """Whether the holder still runs: here by its number, elsewhere by its last sign of life on the file system's own clock."""
+        """Whether the holder still runs: here by its number, elsewhere by its last sign of life on
+        the file system's own clock.
+        """
         if self._here(holder):
             pid = holder.get("pid")
-            return isinstance(pid, int) and _began(pid) is not None and _began(pid) == holder.get("began")
+            return (
+                isinstance(pid, int)
+                and _began(pid) is not None
+                and _began(pid) == holder.get("began")
+            )
         now = self.path.with_name(f"{NAME}.{self.me['token']}")
         try:
             now.write_text("")
@@ -115,7 +137,11 @@ def _place() -> dict[str, str]:
         space = os.readlink("/proc/self/ns/pid")
     except OSError:
         space = ""
-    return {"host": socket.gethostname(), "boot": read("/proc/sys/kernel/random/boot_id"), "space": space}
+    return {
+        "host": socket.gethostname(),
+        "boot": read("/proc/sys/kernel/random/boot_id"),
+        "space": space,
+    }
 
 
 def _began(pid: int) -> str | None:

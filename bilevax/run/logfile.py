@@ -1,4 +1,6 @@
-"""Files of rows that outlive the run that writes them: read although their end was cut off, replaced whole or not at all."""
+"""Files of rows that outlive the run that writes them: read although their end was cut off,
+replaced whole or not at all.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ from typing import Any, NamedTuple
 
 
 class Rows(NamedTuple):
-    """A log as it is read: whole rows (their step, their line, what they hold), a header, and the cut end."""
+    """A log as it is read: whole rows (their step, their line, what they hold), a header, and the
+    cut end.
+    """
 
     rows: list[tuple[int | None, str, Any]]
     header: list[str]
@@ -22,7 +26,9 @@ class Rows(NamedTuple):
 def _lines(path: Path) -> tuple[list[str], bool]:
     """Lines that hold something, and whether the last of them ends as a line does."""
     text = path.read_bytes().decode("utf-8", errors="replace")
-    return [line.rstrip("\r") for line in text.split("\n") if line.strip("\r\0 ")], text.endswith("\n")
+    return [line.rstrip("\r") for line in text.split("\n") if line.strip("\r\0 ")], text.endswith(
+        "\n"
+    )
 
 
 def _foreign(path: Path, number: int, line: str, wrote: str) -> ValueError:
@@ -33,7 +39,9 @@ def _foreign(path: Path, number: int, line: str, wrote: str) -> ValueError:
 
 
 def read_jsonl(path: Path) -> Rows:
-    """The rows of a JSONL log. A last line that was cut off is left out; any other that is no row is an error."""
+    """The rows of a JSONL log. A last line that was cut off is left out; any other that is no row
+    is an error.
+    """
     rows: list[tuple[int | None, str, Any]] = []
     lines, _ = _lines(path)
     for number, line in enumerate(lines, 1):
@@ -48,7 +56,9 @@ def read_jsonl(path: Path) -> Rows:
 
 
 def read_csv(path: Path) -> Rows:
-    """The rows of a CSV log: likewise; without the end of its line, a last row may lack digits of its last number."""
+    """The rows of a CSV log: likewise; without the end of its line, a last row may lack digits of
+    its last number.
+    """
     rows: list[tuple[int | None, str, Any]] = []
     lines, whole = _lines(path)
     if not lines or (len(lines) == 1 and not whole):  # not even a whole header

@@ -55,16 +55,25 @@ def check_options(
     """`Options`, or an error that names the argument."""
     num_steps = numbers.count(num_steps, "num_steps")
     if num_steps >= 2**31:
-        raise ValueError(f"num_steps: got {num_steps}; expected fewer than 2**31, since steps are counted in 32 bits.")
+        raise ValueError(
+            f"num_steps: got {num_steps}; expected fewer than 2**31, since steps are counted in 32 "
+            "bits."
+        )
     numbers.choice(keep, "keep", ("best", "last"))
     numbers.choice(on_failure, "on_failure", ("stop", "skip", "rollback"))
     if tol is not None:
         tol = numbers.positive(tol, "tol", example=1e-3)
     progress, throw = numbers.flag(progress, "progress"), numbers.flag(throw, "throw")
     if callable(callbacks) or not isinstance(callbacks, Sequence):
-        raise TypeError(f"callbacks: got {check.describe(callbacks)}; expected a sequence of functions. Try callbacks=[fn].")
+        raise TypeError(
+            f"callbacks: got {check.describe(callbacks)}; expected a sequence of functions. Try "
+            "callbacks=[fn]."
+        )
     if checkpoint is not None and not isinstance(checkpoint, checkpoint_lib.Checkpointing):
-        raise TypeError(f"checkpoint: got {check.describe(checkpoint)}; expected checkpoint.every(n, directory), or None.")
+        raise TypeError(
+            f"checkpoint: got {check.describe(checkpoint)}; expected checkpoint.every(n, "
+            "directory), or None."
+        )
     placement.check_sharding(sharding)
     read_ahead = None if read_ahead is None else numbers.count(read_ahead, "read_ahead")
     watchers = [watch.as_callback(fn, i) for i, fn in enumerate(callbacks)]
@@ -72,4 +81,17 @@ def check_options(
         watchers.append(watch.progress_bar())
     if metrics is not None and not isinstance(metrics, Metrics):
         metrics = as_metrics(metrics)
-    return Options(num_steps, metrics, tol, keep, watchers, throw, on_failure, checkpoint, sharding, read_ahead, strictness(strict), name)
+    return Options(
+        num_steps,
+        metrics,
+        tol,
+        keep,
+        watchers,
+        throw,
+        on_failure,
+        checkpoint,
+        sharding,
+        read_ahead,
+        strictness(strict),
+        name,
+    )

@@ -9,7 +9,11 @@ import numpy as np
 # What a number says of the hypergradient, and from where on it says that it is rough.
 _TRUST = (
     ("inner gradient", "inner_grad_norm", "how far the lower level was from solved"),
-    ("adjoint residual", "adjoint_residual", "how far the linear system was from solved; small is below 1e-2"),
+    (
+        "adjoint residual",
+        "adjoint_residual",
+        "how far the linear system was from solved; small is below 1e-2",
+    ),
     ("error bound", "error_bound", "on the hypergradient"),
 )
 _WIDTH = 20
@@ -19,10 +23,20 @@ def summary(solution: Any) -> str:
     """A line a point; what the history does not have is left out."""
     history, stats = solution.history, solution.stats
     algorithm = f" of {stats['algorithm']}" if stats.get("algorithm") else ""
-    lines = [_line("result", f"{solution.result.name}, {stats['steps']} steps{algorithm} in {stats['seconds']:.3g} s")]
+    lines = [
+        _line(
+            "result",
+            f"{solution.result.name}, {stats['steps']} steps{algorithm} in {stats['seconds']:.3g} "
+            "s",
+        )
+    ]
     values = _seen(history, "value")
     if values is not None:
-        lines.append(_line("value", f"{values[0]:.4g} -> {values[-1]:.4g}, best at step {stats['best_step']}"))
+        lines.append(
+            _line(
+                "value", f"{values[0]:.4g} -> {values[-1]:.4g}, best at step {stats['best_step']}"
+            )
+        )
     norms = _seen(history, "grad_norm")
     if norms is not None:
         ratio = f", {norms[-1] / norms[0]:.1e} of the first" if norms[0] > 0 else ""
@@ -30,9 +44,20 @@ def summary(solution: Any) -> str:
     for called, column, meaning in _TRUST:
         found = _seen(history, column)
         if found is not None:
-            lines.append(_line(called, f"{found[0]:.1e} -> {found[-1]:.1e}, at most {found.max():.1e} ({meaning})"))
+            lines.append(
+                _line(
+                    called,
+                    f"{found[0]:.1e} -> {found[-1]:.1e}, at most {found.max():.1e} ({meaning})",
+                )
+            )
     for code, count in solution.warnings.items():
-        lines.append(_line("warning", f"{code.name} in {count} of {stats['steps']} steps: {_first_sentence(code.message)}"))
+        lines.append(
+            _line(
+                "warning",
+                f"{code.name} in {count} of {stats['steps']} steps: "
+                f"{_first_sentence(code.message)}",
+            )
+        )
     if stats.get("failed_steps"):
         lines.append(_line("failed steps", str(stats["failed_steps"])))
     if solution.result.failed:

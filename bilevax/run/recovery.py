@@ -24,16 +24,21 @@ class Recovery:
     def before(self, run: RunState, done: int) -> int:
         """Prepare for the chunk after `done` steps: how many steps it may have at most.
 
-        Where the states are kept depends on `done` alone, so that a failure goes back to the same one however long the chunks are.
+        Where the states are kept depends on `done` alone, so that a failure goes back to the same
+        one however long the chunks are.
         """
         if self.policy != "rollback":
             return CHUNK**3  # any number
         if not self.snapshots or (done % SPACING == 0 and self.clean):
-            self.snapshots = [*self.snapshots, (tree.copy(run.algorithm), run.step - run.skipped)][-2:]
+            self.snapshots = [*self.snapshots, (tree.copy(run.algorithm), run.step - run.skipped)][
+                -2:
+            ]
         return SPACING - done % SPACING
 
     def after(self, run: RunState, count: int) -> tuple[RunState, RESULTS]:
-        """The state to go on with after a chunk of `count` steps, the last of which may have failed."""
+        """The state to go on with after a chunk of `count` steps, the last of which may have
+        failed.
+        """
         result = RESULTS(int(run.code))
         self.clean += count
         if not result.failed:
@@ -43,7 +48,9 @@ class Recovery:
         self.in_a_row, self.clean = self.in_a_row + 1 if row else 1, 0
         if self.policy == "stop" or self.in_a_row >= PATIENCE:
             return run, result
-        run = run._replace(code=jnp.zeros_like(run.code), step=run.step + 1, skipped=run.skipped + 1)
+        run = run._replace(
+            code=jnp.zeros_like(run.code), step=run.step + 1, skipped=run.skipped + 1
+        )
         if self.policy == "rollback":
             self.snapshots = self.snapshots[:1]
             algorithm, done = self.snapshots[0]
@@ -51,8 +58,12 @@ class Recovery:
         return run, RESULTS.success
 
     def state(self, run: RunState) -> dict[str, Any]:
-        """All of this as arrays, to be saved beside `run`; of the same structure at any time under one policy."""
-        out: dict[str, Any] = {"counts": jnp.asarray([self.in_a_row, self.clean, len(self.snapshots)], jnp.int32)}
+        """All of this as arrays, to be saved beside `run`; of the same structure at any time under
+        one policy.
+        """
+        out: dict[str, Any] = {
+            "counts": jnp.asarray([self.in_a_row, self.clean, len(self.snapshots)], jnp.int32)
+        }
         if self.policy == "rollback":
             kept = self.snapshots or [(run.algorithm, run.step - run.skipped)]
             out["snapshots"] = (kept[0], kept[-1])

@@ -14,12 +14,19 @@ from jax import lax
 def row_of(known: tuple[Any, ...], i: Any) -> tuple[Any, ...]:
     """The i-th row of each of some arrays."""
     at = jnp.asarray(i, jnp.int32)
-    return jax.tree.map(lambda a: lax.dynamic_slice(a, (at, jnp.zeros_like(at)), (1, a.shape[1]), allow_negative_indices=False)[0], known)
+    return jax.tree.map(
+        lambda a: lax.dynamic_slice(
+            a, (at, jnp.zeros_like(at)), (1, a.shape[1]), allow_negative_indices=False
+        )[0],
+        known,
+    )
 
 
 def write(buffer: Any, value: Any, i: Any) -> Any:
     """`buffer` with `value` as its i-th row."""
-    return lax.dynamic_update_slice(buffer, value[None], (i, *[jnp.zeros_like(i)] * value.ndim), allow_negative_indices=False)
+    return lax.dynamic_update_slice(
+        buffer, value[None], (i, *[jnp.zeros_like(i)] * value.ndim), allow_negative_indices=False
+    )
 
 
 _WORDS = tuple(map(jnp.dtype, (jnp.float32, jnp.int32, jnp.uint32)))  # travel as integers
@@ -30,17 +37,28 @@ def _as(value: Any, dtype: Any) -> Any:
 
 
 def packing(shapes: dict[Any, Any]) -> tuple[Any, ...]:
-    """Scalars of one size as one vector, and back: one write of the history, not one a column, which short steps feel."""
+    """Scalars of one size as one vector, and back: one write of the history, not one a column,
+    which short steps feel.
+    """
     leaves, treedef = jax.tree.flatten(shapes)
     groups: dict[Any, Any] = {}
     for place, leaf in enumerate(leaves):
         if not leaf.shape and not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):
-            groups.setdefault(jnp.dtype(jnp.int32) if leaf.dtype in _WORDS else leaf.dtype, []).append(place)
-    rest = [place for place, leaf in enumerate(leaves) if not any(place in places for places in groups.values())]
+            groups.setdefault(
+                jnp.dtype(jnp.int32) if leaf.dtype in _WORDS else leaf.dtype, []
+            ).append(place)
+    rest = [
+        place
+        for place, leaf in enumerate(leaves)
+        if not any(place in places for places in groups.values())
+    ]
 
     def pack(row):
         row = jax.tree.leaves(row)
-        return [jnp.stack([_as(row[place], dtype) for place in places]) for dtype, places in groups.items()], [row[place] for place in rest]
+        return [
+            jnp.stack([_as(row[place], dtype) for place in places])
+            for dtype, places in groups.items()
+        ], [row[place] for place in rest]
 
     def unpack(packed):
         out: list[Any] = [None] * len(leaves)

@@ -11,8 +11,9 @@ from typing import Any
 class Signals:
     """``with Signals(...) as heard:`` what came is in ``heard.terminate`` and ``heard.interrupt``.
 
-    Handlers are set in the main thread only, where alone they can be, and put back at the end. One that ignores the signal stays; a function of
-    somebody else's is called after ours. A second SIGINT raises KeyboardInterrupt at once.
+    Handlers are set in the main thread only, where alone they can be, and put back at the end. One
+    that ignores the signal stays; a function of somebody else's is called after ours. A second
+    SIGINT raises KeyboardInterrupt at once.
     """
 
     def __init__(self, numbers: tuple[int, ...]):

@@ -19,7 +19,9 @@ CHUNK = 256  # steps between two looks at the host for whoever asks for nothing 
 
 
 class Best(NamedTuple):
-    """The kept iterate: its score (smaller is better), the step it belongs to, its parameters and model state."""
+    """The kept iterate: its score (smaller is better), the step it belongs to, its parameters and
+    model state.
+    """
 
     score: Any
     step: Any
@@ -29,9 +31,11 @@ class Best(NamedTuple):
 
 
 class RunState(NamedTuple):
-    """All that the next step needs; saved, it is a full checkpoint. `skipped` of the `step` steps so far left no trace: passed over or taken back.
+    """All that the next step needs; saved, it is a full checkpoint. `skipped` of the `step` steps
+    so far left no trace: passed over or taken back.
 
-    `place`: what loaders said of where they stand, as bytes by argument; between runs only, and None where none can say.
+    `place`: what loaders said of where they stand, as bytes by argument; between runs only, and
+    None where none can say.
     """
 
     algorithm: PyTree
@@ -49,7 +53,9 @@ class RunState(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """What a compiled chunk is made of: a pytree whose functions and integers are static and whose numbers are leaves."""
+    """What a compiled chunk is made of: a pytree whose functions and integers are static and whose
+    numbers are leaves.
+    """
 
     problem: Any  # what the algorithm takes: a `Problem`, or the levels of a multilevel one
     algorithm: Algorithm
@@ -88,4 +94,7 @@ class Ready(NamedTuple):
     def traced(self) -> bool:
         """Whether the run stands inside a JAX transformation."""
         held = [source.data for source in self.sources if stream_of(source) is None]
-        return any(isinstance(leaf, jax.core.Tracer) for leaf in jax.tree.leaves((self.run, self.dynamic, held)))
+        return any(
+            isinstance(leaf, jax.core.Tracer)
+            for leaf in jax.tree.leaves((self.run, self.dynamic, held))
+        )

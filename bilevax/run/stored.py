@@ -29,7 +29,10 @@ def plain(leaf: Any) -> Any:
 
 def flat(value: PyTree) -> dict[str, Any]:
     """Leaves by path."""
-    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(value)}
+    return {
+        jax.tree_util.keystr(path): leaf
+        for path, leaf in jax.tree_util.tree_leaves_with_path(value)
+    }
 
 
 def flat_state(run: PyTree, recovery: dict[Any, Any]) -> dict[str, Any]:
@@ -42,7 +45,8 @@ def filled(like: PyTree, leaves: dict[str, Any], prefix: str = "") -> PyTree:
     out = []
     for path, old in flat(like).items():
         new = leaves[prefix + path]
-        # What was on no particular device before must not be bound to one now: the step would be compiled again.
+        # What was on no particular device before must not be bound to one now: the step would be
+        # compiled again.
         new = new if plain(old).committed else jnp.asarray(np.asarray(new))
         keyed = jnp.issubdtype(old.dtype, jax.dtypes.prng_key)
         out.append(jax.random.wrap_key_data(new, impl=jax.random.key_impl(old)) if keyed else new)
@@ -69,8 +73,14 @@ class Damaged(Exception):
 
 
 def numbered(leaves: dict[Any, Any], rows: dict[Any, Any]) -> dict[Any, Any]:
-    """Names that any storage takes, in the order of the manifest; arrays without entries are left out."""
-    out = {f"s{i}": leaf for i, leaf in enumerate(leaves.values()) if np.prod(leaf.shape, dtype=np.int64)}
+    """Names that any storage takes, in the order of the manifest; arrays without entries are left
+    out.
+    """
+    out = {
+        f"s{i}": leaf
+        for i, leaf in enumerate(leaves.values())
+        if np.prod(leaf.shape, dtype=np.int64)
+    }
     return out | {f"h{i}": column for i, column in enumerate(rows.values()) if column.size}
 
 

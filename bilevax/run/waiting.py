@@ -18,7 +18,8 @@ def compiling(what: str) -> Iterator[None]:
 
     def tell():
         logging.getLogger("bilevax").warning(
-            "%s: tracing and compiling the first steps has taken %.0f s so far. It is done once for these shapes; with the option "
+            "%s: tracing and compiling the first steps has taken %.0f s so far. It is done once "
+            "for these shapes; with the option "
             "jax_compilation_cache_dir the next process finds it done.",
             what,
             LONG,

@@ -28,12 +28,39 @@ class Event:
 
     __slots__ = ("_history", "_state", "done", "num_steps", "resumed", "start", "step")
 
-    def __init__(self, step: int, done: int, num_steps: int, history: dict[str, np.ndarray], state: Any, start: int = 0, resumed: int = 0):
+    def __init__(
+        self,
+        step: int,
+        done: int,
+        num_steps: int,
+        history: dict[str, np.ndarray],
+        state: Any,
+        start: int = 0,
+        resumed: int = 0,
+    ):
         self._put(step, done, num_steps, lambda done: history, lambda done: state, start, resumed)
 
-    def _put(self, step: Any, done: Any, num_steps: Any, history: Any, state: Any, start: Any, resumed: Any) -> None:
-        self.step, self.done, self.num_steps, self.start, self.resumed = step, done, num_steps, start, resumed
-        self._history, self._state = history, state  # of a number of steps: most callbacks look at one of them, or at none
+    def _put(
+        self,
+        step: Any,
+        done: Any,
+        num_steps: Any,
+        history: Any,
+        state: Any,
+        start: Any,
+        resumed: Any,
+    ) -> None:
+        self.step, self.done, self.num_steps, self.start, self.resumed = (
+            step,
+            done,
+            num_steps,
+            start,
+            resumed,
+        )
+        self._history, self._state = (
+            history,
+            state,
+        )  # of a number of steps: most callbacks look at one of them, or at none
 
     @classmethod
     def seen(
@@ -46,7 +73,9 @@ class Event:
         start: int,
         resumed: int,
     ) -> Event:
-        """One whose history and state are made, from the number of steps done, when they are read."""
+        """One whose history and state are made, from the number of steps done, when they are
+        read.
+        """
         event = cls.__new__(cls)
         event._put(step, done, num_steps, history, state, start, resumed)
         return event
@@ -61,7 +90,8 @@ class Event:
 
 
 class Callback(NamedTuple):
-    """A function and how often it is called. Any plain callable is one, called every 256 steps or less often.
+    """A function and how often it is called. Any plain callable is one, called every 256 steps or
+    less often.
 
     Attributes:
       fn: takes an `Event`; returning True stops the run.
@@ -84,18 +114,26 @@ def as_callback(fn: Any, position: int) -> Callback:
     if isinstance(fn, Callback):
         return fn
     if not callable(fn):
-        raise TypeError(f"callbacks[{position}]: got {check.describe(fn)}; expected a function of an Event, or callbacks.every(n, fn).")
+        raise TypeError(
+            f"callbacks[{position}]: got {check.describe(fn)}; expected a function of an Event, or "
+            "callbacks.every(n, fn)."
+        )
     if getattr(fn, "__annotations__", {}).get("return") in ("Callback", Callback):
-        raise TypeError(f"callbacks[{position}]: got the factory {fn.__name__}; expected what it returns. Try callbacks.{fn.__name__}(...).")
+        raise TypeError(
+            f"callbacks[{position}]: got the factory {fn.__name__}; expected what it returns. Try "
+            f"callbacks.{fn.__name__}(...)."
+        )
     numbers.takes(fn, f"callbacks[{position}]", "(event)")
     return Callback(fn)
 
 
 def progress_bar() -> Callback:
-    """A progress bar by tqdm (extra ``progress``), with the outer value and the hypergradient's norm beside it.
+    """A progress bar by tqdm (extra ``progress``), with the outer value and the hypergradient's
+    norm beside it.
 
     Returns:
-      A callback; ``solve_bilevel(..., progress=True)`` adds it. Its rate leaves out the compilation.
+      A callback; ``solve_bilevel(..., progress=True)`` adds it. Its rate leaves out the
+      compilation.
 
     Raises:
       ImportError: where tqdm is not installed.
@@ -107,11 +145,15 @@ def progress_bar() -> Callback:
     try:
         from tqdm.auto import tqdm
     except ImportError as error:
-        raise ImportError("progress=True needs tqdm; try pip install 'bilevax[progress]'.") from error
+        raise ImportError(
+            "progress=True needs tqdm; try pip install 'bilevax[progress]'."
+        ) from error
     bars: list[Any] = []
 
     def show(event: Event) -> None:
-        if not bars:  # the first chunk was mostly compilation, and restored steps took no time at all
+        if (
+            not bars
+        ):  # the first chunk was mostly compilation, and restored steps took no time at all
             bars.append(tqdm(total=event.num_steps, initial=event.done, unit="step"))
         bars[0].update(event.done - bars[0].n)
         value, norm = event.history["value"][-1], event.history["grad_norm"][-1]

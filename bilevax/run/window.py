@@ -1,4 +1,6 @@
-"""The host's side of the data: batches of iterables for the steps of a chunk, and what an objective will be given."""
+"""The host's side of the data: batches of iterables for the steps of a chunk, and what an objective
+will be given.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ PATIENCE = 10.0  # seconds of passing over batches between two words about it
 
 
 class Step(NamedTuple):
-    """What was read for one outer step: a list of batches a stream, a stream's last one before it, and its mark before its last one."""
+    """What was read for one outer step: a list of batches a stream, a stream's last one before it,
+    and its mark before its last one.
+    """
 
     batches: list[list[PyTree]]
     before: list[PyTree]
@@ -32,7 +36,9 @@ class Step(NamedTuple):
 
 
 class Staged(NamedTuple):
-    """Steps from `start` on, and their batches as compiled code is given them: ``(start, stacked)`` a stream."""
+    """Steps from `start` on, and their batches as compiled code is given them: ``(start, stacked)``
+    a stream.
+    """
 
     start: int
     steps: list[Step]
@@ -48,12 +54,18 @@ def stream_of(source: Any) -> Stream | None:
 class Window:
     """Batches of host streams for the steps of the next chunk, stacked and padded to one shape.
 
-    An iterable that stands behind several sources is read once. `steps` bounds how many outer steps are
-    read ahead, those of the chunk included; None for as many as fit in 256 MiB, at least two. `put` places a
-    stacked window on the devices; None leaves it to JAX.
+    An iterable that stands behind several sources is read once. `steps` bounds how many outer steps
+    are read ahead, those of the chunk included; None for as many as fit in 256 MiB, at least two.
+    `put` places a stacked window on the devices; None leaves it to JAX.
     """
 
-    def __init__(self, sources: tuple[Any, ...], num_steps: int, steps: int | None = None, put: Callable[..., Any] | None = None):
+    def __init__(
+        self,
+        sources: tuple[Any, ...],
+        num_steps: int,
+        steps: int | None = None,
+        put: Callable[..., Any] | None = None,
+    ):
         self.sources, self.put = sources, put
         found = {id(s): s for s in map(stream_of, sources) if s is not None and s.take}
         self.streams: list[Stream] = list(found.values())
@@ -65,7 +77,9 @@ class Window:
         self._next = 0  # the step that is pulled from the streams next
         self._last: list[PyTree] = [None] * len(self.streams)
         self._marks: list[bytes | None] = [None] * len(self.streams)  # of the batches read last,
-        self._done: list[bytes | None] = [None] * len(self.streams)  # and of those last used by a step that was done
+        self._done: list[bytes | None] = [None] * len(
+            self.streams
+        )  # and of those last used by a step that was done
         self._back: list[Step] = []
         self._current: Staged | None = None
         self._staged: Staged | None = None
@@ -86,11 +100,17 @@ class Window:
 
     def places(self) -> dict[str, np.ndarray] | None:
         """Where the streams stand that can say so themselves, by argument."""
-        said = {s.argument: np.frombuffer(mark, np.uint8) for s, mark in zip(self.streams, self._done, strict=True) if mark is not None}
+        said = {
+            s.argument: np.frombuffer(mark, np.uint8)
+            for s, mark in zip(self.streams, self._done, strict=True)
+            if mark is not None
+        }
         return said or None
 
     def seek(self, step: int, places: dict[str, Any] | None = None) -> None:
-        """Pass over the batches of the steps before `step`, which an earlier run has taken; where `places` has what a stream said, it goes there."""
+        """Pass over the batches of the steps before `step`, which an earlier run has taken; where
+        `places` has what a stream said, it goes there.
+        """
         self._next = step
         begin = said = time.perf_counter()
         for place, stream in enumerate(self.streams):
@@ -108,7 +128,8 @@ class Window:
                 if time.perf_counter() - said > PATIENCE:
                     said = time.perf_counter()
                     logging.getLogger("bilevax").warning(
-                        "%s: passed over %d of %d batches in %.0f s, to the place where the run stands",
+                        "%s: passed over %d of %d batches in %.0f s, to the place where the run "
+                        "stands",
                         stream.argument, number + 1, count, said - begin,
                     )  # fmt: skip
 
@@ -124,8 +145,10 @@ class Window:
             except StopIteration:
                 if self._next == 0:
                     raise ValueError(
-                        f"{stream.argument}: got an iterator that ended after {len(taken)} batches; expected at "
-                        f"least {stream.take}, those of one outer step. Try an iterable that can be read again."
+                        f"{stream.argument}: got an iterator that ended after {len(taken)} "
+                        "batches; expected at "
+                        f"least {stream.take}, those of one outer step. Try an iterable that can "
+                        "be read again."
                     ) from None
                 self._ended = stream
                 return None
@@ -138,7 +161,9 @@ class Window:
     # ---- what a chunk is given
 
     def read(self, start: int, n: int) -> tuple[tuple[Any, ...], int]:
-        """The data of steps `start` to `start + n`, and how many of those steps there are batches for."""
+        """The data of steps `start` to `start + n`, and how many of those steps there are batches
+        for.
+        """
         if not self.streaming:
             return self._arranged([]), n
         if self._staged is None:
@@ -149,10 +174,14 @@ class Window:
         return self._arranged(staged.data), min(n, len(staged.steps))
 
     def prefetch(self, n: int, end: int) -> None:
-        """Read the next steps, at most `n` and none from `end` on, while those that were handed out are being done."""
+        """Read the next steps, at most `n` and none from `end` on, while those that were handed out
+        are being done.
+        """
         if self._current is None or self._back:
             return
-        start = self._current.start + len(self._current.steps)  # more than are being done, where a call was cut short
+        start = self._current.start + len(
+            self._current.steps
+        )  # more than are being done, where a call was cut short
         n = min(n, self._ahead, end - start)
         if n > 0:
             staged = self._stage(start, n)
@@ -183,7 +212,9 @@ class Window:
                 window = windows[place]
                 if window is None:
                     standing = start % stream.every != 0
-                    number = start // stream.every * stream.take + (stream.take - 1 if standing else 0)
+                    number = start // stream.every * stream.take + (
+                        stream.take - 1 if standing else 0
+                    )
                     rows = -(-self.capacity // stream.every) * stream.take + (stream.every > 1)
                     window = windows[place] = _Stack(number, rows, stream.peek())
                     if standing:
@@ -203,7 +234,9 @@ class Window:
 
     def _arranged(self, windows: list[Any]) -> tuple[Any, ...]:
         """The data of each source."""
-        by_stream = {id(stream): window for stream, window in zip(self.streams, windows, strict=False)}
+        by_stream = {
+            id(stream): window for stream, window in zip(self.streams, windows, strict=False)
+        }
         data: list[Any] = []
         for source in self.sources:
             stream = stream_of(source)
@@ -216,7 +249,9 @@ class Window:
 
 
 class _Stack:
-    """Batches of one stream, the first with this number, copied one after another into arrays of `rows`."""
+    """Batches of one stream, the first with this number, copied one after another into arrays of
+    `rows`.
+    """
 
     def __init__(self, number: int, rows: int, like: PyTree):
         self.number, self.filled = number, 0
@@ -233,7 +268,9 @@ class _Stack:
         return jax.tree.map(copy, self.arrays, batch)
 
     def placed(self, put: Callable[..., Any] | None) -> tuple[Any, ...]:
-        stacked = jax.device_put(self.arrays) if put is None else put(self.arrays)  # on the CPU no copy
+        stacked = (
+            jax.device_put(self.arrays) if put is None else put(self.arrays)
+        )  # on the CPU no copy
         return jnp.asarray(self.number, jnp.int32), stacked
 
 
@@ -262,7 +299,8 @@ def source_draw(source: Any) -> Any:
 def reading(problem: Problem, draws: Draws, sources: tuple[Any, ...]) -> Problem:
     """The problem's draws, and its streams, told what each step of an algorithm takes.
 
-    Over an iterable, second-order products are taken on the last batch that the step has trained on.
+    Over an iterable, second-order products are taken on the last batch that the step has trained
+    on.
 
     Raises:
       ValueError: for an algorithm that needs batches of their own for them.
@@ -271,11 +309,17 @@ def reading(problem: Problem, draws: Draws, sources: tuple[Any, ...]) -> Problem
     shared = isinstance(inner, Stream) and hyper is inner
     if shared and draws.hyper > 1:
         raise ValueError(
-            f"hyper_data: got None with an iterable as {inner.argument}, for an algorithm whose second-order products "
-            f"take {draws.hyper} batches a step, independent of those trained on; expected data of their own. "
+            f"hyper_data: got None with an iterable as {inner.argument}, for an algorithm whose "
+            "second-order products "
+            f"take {draws.hyper} batches a step, independent of those trained on; expected data of "
+            "their own. "
             "Try hyper_data= another iterator over the same data."
         )
-    for source, take in ((inner, draws.inner), (outer, draws.outer), *(() if shared else ((hyper, draws.hyper),))):
+    for source, take in (
+        (inner, draws.inner),
+        (outer, draws.outer),
+        *(() if shared else ((hyper, draws.hyper),)),
+    ):
         if isinstance(source, Stream):
             source.take = take
     if shared:
@@ -290,8 +334,10 @@ def refuse_shared(sources: tuple[Any, ...]) -> None:
         other = seen.setdefault(id(stream.iterable), stream)
         if stream.one_pass and other is not stream:
             raise ValueError(
-                f"{stream.argument}: got the iterator ({type(stream.iterable).__name__}) that {other.argument} is; expected one of its own, since "
-                "each would get every other batch. Try a second iterator, or what makes them: a loader, or a class with __iter__."
+                f"{stream.argument}: got the iterator ({type(stream.iterable).__name__}) that "
+                f"{other.argument} is; expected one of its own, since "
+                "each would get every other batch. Try a second iterator, or what makes them: a "
+                "loader, or a class with __iter__."
             )
 
 
@@ -300,8 +346,10 @@ def refuse_one_pass(sources: tuple[Any, ...]) -> None:
     for stream in filter(None, map(stream_of, sources)):
         if stream.one_pass:
             raise ValueError(
-                f"{stream.argument}: got an iterator ({type(stream.iterable).__name__}) with state=; expected an "
-                "iterable that can be read from its beginning, to be passed over to where the run stands. Try "
+                f"{stream.argument}: got an iterator ({type(stream.iterable).__name__}) with "
+                "state=; expected an "
+                "iterable that can be read from its beginning, to be passed over to where the run "
+                "stands. Try "
                 "what makes the iterator: a loader, or a class with __iter__."
             )
 
@@ -322,7 +370,9 @@ def first_context(source: Any, key: Any) -> Ctx:
     return _first_draw.eval_shape(static, dynamic, data, key)
 
 
-@functools.partial(jax.jit, static_argnums=0)  # for its cache: a second run on the same data traces nothing
+@functools.partial(
+    jax.jit, static_argnums=0
+)  # for its cache: a second run on the same data traces nothing
 def _first_draw(static: Any, dynamic: Any, data: Any, key: Any) -> Ctx:
     zero = jnp.zeros((), jnp.int32)
     known = zero[None]  # an order, whose finding out would be most of what is traced here
@@ -339,5 +389,7 @@ def needs_key(source: Any) -> bool:
         return parent.keyed
     like = jax.eval_shape(lambda: jax.random.key(0))
     closed = jax.make_jaxpr(fn)(like, jax.ShapeDtypeStruct((), jnp.int32))
-    _, used = jax.interpreters.partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))
+    _, used = jax.interpreters.partial_eval.dce_jaxpr(
+        closed.jaxpr, [True] * len(closed.jaxpr.outvars)
+    )
     return used[0]

@@ -1,4 +1,6 @@
-"""Runs on many devices: placements, objectives over a named axis, dry runs, and what saves memory."""
+"""Runs on many devices: placements, objectives over a named axis, dry runs, and what saves
+memory.
+"""
 
 from bilevax.sharding.axis import axis_mean
 from bilevax.sharding.memory import accumulate, low_precision

@@ -1,6 +1,8 @@
-"""Objectives that need less memory: microbatches, and half precision inside with whole precision around it.
+"""Objectives that need less memory: microbatches, and half precision inside with whole precision
+around it.
 
-Rematerialisation is JAX's own: ``jax.checkpoint(objective, policy=...)`` is an objective, and so is one whose policy offloads to the host.
+Rematerialisation is JAX's own: ``jax.checkpoint(objective, policy=...)`` is an objective, and so is
+one whose policy offloads to the host.
 """
 
 from __future__ import annotations
@@ -25,12 +27,14 @@ def accumulate(fn: Callable[..., Any], microbatches: int) -> Objective:
     .. math::
         f(y, x, B) = \frac{1}{n} \sum_{i=1}^{n} f(y, x, B_i)
 
-    Equal to `fn` on the whole batch, to rounding, where `fn` is a mean over rows; so are all derivatives, at both levels, and each of them holds the
-    activations of one microbatch only. Microbatch i is every n-th row from the i-th, so that each device of a sharded batch has its part in each.
+    Equal to `fn` on the whole batch, to rounding, where `fn` is a mean over rows; so are all
+    derivatives, at both levels, and each of them holds the activations of one microbatch only.
+    Microbatch i is every n-th row from the i-th, so that each device of a sharded batch has its
+    part in each.
 
     Args:
-      fn: ``(inner_params, outer_params, batch) -> scalar``, or `objective` of one. Its aux is stacked, a microbatch each; its model state goes from
-        one to
+      fn: ``(inner_params, outer_params, batch) -> scalar``, or `objective` of one. Its aux is
+        stacked, a microbatch each; its model state goes from one to
         the next; its key is split.
       microbatches: how many, at least 1. It divides the rows (on D devices: those of each).
 
@@ -38,7 +42,8 @@ def accumulate(fn: Callable[..., Any], microbatches: int) -> Objective:
       An `Objective`.
 
     Raises:
-      TypeError, ValueError: for arguments of another kind; in the run, for batches that it does not divide.
+      TypeError, ValueError: for arguments of another kind; in the run, for batches that it does not
+        divide.
 
     Examples:
       >>> import jax.numpy as jnp, bilevax as bx
@@ -47,17 +52,33 @@ def accumulate(fn: Callable[..., Any], microbatches: int) -> Objective:
       11.5
     """
     one = objective(fn)
-    settings = dict(fn=one.fn, count=numbers.count(microbatches, "microbatches"), has_aux=one.has_aux, stateful=one.stateful)
+    settings = dict(
+        fn=one.fn,
+        count=numbers.count(microbatches, "microbatches"),
+        has_aux=one.has_aux,
+        stateful=one.stateful,
+    )
     return dataclasses.replace(one, fn=Bound(f"accumulate({one.name})", _accumulated, **settings))
 
 
 def _accumulated(
-    inner: PyTree, outer: PyTree, batch: PyTree, *model: Any, fn: Callable[..., Any], count: Any, has_aux: bool, stateful: bool, **keyed: Any
+    inner: PyTree,
+    outer: PyTree,
+    batch: PyTree,
+    *model: Any,
+    fn: Callable[..., Any],
+    count: Any,
+    has_aux: bool,
+    stateful: bool,
+    **keyed: Any,
 ) -> Any:
     lengths = {jnp.shape(leaf)[0] if jnp.ndim(leaf) else 0 for leaf in jax.tree.leaves(batch)}
     if len(lengths) != 1 or 0 in lengths or (rows := lengths.pop()) % count:
         shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves(batch)]
-        raise ValueError(f"batch: got shapes {shapes} for {count} microbatches; expected one common leading axis that {count} divides.")
+        raise ValueError(
+            f"batch: got shapes {shapes} for {count} microbatches; expected one common leading "
+            f"axis that {count} divides."
+        )
     parts = jax.tree.map(lambda a: a.reshape(rows // count, count, *a.shape[1:]), batch)
     keys: Any = jax.random.split(keyed["key"], count) if keyed else None
 
@@ -85,14 +106,17 @@ def _accumulated(
 
 
 def low_precision(fn: Callable[..., Any], dtype: jnp.dtype = jnp.bfloat16) -> Objective:
-    """An objective that computes in a narrower type: parameters, optimizer states, adjoints and gradients stay as wide as they are.
+    """An objective that computes in a narrower type: parameters, optimizer states, adjoints and
+    gradients stay as wide as they are.
 
-    Floating-point leaves of parameters, batch and model state are rounded on the way in, the value and the new model state widened on the way out.
-    What is
-    differentiated is the rounded computation; sums over parameters (inner products, norms, updates) are taken in the parameters' own type.
+    Floating-point leaves of parameters, batch and model state are rounded on the way in, the value
+    and the new model state widened on the way out. What is
+    differentiated is the rounded computation; sums over parameters (inner products, norms, updates)
+    are taken in the parameters' own type.
 
     Args:
-      fn: ``(inner_params, outer_params, batch) -> scalar``, or `objective` of one. Take large sums in float32 inside it where they matter.
+      fn: ``(inner_params, outer_params, batch) -> scalar``, or `objective` of one. Take large sums
+        in float32 inside it where they matter.
       dtype: a floating-point dtype.
 
     Returns:
@@ -108,23 +132,42 @@ def low_precision(fn: Callable[..., Any], dtype: jnp.dtype = jnp.bfloat16) -> Ob
       >>> value.dtype.name, grad.dtype.name, float(grad)
       ('float32', 'float32', -1.0)
     """
-    known = isinstance(dtype, (np.dtype, str)) or (isinstance(dtype, type) and issubclass(dtype, np.generic)) or hasattr(dtype, "dtype")
+    known = (
+        isinstance(dtype, (np.dtype, str))
+        or (isinstance(dtype, type) and issubclass(dtype, np.generic))
+        or hasattr(dtype, "dtype")
+    )
     try:
-        floating = known and not hasattr(dtype, "shape") and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        floating = (
+            known and not hasattr(dtype, "shape") and jnp.issubdtype(jnp.dtype(dtype), jnp.floating)
+        )
     except TypeError:  # a text that names none
         floating = False
     if not floating:
-        raise TypeError(f"dtype: got {numbers.describe(dtype)}; expected a floating-point dtype. Try jnp.bfloat16.")
+        raise TypeError(
+            f"dtype: got {numbers.describe(dtype)}; expected a floating-point dtype. Try "
+            "jnp.bfloat16."
+        )
     one = objective(fn)
     settings = dict(fn=one.fn, dtype=jnp.dtype(dtype), has_aux=one.has_aux, stateful=one.stateful)
     return dataclasses.replace(one, fn=Bound(f"low_precision({one.name})", _narrow, **settings))
 
 
 def _narrow(
-    inner: PyTree, outer: PyTree, batch: PyTree, *model: Any, fn: Callable[..., Any], dtype: Any, has_aux: bool, stateful: bool, **keyed: Any
+    inner: PyTree,
+    outer: PyTree,
+    batch: PyTree,
+    *model: Any,
+    fn: Callable[..., Any],
+    dtype: Any,
+    has_aux: bool,
+    stateful: bool,
+    **keyed: Any,
 ) -> Any:
     def narrow(value):
-        return jax.tree.map(lambda a: jnp.asarray(a).astype(dtype) if tree.is_float(a) else a, value)
+        return jax.tree.map(
+            lambda a: jnp.asarray(a).astype(dtype) if tree.is_float(a) else a, value
+        )
 
     wide = jnp.dtype(np.float32)
     for leaf in jax.tree.leaves((inner, outer)):
@@ -135,7 +178,9 @@ def _narrow(
         return out.astype(wide)
     value, rest = out
     if stateful:
-        new = jax.tree.map(lambda a, old: a.astype(jnp.result_type(old)), rest[0] if has_aux else rest, model[0])
+        new = jax.tree.map(
+            lambda a, old: a.astype(jnp.result_type(old)), rest[0] if has_aux else rest, model[0]
+        )
         rest = (new, rest[1]) if has_aux else new
     return value.astype(wide), rest
 

@@ -1,5 +1,5 @@
-"""How strongly to augment: the noise and the shift that images are trained with, learned on held-out digits.
-`python examples/recipes/augmentation.py`
+"""How strongly to augment: the noise and the shift that images are trained with, learned on
+held-out digits. `python examples/recipes/augmentation.py`
 
 Number at the end: validation loss with the learned policy, beside that without augmentation.
 """
@@ -14,7 +14,8 @@ import bilevax as bx
 
 
 def augmented(x, policy, key):
-    """Noise of a learned size, and a shift by up to a pixel, mixed in by a learned share: both have derivatives."""
+    """Noise of a learned size, and a shift by up to a pixel, mixed in by a learned share: both have
+    derivatives."""
     one, two = jax.random.split(key)
     noise, share = jax.nn.softplus(policy["noise"]), jax.nn.sigmoid(policy["shift"])
     moved = jnp.roll(x, jax.random.randint(two, (), -1, 2), axis=2)
@@ -32,16 +33,29 @@ def valid_loss(model, policy, batch):
 def main(steps=150):
     train, valid, _ = recipes.digits((100, 400, 1))
     values = {}
-    for name, start, optimizer in (("learned", -2.0, optax.adam(0.05)), ("none", -20.0, optax.set_to_zero())):
+    for name, start, optimizer in (
+        ("learned", -2.0, optax.adam(0.05)),
+        ("none", -20.0, optax.set_to_zero()),
+    ):
         policy = {"noise": jnp.asarray(start), "shift": jnp.asarray(start)}
-        problem = bx.nn.bilevel(bx.objective(train_loss, keyed=True), valid_loss, recipes.CNN(nnx.Rngs(0), rate=0.0), policy)
+        problem = bx.nn.bilevel(
+            bx.objective(train_loss, keyed=True),
+            valid_loss,
+            recipes.CNN(nnx.Rngs(0), rate=0.0),
+            policy,
+        )
         inner = bx.inner.optax(optax.adam(2e-3, eps_root=1e-8), 5)
         out = bx.solve_bilevel(
-            **problem.arguments, inner_data=bx.data.minibatches(train, 50), outer_data=valid, num_steps=steps,
-            algorithm=bx.algorithms.double_loop(inner, bx.hypergradient.unrolled(), optimizer), key=jax.random.key(0),
+            **problem.arguments, inner_data=bx.data.minibatches(train, 50), outer_data=valid,
+            num_steps=steps,
+            algorithm=bx.algorithms.double_loop(inner, bx.hypergradient.unrolled(), optimizer),
+            key=jax.random.key(0),
         )  # fmt: skip
         values[name] = float(out.history["value"].min())
-    print(f"validation loss {values['learned']:.3f} with the learned policy, {values['none']:.3f} without augmentation")
+    print(
+        f"validation loss {values['learned']:.3f} with the learned policy, {values['none']:.3f} "
+        "without augmentation"
+    )
     return values["learned"]
 
 

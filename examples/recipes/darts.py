@@ -1,4 +1,5 @@
-"""One cell of DARTS: which activation and which width, chosen by gradient on held-out digits. `python examples/recipes/darts.py`
+"""One cell of DARTS: which activation and which width, chosen by gradient on held-out digits.
+`python examples/recipes/darts.py`
 
 Number at the end: validation accuracy of the mixture at the end of the search.
 """
@@ -36,10 +37,13 @@ def main(steps=300):
     train, valid, _ = recipes.digits((400, 400, 1))
     problem = bx.nn.bilevel(loss, loss, Cell(nnx.Rngs(0)), jnp.zeros((2, 4)))
     loop = bx.algorithms.double_loop(
-        bx.inner.optax(optax.sgd(0.05, momentum=0.9), 1), bx.hypergradient.finite_difference(scale=0.05), optax.adam(3e-2)
+        bx.inner.optax(optax.sgd(0.05, momentum=0.9), 1),
+        bx.hypergradient.finite_difference(scale=0.05),
+        optax.adam(3e-2),
     )
     out = bx.solve_bilevel(
-        **problem.arguments, inner_data=bx.data.minibatches(train, 64), outer_data=bx.data.minibatches(valid, 64),
+        **problem.arguments, inner_data=bx.data.minibatches(train, 64),
+        outer_data=bx.data.minibatches(valid, 64),
         algorithm=loop, num_steps=steps, key=jax.random.key(0), keep="last",
     )  # fmt: skip
     model, mix = problem.merge(out)

@@ -1,5 +1,6 @@
-"""Self-tuning networks: a linear response of the weights to the penalty, trained at random penalties near the current one, stands
-for the best response. `python examples/recipes/hypernetwork.py`
+"""Self-tuning networks: a linear response of the weights to the penalty, trained at random
+penalties near the current one, stands for the best response.
+`python examples/recipes/hypernetwork.py`
 
 Number at the end: the learned log penalty, beside that of an exact implicit gradient.
 """
@@ -31,7 +32,9 @@ def response(net, penalty, centre):
 def inner(net, penalty, batch, *, key):
     """The response's own loss, over penalties around the current one."""
     near = jax.lax.stop_gradient(penalty) + SPREAD * jax.random.normal(key, (8,))
-    return jnp.mean(jax.vmap(lambda p: ridge(response(net, p, jax.lax.stop_gradient(penalty)), p, batch))(near))
+    return jnp.mean(
+        jax.vmap(lambda p: ridge(response(net, p, jax.lax.stop_gradient(penalty)), p, batch))(near)
+    )
 
 
 def outer(net, penalty, batch):
@@ -40,15 +43,24 @@ def outer(net, penalty, batch):
 
 def main(steps=400):
     net = {"w": jnp.zeros(10), "slope": jnp.zeros(10)}
-    loop = bx.algorithms.double_loop(bx.inner.optax(optax.adam(2e-2), 5), bx.hypergradient.one_step(), optax.adam(2e-2))
+    loop = bx.algorithms.double_loop(
+        bx.inner.optax(optax.adam(2e-2), 5), bx.hypergradient.one_step(), optax.adam(2e-2)
+    )
     out = bx.solve_bilevel(
-        bx.objective(inner, keyed=True), outer, net, jnp.asarray(-3.0), inner_data=TRAIN, outer_data=VALID, algorithm=loop,
+        bx.objective(inner, keyed=True), outer, net, jnp.asarray(-3.0), inner_data=TRAIN,
+        outer_data=VALID, algorithm=loop,
         num_steps=steps, key=jax.random.key(3), keep="last",
     )  # fmt: skip
-    exact = bx.algorithms.double_loop(bx.inner.lbfgs(), bx.hypergradient.implicit(), optax.adam(2e-2))
-    right = bx.solve_bilevel(ridge, fit, jnp.zeros(10), jnp.asarray(-3.0), inner_data=TRAIN, outer_data=VALID, algorithm=exact,
+    exact = bx.algorithms.double_loop(
+        bx.inner.lbfgs(), bx.hypergradient.implicit(), optax.adam(2e-2)
+    )
+    right = bx.solve_bilevel(ridge, fit, jnp.zeros(10), jnp.asarray(-3.0), inner_data=TRAIN,
+    outer_data=VALID, algorithm=exact,
                              num_steps=steps, keep="last")  # fmt: skip
-    print(f"log penalty {float(out.outer_params):.2f} by the response, {float(right.outer_params):.2f} by the implicit gradient")
+    print(
+        f"log penalty {float(out.outer_params):.2f} by the response, "
+        f"{float(right.outer_params):.2f} by the implicit gradient"
+    )
     return float(out.outer_params - right.outer_params)
 
 

@@ -1,7 +1,9 @@
-"""Without derivatives of the adaptation: first-order MAML, Reptile, iMAML. `python examples/recipes/maml_cheaper.py --form imaml`
+"""Without derivatives of the adaptation: first-order MAML, Reptile, iMAML.
+`python examples/recipes/maml_cheaper.py --form imaml`
 
-Forms: first_order (the query's gradient at the adapted point), reptile (towards the adapted point), imaml (implicit differentiation with a
-proximal term). Number at the end: mean squared error on new tasks after adaptation to ten points, beside that of the untrained network.
+Forms: first_order (the query's gradient at the adapted point), reptile (towards the adapted point),
+imaml (implicit differentiation with a proximal term). Number at the end: mean squared error on new
+tasks after adaptation to ten points, beside that of the untrained network.
 """
 
 import jax
@@ -20,7 +22,10 @@ def fit(w, meta, batch):
 
 
 def distance(w, meta):
-    return 0.5 * sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(meta), strict=True))
+    return 0.5 * sum(
+        jnp.sum((a - b) ** 2)
+        for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(meta), strict=True)
+    )
 
 
 def moved_along(w, meta, batch):
@@ -38,10 +43,22 @@ def near(w, meta, batch):
 
 ROUGH = H.implicit(bx.linear.cg(maxiter=5), max_residual=jnp.inf)
 FORMS = {
-    "plain": (bx.tasks(fit, "sum"), bx.tasks(fit), SGD, H.unrolled(), COPIES),  # how the first two adapt
+    "plain": (
+        bx.tasks(fit, "sum"),
+        bx.tasks(fit),
+        SGD,
+        H.unrolled(),
+        COPIES,
+    ),  # how the first two adapt
     "first_order": (bx.tasks(fit, "sum"), bx.tasks(moved_along), SGD, H.one_step(), COPIES),
     "reptile": (bx.tasks(fit, "sum"), bx.tasks(towards), SGD, H.one_step(), COPIES),
-    "imaml": (bx.tasks(near, "sum"), bx.tasks(fit), bx.inner.optax(optax.sgd(RATE), 4 * STEPS), ROUGH, COPIES),
+    "imaml": (
+        bx.tasks(near, "sum"),
+        bx.tasks(fit),
+        bx.inner.optax(optax.sgd(RATE), 4 * STEPS),
+        ROUGH,
+        COPIES,
+    ),
 }
 
 

@@ -1,7 +1,9 @@
-"""MAML and its relatives through the adaptation's steps, on sinusoids. `python examples/recipes/maml_sinusoids.py --form anil`
+"""MAML and its relatives through the adaptation's steps, on sinusoids.
+`python examples/recipes/maml_sinusoids.py --form anil`
 
-Forms: maml, maml_plus_plus (a loss at every inner step), anil (the head alone adapts), meta_sgd (a learned rate a parameter).
-Number at the end: mean squared error on new tasks after adaptation to ten points, beside that of the untrained network adapted likewise.
+Forms: maml, maml_plus_plus (a loss at every inner step), anil (the head alone adapts), meta_sgd (a
+learned rate a parameter). Number at the end: mean squared error on new tasks after adaptation to
+ten points, beside that of the untrained network adapted likewise.
 """
 
 import jax
@@ -35,9 +37,27 @@ def rates(meta):
 
 FORMS = {
     "maml": (bx.tasks(fit, "sum"), bx.tasks(fit), SGD, EXACT, COPIES),
-    "maml_plus_plus": (bx.tasks(fit, "sum"), bx.objective(every_step, trajectory=True), SGD, EXACT, COPIES),
-    "anil": (bx.tasks(head, "sum"), bx.tasks(head), SGD, EXACT, lambda meta: COPIES({"e": meta["e"]})),
-    "meta_sgd": (bx.tasks(fit, "sum"), bx.tasks(fit), bx.inner.optax(rates, STEPS), EXACT, lambda meta: COPIES(meta["start"])),
+    "maml_plus_plus": (
+        bx.tasks(fit, "sum"),
+        bx.objective(every_step, trajectory=True),
+        SGD,
+        EXACT,
+        COPIES,
+    ),
+    "anil": (
+        bx.tasks(head, "sum"),
+        bx.tasks(head),
+        SGD,
+        EXACT,
+        lambda meta: COPIES({"e": meta["e"]}),
+    ),
+    "meta_sgd": (
+        bx.tasks(fit, "sum"),
+        bx.tasks(fit),
+        bx.inner.optax(rates, STEPS),
+        EXACT,
+        lambda meta: COPIES(meta["start"]),
+    ),
 }
 
 
@@ -45,7 +65,9 @@ def main(form="maml", steps=600, test=30):
     meta = recipes.sine_start(jax.random.key(0))
     if form == "meta_sgd":
         meta = {"start": meta, "rates": jax.tree.map(lambda a: jnp.full_like(a, RATE), meta)}
-    return recipes.compared(form, FORMS, meta, steps, test, "maml" if form == "maml_plus_plus" else None)
+    return recipes.compared(
+        form, FORMS, meta, steps, test, "maml" if form == "maml_plus_plus" else None
+    )
 
 
 if __name__ == "__main__":

@@ -1,5 +1,5 @@
-"""Two penalties and label smoothing of a CNN with BatchNorm and Dropout, by Adam on minibatches, then trained anew with what was
-learned. `python examples/recipes/penalties.py`
+"""Two penalties and label smoothing of a CNN with BatchNorm and Dropout, by Adam on minibatches,
+then trained anew with what was learned. `python examples/recipes/penalties.py`
 
 Number at the end: test accuracy of the network that was retrained.
 """
@@ -19,7 +19,11 @@ def train_loss(model, x, batch):
     labels = optax.smooth_labels(jax.nn.one_hot(batch["y"], 10), jax.nn.sigmoid(x["smooth"]))
     loss = jnp.mean(optax.softmax_cross_entropy(model(batch["x"]), labels))
     sizes = jnp.sum(model.first.kernel[...] ** 2) + jnp.sum(model.second.kernel[...] ** 2)
-    return loss + jnp.exp(x["conv"]) * sizes + jnp.exp(x["head"]) * jnp.sum(model.head.kernel[...] ** 2)
+    return (
+        loss
+        + jnp.exp(x["conv"]) * sizes
+        + jnp.exp(x["head"]) * jnp.sum(model.head.kernel[...] ** 2)
+    )
 
 
 def valid_loss(model, x, batch):
@@ -30,8 +34,10 @@ def run(train, valid, learned, optimizer, steps, seed):
     problem = bx.nn.bilevel(train_loss, valid_loss, recipes.CNN(nnx.Rngs(seed), rate=0.2), learned)
     inner = bx.inner.optax(optax.adam(3e-3, eps_root=1e-8), 5)
     out = bx.solve_bilevel(
-        **problem.arguments, inner_data=bx.data.minibatches(train, 64), outer_data=bx.data.minibatches(valid, 64),
-        algorithm=bx.algorithms.double_loop(inner, bx.hypergradient.unrolled(), optimizer), num_steps=steps,
+        **problem.arguments, inner_data=bx.data.minibatches(train, 64),
+        outer_data=bx.data.minibatches(valid, 64),
+        algorithm=bx.algorithms.double_loop(inner, bx.hypergradient.unrolled(), optimizer),
+        num_steps=steps,
         key=jax.random.key(seed), keep="last",
     )  # fmt: skip
     return problem.merge(out)
@@ -41,9 +47,14 @@ def main(steps=120):
     train, valid, test = recipes.digits((300, 300, 800))
     _, learned = run(train, valid, START, optax.adam(0.1), steps, 0)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), train, valid)
-    model, _ = run(both, valid, learned, optax.set_to_zero(), steps, 1)  # an outer level that stands still: plain training
+    model, _ = run(
+        both, valid, learned, optax.set_to_zero(), steps, 1
+    )  # an outer level that stands still: plain training
     score = recipes.accuracy(model, test)
-    print(f"test accuracy {score:.3f}; learned { ({name: round(float(v), 2) for name, v in learned.items()}) }")
+    print(
+        f"test accuracy {score:.3f}; learned "
+        f"{ ({name: round(float(v), 2) for name, v in learned.items()}) }"
+    )
     return score
 
 

@@ -52,13 +52,20 @@ def script(main: Callable[..., float], steps: int, **small) -> None:
 
 
 def digits(sizes=(300, 300, 500), seed=0, noise=0.0):
-    """Digits of 8 x 8 in parts of these sizes, dicts of ``x``, ``y`` and ``i``; of the first part a share `noise` is labelled at random."""
+    """Digits of 8 x 8 in parts of these sizes, dicts of ``x``, ``y`` and ``i``; of the first part a
+    share `noise` is labelled at random."""
     x, y = map(np.asarray, examples_data.digits())
     rng = np.random.default_rng(seed)
     order, parts, begin = rng.permutation(len(x)), [], 0
     for size in sizes:
         rows = order[begin : begin + size]
-        parts.append({"x": x[rows].reshape(-1, 8, 8, 1).astype(np.float32), "y": y[rows].astype(np.int32), "i": np.arange(size)})
+        parts.append(
+            {
+                "x": x[rows].reshape(-1, 8, 8, 1).astype(np.float32),
+                "y": y[rows].astype(np.int32),
+                "i": np.arange(size),
+            }
+        )
         begin += size
     wrong = rng.random(sizes[0]) < noise
     parts[0]["y"] = np.where(wrong, rng.integers(0, 10, sizes[0]), parts[0]["y"]).astype(np.int32)
@@ -66,19 +73,25 @@ def digits(sizes=(300, 300, 500), seed=0, noise=0.0):
 
 
 def omniglot():
-    """Characters of two sets of alphabets, (characters, 20 drawings, 28, 28): to learn from, and never seen."""
+    """Characters of two sets of alphabets, (characters, 20 drawings, 28, 28): to learn from, and
+    never seen."""
     path = examples_data.local("omniglot_small_eval.npz")
     if path is None:
-        raise examples_data.Unavailable("omniglot_small_eval.npz is not here; set BILEVAX_DATA to a folder that has it.")
+        raise examples_data.Unavailable(
+            "omniglot_small_eval.npz is not here; set BILEVAX_DATA to a folder that has it."
+        )
     with np.load(path) as file:
         return file["xe"].reshape(-1, 20, 28, 28), file["xb"].reshape(-1, 20, 28, 28)
 
 
 def characters(images, ways, queries, tasks):
-    """``(key, step) -> tasks``: characters, each turned by a multiple of 90 degrees, one image to learn from and some to be asked."""
+    """``(key, step) -> tasks``: characters, each turned by a multiple of 90 degrees, one image to
+    learn from and some to be asked."""
 
     def turned(x, quarter):
-        return jax.lax.switch(quarter, [lambda x, k=k: jnp.rot90(x, k, (1, 2)) for k in range(4)], x)
+        return jax.lax.switch(
+            quarter, [lambda x, k=k: jnp.rot90(x, k, (1, 2)) for k in range(4)], x
+        )
 
     def task(key):
         which, turn, draw = jax.random.split(key, 3)
@@ -87,7 +100,10 @@ def characters(images, ways, queries, tasks):
         shots = images[rows][:, picked].astype(jnp.float32)[..., None] / 255
         shots = jax.vmap(turned)(shots, jax.random.randint(turn, (ways,), 0, 4))
         labels = jnp.repeat(jnp.arange(ways), 1 + queries).reshape(ways, 1 + queries)
-        part = lambda a, b: {"x": shots[:, a:b].reshape(-1, 28, 28, 1), "y": labels[:, a:b].reshape(-1)}
+        part = lambda a, b: {
+            "x": shots[:, a:b].reshape(-1, 28, 28, 1),
+            "y": labels[:, a:b].reshape(-1),
+        }
         return {"support": part(0, 1), "query": part(1, None)}
 
     return lambda key, step: jax.vmap(task)(jax.random.split(key, tasks))
@@ -132,11 +148,18 @@ def sine_start(key):
     """Its parameters."""
     a, c, e = jax.random.split(key, 3)
     normal = lambda key, m, n: jax.random.normal(key, (m, n)) / jnp.sqrt(m)
-    return {"a": normal(a, 1, 40), "b": jnp.zeros(40), "c": normal(c, 40, 40), "d": jnp.zeros(40), "e": normal(e, 40, 1)}
+    return {
+        "a": normal(a, 1, 40),
+        "b": jnp.zeros(40),
+        "c": normal(c, 40, 40),
+        "d": jnp.zeros(40),
+        "e": normal(e, 40, 1),
+    }
 
 
 def sines(tasks):
-    """``(key, step) -> tasks``: amplitude and phase at random, 10 points to adapt to and 20 to be asked about."""
+    """``(key, step) -> tasks``: amplitude and phase at random, 10 points to adapt to and 20 to be
+    asked about."""
 
     def sample(key, step):
         ka, kp, kx = jax.random.split(key, 3)
@@ -149,30 +172,41 @@ def sines(tasks):
 
 
 def adapted(form, start, optimizer, steps, key, tasks=8):
-    """A run over sampled sinusoids of a form ``(inner, outer, solver, method, inner_init)`` of meta-learning."""
+    """A run over sampled sinusoids of a form ``(inner, outer, solver, method,
+    inner_init)`` of meta-learning."""
     inner, outer, solver, method, begin = form
     drawn = bx.data.episodes(sines(tasks))
     support, query = drawn.map(lambda t: t["support"]), drawn.map(lambda t: t["query"])
     loop = bx.algorithms.double_loop(solver, method, optimizer)
     return bx.solve_bilevel(
-        inner, outer, begin(start), start, inner_data=support, outer_data=query, inner_init=begin, algorithm=loop,
+        inner, outer, begin(start), start, inner_data=support, outer_data=query, inner_init=begin,
+        algorithm=loop,
         num_steps=steps, key=jax.random.key(key), keep="last",
     )  # fmt: skip
 
 
 def compared(name, forms, start, steps, test, how=None):
-    """Train by a form, then adapt to new tasks by `how` (default: the same form) from what was learned and from `start`: both errors."""
+    """Train by a form, then adapt to new tasks by `how` (default: the same form) from what was
+    learned and from `start`: both errors."""
     trained = adapted(forms[name], start, optax.adam(3e-3), steps, 0).outer_params
     form = forms[how or name]
-    errors = [float(adapted(form, at, optax.set_to_zero(), test, 1).history["value"].mean()) for at in (trained, start)]
+    errors = [
+        float(adapted(form, at, optax.set_to_zero(), test, 1).history["value"].mean())
+        for at in (trained, start)
+    ]
     print(f"{name}: error {errors[0]:.3f} after {steps} meta-steps, {errors[1]:.3f} before")
     return errors[0]
 
 
 def census(seed=0, sizes=(1000, 2000)):
-    """Rows of the census data in parts of these sizes, dicts of ``x`` (its shorter columns), ``y`` and ``male``."""
+    """Rows of the census data in parts of these sizes, dicts of ``x`` (its shorter columns), ``y``
+    and ``male``."""
     found = examples_data.adult()
-    kept = [i for i, name in enumerate(found.names) if not name.startswith(("country", "occupation", "workclass", "education="))]
+    kept = [
+        i
+        for i, name in enumerate(found.names)
+        if not name.startswith(("country", "occupation", "workclass", "education="))
+    ]
     order, parts, begin = np.random.default_rng(seed).permutation(found.train), [], 0
     for size in sizes:
         rows = order[begin : begin + size]

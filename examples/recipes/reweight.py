@@ -1,4 +1,5 @@
-"""Learning to reweight, from zero weights: weights are one step down the clean loss. `python examples/recipes/reweight.py`
+"""Learning to reweight, from zero weights: weights are one step down the clean loss.
+`python examples/recipes/reweight.py`
 
 Number at the end: test accuracy after 600 steps on labels of which 40 % are wrong.
 """
@@ -26,14 +27,19 @@ def main(steps=600):
     noisy, clean, test = recipes.digits((600, 100, 800), noise=0.4)
     problem = bx.nn.bilevel(weighted, clean_loss, recipes.CNN(nnx.Rngs(0), rate=0.0), jnp.zeros(64))
     fn = bx.value_and_hypergrad(
-        problem.inner_objective, problem.outer_objective, solver=bx.inner.optax(RATE, 1), hypergradient=bx.hypergradient.unrolled()
+        problem.inner_objective,
+        problem.outer_objective,
+        solver=bx.inner.optax(RATE, 1),
+        hypergradient=bx.hypergradient.unrolled(),
     )
 
     def step(carry, key):
         params, state = carry
         rows = jax.random.choice(key, 600, (64,), replace=False)
         batch = jax.tree.map(lambda a: a[rows], noisy)
-        look = fn(params, jnp.zeros(64), batch, clean, state=state, key=key)  # a step with weights of zero moves nothing
+        look = fn(
+            params, jnp.zeros(64), batch, clean, state=state, key=key
+        )  # a step with weights of zero moves nothing
         weights = jnp.maximum(-look.grad, 0)
         weights = weights / jnp.maximum(jnp.sum(weights), 1e-8)
         real = fn(params, weights, batch, clean, state=state, key=key)
@@ -45,7 +51,9 @@ def main(steps=600):
     )
     model = problem.nets["inner"].merge(params, state.model["inner"])
     score = recipes.accuracy(model, test)
-    print(f"test accuracy {score:.3f}, clean loss {float(values[0]):.2f} -> {float(values[-1]):.2f}")
+    print(
+        f"test accuracy {score:.3f}, clean loss {float(values[0]):.2f} -> {float(values[-1]):.2f}"
+    )
     return score
 
 

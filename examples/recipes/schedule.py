@@ -1,6 +1,8 @@
-"""A learning rate a step, learned through the training that it steers. `python examples/recipes/schedule.py`
+"""A learning rate a step, learned through the training that it steers.
+`python examples/recipes/schedule.py`
 
-Number at the end: validation loss after 20 steps with the learned schedule, beside the best constant rate of a grid.
+Number at the end: validation loss after 20 steps with the learned schedule, beside the best
+constant rate of a grid.
 """
 
 import jax
@@ -29,16 +31,30 @@ def main(steps=60):
     train, valid, _ = recipes.digits((300, 300, 1))
     one, two = jax.random.split(jax.random.key(0))
     start = {"a": jax.random.normal(one, (64, 32)) / 8, "b": jax.random.normal(two, (32, 10)) / 6}
-    value = bx.value_and_hypergrad(loss, loss, solver=bx.inner.optax(schedule, STEPS), hypergradient=bx.hypergradient.unrolled())
-    constant = jax.jit(lambda rate: value(start, {"log_rates": jnp.full(STEPS, rate)}, train, valid).value)
-    best = min(jnp.log(jnp.array([0.03, 0.1, 0.2, 0.4, 0.8])), key=lambda rate: float(constant(rate)))
-    loop = bx.algorithms.double_loop(bx.inner.optax(schedule, STEPS), bx.hypergradient.unrolled(), optax.adam(0.1))
+    value = bx.value_and_hypergrad(
+        loss,
+        loss,
+        solver=bx.inner.optax(schedule, STEPS),
+        hypergradient=bx.hypergradient.unrolled(),
+    )
+    constant = jax.jit(
+        lambda rate: value(start, {"log_rates": jnp.full(STEPS, rate)}, train, valid).value
+    )
+    best = min(
+        jnp.log(jnp.array([0.03, 0.1, 0.2, 0.4, 0.8])), key=lambda rate: float(constant(rate))
+    )
+    loop = bx.algorithms.double_loop(
+        bx.inner.optax(schedule, STEPS), bx.hypergradient.unrolled(), optax.adam(0.1)
+    )
     out = bx.solve_bilevel(
         loss, loss, start, {"log_rates": jnp.full(STEPS, best)}, inner_data=train, outer_data=valid,
         inner_init=lambda outer: start, algorithm=loop, num_steps=steps,
     )  # fmt: skip
     learned = float(out.history["value"].min())
-    print(f"validation loss {learned:.3f} with a learned schedule, {float(constant(best)):.3f} with the best constant rate")
+    print(
+        f"validation loss {learned:.3f} with a learned schedule, {float(constant(best)):.3f} with "
+        "the best constant rate"
+    )
     return learned
 
 

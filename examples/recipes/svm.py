@@ -1,7 +1,8 @@
-"""A support vector machine whose kernel's widths are learned by gradient: the lower level is a quadratic program with bounds.
-`python examples/recipes/svm.py`
+"""A support vector machine whose kernel's widths are learned by gradient: the lower level is a
+quadratic program with bounds. `python examples/recipes/svm.py`
 
-Number at the end: validation loss with the learned widths, less that of the best of a grid of 21 x 21.
+Number at the end: validation loss with the learned widths, less that of the best of a grid of 21 x
+21.
 """
 
 import jax
@@ -15,7 +16,8 @@ PENALTY = 2.0
 
 
 def points(key, many):
-    """Two classes that wave along the first coordinate; the second moves slowly, one label in ten is wrong."""
+    """Two classes that wave along the first coordinate; the second moves slowly, one label in ten
+    is wrong."""
     x = jax.random.uniform(key, (many, 2), minval=-2.0, maxval=2.0)
     sign = jnp.sign(jnp.sin(3.0 * x[:, 0]) + 0.3 * x[:, 1])
     return x, jnp.where(jax.random.uniform(jax.random.fold_in(key, 1), (many,)) < 0.1, -sign, sign)
@@ -31,7 +33,11 @@ def kernel(log_widths, a, b):
 
 def dual(alpha, log_widths, batch):
     signed = alpha * batch[1]
-    return signed @ (kernel(log_widths, batch[0], batch[0]) @ signed) / 2 - jnp.sum(alpha) + 1e-4 * alpha @ alpha
+    return (
+        signed @ (kernel(log_widths, batch[0], batch[0]) @ signed) / 2
+        - jnp.sum(alpha)
+        + 1e-4 * alpha @ alpha
+    )
 
 
 def validation(alpha, log_widths, batch):
@@ -41,14 +47,34 @@ def validation(alpha, log_widths, batch):
 
 def main(steps=150, across=21):
     solver = bx.inner.qp(inequality=lambda alpha, log_widths, batch: (-alpha, alpha - PENALTY))
-    loss = bx.value_and_hypergrad(dual, validation, solver=solver, hypergradient=bx.hypergradient.kkt())
+    loss = bx.value_and_hypergrad(
+        dual, validation, solver=solver, hypergradient=bx.hypergradient.kkt()
+    )
     line = jnp.linspace(-2.5, 2.0, across)
     grid = jnp.stack(jnp.meshgrid(line, line), axis=-1).reshape(-1, 2)
-    best = jnp.min(jax.jit(lambda w: jax.lax.map(lambda one: loss(jnp.zeros(60), one, TRAIN, VALID).value, w))(grid))
-    loop = bx.algorithms.double_loop(solver, bx.hypergradient.kkt(), optax.adam(optax.cosine_decay_schedule(0.1, steps)))
-    out = bx.solve_bilevel(dual, validation, jnp.zeros(60), jnp.zeros(2), inner_data=TRAIN, outer_data=VALID, algorithm=loop, num_steps=steps)
+    best = jnp.min(
+        jax.jit(lambda w: jax.lax.map(lambda one: loss(jnp.zeros(60), one, TRAIN, VALID).value, w))(
+            grid
+        )
+    )
+    loop = bx.algorithms.double_loop(
+        solver, bx.hypergradient.kkt(), optax.adam(optax.cosine_decay_schedule(0.1, steps))
+    )
+    out = bx.solve_bilevel(
+        dual,
+        validation,
+        jnp.zeros(60),
+        jnp.zeros(2),
+        inner_data=TRAIN,
+        outer_data=VALID,
+        algorithm=loop,
+        num_steps=steps,
+    )
     learned = float(out.history["value"].min())
-    print(f"validation loss {learned:.4f} with learned widths {jnp.exp(out.outer_params).round(2)}, {best:.4f} with the best of the grid")
+    print(
+        f"validation loss {learned:.4f} with learned widths {jnp.exp(out.outer_params).round(2)}, "
+        f"{best:.4f} with the best of the grid"
+    )
     return learned - float(best)
 
 

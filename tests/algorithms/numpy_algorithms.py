@@ -1,8 +1,10 @@
-"""The update rules of stochastic bilevel algorithms in plain numpy, one loop each, written from the papers and sharing nothing with the library.
+"""The update rules of stochastic bilevel algorithms in plain numpy, one loop each, written from the
+papers and sharing nothing with the library.
 
 The problem is a finite sum of quadratics whose Hessians differ from batch to batch:
-``g_i = ½y'A_i y + ½x'B_i x + x'C_i y + a_i'y`` and ``f_j = ½y'F_j y + ½x'H_j x + x'K_j y + h_j'x + k_j'y``.
-Batches come as sequences of batch numbers, one for each stream, in the order in which the rule consumes them.
+``g_i = ½y'A_i y + ½x'B_i x + x'C_i y + a_i'y`` and ``f_j = ½y'F_j y + ½x'H_j x + x'K_j y + h_j'x +
+k_j'y``. Batches come as sequences of batch numbers, one for each stream, in the order in which the
+rule consumes them.
 """
 
 from __future__ import annotations
@@ -19,7 +21,11 @@ class Sum:
 
     def mean(self, level, name, i):
         rows = self.batches[level][name]
-        return rows.mean(axis=0) if i is None else rows[i * self.size : (i + 1) * self.size].mean(axis=0)
+        return (
+            rows.mean(axis=0)
+            if i is None
+            else rows[i * self.size : (i + 1) * self.size].mean(axis=0)
+        )
 
     def g_y(self, y, x, i):
         return self.mean(0, "A", i) @ y + self.mean(0, "C", i).T @ x + self.mean(0, "a", i)
@@ -28,7 +34,12 @@ class Sum:
         return self.mean(0, "B", i) @ x + self.mean(0, "C", i) @ y
 
     def g(self, y, x, i):
-        return y @ self.mean(0, "A", i) @ y / 2 + x @ self.mean(0, "B", i) @ x / 2 + x @ self.mean(0, "C", i) @ y + self.mean(0, "a", i) @ y
+        return (
+            y @ self.mean(0, "A", i) @ y / 2
+            + x @ self.mean(0, "B", i) @ x / 2
+            + x @ self.mean(0, "C", i) @ y
+            + self.mean(0, "a", i) @ y
+        )
 
     def hessian(self, v, i):
         return self.mean(0, "A", i) @ v
@@ -48,7 +59,11 @@ class Sum:
         return self.f_x(y, x, None) - self.cross(np.linalg.solve(A, self.f_y(y, x, None)), None)
 
     def triple(self, y, v, x, i, j):
-        return self.g_y(y, x, i), self.hessian(v, i) + self.f_y(y, x, j), self.cross(v, i) + self.f_x(y, x, j)
+        return (
+            self.g_y(y, x, i),
+            self.hessian(v, i) + self.f_y(y, x, j),
+            self.cross(v, i) + self.f_x(y, x, j),
+        )
 
 
 def soba(p, y, x, T, inner, outer, a, b, decay):
@@ -145,7 +160,8 @@ def stocbio(p, y, x, T, inner, hyper, outer, a, b, K, Q, c):
 
 
 def bsa(p, y, x, T, inner, hyper, outer, a, b, K, Q, c, truncations, inner_decay, outer_decay):
-    """BSA, and TTSA with K = 1. `hyper` has Q numbers a step, of which the last serves the mixed product."""
+    """BSA, and TTSA with K = 1. `hyper` has Q numbers a step, of which the last serves the mixed
+    product."""
     number = 0
     for t in range(T):
         for k in range(K):
@@ -154,7 +170,9 @@ def bsa(p, y, x, T, inner, hyper, outer, a, b, K, Q, c, truncations, inner_decay
         q = p.f_y(y, x, outer[t])
         for i in range(truncations[t]):
             q = q - c * p.hessian(q, hyper[t * Q + i])
-        x = x - b * (t + 1.0) ** -outer_decay * (p.f_x(y, x, outer[t]) - p.cross(Q * c * q, hyper[t * Q + Q - 1]))
+        x = x - b * (t + 1.0) ** -outer_decay * (
+            p.f_x(y, x, outer[t]) - p.cross(Q * c * q, hyper[t * Q + Q - 1])
+        )
     return y, x
 
 
@@ -208,19 +226,43 @@ def vrbo(p, y, x, T, inner, hyper, outer, a, b, period, K, Q, c):
     return y, x
 
 
-def f2sa(p, y, x, T, inner, outer, a, b, K, penalty, growth, inner_decay, outer_decay, places, coefficients):
+def f2sa(
+    p,
+    y,
+    x,
+    T,
+    inner,
+    outer,
+    a,
+    b,
+    K,
+    penalty,
+    growth,
+    inner_decay,
+    outer_decay,
+    places,
+    coefficients,
+):
     points = [y.copy() for _ in places]
     for t in range(T):
         lam = penalty * (t + 1.0) ** growth
         for k in range(K):
             n = t * (K + 1) + k
             points = [
-                z - a * (t + 1.0) ** -inner_decay * (p.g_y(z, x, inner[n]) + j / lam * p.f_y(z, x, outer[n]))
+                z
+                - a
+                * (t + 1.0) ** -inner_decay
+                * (p.g_y(z, x, inner[n]) + j / lam * p.f_y(z, x, outer[n]))
                 for j, z in zip(places, points, strict=True)
             ]
         n = t * (K + 1) + K
-        parts = [p.g_x(z, x, inner[n]) + j / lam * p.f_x(z, x, outer[n]) for j, z in zip(places, points, strict=True)]
-        x = x - b * (t + 1.0) ** -outer_decay * lam * sum(c * part for c, part in zip(coefficients, parts, strict=True))
+        parts = [
+            p.g_x(z, x, inner[n]) + j / lam * p.f_x(z, x, outer[n])
+            for j, z in zip(places, points, strict=True)
+        ]
+        x = x - b * (t + 1.0) ** -outer_decay * lam * sum(
+            c * part for c, part in zip(coefficients, parts, strict=True)
+        )
     return points, x
 
 

@@ -16,16 +16,25 @@ METHOD = bx.algorithms.maid()
 
 
 def _run(algorithm, steps):
-    return bx.solve_bilevel(inner, outer, Y0, X0, **DATA, algorithm=algorithm, num_steps=steps, keep="last")
+    return bx.solve_bilevel(
+        inner, outer, Y0, X0, **DATA, algorithm=algorithm, num_steps=steps, keep="last"
+    )
 
 
 @pytest.mark.parametrize("certificate", [False, True])
 def test_maid_follows_its_rule(certificate):
     A, C, F, K = (SUM.mean(*place, None) for place in ((0, "A"), (0, "C"), (1, "F"), (1, "K")))
-    constants = (np.linalg.eigvalsh(A)[0], np.linalg.norm(C, 2), np.linalg.norm(F, 2), np.linalg.norm(K, 2))
+    constants = (
+        np.linalg.eigvalsh(A)[0],
+        np.linalg.norm(C, 2),
+        np.linalg.norm(F, 2),
+        np.linalg.norm(K, 2),
+    )
     settings = dict(epsilon=0.1, delta=0.1, max_error=0.5, decrease=1e-4)
     known = bx.algorithms.Constants(*constants, 0.0, 0.0) if certificate else None
-    algorithm = bx.algorithms.maid(bx.inner.gradient_descent(SIZE), memory=0, constants=known, **settings)
+    algorithm = bx.algorithms.maid(
+        bx.inner.gradient_descent(SIZE), memory=0, constants=known, **settings
+    )
     for steps in (1, 2, 7, 20):
         y, x = rules.maid(SUM, Y0, X0, steps, SIZE, constants if certificate else None, **settings)
         solution = _run(algorithm, steps)
@@ -43,7 +52,8 @@ def test_hoag_follows_its_rule():
 
 
 def test_an_adjoint_solve_that_rounding_ends_does_not_end_the_run():
-    """Penalties of useless features grow without bound, and in float32 the adjoint solve breaks down on the way: what there is of it is used."""
+    """Penalties of useless features grow without bound, and in float32 the adjoint solve breaks
+    down on the way: what there is of it is used."""
     rng = np.random.default_rng(0)
     x = rng.standard_normal((100, 30)).astype(np.float32)
     y = (x[:, :5].sum(1) + 0.5 * rng.standard_normal(100)).astype(np.float32)
@@ -57,9 +67,14 @@ def test_an_adjoint_solve_that_rounding_ends_does_not_end_the_run():
     def run(top):
         data = dict(inner_data=(x[:50], y[:50]), outer_data=(x[50:], y[50:]))
         start = jnp.zeros(30, jnp.float32), jnp.full(30, -3.0, jnp.float32).at[5:].set(top)
-        return bx.solve_bilevel(ridge, fit, *start, **data, algorithm=METHOD, num_steps=60, throw=False)
+        return bx.solve_bilevel(
+            ridge, fit, *start, **data, algorithm=METHOD, num_steps=60, throw=False
+        )
 
-    for top, reached in ((14.0, 0.42), (16.0, 0.4926)):  # condition numbers of 1e6 and 1e7; the value at the start is 0.4927
+    for top, reached in (
+        (14.0, 0.42),
+        (16.0, 0.4926),
+    ):  # condition numbers of 1e6 and 1e7; the value at the start is 0.4927
         solution = run(top)
         assert not solution.result.failed and len(solution.history["value"]) == 60
         assert solution.history["value"].min() < reached

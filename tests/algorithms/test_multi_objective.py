@@ -1,4 +1,5 @@
-"""Several outer objectives: directions against small programs solved by hand, block solves against dense ones, fronts against their closed form."""
+"""Several outer objectives: directions against small programs solved by hand, block solves against
+dense ones, fronts against their closed form."""
 
 import jax
 import jax.numpy as jnp
@@ -17,12 +18,19 @@ RNG = np.random.default_rng(0)
 
 
 def test_min_norm_of_two_is_its_closed_form():
-    for a, b in ([[3.0, 0.0], [0.0, 1.0]], [[1.0, 0.0], [2.0, 0.1]], [[1.0, 0.5], [-1.0, 0.5]], [[1.0, 1.0], [-2.0, -2.0]]):
+    for a, b in (
+        [[3.0, 0.0], [0.0, 1.0]],
+        [[1.0, 0.0], [2.0, 0.1]],
+        [[1.0, 0.5], [-1.0, 0.5]],
+        [[1.0, 1.0], [-2.0, -2.0]],
+    ):
         a, b = np.array(a), np.array(b)
         share = np.clip(b @ (b - a) / ((a - b) @ (a - b)), 0, 1)
         weights, cosine = combine("min_norm", jnp.stack([a, b]), jnp.ones(2), 0.1)
         np.testing.assert_allclose(weights, [share, 1 - share], atol=1e-8)
-        np.testing.assert_allclose(cosine, a @ b / np.linalg.norm(a) / np.linalg.norm(b), atol=1e-12)
+        np.testing.assert_allclose(
+            cosine, a @ b / np.linalg.norm(a) / np.linalg.norm(b), atol=1e-12
+        )
 
 
 @pytest.mark.slow
@@ -41,7 +49,9 @@ def test_directions_ascend_no_objective():
     a, b = np.array([1.0, 0.0]), np.array([-1.0, 2.0])
     without = lambda u, v: u - (u @ v) / (v @ v) * v
     weights, _ = combine("conflict_free", jnp.stack([a, b]), jnp.ones(2), 0.1)
-    np.testing.assert_allclose(np.asarray(weights) @ np.stack([a, b]), (without(a, b) + without(b, a)) / 2, atol=1e-8)
+    np.testing.assert_allclose(
+        np.asarray(weights) @ np.stack([a, b]), (without(a, b) + without(b, a)) / 2, atol=1e-8
+    )
 
 
 # ---- several right sides
@@ -88,8 +98,19 @@ def solve(rule, method=None, preference=None, steps=1500, **kwargs):
         preference=preference,
         smoothing=0.05,
     )
-    start = jnp.asarray(np.linalg.solve(C, A @ (TARGETS.sum(axis=0) + np.array([0.0, 2.0, 0.0, 1.0]))))
-    return bx.solve_bilevel(inner, bx.objective(both, has_aux=True), jnp.zeros(4), start, algorithm=loop, num_steps=steps, keep="last", **kwargs)
+    start = jnp.asarray(
+        np.linalg.solve(C, A @ (TARGETS.sum(axis=0) + np.array([0.0, 2.0, 0.0, 1.0])))
+    )
+    return bx.solve_bilevel(
+        inner,
+        bx.objective(both, has_aux=True),
+        jnp.zeros(4),
+        start,
+        algorithm=loop,
+        num_steps=steps,
+        keep="last",
+        **kwargs,
+    )
 
 
 def test_each_hypergradient_is_its_own():
@@ -99,14 +120,21 @@ def test_each_hypergradient_is_its_own():
     grads = (J @ start - TARGETS) @ J
     for method in (None, bx.hypergradient.implicit(linear.cholesky())):
         out = solve("mean", method, steps=1)
-        np.testing.assert_allclose(out.state.algorithm.outer, start - 0.1 * grads.mean(axis=0), rtol=1e-7)
-        np.testing.assert_allclose(out.history["cosine"][0], grads[0] @ grads[1] / np.linalg.norm(grads[0]) / np.linalg.norm(grads[1]), rtol=1e-7)
+        np.testing.assert_allclose(
+            out.state.algorithm.outer, start - 0.1 * grads.mean(axis=0), rtol=1e-7
+        )
+        np.testing.assert_allclose(
+            out.history["cosine"][0],
+            grads[0] @ grads[1] / np.linalg.norm(grads[0]) / np.linalg.norm(grads[1]),
+            rtol=1e-7,
+        )
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("rule", ["min_norm", "conflict_free", "tchebycheff", "mean"])
 def test_the_front_is_a_segment(rule):
-    """Both objectives are distances of y, which x moves anywhere: the front is the segment between the targets."""
+    """Both objectives are distances of y, which x moves anywhere: the front is the segment between
+    the targets."""
     out = solve(rule, preference=jnp.array([1.0, 2.0]))
     y = np.asarray(out.inner_params)
     along = TARGETS[1] - TARGETS[0]
@@ -116,7 +144,9 @@ def test_the_front_is_a_segment(rule):
     values = out.history["aux"]
     if rule == "min_norm":
         assert (np.diff(values, axis=0) <= 1e-6).all()  # no step ascends any objective
-    if rule == "conflict_free":  # which may be orthogonal to one, so that a step of some length bends upwards
+    if (
+        rule == "conflict_free"
+    ):  # which may be orthogonal to one, so that a step of some length bends upwards
         assert (values[-1] < values[0]).all()
     if rule == "mean":
         np.testing.assert_allclose(share, 2 / 3, atol=1e-2)
@@ -134,15 +164,41 @@ def test_it_resumes_to_the_bit_and_traces_once():
 
 @pytest.mark.slow
 def test_other_methods_and_constraints():
-    """A method without a block pulls the cotangents back one by one; a constrained level does by its own conditions."""
+    """A method without a block pulls the cotangents back one by one; a constrained level does by
+    its own conditions."""
     exact = solve("mean", steps=3).state.algorithm.outer
     solver = bx.inner.optax(optax.sgd(0.25), 200)
-    loop = bx.algorithms.multi_objective(solver, bx.hypergradient.unrolled(), optax.sgd(0.1), rule="mean")
-    start = jnp.asarray(np.linalg.solve(C, A @ (TARGETS.sum(axis=0) + np.array([0.0, 2.0, 0.0, 1.0]))))
-    out = bx.solve_bilevel(inner, bx.objective(both, has_aux=True), jnp.zeros(4), start, algorithm=loop, num_steps=3, keep="last")
+    loop = bx.algorithms.multi_objective(
+        solver, bx.hypergradient.unrolled(), optax.sgd(0.1), rule="mean"
+    )
+    start = jnp.asarray(
+        np.linalg.solve(C, A @ (TARGETS.sum(axis=0) + np.array([0.0, 2.0, 0.0, 1.0])))
+    )
+    out = bx.solve_bilevel(
+        inner,
+        bx.objective(both, has_aux=True),
+        jnp.zeros(4),
+        start,
+        algorithm=loop,
+        num_steps=3,
+        keep="last",
+    )
     np.testing.assert_allclose(out.state.algorithm.outer, exact, rtol=1e-6)
-    loop = bx.algorithms.multi_objective(bx.inner.qp(inequality=lambda y, x, b: y - 100.0), bx.hypergradient.kkt(), optax.sgd(0.1), rule="mean")
-    out = bx.solve_bilevel(inner, bx.objective(both, has_aux=True), jnp.zeros(4), start, algorithm=loop, num_steps=3, keep="last")
+    loop = bx.algorithms.multi_objective(
+        bx.inner.qp(inequality=lambda y, x, b: y - 100.0),
+        bx.hypergradient.kkt(),
+        optax.sgd(0.1),
+        rule="mean",
+    )
+    out = bx.solve_bilevel(
+        inner,
+        bx.objective(both, has_aux=True),
+        jnp.zeros(4),
+        start,
+        algorithm=loop,
+        num_steps=3,
+        keep="last",
+    )
     np.testing.assert_allclose(out.state.algorithm.outer, exact, rtol=1e-6)
 
 
@@ -151,6 +207,15 @@ def test_refusals():
         solve("mean", preference=[1.0, -1.0])
     with pytest.raises(ValueError, match="^preference: got 3 numbers for 2"):
         solve("mean", preference=[1.0, 1.0, 1.0], steps=1)
-    loop = bx.algorithms.multi_objective(bx.inner.lbfgs(), bx.hypergradient.implicit(), optax.sgd(0.1))
+    loop = bx.algorithms.multi_objective(
+        bx.inner.lbfgs(), bx.hypergradient.implicit(), optax.sgd(0.1)
+    )
     with pytest.raises(TypeError, match="^outer_objective: got"):
-        bx.solve_bilevel(inner, lambda y, x, b: jnp.sum(y), jnp.zeros(4), jnp.zeros(4), algorithm=loop, num_steps=1)
+        bx.solve_bilevel(
+            inner,
+            lambda y, x, b: jnp.sum(y),
+            jnp.zeros(4),
+            jnp.zeros(4),
+            algorithm=loop,
+            num_steps=1,
+        )

@@ -32,15 +32,22 @@ def penalty(params):
 def problem():
     keys = jax.random.split(jax.random.key(0), 5)
     x = jax.random.normal(keys[0], (ROWS, 4))
-    data = {"x": x, "y": x @ jnp.array([1.0, -1.0, 0.5, 0.0]) + 0.5 * jax.random.normal(keys[1], (ROWS,))}
+    data = {
+        "x": x,
+        "y": x @ jnp.array([1.0, -1.0, 0.5, 0.0]) + 0.5 * jax.random.normal(keys[1], (ROWS,)),
+    }
     held = {"x": jax.random.normal(keys[2], (8, 4)), "y": jax.random.normal(keys[3], (8,))}
     order = jax.random.randint(keys[4], (STEPS, BATCH), 0, ROWS)
-    train = bx.attribution.training(losses, optax.adam(0.05, eps_root=1e-8), jnp.zeros(4), data, order, regularizer=penalty)
+    train = bx.attribution.training(
+        losses, optax.adam(0.05, eps_root=1e-8), jnp.zeros(4), data, order, regularizer=penalty
+    )
     return train, data, held
 
 
 def close(a, b, tolerance):
-    assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= tolerance * np.linalg.norm(np.asarray(b))
+    assert np.linalg.norm(np.asarray(a) - np.asarray(b)) <= tolerance * np.linalg.norm(
+        np.asarray(b)
+    )
 
 
 # ---- each method
@@ -61,7 +68,9 @@ def test_metagradient_of_tokens(problem):
     words = jax.random.normal(jax.random.key(8), (ROWS, 3))
     per_token = lambda params, rows: losses(params, rows)[:, None] * jnp.tanh(rows["words"]) ** 2
     order = jax.random.randint(jax.random.key(9), (20, BATCH), 0, ROWS)
-    train = bx.attribution.training(per_token, optax.sgd(0.05, momentum=0.9), jnp.zeros(4), data | {"words": words}, order)
+    train = bx.attribution.training(
+        per_token, optax.sgd(0.05, momentum=0.9), jnp.zeros(4), data | {"words": words}, order
+    )
     tokens = bx.attribution.metagradient(train, measure, held, tokens=True)
     examples = bx.attribution.metagradient(train, measure, held)
     assert tokens.scores.shape == (ROWS, 3)
@@ -70,7 +79,13 @@ def test_metagradient_of_tokens(problem):
 
 def test_metagradient_takes_the_settings_of_a_replay(problem, tmp_path):
     train, _, held = problem
-    found = bx.attribution.metagradient(train, measure, held, schedule=bx.replay.tree(4), checkpoint=bx.checkpoint.every(20, tmp_path))
+    found = bx.attribution.metagradient(
+        train,
+        measure,
+        held,
+        schedule=bx.replay.tree(4),
+        checkpoint=bx.checkpoint.every(20, tmp_path),
+    )
     assert found.info["held"] == 4
     close(found.scores, bx.attribution.metagradient(train, measure, held).scores, 1e-13)
 
@@ -88,11 +103,23 @@ def test_implicit_is_the_closed_form(problem, rho):
     error = held["x"] @ params - held["y"]
     residual = (data["x"] @ params - data["y"])[:, None] * data["x"]
     linear = bx.linear.cg(tol=1e-12, maxiter=50)
-    found = bx.attribution.implicit(losses, measure, params, data, held, linear=linear, damping=rho, regularizer=penalty)
-    close(found.scores, -residual @ jnp.linalg.solve(hessian, 2 * held["x"].T @ error / 8) / ROWS, 1e-9)
+    found = bx.attribution.implicit(
+        losses, measure, params, data, held, linear=linear, damping=rho, regularizer=penalty
+    )
+    close(
+        found.scores,
+        -residual @ jnp.linalg.solve(hessian, 2 * held["x"].T @ error / 8) / ROWS,
+        1e-9,
+    )
     assert found.info["residual"] < 1e-10
-    many = bx.attribution.implicit(losses, queries, params, data, held, linear=linear, damping=rho, regularizer=penalty)
-    close(many.scores, -jnp.linalg.solve(hessian, (2 * error[:, None] * held["x"]).T).T @ residual.T / ROWS, 1e-9)
+    many = bx.attribution.implicit(
+        losses, queries, params, data, held, linear=linear, damping=rho, regularizer=penalty
+    )
+    close(
+        many.scores,
+        -jnp.linalg.solve(hessian, (2 * error[:, None] * held["x"]).T).T @ residual.T / ROWS,
+        1e-9,
+    )
     close(many.scores.mean(0), found.scores, 1e-9)
 
 
@@ -100,16 +127,22 @@ def test_implicit_is_where_a_long_training_goes(problem):
     """At a solution by whole batches, the metagradient and the implicit influence are one."""
     _, data, held = problem
     order = np.tile(np.arange(ROWS), (400, 1))
-    train = bx.attribution.training(losses, optax.sgd(0.3), jnp.zeros(4), data, order, regularizer=penalty)
+    train = bx.attribution.training(
+        losses, optax.sgd(0.3), jnp.zeros(4), data, order, regularizer=penalty
+    )
     params = train.retrain(jnp.ones(ROWS))
     linear = bx.linear.cg(tol=1e-12, maxiter=50)
-    implicit = bx.attribution.implicit(losses, measure, params, data, held, linear=linear, regularizer=penalty)
+    implicit = bx.attribution.implicit(
+        losses, measure, params, data, held, linear=linear, regularizer=penalty
+    )
     close(bx.attribution.metagradient(train, measure, held).scores, implicit.scores, 1e-6)
 
 
 def test_checkpoints_of_a_training(problem):
     train, data, _ = problem
-    short = bx.attribution.training(losses, train.optimizer, jnp.zeros(4), data, train.order[:25], regularizer=penalty)
+    short = bx.attribution.training(
+        losses, train.optimizer, jnp.zeros(4), data, train.order[:25], regularizer=penalty
+    )
     weights = jnp.stack([jnp.ones(ROWS), jnp.linspace(0.5, 1.5, ROWS)])
     for given in (weights[0], weights):
         middle, end = train.retrain(given, checkpoints=(25, STEPS))
@@ -123,7 +156,9 @@ def test_tracin_and_similarity(problem):
     gradients = [(data["x"] @ p - data["y"])[:, None] * data["x"] for p in points]
     measured = [jax.grad(measure)(p, held) for p in points]
     found = bx.attribution.tracin(losses, measure, points, data, held, step_sizes=[0.1, 0.2])
-    close(found.scores, -(0.1 * gradients[0] @ measured[0] + 0.2 * gradients[1] @ measured[1]), 1e-12)
+    close(
+        found.scores, -(0.1 * gradients[0] @ measured[0] + 0.2 * gradients[1] @ measured[1]), 1e-12
+    )
     norms = jnp.linalg.norm(gradients[1], axis=1) * jnp.linalg.norm(measured[1])
     for size in (7, 32):  # one that does not divide the examples
         found = bx.attribution.similarity(losses, measure, points[1], data, held, batch_size=size)
@@ -134,7 +169,9 @@ def test_tracin_and_similarity(problem):
 
 def test_similarity_of_an_example_without_a_gradient():
     data = jnp.array([2.0, 3.0])
-    found = bx.attribution.similarity(lambda w, rows: (w - rows) ** 2, lambda w, _: w, jnp.asarray(2.0), data)
+    found = bx.attribution.similarity(
+        lambda w, rows: (w - rows) ** 2, lambda w, _: w, jnp.asarray(2.0), data
+    )
     assert found.scores.tolist() == [0.0, 1.0]
 
 
@@ -152,7 +189,12 @@ def test_float32(problem):
     train, data, held = problem
     single = lambda tree: jax.tree.map(lambda a: a.astype(jnp.float32), tree)
     small = bx.attribution.training(
-        losses, optax.adam(0.05, eps_root=1e-8), jnp.zeros(4, jnp.float32), single(data), train.order, regularizer=penalty
+        losses,
+        optax.adam(0.05, eps_root=1e-8),
+        jnp.zeros(4, jnp.float32),
+        single(data),
+        train.order,
+        regularizer=penalty,
     )
     found = bx.attribution.metagradient(small, measure, single(held))
     assert found.scores.dtype == jnp.float32
@@ -165,7 +207,11 @@ def test_eight_devices(problem, sharding):
     order = jax.random.randint(jax.random.key(3), (12, 16), 0, ROWS)
     train = bx.attribution.training(losses, optax.sgd(0.1), jnp.zeros(4), data, order)
     alone = bx.attribution.metagradient(train, measure, held)
-    close(bx.attribution.metagradient(train, measure, held, sharding=sharding()).scores, alone.scores, 1e-12)
+    close(
+        bx.attribution.metagradient(train, measure, held, sharding=sharding()).scores,
+        alone.scores,
+        1e-12,
+    )
 
 
 # ---- the score
@@ -173,9 +219,16 @@ def test_eight_devices(problem, sharding):
 
 @pytest.fixture(scope="module")
 def smooth(problem):
-    """The same by plain gradient descent. (Adam's first steps are nearly signs, of which a derivative says little.)"""
+    """The same by plain gradient descent. (Adam's first steps are nearly signs, of which a
+    derivative says little.)"""
     train, data, held = problem
-    return bx.attribution.training(losses, optax.sgd(0.1), jnp.zeros(4), data, train.order, regularizer=penalty), data, held
+    return (
+        bx.attribution.training(
+            losses, optax.sgd(0.1), jnp.zeros(4), data, train.order, regularizer=penalty
+        ),
+        data,
+        held,
+    )
 
 
 def test_datamodeling_score(smooth):
@@ -184,7 +237,9 @@ def test_datamodeling_score(smooth):
     params = train.retrain(jnp.ones(ROWS))
     scores = {
         "metagradient": bx.attribution.metagradient(train, measure, held),
-        "implicit": bx.attribution.implicit(losses, measure, params, data, held, regularizer=penalty),
+        "implicit": bx.attribution.implicit(
+            losses, measure, params, data, held, regularizer=penalty
+        ),
         "nothing": jax.random.normal(jax.random.key(5), (ROWS,)),
     }
     calls = []
@@ -193,7 +248,9 @@ def test_datamodeling_score(smooth):
         calls.append(weights)
         return retrain(weights)
 
-    judged = bx.attribution.linear_datamodeling_score(scores, counted, jax.random.key(1), subsets=40, fraction=0.04)
+    judged = bx.attribution.linear_datamodeling_score(
+        scores, counted, jax.random.key(1), subsets=40, fraction=0.04
+    )
     assert len(calls) == 1  # all share the retrainings
     assert (np.asarray(calls[0]) == 0).sum(1).tolist() == [1] * 40
     assert judged["metagradient"].correlation > 0.95
@@ -210,7 +267,9 @@ def test_datamodeling_score_of_queries(smooth):
     train, _, held = smooth
     retrain = lambda weights: jax.vmap(lambda p: queries(p, held))(train.retrain(weights))
     found = bx.attribution.metagradient(train, queries, held)
-    judged = bx.attribution.linear_datamodeling_score(found, retrain, jax.random.key(1), subsets=20, fraction=0.04)
+    judged = bx.attribution.linear_datamodeling_score(
+        found, retrain, jax.random.key(1), subsets=20, fraction=0.04
+    )
     assert judged.predicted.shape == judged.retrained.shape == (20, 8) and judged.correlation > 0.9
 
 
@@ -227,27 +286,38 @@ def test_rank_correlation_with_ties():
 
 def test_metasmoothness():
     """One for an affine map, its own sum for a map that turns back."""
-    affine = bx.attribution.metasmoothness(lambda z: {"w": 3.0 * z}, jnp.ones(4), jnp.array([1.0, -1.0, 0.0, 2.0]))
+    affine = bx.attribution.metasmoothness(
+        lambda z: {"w": 3.0 * z}, jnp.ones(4), jnp.array([1.0, -1.0, 0.0, 2.0])
+    )
     assert affine.score == pytest.approx(1.0) and affine.finite and affine.advice == ()
     rough = lambda z: jnp.stack([z, jnp.cos(40.0 * z) + 0.1 * z])
-    found = bx.attribution.metasmoothness(rough, jnp.asarray(1.0), jnp.asarray(1.0), variants={"the smooth part": lambda z: z[None]})
+    found = bx.attribution.metasmoothness(
+        rough, jnp.asarray(1.0), jnp.asarray(1.0), variants={"the smooth part": lambda z: z[None]}
+    )
     points = [np.asarray(rough(jnp.asarray(z))) for z in (1.0, 1.1, 1.2)]
     weights = np.abs(points[2] - points[0])
     signs = np.sign(points[1] - points[0]) * np.sign(points[2] - points[1])
-    assert found.score == pytest.approx((weights * signs).sum() / weights.sum()) and found.score < 0.9
+    assert (
+        found.score == pytest.approx((weights * signs).sum() / weights.sum()) and found.score < 0.9
+    )
     assert found.variants["the smooth part"].score == pytest.approx(1.0)
     assert any("eps_root" in line for line in found.advice)
 
 
 def test_what_is_smooth_need_not_be_finite():
-    """Adam without eps_root at a unit without gradients: smooth trainings, and a metagradient that is NaN and says so."""
+    """Adam without eps_root at a unit without gradients: smooth trainings, and a metagradient that
+    is NaN and says so."""
     data = jnp.array([[1.0, 0.0], [2.0, 0.0]])
     plain = lambda params, rows: (rows @ params - 1.0) ** 2
-    make = lambda **k: bx.attribution.training(plain, optax.adam(0.1, **k), jnp.zeros(2), data, [[0, 1]] * 10)
+    make = lambda **k: bx.attribution.training(
+        plain, optax.adam(0.1, **k), jnp.zeros(2), data, [[0, 1]] * 10
+    )
     assert bx.attribution.metasmoothness(make().retrain, jnp.ones(2), jnp.ones(2)).score > 0.9
     with pytest.raises(bx.SolveError, match="hypergradient_nonfinite"):
         bx.attribution.metagradient(make(), lambda w, _: jnp.sum(w))
-    assert jnp.isfinite(bx.attribution.metagradient(make(eps_root=1e-8), lambda w, _: jnp.sum(w)).scores).all()
+    assert jnp.isfinite(
+        bx.attribution.metagradient(make(eps_root=1e-8), lambda w, _: jnp.sum(w)).scores
+    ).all()
     broken = bx.attribution.metasmoothness(lambda z: z / 0.0, jnp.ones(2), jnp.ones(2))
     assert not broken.finite and broken.score == 0
 
@@ -262,16 +332,34 @@ def test_refusals(problem):
         (lambda: a.training(3, optax.sgd(0.1), jnp.zeros(4), data, [[0]]), "losses: got int"),
         (lambda: a.training(losses, 3, jnp.zeros(4), data, [[0]]), "optimizer: got"),
         (lambda: a.training(losses, optax.sgd(0.1), jnp.zeros(4), data, [0, 1]), "order: got"),
-        (lambda: a.training(losses, optax.sgd(0.1), jnp.zeros(4), data, [[0, ROWS]]), "order: got rows 0 to 30"),
-        (lambda: a.training(measure, optax.sgd(0.1), jnp.zeros(4), data, [[0, 1]]), "losses: returned"),
+        (
+            lambda: a.training(losses, optax.sgd(0.1), jnp.zeros(4), data, [[0, ROWS]]),
+            "order: got rows 0 to 30",
+        ),
+        (
+            lambda: a.training(measure, optax.sgd(0.1), jnp.zeros(4), data, [[0, 1]]),
+            "losses: returned",
+        ),
         (lambda: a.metagradient(None, measure, held), "train: got None"),
         (lambda: a.metagradient(train, measure, held, tokens=True), "tokens: got True"),
-        (lambda: a.implicit(losses, measure, jnp.zeros(4), data, held, damping=-1.0), "damping: got"),
+        (
+            lambda: a.implicit(losses, measure, jnp.zeros(4), data, held, damping=-1.0),
+            "damping: got",
+        ),
         (lambda: a.tracin(losses, measure, [], data, held), "checkpoints: got 0"),
-        (lambda: a.similarity(losses, measure, jnp.zeros(4), data, held, batch_size=0), "batch_size: got 0"),
+        (
+            lambda: a.similarity(losses, measure, jnp.zeros(4), data, held, batch_size=0),
+            "batch_size: got 0",
+        ),
         (lambda: a.grouped(jnp.zeros(3), jnp.zeros(3)), "groups: got"),
-        (lambda: a.linear_datamodeling_score(jnp.zeros(3), None, jax.random.key(0)), "retrain: got None"),
-        (lambda: a.linear_datamodeling_score(jnp.zeros(3), len, jax.random.key(0), subsets=2), "subsets: got 2"),
+        (
+            lambda: a.linear_datamodeling_score(jnp.zeros(3), None, jax.random.key(0)),
+            "retrain: got None",
+        ),
+        (
+            lambda: a.linear_datamodeling_score(jnp.zeros(3), len, jax.random.key(0), subsets=2),
+            "subsets: got 2",
+        ),
         (lambda: a.metasmoothness(None, jnp.ones(2), jnp.ones(2)), "train: got None"),
         (lambda: a.metasmoothness(lambda z: z, jnp.ones(2), jnp.ones(3)), "direction"),
     ):

@@ -1,4 +1,5 @@
-"""The benchmark harness: what is inside the clock, the order of the runs, ratios, the files and the table."""
+"""The benchmark harness: what is inside the clock, the order of the runs, ratios, the files and the
+table."""
 
 import json
 import time
@@ -15,7 +16,11 @@ from benchmarks import harness, solvers
 def spend(monkeypatch):
     """The harness on a clock that moves only when an entry spends time."""
     now = [0.0]
-    monkeypatch.setattr(harness, "time", SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime, gmtime=time.gmtime))
+    monkeypatch.setattr(
+        harness,
+        "time",
+        SimpleNamespace(perf_counter=lambda: now[0], strftime=time.strftime, gmtime=time.gmtime),
+    )
 
     def spend(seconds):
         now[0] += seconds
@@ -34,7 +39,9 @@ def test_runs_take_turns_and_ratios_are_to_the_reference(spend):
 
         return run
 
-    measured = harness.measure(harness.Case("c", {"a": entry("a", 1.0), "b": entry("b", 5.0)}, reference="a"), rounds=5)
+    measured = harness.measure(
+        harness.Case("c", {"a": entry("a", 1.0), "b": entry("b", 5.0)}, reference="a"), rounds=5
+    )
     # One call each to compile, one each to warm up, then five rounds in turn.
     assert calls == ["a", "b"] * 7
     a, b = measured["entries"]["a"], measured["entries"]["b"]
@@ -42,7 +49,9 @@ def test_runs_take_turns_and_ratios_are_to_the_reference(spend):
     assert a["time"] == {"median": 9.0, "low": 7.0, "high": 11.0}
     assert a["ratio"] == {"median": 1.0, "low": 1.0, "high": 1.0}
     # Round by round: 5 times the next call's factor over this one's.
-    assert b["ratio"] == pytest.approx({"median": 5 * 10 / 9, "low": 5 * 12 / 11, "high": 5 * 8 / 7})
+    assert b["ratio"] == pytest.approx(
+        {"median": 5 * 10 / 9, "low": 5 * 12 / 11, "high": 5 * 8 / 7}
+    )
 
 
 def test_compilation_is_outside_the_clock(spend):
@@ -65,15 +74,26 @@ def test_compilation_is_outside_the_clock(spend):
 
     case = harness.Case("jit", {"ahead": ahead, "lazy": lazy, "steady": steady}, reference="steady")
     entries = harness.measure(case, rounds=3)["entries"]
-    assert (entries["ahead"]["compile_timed_as"], entries["ahead"]["compile_seconds"]) == ("trace and compile", 7.0)
-    assert (entries["lazy"]["compile_timed_as"], entries["lazy"]["compile_seconds"]) == ("first call", 8.0)
+    assert (entries["ahead"]["compile_timed_as"], entries["ahead"]["compile_seconds"]) == (
+        "trace and compile",
+        7.0,
+    )
+    assert (entries["lazy"]["compile_timed_as"], entries["lazy"]["compile_seconds"]) == (
+        "first call",
+        8.0,
+    )
     assert entries["ahead"]["seconds"] == [0.0] * 3
     assert entries["lazy"]["seconds"] == [1.0] * 3
 
 
 def test_compile_time_is_not_read_from_the_cache():
     seen = []
-    harness.measure(harness.Case("c", {"a": lambda: seen.append(jax.config.jax_enable_compilation_cache)}, reference="a"), rounds=2)
+    harness.measure(
+        harness.Case(
+            "c", {"a": lambda: seen.append(jax.config.jax_enable_compilation_cache)}, reference="a"
+        ),
+        rounds=2,
+    )
     assert seen == [False] + [jax.config.jax_enable_compilation_cache] * 3
 
 
@@ -124,14 +144,21 @@ def test_quick_keeps_no_numbers(tmp_path, monkeypatch, capsys):
     assert "demo" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(("reference", "rounds", "message"), [("c", 3, "reference: got 'c'"), ("a", 1, "rounds: got 1")])
+@pytest.mark.parametrize(
+    ("reference", "rounds", "message"), [("c", 3, "reference: got 'c'"), ("a", 1, "rounds: got 1")]
+)
 def test_bad_arguments(reference, rounds, message):
     with pytest.raises(ValueError, match=message):
         harness.measure(harness.Case("x", {"a": lambda: jnp.ones(())}, reference=reference), rounds)
 
 
 def test_a_target_is_reached_where_the_score_comes_to_stay():
-    """Between two measurements by the logarithm: from 1e-4 at 2 s to 1e-8 at 4 s, 1e-6 is passed at 3 s; the first visit does not count."""
-    curve = {"seconds": [0.0, 1.0, 2.0, 4.0], "calls": [0.0, 10.0, 20.0, 60.0], "score": [1.0, 1e-7, 1e-4, 1e-8]}
+    """Between two measurements by the logarithm: from 1e-4 at 2 s to 1e-8 at 4 s, 1e-6 is passed at
+    3 s; the first visit does not count."""
+    curve = {
+        "seconds": [0.0, 1.0, 2.0, 4.0],
+        "calls": [0.0, 10.0, 20.0, 60.0],
+        "score": [1.0, 1e-7, 1e-4, 1e-8],
+    }
     assert solvers.reached(curve, 1e-6) == pytest.approx((3.0, 40.0))
     assert solvers.reached(curve, 1e-9) == (float("inf"), float("inf"))

@@ -1,7 +1,9 @@
-"""The error bound and its certificate on random problems, rounding included: ``python -m tests.campaigns.bounds --problems 1000``.
+"""The error bound and its certificate on random problems, rounding included: ``python -m
+tests.campaigns.bounds --problems 1000``.
 
-Three inexactnesses: in what tolerances control, in the solutions themselves, and none but rounding. The last in float64 and in float32, against
-the float64 answer at the parameters as float32 holds them. Nothing is added to a bound before it is compared. The last line is the summary.
+Three inexactnesses: in what tolerances control, in the solutions themselves, and none but rounding.
+The last in float64 and in float32, against the float64 answer at the parameters as float32 holds
+them. Nothing is added to a bound before it is compared. The last line is the summary.
 """
 
 from __future__ import annotations
@@ -9,7 +11,9 @@ from __future__ import annotations
 import argparse
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")  # compiled once, run once
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)  # compiled once, run once
 
 import jax
 
@@ -31,7 +35,12 @@ def exact(p, x):
     y = jax.lax.fori_loop(0, 10, newton, jnp.linalg.solve(p["A"], -p["C"].T @ x))
     hessian, w = jax.jacfwd(gradient)(y, x, p), jax.grad(coupled)(y, x, p)
     q = jnp.linalg.solve(hessian, w)
-    return y, jax.grad(coupled, 1)(y, x, p) - jax.jacfwd(jax.grad(bumpy, 1))(y, x, p) @ q, hessian, q
+    return (
+        y,
+        jax.grad(coupled, 1)(y, x, p) - jax.jacfwd(jax.grad(bumpy, 1))(y, x, p) @ q,
+        hessian,
+        q,
+    )
 
 
 def one(key, kind: int):
@@ -43,23 +52,37 @@ def one(key, kind: int):
     p["A"] = (p["A"] + p["A"].T) / 2
     y, want, hessian, q = exact(p, x)
     smallest = jnp.linalg.eigvalsh(p["A"])[0]
-    sizes = jnp.zeros(2) if kind > 1 else 10 ** jax.random.uniform(keys[0], (2,), minval=-5.0, maxval=0.0)
+    sizes = (
+        jnp.zeros(2)
+        if kind > 1
+        else 10 ** jax.random.uniform(keys[0], (2,), minval=-5.0, maxval=0.0)
+    )
 
     def spoiled(key, size):
         direction = jax.random.normal(key, (N,))
         return size * (jnp.linalg.solve(hessian, mu * direction) if kind == 0 else direction)
 
-    start, near = y + spoiled(keys[1], sizes[0]), q + spoiled(keys[2], sizes[1] * jnp.linalg.norm(y) / mu)
-    method = bx.hypergradient.implicit(bx.linear.cg(tol=1e9 if kind < 2 else 1e-12), max_residual=jnp.inf)  # the first keeps its start
+    start, near = (
+        y + spoiled(keys[1], sizes[0]),
+        q + spoiled(keys[2], sizes[1] * jnp.linalg.norm(y) / mu),
+    )
+    method = bx.hypergradient.implicit(
+        bx.linear.cg(tol=1e9 if kind < 2 else 1e-12), max_residual=jnp.inf
+    )  # the first keeps its start
     fn = bx.value_and_hypergrad(bumpy, coupled, solver=SOLVER, hypergradient=method)
     given = cast((start, x, p), dtype)
     state = fn.init(given[0])
-    est = fn(*given, given[2], state=state._replace(method=state.method._replace(adjoint=near.astype(dtype))))
+    est = fn(
+        *given,
+        given[2],
+        state=state._replace(method=state.method._replace(adjoint=near.astype(dtype))),
+    )
     cross = jax.jacfwd(jax.grad(bumpy, 1))(est.inner_params.astype(jnp.float64), x, p)
     norm = lambda a: jnp.linalg.norm(a, 2)
     wide = 1 + jnp.sum(p["v"] * x)
     constants = Constants(
-        smallest, norm(cross), norm(p["F"]), norm(p["K"]), p["s"] * wide * CURVED, p["s"] * norm(p["v"]),
+        smallest, norm(cross), norm(p["F"]), norm(p["K"]), p["s"] * wide * CURVED,
+        p["s"] * norm(p["v"]),
         smoothness=norm(p["A"]) + p["s"] * wide,
     )  # fmt: skip
     bound = bx.error_bound(cast(dict(est.info), jnp.float64), constants, est.inner_params)
@@ -80,9 +103,18 @@ def certified(count: int) -> tuple[int, int]:
         p, x = jax.tree.map(lambda a, i=i: a[i], (ps, xs))
         eigenvalues = np.linalg.eigvalsh(p["A"])
         norm = lambda a: float(np.linalg.norm(a, 2))
-        known = Constants(float(eigenvalues[0]), norm(p["C"]), norm(p["F"]), norm(p["K"]), 0.0, 0.0, smoothness=float(eigenvalues[-1]))
+        known = Constants(
+            float(eigenvalues[0]),
+            norm(p["C"]),
+            norm(p["F"]),
+            norm(p["K"]),
+            0.0,
+            0.0,
+            smoothness=float(eigenvalues[-1]),
+        )
         out = bx.solve_bilevel(
-            bumpy, coupled, jnp.zeros(N), x, inner_data=bx.data.full(p), outer_data=bx.data.full(p), num_steps=6, keep="last", throw=False,
+            bumpy, coupled, jnp.zeros(N), x, inner_data=bx.data.full(p),
+            outer_data=bx.data.full(p), num_steps=6, keep="last", throw=False,
             algorithm=bx.algorithms.maid(constants=known, max_error=0.5),
             metrics=lambda y, x, b: {f"x{j}": x[j] for j in range(x.size)},
         )  # fmt: skip
@@ -90,18 +122,26 @@ def certified(count: int) -> tuple[int, int]:
             at = jnp.stack([out.history[f"x{j}"][t] for j in range(x.size)])
             want = np.linalg.norm(exact(p, at)[1])
             steps += 1
-            wrong += abs(float(out.history["grad_norm"][t]) - want) > float(out.history["error_bound"][t])
+            wrong += abs(float(out.history["grad_norm"][t]) - want) > float(
+                out.history["error_bound"][t]
+            )
     return wrong, steps
 
 
 def main(problems: int, runs: int) -> int:
     keys, wrong = jax.random.split(jax.random.key(0), problems), 0
     for kind, name in enumerate(KINDS):
-        error, bound, away, distance = jax.device_get(jax.jit(jax.vmap(lambda key, kind=kind: one(key, kind)))(keys))
+        error, bound, away, distance = jax.device_get(
+            jax.jit(jax.vmap(lambda key, kind=kind: one(key, kind)))(keys)
+        )
         bad = ~((error <= bound) & (away <= distance))
         wrong += int(bad.sum())
         ratio = bound / np.maximum(error, 1e-300)
-        print(f"{name}: {problems} problems, violated {int(bad.sum())}; bound over error {np.quantile(ratio, [0, 0.1, 0.5, 0.9])}", flush=True)
+        print(
+            f"{name}: {problems} problems, violated {int(bad.sum())}; bound over error "
+            f"{np.quantile(ratio, [0, 0.1, 0.5, 0.9])}",
+            flush=True,
+        )
     violated, steps = certified(runs)
     print(f"certificate: {steps} steps of {runs} runs, violated {violated}")
     print(f"{problems} problems, {len(KINDS)} kinds: {wrong + violated} violations")

@@ -1,9 +1,12 @@
-"""Random two-level problems by every method and linear solver, against dense references: ``python -m tests.campaigns.differential``.
+"""Random two-level problems by every method and linear solver, against dense references: ``python
+-m tests.campaigns.differential``.
 
-Exact methods are compared with the dense hypergradient, approximate ones with the dense formula of what they compute, methods that follow the
-solver's steps with the derivative of a hand-written loop, sampled ones by confidence interval. A problem is random in its coefficients, its terms
-and its size of everything; problems of one structure (pytrees, dtypes) are lanes of one program. A result is *wrong* where it is further
-off than rounding times condition explains, and *silent* where it is so with a code and warnings of nothing. The last line is the summary.
+Exact methods are compared with the dense hypergradient, approximate ones with the dense formula of
+what they compute, methods that follow the solver's steps with the derivative of a hand-written
+loop, sampled ones by confidence interval. A problem is random in its coefficients, its terms and
+its size of everything; problems of one structure (pytrees, dtypes) are lanes of one program. A
+result is *wrong* where it is further off than rounding times condition explains, and *silent* where
+it is so with a code and warnings of nothing. The last line is the summary.
 """
 
 from __future__ import annotations
@@ -13,7 +16,9 @@ import os
 import time
 from typing import NamedTuple
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")  # compiled once, run once
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)  # compiled once, run once
 
 import jax
 
@@ -45,7 +50,10 @@ STRUCTURES = {
     "array": Structure(leaf(5), leaf(3)),
     "dict": Structure({"w": leaf(2, 2), "b": leaf()}, {"penalty": leaf(), "weights": leaf(2)}),
     "nested": Structure((leaf(2), {"a": leaf(1, 3)}), [leaf(2), (leaf(),)]),
-    "mixed": Structure({"wide": leaf(3), "single": leaf(2, dtype=jnp.float32)}, {"x": leaf(2, dtype=jnp.float32), "s": leaf()}),
+    "mixed": Structure(
+        {"wide": leaf(3), "single": leaf(2, dtype=jnp.float32)},
+        {"x": leaf(2, dtype=jnp.float32), "s": leaf()},
+    ),
     "single": Structure({"w": leaf(4, dtype=jnp.float32)}, leaf(2, dtype=jnp.float32)),
     "one": Structure(leaf(), leaf()),
 }
@@ -99,7 +107,13 @@ def inner_flat(v, u, c):
     quartic = jnp.sum(c["quartic"] * v**4) / 4
     softplus = jnp.mean(jax.nn.softplus(c["rows"] @ v + c["shift"] @ u))
     penalty = c["penalty"] * jnp.exp(jnp.tanh(u[0])) * v @ v / 2
-    return quadratic + quartic + softplus + penalty + jnp.sum(jnp.sin(u) * c["bend"]) ** 2 * jnp.sum(jnp.log(jnp.cosh(v)))
+    return (
+        quadratic
+        + quartic
+        + softplus
+        + penalty
+        + jnp.sum(jnp.sin(u) * c["bend"]) ** 2 * jnp.sum(jnp.log(jnp.cosh(v)))
+    )
 
 
 def outer_flat(v, u, c):
@@ -131,16 +145,34 @@ def methods(unit):
         "cholesky": L.cholesky(),
         "lu": L.lu(),
     }
-    mapping = bx.objective(lambda y, x, c: jax.tree.map(lambda a, g: a - (STEP * g).astype(a.dtype), y, jax.grad(inner)(y, x, c)))
-    found = {f"implicit {name}": (H.implicit(linear), still, "exact") for name, linear in exact.items()}
+    mapping = bx.objective(
+        lambda y, x, c: jax.tree.map(
+            lambda a, g: a - (STEP * g).astype(a.dtype), y, jax.grad(inner)(y, x, c)
+        )
+    )
+    found = {
+        f"implicit {name}": (H.implicit(linear), still, "exact") for name, linear in exact.items()
+    }
     found |= {
         "implicit low memory": (H.implicit(exact["cg"], low_memory=True), still, "exact"),
         "implicit damped": (H.implicit(exact["cg"], damping=RHO), still, "damped"),
-        "implicit neumann": (H.implicit(L.neumann(TERMS, step=STEP), max_residual=jnp.inf), still, "neumann"),
-        "implicit identity": (H.implicit(L.identity(STEP), max_residual=jnp.inf), still, "one step"),
+        "implicit neumann": (
+            H.implicit(L.neumann(TERMS, step=STEP), max_residual=jnp.inf),
+            still,
+            "neumann",
+        ),
+        "implicit identity": (
+            H.implicit(L.identity(STEP), max_residual=jnp.inf),
+            still,
+            "one step",
+        ),
         "fixed point": (H.fixed_point(mapping, L.gmres(tol=1e-14)), still, "exact"),
         "one step": (H.one_step(STEP), still, "one step"),
-        "finite difference": (H.finite_difference(STEP, radius=difference_radius(unit)), still, "one step"),
+        "finite difference": (
+            H.finite_difference(STEP, radius=difference_radius(unit)),
+            still,
+            "one step",
+        ),
         "sama": (H.sama(), bx.inner.optax(optax.sgd(STEP), 1), "one step after"),
         "unrolled none": (H.unrolled(checkpoint="none"), steps, "steps"),
         "unrolled step": (H.unrolled(checkpoint="step"), steps, "steps"),
@@ -156,7 +188,8 @@ SAMPLED = H.zeroth_order(samples=400, scale=1e-3)
 
 
 def references(v0, u, c):
-    """The dense answers: (solution, kind -> gradient), and the condition of the Hessian at the solution."""
+    """The dense answers: (solution, kind -> gradient), and the condition of the Hessian at the
+    solution."""
     gradient = lambda v, u: jax.grad(inner_flat)(v, u, c)
 
     def newton(_, v):
@@ -199,7 +232,8 @@ def references(v0, u, c):
 
 
 def tolerances(unit, condition, name):
-    """The relative error that rounding explains: a hundred units, times the condition where a system is solved."""
+    """The relative error that rounding explains: a hundred units, times the condition where a
+    system is solved."""
     solves = (name.startswith("implicit") and "identity" not in name) or name == "fixed point"
     radius = difference_radius(unit)
     difference = 100 * unit / radius + 100 * radius**2 if name == "finite difference" else 0.0
@@ -212,7 +246,9 @@ def difference_radius(unit):
 
 def run(structure: Structure, count: int, seed: int):
     n, m = size(structure.inner), size(structure.outer)
-    unit = max(float(jnp.finfo(s.dtype).eps) for s in jax.tree.leaves((structure.inner, structure.outer)))
+    unit = max(
+        float(jnp.finfo(s.dtype).eps) for s in jax.tree.leaves((structure.inner, structure.outer))
+    )
     table = methods(unit)
 
     def posed(key):
@@ -221,7 +257,14 @@ def run(structure: Structure, count: int, seed: int):
         v0, u = jax.random.normal(keys[1], (n,)), jax.random.normal(keys[2], (m,))
         start, x = like(structure.inner, v0), like(structure.outer, u)
         v0, u = flat(start), flat(x)  # as the dtypes hold them
-        return c, start, x, references(v0, u, c), jnp.linalg.norm(jax.grad(outer_flat)(v0, u, c)), keys[3]
+        return (
+            c,
+            start,
+            x,
+            references(v0, u, c),
+            jnp.linalg.norm(jax.grad(outer_flat)(v0, u, c)),
+            keys[3],
+        )
 
     def by(name):
         method, solver, kind = table[name]
@@ -233,20 +276,33 @@ def run(structure: Structure, count: int, seed: int):
             est = fn(at, x, c, c)
             scale = jnp.maximum(jnp.linalg.norm(kinds[kind]), 1e-2 * size)
             error = jnp.linalg.norm(flat(est.grad) - kinds[kind]) / scale
-            return error, error / tolerances(unit, condition, name), est.info["code"], est.info["warnings"]
+            return (
+                error,
+                error / tolerances(unit, condition, name),
+                est.info["code"],
+                est.info["warnings"],
+            )
 
         return one
 
     def sampled(posed):
         c, start, x, (_, kinds, _), _, key = posed
-        fn = bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(optax.sgd(STEP), K), hypergradient=SAMPLED)
-        draws = jax.vmap(lambda key: flat(fn(start, x, c, c, key=key).grad))(jax.random.split(key, 8))
+        fn = bx.value_and_hypergrad(
+            inner, outer, solver=bx.inner.optax(optax.sgd(STEP), K), hypergradient=SAMPLED
+        )
+        draws = jax.vmap(lambda key: flat(fn(start, x, c, c, key=key).grad))(
+            jax.random.split(key, 8)
+        )
         spread = jnp.linalg.norm(jnp.std(draws, axis=0, ddof=1)) / jnp.sqrt(8.0)
-        noise = 1e3 * unit / 1e-3 * (1 + jnp.linalg.norm(kinds["steps"]))  # rounding, divided by the width of the smoothing
+        noise = (
+            1e3 * unit / 1e-3 * (1 + jnp.linalg.norm(kinds["steps"]))
+        )  # rounding, divided by the width of the smoothing
         error = jnp.linalg.norm(jnp.mean(draws, axis=0) - kinds["steps"])
         return error, error / (5 * spread + noise), jnp.int32(0), jnp.int32(0)
 
-    over = lambda fn: jax.device_get(jax.jit(jax.vmap(fn))(problems))  # one small program each: one large one takes the compiler minutes
+    over = lambda fn: jax.device_get(
+        jax.jit(jax.vmap(fn))(problems)
+    )  # one small program each: one large one takes the compiler minutes
     problems = jax.jit(jax.vmap(posed))(jax.random.split(jax.random.key(seed), count))
     found = {name: over(by(name)) for name in table}
     return found | {"zeroth order": over(sampled)}, np.asarray(problems[3][2])
@@ -260,14 +316,23 @@ def main(problems: int, only: str, seed: int) -> int:
         began = time.perf_counter()
         found, condition = run(structure, each, seed + number)
         total += each
-        print(f"{name}: {each} problems, conditions {condition.min():.1f} to {condition.max():.0f}, {time.perf_counter() - began:.0f} s")
+        print(
+            f"{name}: {each} problems, conditions {condition.min():.1f} to {condition.max():.0f}, "
+            f"{time.perf_counter() - began:.0f} s"
+        )
         for method, (error, ratio, code, warned) in found.items():
             bad = ~(ratio <= 1)
             quiet = bad & (code == 0) & (warned == 0)
             wrong, silent = wrong + int(bad.sum()), silent + int(quiet.sum())
             said = int(((code != 0) | (warned != 0)).sum())
-            print(f"  {method:20s} largest error {np.nanmax(error):.1e}, of what is allowed {np.max(ratio):.2g}, said {said}, wrong {int(bad.sum())}")
-    print(f"{total} problems, {len(found)} methods and solvers each: {wrong} wrong, {silent} of them silent")
+            print(
+                f"  {method:20s} largest error {np.nanmax(error):.1e}, of what is allowed "
+                f"{np.max(ratio):.2g}, said {said}, wrong {int(bad.sum())}"
+            )
+    print(
+        f"{total} problems, {len(found)} methods and solvers each: {wrong} wrong, {silent} of them "
+        "silent"
+    )
     return int(wrong > 0)
 
 

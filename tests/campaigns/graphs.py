@@ -1,8 +1,11 @@
-"""Random graphs of 3 to 5 levels by mixed methods, against descents differentiated as they stand: ``python -m tests.campaigns.graphs``.
+"""Random graphs of 3 to 5 levels by mixed methods, against descents differentiated as they stand:
+``python -m tests.campaigns.graphs``.
 
-A level follows some of the levels above it and has terms in some of those that follow it; each is differentiated by a method drawn for it. The
-reference knows nothing of the library: every best response is a long descent, level inside level, and the gradient is plain autodiff through all
-of it. Graphs of one shape are lanes of one program, their coefficients random. The last line is the summary.
+A level follows some of the levels above it and has terms in some of those that follow it; each is
+differentiated by a method drawn for it. The reference knows nothing of the library: every best
+response is a long descent, level inside level, and the gradient is plain autodiff through all of
+it. Graphs of one shape are lanes of one program, their coefficients random. The last line is the
+summary.
 """
 
 from __future__ import annotations
@@ -12,7 +15,9 @@ import os
 import random
 import time
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")  # compiled once, run once
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)  # compiled once, run once
 
 import jax
 
@@ -42,20 +47,28 @@ ALLOWED = 1e-7
 def fits(i: int, leaders: list[int], reacts: dict) -> bool:
     """Whether level i may have a term in one that follows `leaders`.
 
-    One of them below i that does not react to i would have to be solved before i: such graphs are left out.
+    One of them below i that does not react to i would have to be solved before i: such graphs are
+    left out.
     """
     return i in leaders and all(k >= i or i in reacts[k] for k in leaders)
 
 
 def shape(rng: random.Random, depth: int, chains: bool) -> tuple[dict, dict]:
-    """Who follows whom and who has terms in whom, by number; the top level is number ``depth - 1``. `chains`: perhaps none inside another."""
+    """Who follows whom and who has terms in whom, by number; the top level is number ``depth - 1``.
+    `chains`: perhaps none inside another."""
     top = depth - 1
     while True:
-        leaders = {i: sorted(rng.sample(range(i + 1, depth), rng.randint(1, min(2, top - i)))) for i in range(top)}
+        leaders = {
+            i: sorted(rng.sample(range(i + 1, depth), rng.randint(1, min(2, top - i))))
+            for i in range(top)
+        }
         reacts = {i: set() for i in range(depth)}
         for i in reversed(range(top)):
             reacts[i] = set(leaders[i]).union(*(reacts[k] for k in leaders[i]))
-        uses = {i: [j for j in range(i) if fits(i, leaders[j], reacts) and rng.random() < 0.6] for i in range(top)}
+        uses = {
+            i: [j for j in range(i) if fits(i, leaders[j], reacts) and rng.random() < 0.6]
+            for i in range(top)
+        }
         inside = {i: closed(uses[i], leaders, i) for i in range(top)}
         uses[top] = [j for j in range(top) if rng.random() < 0.5]
         uses[top] += [j for j in range(top) if j not in closed(uses[top], leaders, top)]
@@ -65,7 +78,8 @@ def shape(rng: random.Random, depth: int, chains: bool) -> tuple[dict, dict]:
 
 
 def closed(used, leaders, above) -> list[int]:
-    """What a level needs solved: those that it uses, and whom they follow below it; leaders first."""
+    """What a level needs solved: those that it uses, and whom they follow below it; leaders
+    first."""
     found = set(used)
     while True:
         more = {k for j in found for k in leaders[j] if k < above} - found
@@ -85,9 +99,17 @@ def build(leaders: dict, uses: dict, depth: int) -> Case:
         def fn(p, c):
             y, c = p[names[i]], c[names[i]]
             if i == depth - 1:
-                return sum(jnp.sum((p[names[j]] - c["t"][j]) ** 2) for j in uses[i]) + 0.05 * jnp.sum(jnp.cosh(y))
-            target = sum(c["a"][k] * jnp.sin(p[names[k]]) + c["b"][k] * p[names[k]] for k in leaders[i])
-            bend = jnp.sum(jnp.cosh(y - target)) + c["q"] * jnp.sum(y**4) + c["r"] * y[0] * jnp.tanh(y[1])
+                return sum(
+                    jnp.sum((p[names[j]] - c["t"][j]) ** 2) for j in uses[i]
+                ) + 0.05 * jnp.sum(jnp.cosh(y))
+            target = sum(
+                c["a"][k] * jnp.sin(p[names[k]]) + c["b"][k] * p[names[k]] for k in leaders[i]
+            )
+            bend = (
+                jnp.sum(jnp.cosh(y - target))
+                + c["q"] * jnp.sum(y**4)
+                + c["r"] * y[0] * jnp.tanh(y[1])
+            )
             return bend + sum(c["s"] * jnp.sum((p[names[j]] - 0.4) ** 2) for j in uses[i])
 
         return fn
@@ -111,14 +133,23 @@ def coefficients(key, names):
 def run(case: Case, chosen: dict[str, str], seed: int):
     names = case.names
     solver = bx.inner.optax(optax.sgd(STEP), STEPS)
-    levels = [bx.Level(n, case.objectives[n], solver=solver, hypergradient=METHODS[chosen[n]]) for n in names[:-1]]
-    fn = bx.value_and_multilevel_grad([*levels, bx.Level("x", case.objectives["x"], solver=optax.sgd(0.1))])
+    levels = [
+        bx.Level(n, case.objectives[n], solver=solver, hypergradient=METHODS[chosen[n]])
+        for n in names[:-1]
+    ]
+    fn = bx.value_and_multilevel_grad(
+        [*levels, bx.Level("x", case.objectives["x"], solver=optax.sgd(0.1))]
+    )
 
     def one(key):
         keys = jax.random.split(key, len(names) + 1)
         c = coefficients(keys[0], names)
-        params = {name: 0.5 * jax.random.normal(k, (2,)) for name, k in zip(names, keys[1:], strict=True)}
-        bound = case._replace(objectives={name: lambda p, _, name=name: case.objectives[name](p, c) for name in names})
+        params = {
+            name: 0.5 * jax.random.normal(k, (2,)) for name, k in zip(names, keys[1:], strict=True)
+        }
+        bound = case._replace(
+            objectives={name: lambda p, _, name=name: case.objectives[name](p, c) for name in names}
+        )
         value, grad = reference(bound)(params)
         est = fn(params, dict.fromkeys(names, c))
         error = jnp.linalg.norm(est.grad - grad) / jnp.linalg.norm(grad)
@@ -138,9 +169,15 @@ def main(graphs: int, seed: int, first: int) -> int:
         began = time.perf_counter()
         error, value, code, warned = run(case, chosen, seed + number)
         bad = ~((error <= ALLOWED) & (value <= ALLOWED))
-        wrong, silent = wrong + int(bad.sum()), silent + int((bad & (code == 0) & (warned == 0)).sum())
+        wrong, silent = (
+            wrong + int(bad.sum()),
+            silent + int((bad & (code == 0) & (warned == 0)).sum()),
+        )
         total += LANES
-        told = ", ".join(f"{n} follows {[case.names[k] for k in leaders[i]]} by {chosen[n]}" for i, n in enumerate(case.names[:-1]))
+        told = ", ".join(
+            f"{n} follows {[case.names[k] for k in leaders[i]]} by {chosen[n]}"
+            for i, n in enumerate(case.names[:-1])
+        )
         nested = {n: found for n, found in case.inside.items() if found and n != "x"}
         print(f"{depth} levels: {told}; inside {nested}: largest error {np.max(error):.1e}, codes {sorted(set(code.tolist()))}, "
               f"{time.perf_counter() - began:.0f} s", flush=True)  # fmt: skip

@@ -2,8 +2,9 @@
 
     PYTHONPATH=. python tests/campaigns/replay_kills.py [--kills 20] [--seed 0]
 
-Each life of the replay is killed without a word after a random number of steps; the next one goes on from its files. A replay
-that comes to its end is compared with the undisturbed one, and the next one begins, until all kills are done.
+Each life of the replay is killed without a word after a random number of steps; the next one goes
+on from its files. A replay that comes to its end is compared with the undisturbed one, and the next
+one begins, until all kills are done.
 """
 
 import argparse
@@ -35,7 +36,9 @@ def main(kills: int, seed: int) -> bool:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()

@@ -1,7 +1,9 @@
-"""Checkpoints that are damaged at random are noticed, or the damage is of no consequence: ``python -m tests.campaigns.run_damage --trials 200``.
+"""Checkpoints that are damaged at random are noticed, or the damage is of no consequence: ``python
+-m tests.campaigns.run_damage --trials 200``.
 
-Any file of the newest checkpoint, its listing included: a bit flipped, cut off, zeroed, removed, lengthened.
-The run that goes on must end with the bits of the undisturbed one. The last line is the summary.
+Any file of the newest checkpoint, its listing included: a bit flipped, cut off, zeroed, removed,
+lengthened. The run that goes on must end with the bits of the undisturbed one. The last line is the
+summary.
 """
 
 import argparse
@@ -44,7 +46,9 @@ def main(trials: int, seed: int) -> None:
         for trial in range(trials):
             shutil.rmtree(folder, ignore_errors=True)
             shutil.copytree(saved, folder)
-            files = sorted(path for path in (folder / "step_000000060").rglob("*") if path.is_file())
+            files = sorted(
+                path for path in (folder / "step_000000060").rglob("*") if path.is_file()
+            )
             path = rng.choice([*files, folder / "step_000000060" / "bilevax_files.json"])
             kind = damage(path, rng)
             with warnings.catch_warnings(record=True) as seen:
@@ -60,8 +64,14 @@ def main(trials: int, seed: int) -> None:
             same = {name: a.tobytes() for name, a in bits(out).items()} == whole
             if not same or told != (out.stats["resumed_from"] == 40):
                 wrong += 1
-                print(f"trial {trial}: {kind} of {path.name}: told {told}, resumed from {out.stats['resumed_from']}, same bits {same}")
-    print(f"{trials} trials: {noticed} noticed, {trials - noticed - failed - wrong} harmless, {wrong} silent and wrong, {failed} ended in an error")
+                print(
+                    f"trial {trial}: {kind} of {path.name}: told {told}, resumed from "
+                    f"{out.stats['resumed_from']}, same bits {same}"
+                )
+    print(
+        f"{trials} trials: {noticed} noticed, {trials - noticed - failed - wrong} harmless, "
+        f"{wrong} silent and wrong, {failed} ended in an error"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Disks that are full, folders that are read-only or gone: ``python -m tests.campaigns.run_faults``.
+"""Disks that are full, folders that are read-only or gone: ``python -m
+tests.campaigns.run_faults``.
 
-A run with checkpoints and two logs meets each fault at its twentieth step: files that may grow no further than to each of several sizes
-(so that each kind of write is the first to fail once), a folder that nobody may write to any more, one that is deleted, one that becomes a
-file. Each run must end within a minute, as a run that is saved or by an error that names the cause and carries the run; and what is started
-again afterwards must end with the bits of the undisturbed run. The last line is the summary.
+A run with checkpoints and two logs meets each fault at its twentieth step: files that may grow no
+further than to each of several sizes (so that each kind of write is the first to fail once), a
+folder that nobody may write to any more, one that is deleted, one that becomes a file. Each run
+must end within a minute, as a run that is saved or by an error that names the cause and carries the
+run; and what is started again afterwards must end with the bits of the undisturbed run. The last
+line is the summary.
 """
 
 import argparse
@@ -44,7 +47,9 @@ def meddle(fault: str, folder: pathlib.Path):
         if event.step != AT:
             return
         if fault.startswith("full"):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (int(fault.split()[-1]), resource.RLIM_INFINITY))
+            resource.setrlimit(
+                resource.RLIMIT_FSIZE, (int(fault.split()[-1]), resource.RLIM_INFINITY)
+            )
         elif fault == "read-only":
             folder.chmod(0o500)
         else:
@@ -56,8 +61,16 @@ def meddle(fault: str, folder: pathlib.Path):
 
 
 def run(folder: pathlib.Path, *callbacks, **keywords):
-    logs = [bx.callbacks.jsonl(folder / "log.jsonl", flush_every=5), bx.callbacks.csv(folder / "log.csv", flush_every=5)]
-    return solve(STEPS, checkpoint=bx.checkpoint.every(EVERY, folder / "saved"), callbacks=[*logs, *callbacks], **keywords)
+    logs = [
+        bx.callbacks.jsonl(folder / "log.jsonl", flush_every=5),
+        bx.callbacks.csv(folder / "log.csv", flush_every=5),
+    ]
+    return solve(
+        STEPS,
+        checkpoint=bx.checkpoint.every(EVERY, folder / "saved"),
+        callbacks=[*logs, *callbacks],
+        **keywords,
+    )
 
 
 def work(fault: str, folder: pathlib.Path) -> None:
@@ -70,9 +83,16 @@ def work(fault: str, folder: pathlib.Path) -> None:
     try:
         found["steps"] = run(folder, meddle(fault, folder / "saved")).stats["steps"]
     except Exception as error:
-        words = [str(error), *(str(cause) for cause in (error.__cause__, error.__context__) if cause is not None), *getattr(error, "__notes__", [])]
+        words = [
+            str(error),
+            *(str(cause) for cause in (error.__cause__, error.__context__) if cause is not None),
+            *getattr(error, "__notes__", []),
+        ]
         solution = getattr(error, "solution", None)
-        found = {"error": f"{type(error).__name__}: {' '.join(' '.join(words).split())}", "steps": solution and solution.stats["steps"]}
+        found = {
+            "error": f"{type(error).__name__}: {' '.join(' '.join(words).split())}",
+            "steps": solution and solution.stats["steps"],
+        }
     resource.setrlimit(resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     folder.with_suffix(".json").write_text(json.dumps(found))
 
@@ -88,7 +108,9 @@ def same(one: pathlib.Path, other: pathlib.Path) -> bool:
 
 
 def main() -> None:
-    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
+    argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    ).parse_args()
     import orbax.checkpoint  # noqa: F401 (before the forks)
 
     bad = 0
@@ -107,24 +129,44 @@ def main() -> None:
             begin = time.monotonic()
             status = Life(lambda folder, fault=fault: work(fault, folder), folder).wait(60)
             took, report = time.monotonic() - begin, folder.with_suffix(".json")
-            found = json.loads(report.read_text()) if report.exists() else {"error": f"ended with {status}", "steps": None}
+            found = (
+                json.loads(report.read_text())
+                if report.exists()
+                else {"error": f"ended with {status}", "steps": None}
+            )
             if (folder / "saved").is_file():
                 (folder / "saved").unlink()
             if (folder / "saved").exists():
                 (folder / "saved").chmod(0o700)
             saved = found["error"] == "" and found["steps"] == STEPS
-            told = found["steps"] is not None and found["steps"] >= AT and any(cause in found["error"] for cause in CAUSES)
-            recovered = Life(again, folder).wait() == 0 and same(folder.with_suffix(".npz"), whole.with_suffix(".npz"))
-            rows = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+            told = (
+                found["steps"] is not None
+                and found["steps"] >= AT
+                and any(cause in found["error"] for cause in CAUSES)
+            )
+            recovered = Life(again, folder).wait() == 0 and same(
+                folder.with_suffix(".npz"), whole.with_suffix(".npz")
+            )
+            rows = [
+                json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()
+            ]
             good = (saved or told) and recovered and rows == list(range(STEPS))
             bad += not good
             print(
-                f"{fault}: {took:.0f} s, steps {found['steps']}, {found['error'][:150] or 'no error'}; the next run {'the same' if recovered else 'DIFFERS'}",
+                f"{fault}: {took:.0f} s, steps {found['steps']}, "
+                f"{found['error'][:150] or 'no error'}; the next run "
+                f"{'the same' if recovered else 'DIFFERS'}",
                 flush=True,
             )
             if not good:
-                print((folder / "words").read_text()[-1500:] if (folder / "words").exists() else "", flush=True)
-    print(f"{len(FAULTS)} faults: {bad} that ended without a cause, too late, or with a run that was lost")
+                print(
+                    (folder / "words").read_text()[-1500:] if (folder / "words").exists() else "",
+                    flush=True,
+                )
+    print(
+        f"{len(FAULTS)} faults: {bad} that ended without a cause, too late, or with a run that was "
+        "lost"
+    )
 
 
 if __name__ == "__main__":

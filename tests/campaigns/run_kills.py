@@ -1,7 +1,9 @@
-"""Runs that are killed again and again end as if they had not been: ``python -m tests.campaigns.run_kills --kills 100``.
+"""Runs that are killed again and again end as if they had not been: ``python -m
+tests.campaigns.run_kills --kills 100``.
 
-Kinds of runs in turn: sampled arrays, an iterable, a stateful objective, rollback after failures, fsdp on eight devices; each with a
-checkpoint every few steps and two logs. Half of the kills come while a save is being written. The last line is the summary.
+Kinds of runs in turn: sampled arrays, an iterable, a stateful objective, rollback after failures,
+fsdp on eight devices; each with a checkpoint every few steps and two logs. Half of the kills come
+while a save is being written. The last line is the summary.
 """
 
 import argparse
@@ -45,15 +47,24 @@ def work(kind: str, folder: pathlib.Path) -> None:
                 rows = order.integers(0, 64, 8)
                 yield data[0][rows], data[1][rows]
 
-    keywords = dict(inner_data=bx.data.minibatches(data, 8), outer_data=bx.data.minibatches(data, 8), key=jax.random.key(0))
+    keywords = dict(
+        inner_data=bx.data.minibatches(data, 8),
+        outer_data=bx.data.minibatches(data, 8),
+        key=jax.random.key(0),
+    )
     objective = inner
     if kind == "iterable":
         keywords["inner_data"] = Loader()
     if kind == "stateful":
-        objective = bx.objective(lambda w, lam, b, m: (inner(w, lam, b), 0.9 * m + 0.1 * b[1].mean()), stateful=True)
+        objective = bx.objective(
+            lambda w, lam, b, m: (inner(w, lam, b), 0.9 * m + 0.1 * b[1].mean()), stateful=True
+        )
         keywords["model_state"] = jnp.float32(0.0)
     if kind == "rollback":
-        keywords["outer_data"] = lambda key, step: (jnp.where(step % 90 == 70, jnp.nan, jnp.asarray(data[0])), jnp.asarray(data[1]))
+        keywords["outer_data"] = lambda key, step: (
+            jnp.where(step % 90 == 70, jnp.nan, jnp.asarray(data[0])),
+            jnp.asarray(data[1]),
+        )
         keywords |= dict(on_failure="rollback", throw=False)
     if kind == "fsdp":
         keywords["sharding"] = bx.sharding.fsdp(min_size=1)
@@ -62,20 +73,33 @@ def work(kind: str, folder: pathlib.Path) -> None:
         (folder / "at").write_text(str(event.step))
         time.sleep(0.002 * EVERY)
 
-    logs = [bx.callbacks.jsonl(folder / "log.jsonl", flush_every=7), bx.callbacks.csv(folder / "log.csv", flush_every=7)]
+    logs = [
+        bx.callbacks.jsonl(folder / "log.jsonl", flush_every=7),
+        bx.callbacks.csv(folder / "log.csv", flush_every=7),
+    ]
     solution = bx.solve_bilevel(
-        objective, outer, jnp.zeros(8), jnp.float32(-2.0), algorithm=bx.algorithms.soba(0.02, 0.02), num_steps=STEPS,
-        checkpoint=bx.checkpoint.every(EVERY, folder / "saved"), callbacks=[*logs, bx.callbacks.every(EVERY, note)], **keywords,
+        objective, outer, jnp.zeros(8), jnp.float32(-2.0), algorithm=bx.algorithms.soba(0.02,
+        0.02), num_steps=STEPS,
+        checkpoint=bx.checkpoint.every(EVERY, folder / "saved"), callbacks=[*logs,
+        bx.callbacks.every(EVERY, note)], **keywords,
     )  # fmt: skip
     found = {name: np.asarray(column) for name, column in solution.history.items()}
-    np.savez(folder / "part.npz", outer=np.asarray(solution.outer_params), inner=np.asarray(solution.inner_params), **found)
+    np.savez(
+        folder / "part.npz",
+        outer=np.asarray(solution.outer_params),
+        inner=np.asarray(solution.inner_params),
+        **found,
+    )
     os.replace(folder / "part.npz", folder / "end.npz")
 
 
 class Life:
-    """A process of a run, forked from this one, which has imported everything and asked for no device."""
+    """A process of a run, forked from this one, which has imported everything and asked for no
+    device."""
 
-    def __init__(self, work: Callable[[pathlib.Path], None], folder: pathlib.Path, devices: int = 1):
+    def __init__(
+        self, work: Callable[[pathlib.Path], None], folder: pathlib.Path, devices: int = 1
+    ):
         self.status: int | None = None
         self.pid = os.fork()
         if self.pid:
@@ -126,7 +150,9 @@ def main() -> None:
 
     rng, done, inside, different, lost, torn = random.Random(given.seed), 0, 0, 0, 0, 0
     with tempfile.TemporaryDirectory() as top:
-        if jax.config.jax_compilation_cache_dir is None:  # the lives compile the same again and again
+        if (
+            jax.config.jax_compilation_cache_dir is None
+        ):  # the lives compile the same again and again
             jax.config.update("jax_compilation_cache_dir", f"{top}/compiled")
         for number, kind in enumerate(KINDS * (given.kills // len(KINDS) + 1)):
             if done >= given.kills:
@@ -135,7 +161,10 @@ def main() -> None:
             if not whole.exists():
                 whole.mkdir()
                 if life(kind, whole).wait() != 0:
-                    raise RuntimeError(f"{kind}: the undisturbed run failed: {(whole / 'words').read_text()[-2000:]}")
+                    raise RuntimeError(
+                        f"{kind}: the undisturbed run failed: "
+                        f"{(whole / 'words').read_text()[-2000:]}"
+                    )
             folder = pathlib.Path(top) / f"{kind}.{number}"
             (folder / "saved").mkdir(parents=True)
             for _ in range(min(5, given.kills - done)):
@@ -143,8 +172,14 @@ def main() -> None:
                 target = int((folder / "at").read_text() or 0) if (folder / "at").exists() else 0
                 target += rng.randrange(0, STEPS // 5, EVERY)
                 while child.poll() is None:
-                    reached = (folder / "at").exists() and int((folder / "at").read_text() or 0) > target
-                    writing = any("tmp" in path.name for path in (folder / "saved").iterdir()) if (folder / "saved").exists() else False
+                    reached = (folder / "at").exists() and int(
+                        (folder / "at").read_text() or 0
+                    ) > target
+                    writing = (
+                        any("tmp" in path.name for path in (folder / "saved").iterdir())
+                        if (folder / "saved").exists()
+                        else False
+                    )
                     if reached and (writing or not saving):
                         os.kill(child.pid, signal.SIGKILL)
                         done, inside = done + 1, inside + writing
@@ -158,12 +193,17 @@ def main() -> None:
                 print(kind, (folder / "words").read_text()[-2000:])
                 continue
             different += ends(folder) != ends(whole)
-            steps = [json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()]
+            steps = [
+                json.loads(line)["step"] for line in (folder / "log.jsonl").read_text().splitlines()
+            ]
             rows = (folder / "log.csv").read_text().splitlines()
             with np.load(folder / "end.npz") as file:
                 torn += steps != list(range(len(file["value"]))) or len(rows) != len(steps) + 1
             print(f"{kind}: {done} kills, {inside} inside a save", flush=True)
-    print(f"{done} kills, {inside} inside a save: {different} runs with different bits, {lost} lost, {torn} logs with errors")
+    print(
+        f"{done} kills, {inside} inside a save: {different} runs with different bits, {lost} lost, "
+        f"{torn} logs with errors"
+    )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,8 @@
-"""Every level trains on each batch of its loader once and in order, in all combinations: ``python -m tests.campaigns.run_loaders``.
+"""Every level trains on each batch of its loader once and in order, in all combinations: ``python
+-m tests.campaigns.run_loaders``.
 
-Inner steps K of 1, 3 and 10, two to four levels, levels that move in every, every 2nd and every 5th step, each method.
-``--method`` takes one of them. The last line is the summary.
+Inner steps K of 1, 3 and 10, two to four levels, levels that move in every, every 2nd and every 5th
+step, each method. ``--method`` takes one of them. The last line is the summary.
 """
 
 import argparse
@@ -22,7 +23,8 @@ def one(inner_steps: int, depth: int, every: int, method: str) -> str | None:
     levels = chain(depth, (inner_steps,) * (depth - 1), (every,) * (depth - 1), METHODS[method])
     loaders = {level.name: Numbers(5 + k) for k, level in enumerate(levels[:-1])}
     out = bx.solve_multilevel(
-        levels, {level.name: jnp.zeros(()) for level in levels}, data=loaders, num_steps=STEPS, key=jax.random.key(0), keep="last",
+        levels, {level.name: jnp.zeros(()) for level in levels}, data=loaders, num_steps=STEPS,
+        key=jax.random.key(0), keep="last",
         model_state={name: empty(inner_steps * STEPS + 5) for name in loaders},
     )  # fmt: skip
     for name, loader in loaders.items():
@@ -42,7 +44,10 @@ def main(methods: list[str]) -> None:
         if fault:
             print("K={}, {} levels, every={}, {}: ".format(*case) + fault, flush=True)
         jax.clear_caches()
-    print(f"{len(cases)} combinations of {', '.join(methods)}: {wrong} wrong, in {time.process_time() - begin:.0f} s of processor time")
+    print(
+        f"{len(cases)} combinations of {', '.join(methods)}: {wrong} wrong, in "
+        f"{time.process_time() - begin:.0f} s of processor time"
+    )
 
 
 if __name__ == "__main__":

@@ -1,9 +1,12 @@
-"""Logistic and Poisson regression from poor starts and in raw units: ``python -m tests.campaigns.scales``.
+"""Logistic and Poisson regression from poor starts and in raw units: ``python -m
+tests.campaigns.scales``.
 
-Starts are 1, 10 and 100 times as far out as the solution, features have one scale from 1e-4 to 1e6 or scales mixed within 1e3. L-BFGS and
-implicit differentiation with nothing set are compared with a dense Newton solve in float64: relative errors of the hypergradient up to 1e-5 in
-float64 and 1e-2 in float32 count as reached. A case that is not must have said so, and one that says so should be one in which rounding times
-condition is more than that. Gradients and products are counted beside those of the same case from zero. The last lines are the summary.
+Starts are 1, 10 and 100 times as far out as the solution, features have one scale from 1e-4 to 1e6
+or scales mixed within 1e3. L-BFGS and implicit differentiation with nothing set are compared with a
+dense Newton solve in float64: relative errors of the hypergradient up to 1e-5 in float64 and 1e-2
+in float32 count as reached. A case that is not must have said so, and one that says so should be
+one in which rounding times condition is more than that. Gradients and products are counted beside
+those of the same case from zero. The last lines are the summary.
 """
 
 from __future__ import annotations
@@ -11,7 +14,9 @@ from __future__ import annotations
 import argparse
 import os
 
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true")  # compiled once, run once
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+)  # compiled once, run once
 
 import jax
 
@@ -29,11 +34,17 @@ SCALES = (*(10.0**k for k in range(-4, 7)), "mixed")
 
 
 def logistic(w, x, b):
-    return jnp.mean(jax.nn.softplus(b["x"] @ w) - b["y"] * (b["x"] @ w)) + jnp.sum(jnp.exp(x) * (b["s"] * w) ** 2) / 2
+    return (
+        jnp.mean(jax.nn.softplus(b["x"] @ w) - b["y"] * (b["x"] @ w))
+        + jnp.sum(jnp.exp(x) * (b["s"] * w) ** 2) / 2
+    )
 
 
 def poisson(w, x, b):
-    return jnp.mean(jnp.exp(b["x"] @ w) - b["y"] * (b["x"] @ w)) + jnp.sum(jnp.exp(x) * (b["s"] * w) ** 2) / 2
+    return (
+        jnp.mean(jnp.exp(b["x"] @ w) - b["y"] * (b["x"] @ w))
+        + jnp.sum(jnp.exp(x) * (b["s"] * w) ** 2) / 2
+    )
 
 
 PROBLEMS = {"logistic": logistic, "poisson": poisson}
@@ -45,7 +56,11 @@ def data(key, scale, kind):
     s = jnp.where(scale > 0, scale, 10 ** jax.random.uniform(k[0], (N,), minval=-1.5, maxval=1.5))
     z, w = jax.random.normal(k[1], (2, ROWS, N)), 0.5 * jax.random.normal(k[2], (N,))
     at = z @ w
-    y = jax.random.bernoulli(k[3], jax.nn.sigmoid(at)) if kind == "logistic" else jax.random.poisson(k[3], jnp.exp(at))
+    y = (
+        jax.random.bernoulli(k[3], jax.nn.sigmoid(at))
+        if kind == "logistic"
+        else jax.random.poisson(k[3], jnp.exp(at))
+    )
     both = [{"x": z[i] * s, "y": y[i].astype(jnp.float64), "s": s} for i in range(2)]
     return both, jax.random.normal(k[4], (N,)) - 3.0, jnp.sign(jax.random.normal(k[5], (N,)))
 
@@ -69,7 +84,9 @@ def exact(g, train, held_out, x):
 def run(kind: str, dtype: str, draws: int):
     g = PROBLEMS[kind]
     plain = lambda w, x, b: g(w, jnp.full(N, -jnp.inf, x.dtype), b)
-    fn = bx.value_and_hypergrad(g, plain, solver=bx.inner.lbfgs(), hypergradient=bx.hypergradient.implicit())
+    fn = bx.value_and_hypergrad(
+        g, plain, solver=bx.inner.lbfgs(), hypergradient=bx.hypergradient.implicit()
+    )
     scales = jnp.asarray([0.0 if s == "mixed" else s for s in SCALES])
     cast = lambda tree: jax.tree.map(lambda a: a.astype(dtype), tree)
 
@@ -86,7 +103,9 @@ def run(kind: str, dtype: str, draws: int):
         return error, (far.info["code"] != 0) | (far.info["warnings"] != 0), condition, spent, near
 
     over = jax.vmap(jax.vmap(jax.vmap(one, (0, None, None)), (None, 0, None)), (None, None, 0))
-    return jax.device_get(jax.jit(over)(jax.random.split(jax.random.key(0), draws), scales, jnp.asarray(STARTS)))
+    return jax.device_get(
+        jax.jit(over)(jax.random.split(jax.random.key(0), draws), scales, jnp.asarray(STARTS))
+    )
 
 
 def main(draws: int, only: str) -> int:
@@ -103,7 +122,8 @@ def main(draws: int, only: str) -> int:
             for i, start in enumerate(STARTS):
                 row = " ".join(f"{100 * part.mean():.0f}" for part in reached[i])
                 print(
-                    f"{kind} {dtype}, start x{start:.0f}: reached in % by scale {row}; evaluations {np.median(spent[i]):.0f} (from zero {np.median(near[i]):.0f})"
+                    f"{kind} {dtype}, start x{start:.0f}: reached in % by scale {row}; evaluations "
+                    f"{np.median(spent[i]):.0f} (from zero {np.median(near[i]):.0f})"
                 )
             print(f"{kind} {dtype}: reached {100 * reached.mean():.1f} % of {reached.size}, silent {int(quiet.sum())}, "
                   f"said though reached and not explained {int((said & reached & ~explained).sum())}", flush=True)  # fmt: skip

@@ -24,12 +24,17 @@ METHODS = {  # the passes that stand apart: the outer gradient, and the method's
 
 def deep(y, x, batch):
     h = jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), batch, y["layers"])[0]
-    return jnp.mean(x[:, None] * (h @ y["top"]) ** 2) + 1e-2 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(y))
+    return jnp.mean(x[:, None] * (h @ y["top"]) ** 2) + 1e-2 * sum(
+        jnp.sum(leaf**2) for leaf in jax.tree.leaves(y)
+    )
 
 
 def problem():
     keys = jax.random.split(jax.random.key(0), 3)
-    y = {"layers": 0.3 * jax.random.normal(keys[0], (3, 4, 4)), "top": jax.random.normal(keys[1], (4, 1))}
+    y = {
+        "layers": 0.3 * jax.random.normal(keys[0], (3, 4, 4)),
+        "top": jax.random.normal(keys[1], (4, 1)),
+    }
     return y, jnp.linspace(0.5, 1.5, 6), jax.random.normal(keys[2], (6, 4))
 
 
@@ -41,14 +46,19 @@ def function(method):
 def walk(jaxpr):
     for eqn in jaxpr.eqns:
         yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")):
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")
+        ):
             if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
                 yield from walk(getattr(value, "jaxpr", value))
 
 
 def branches(jaxpr) -> int:
     """Predicates that are hidden from the compiler."""
-    return sum(eqn.primitive.name == "optimization_barrier" and eqn.outvars[0].aval.dtype == bool for eqn in walk(jaxpr))
+    return sum(
+        eqn.primitive.name == "optimization_barrier" and eqn.outvars[0].aval.dtype == bool
+        for eqn in walk(jaxpr)
+    )
 
 
 @pytest.mark.parametrize("name", METHODS)
@@ -84,7 +94,12 @@ def test_keys_and_meshes_whose_axes_types_know_stay_outside(monkeypatch):
         there = jax.device_put(y, NamedSharding(mesh, PartitionSpec("data")))
         assert branches(jax.make_jaxpr(lambda y: apart(jnp.sin, y))(there).jaxpr) == 0
     auto = Mesh(np.array(jax.devices()[:2]), ("data",), axis_types=(AxisType.Auto,))
-    inside = jax.shard_map(lambda y: apart(jnp.sin, y), mesh=auto, in_specs=PartitionSpec("data"), out_specs=PartitionSpec("data"))
+    inside = jax.shard_map(
+        lambda y: apart(jnp.sin, y),
+        mesh=auto,
+        in_specs=PartitionSpec("data"),
+        out_specs=PartitionSpec("data"),
+    )
     assert branches(jax.make_jaxpr(inside)(y).jaxpr) == 0
     np.testing.assert_allclose(jax.jit(inside)(y), jnp.sin(y), rtol=1e-6)
 
@@ -94,12 +109,22 @@ def test_sharded_parameters_in_a_branch(monkeypatch):
     mesh = Mesh(np.array(jax.devices()[:4]), ("fsdp",), axis_types=(AxisType.Auto,))
     rows = NamedSharding(mesh, PartitionSpec("fsdp"))
     y, x, batch = problem()
-    y = {"layers": jax.device_put(y["layers"], NamedSharding(mesh, PartitionSpec(None, "fsdp"))), "top": jax.device_put(y["top"], rows)}
+    y = {
+        "layers": jax.device_put(y["layers"], NamedSharding(mesh, PartitionSpec(None, "fsdp"))),
+        "top": jax.device_put(y["top"], rows),
+    }
     found = jax.jit(function(HG.sama()))(y, x, batch, 2 * batch)
-    np.testing.assert_allclose(found.grad, jax.jit(function(HG.sama()))(*problem(), 2 * batch).grad, rtol=2e-5, atol=1e-7)
+    np.testing.assert_allclose(
+        found.grad, jax.jit(function(HG.sama()))(*problem(), 2 * batch).grad, rtol=2e-5, atol=1e-7
+    )
     assert found.inner_params["layers"].sharding.spec == PartitionSpec(None, "fsdp")
 
 
 def test_small_and_large():
     assert not module.large({"a": jnp.zeros(4)})
-    assert module.large({"a": jax.ShapeDtypeStruct((module.LARGE // 4,), jnp.float32), "b": jax.ShapeDtypeStruct((), jnp.float32)})
+    assert module.large(
+        {
+            "a": jax.ShapeDtypeStruct((module.LARGE // 4,), jnp.float32),
+            "b": jax.ShapeDtypeStruct((), jnp.float32),
+        }
+    )

@@ -1,4 +1,5 @@
-"""Draws are pure functions of (key, step): the same batches at any step, in any order, and every example once an epoch."""
+"""Draws are pure functions of (key, step): the same batches at any step, in any order, and every
+example once an epoch."""
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +15,19 @@ KEY = jax.random.key(3)
 
 @pytest.mark.parametrize("total", [1, 2, 3, 10, 64, 97, 1000])
 def test_permuted_is_a_permutation(total):
-    images = jax.jit(permutation.permuted, static_argnums=2)(KEY, jnp.arange(total, dtype=jnp.uint32), total)
+    images = jax.jit(permutation.permuted, static_argnums=2)(
+        KEY, jnp.arange(total, dtype=jnp.uint32), total
+    )
     assert sorted(images.tolist()) == list(range(total))
 
 
 def test_permuted_looks_random():
-    """Over 2,000 keys each place's image is uniform (chi-square), and neighbours are not correlated."""
+    """Over 2,000 keys each place's image is uniform (chi-square), and neighbours are not
+    correlated."""
     keys = jax.random.split(KEY, 2000)
-    images = np.asarray(jax.vmap(lambda k: permutation.permuted(k, jnp.arange(10, dtype=jnp.uint32), 10))(keys)).astype(int)
+    images = np.asarray(
+        jax.vmap(lambda k: permutation.permuted(k, jnp.arange(10, dtype=jnp.uint32), 10))(keys)
+    ).astype(int)
     for place in range(10):
         counts = np.bincount(images[:, place], minlength=10)
         assert ((counts - 200) ** 2 / 200).sum() < 33.7  # chi-square, 9 degrees, p = 1e-4
@@ -87,7 +93,13 @@ def test_forms():
     assert sources.as_source([np.zeros(3), np.zeros((3, 2))], "d").draw is data.same
     assert isinstance(sources.as_source(iter([np.zeros(3)]), "d"), loaders.Stream)
     stream = sources.as_source(range(3), "d")
-    assert [stream.next() for _ in range(5)] == [0, 1, 2, 0, 1]  # what can be iterated again starts over
+    assert [stream.next() for _ in range(5)] == [
+        0,
+        1,
+        2,
+        0,
+        1,
+    ]  # what can be iterated again starts over
     once = sources.as_source(iter(range(2)), "d")
     assert [once.next(), once.next()] == [0, 1]
     with pytest.raises(StopIteration):
@@ -97,14 +109,17 @@ def test_forms():
 def test_evaluations_of_one_draw_share_a_key_and_draws_do_not():
     source = data.minibatches(np.arange(10), 5)
     feed = Feed(source.data, KEY, 0)
-    first, again, second = (jax.random.key_data(source.draw(feed, i).key).tolist() for i in (0, 0, 1))
+    first, again, second = (
+        jax.random.key_data(source.draw(feed, i).key).tolist() for i in (0, 0, 1)
+    )
     assert first == again != second
 
 
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("total", [2, 5, 16])
 def test_an_order_found_at_once_is_that_of_the_draws(total, replace):
-    """The compiled loop reads which batch comes next from a table; a draw of its own works it out."""
+    """The compiled loop reads which batch comes next from a table; a draw of its own works it
+    out."""
     source = data.partitioned(jnp.arange(3.0 * total).reshape(-1, 1), 3, replace=replace)
     feed = Feed(source.data, KEY, jnp.int32(7))  # in the middle of an epoch
     count = 2 * total + 1
@@ -114,7 +129,11 @@ def test_an_order_found_at_once_is_that_of_the_draws(total, replace):
         order = draws.ordered(source.draw, feed, count)
         alone = [source.draw(feed, i) for i in range(count)]
         told = [source.draw(feed._replace(order=order), i) for i in range(count)]
-        return order, jnp.stack([ctx.index for ctx in alone]), [jnp.stack([ctx.batch for ctx in many]) for many in (alone, told)]
+        return (
+            order,
+            jnp.stack([ctx.index for ctx in alone]),
+            [jnp.stack([ctx.batch for ctx in many]) for many in (alone, told)],
+        )
 
     order, index, (alone, told) = both(feed)
     assert np.array_equal(order, index) and np.array_equal(alone, told)

@@ -21,13 +21,17 @@ def query(W, meta, tasks):
     return jnp.mean((W - tasks) ** 2), (W, tasks)
 
 
-ALGORITHM = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 2), H.unrolled(), optax.sgd(0.1))
+ALGORITHM = bx.algorithms.double_loop(
+    bx.inner.optax(optax.sgd(1.0), 2), H.unrolled(), optax.sgd(0.1)
+)
 
 
 def solve(inner_data, outer_data, steps=4, **keywords):
     return bx.solve_bilevel(
-        bx.tasks(adapt, "sum"), bx.objective(query, has_aux=True), jnp.zeros(4), jnp.zeros(()), inner_data=inner_data,
-        outer_data=outer_data, inner_init=bx.task_copies(4), algorithm=ALGORITHM, num_steps=steps, **{"key": KEY, **keywords},
+        bx.tasks(adapt, "sum"), bx.objective(query, has_aux=True), jnp.zeros(4), jnp.zeros(()),
+        inner_data=inner_data,
+        outer_data=outer_data, inner_init=bx.task_copies(4), algorithm=ALGORITHM, num_steps=steps,
+        **{"key": KEY, **keywords},
     )  # fmt: skip
 
 
@@ -56,7 +60,9 @@ def test_the_tasks_adapted_to_are_those_asked_about(name):
     out = solve(episodes, episodes)
     adapted, asked = out.history["aux"]
     assert np.array_equal(adapted, asked) and (out.history["value"] == 0).all()
-    assert name == "arrays" or len({tuple(row) for row in asked.tolist()}) == 4  # and others at each step
+    assert (
+        name == "arrays" or len({tuple(row) for row in asked.tolist()}) == 4
+    )  # and others at each step
 
 
 def half(batch):
@@ -80,7 +86,9 @@ def test_a_second_parent_draws_for_itself():
 def test_episodes_resume_to_the_bit(name, tmp_path):
     pytest.importorskip("orbax.checkpoint")
     make = SOURCES[name]
-    run = lambda steps, **keywords: solve(*[bx.data.episodes(make())] * 2, steps=steps, keep="last", **keywords)
+    run = lambda steps, **keywords: solve(
+        *[bx.data.episodes(make())] * 2, steps=steps, keep="last", **keywords
+    )
     whole, first = run(6), run(2)
     second = run(4, state=first.state)
     assert np.array_equal(second.history["aux"][1], whole.history["aux"][1][2:])
@@ -95,32 +103,58 @@ def test_second_order_products_see_the_episode():
     g = lambda y, x, batch: 0.5 * y**2 + x * y * batch
     f = bx.objective(lambda y, x, batch: (y, batch), has_aux=True)
     episodes = bx.data.episodes(lambda key, step: jax.random.uniform(key, (), jnp.float64))
-    loop = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.5), 3), H.one_step(), optax.sgd(0.0))
-    out = bx.solve_bilevel(g, f, jnp.zeros(()), jnp.zeros(()), inner_data=episodes, outer_data=episodes, algorithm=loop, num_steps=4, key=KEY)
+    loop = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.5), 3), H.one_step(), optax.sgd(0.0)
+    )
+    out = bx.solve_bilevel(
+        g,
+        f,
+        jnp.zeros(()),
+        jnp.zeros(()),
+        inner_data=episodes,
+        outer_data=episodes,
+        algorithm=loop,
+        num_steps=4,
+        key=KEY,
+    )
     assert np.array_equal(out.history["aux"], out.history["grad_norm"])
 
 
 @pytest.mark.parametrize("nested", [False, True])
 def test_levels_share_an_episode(nested):
-    """Three levels land on what the episode says; a level inside another's objective sees it, too."""
+    """Three levels land on what the episode says; a level inside another's objective sees it,
+    too."""
     episodes = bx.data.episodes(bx.data.minibatches(TASKS, 1)).map(jnp.sum)
     z = lambda p, batch: 0.5 * (p["z"] - batch - (p["y"] if nested else 0.0)) ** 2 + 0.0 * p["x"]
     y = lambda p, batch: 0.5 * (p["y"] - batch) ** 2 + 0.0 * p["z"] + 0.0 * p["x"]
-    top = bx.objective(lambda p, batch: ((p["z"] - batch) ** 2 + (p["y"] - batch) ** 2 + 0 * p["x"], batch), has_aux=True)
+    top = bx.objective(
+        lambda p, batch: ((p["z"] - batch) ** 2 + (p["y"] - batch) ** 2 + 0 * p["x"], batch),
+        has_aux=True,
+    )
     solver = bx.inner.optax(optax.sgd(1.0), 2)
     levels = [
         bx.Level("z", z, solver=solver, hypergradient=H.implicit()),
         bx.Level("y", y, solver=solver, hypergradient=H.implicit()),
         bx.Level("x", top, solver=optax.sgd(0.1)),
     ]
-    out = bx.solve_multilevel(levels, dict.fromkeys("zyx", jnp.zeros(())), data=dict.fromkeys("zyx", episodes), num_steps=4, key=KEY)
-    wanted = out.history["aux"] ** 2 if nested else 0 * out.history["aux"]  # z = 2 batch where it follows y
+    out = bx.solve_multilevel(
+        levels,
+        dict.fromkeys("zyx", jnp.zeros(())),
+        data=dict.fromkeys("zyx", episodes),
+        num_steps=4,
+        key=KEY,
+    )
+    wanted = (
+        out.history["aux"] ** 2 if nested else 0 * out.history["aux"]
+    )  # z = 2 batch where it follows y
     assert np.allclose(out.history["value"], wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_a_run_of_episodes_under_vmap():
     episodes = bx.data.episodes(bx.data.minibatches(TASKS, 4))
-    out = jax.vmap(lambda key: solve(episodes, episodes, key=key).history["value"])(jax.random.split(KEY, 3))
+    out = jax.vmap(lambda key: solve(episodes, episodes, key=key).history["value"])(
+        jax.random.split(KEY, 3)
+    )
     assert (out == 0).all()
 
 
@@ -131,7 +165,8 @@ def test_episodes_on_several_devices(name, sharding):
     lay = sharding(jax.devices()[:4])
     outer = bx.tasks(lambda w, meta, task: (w - task - 1) ** 2)
     run = lambda **keywords: bx.solve_bilevel(
-        bx.tasks(adapt, "sum"), outer, jnp.zeros(4), jnp.zeros(()), **dict(zip(("inner_data", "outer_data"), episodes(), strict=True)),
+        bx.tasks(adapt, "sum"), outer, jnp.zeros(4), jnp.zeros(()), **dict(zip(("inner_data",
+        "outer_data"), episodes(), strict=True)),
         inner_init=bx.task_copies(4), algorithm=ALGORITHM, num_steps=3, key=KEY, **keywords,
     )  # fmt: skip
     assert np.allclose(run(sharding=lay).history["value"], run().history["value"], rtol=1e-12)

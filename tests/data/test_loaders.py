@@ -1,4 +1,5 @@
-"""Iterables of batches: each is trained on once and in order, none is lost, and what cannot work is named."""
+"""Iterables of batches: each is trained on once and in order, none is lost, and what cannot work is
+named."""
 
 import collections
 import itertools
@@ -75,14 +76,18 @@ def loop(method, steps):
     return bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.5), steps), method, optax.sgd(0.01))
 
 
-CASES = [(name, (1, 3, 10)[i % 3]) for i, name in enumerate(METHODS)] + [("implicit", 3), ("unrolled", 10)]
+CASES = [(name, (1, 3, 10)[i % 3]) for i, name in enumerate(METHODS)] + [
+    ("implicit", 3),
+    ("unrolled", 10),
+]
 
 
 @pytest.mark.parametrize("name, steps", CASES)
 def test_every_batch_is_trained_on_once_and_in_order(name, steps):
     loader, num = Numbers(), 7
     out = bx.solve_bilevel(
-        tracing(inner), outer, jnp.zeros(()), jnp.zeros(()), inner_data=loader, algorithm=loop(METHODS[name], steps),
+        tracing(inner), outer, jnp.zeros(()), jnp.zeros(()), inner_data=loader,
+        algorithm=loop(METHODS[name], steps),
         num_steps=num, key=jax.random.key(0), model_state=empty(steps * num + 5), keep="last",
     )  # fmt: skip
     assert out.result is RESULTS.success
@@ -100,13 +105,24 @@ SINGLE = {
 @pytest.mark.parametrize("name", SINGLE)
 def test_other_algorithms_leave_no_batch_out(name):
     algorithm, loader = SINGLE[name], Numbers()
-    bx.solve_bilevel(inner, outer, jnp.zeros(()), jnp.zeros(()), inner_data=loader, algorithm=algorithm, num_steps=5, key=jax.random.key(0))
+    bx.solve_bilevel(
+        inner,
+        outer,
+        jnp.zeros(()),
+        jnp.zeros(()),
+        inner_data=loader,
+        algorithm=algorithm,
+        num_steps=5,
+        key=jax.random.key(0),
+    )
     assert loader.reads == 5 * algorithm.draws.inner
 
 
 def test_independent_batches_have_to_be_given():
     algorithm = bx.algorithms.stocbio(0.1, 0.1, steps=2, neumann_steps=3)
-    run = lambda **data: bx.solve_bilevel(inner, outer, jnp.zeros(()), jnp.zeros(()), algorithm=algorithm, num_steps=4, **data)
+    run = lambda **data: bx.solve_bilevel(
+        inner, outer, jnp.zeros(()), jnp.zeros(()), algorithm=algorithm, num_steps=4, **data
+    )
     with pytest.raises(ValueError, match="hyper_data: got None with an iterable as inner_data"):
         run(inner_data=Numbers())
     train, products = Numbers(), Numbers(50)
@@ -115,10 +131,19 @@ def test_independent_batches_have_to_be_given():
 
 
 def test_products_are_taken_on_the_last_batch_trained_on():
-    """The mixed product reads the batch: ``g = x y b`` pulled back by one step's worth gives the number of the step's last batch."""
+    """The mixed product reads the batch: ``g = x y b`` pulled back by one step's worth gives the
+    number of the step's last batch."""
     g = lambda y, x, batch: 0.5 * y**2 + x * y * batch
     loader = (np.float64(i) for i in range(100))
-    out = bx.solve_bilevel(g, lambda y, x, batch: y, jnp.zeros(()), jnp.zeros(()), inner_data=loader, algorithm=loop(H.one_step(), 3), num_steps=5)
+    out = bx.solve_bilevel(
+        g,
+        lambda y, x, batch: y,
+        jnp.zeros(()),
+        jnp.zeros(()),
+        inner_data=loader,
+        algorithm=loop(H.one_step(), 3),
+        num_steps=5,
+    )
     assert out.history["grad_norm"].tolist() == [2.0, 5.0, 8.0, 11.0, 14.0]
 
 
@@ -136,7 +161,8 @@ def test_an_iterable_of_its_own_for_products():
 
 
 def chain(depth, steps, every, method):
-    """`depth` levels, each but the top one with its own loader: v_0 follows x, v_k follows v_(k-1)."""
+    """`depth` levels, each but the top one with its own loader: v_0 follows x, v_k follows
+    v_(k-1)."""
 
     def follow(name, leader):
         def fn(p, batch, trace):
@@ -156,7 +182,10 @@ def chain(depth, steps, every, method):
         )
         for k, name in enumerate(names)
     ]
-    return [*levels, bx.Level("x", lambda p, batch: outer(p[names[-1]], None, None), solver=optax.sgd(0.01))]
+    return [
+        *levels,
+        bx.Level("x", lambda p, batch: outer(p[names[-1]], None, None), solver=optax.sgd(0.01)),
+    ]
 
 
 LEVELS = [
@@ -171,7 +200,9 @@ LEVELS = [
 
 
 @pytest.mark.parametrize("depth, steps, every, name", LEVELS)
-def test_every_level_trains_on_each_batch_once_and_stands_still_without_reading(depth, steps, every, name):
+def test_every_level_trains_on_each_batch_once_and_stands_still_without_reading(
+    depth, steps, every, name
+):
     levels, num = chain(depth, steps, every, METHODS[name]), 11
     loaders = {level.name: Numbers(5 + k) for k, level in enumerate(levels[:-1])}
     start = {level.name: jnp.zeros(()) for level in levels}
@@ -188,11 +219,15 @@ def test_every_level_trains_on_each_batch_once_and_stands_still_without_reading(
 def test_a_standing_level_s_products_use_its_last_batch():
     g = lambda p, batch: 0.5 * p["y"] ** 2 + p["x"] * p["y"] * batch
     levels = [
-        bx.Level("y", g, solver=bx.inner.optax(optax.sgd(0.5), 2), hypergradient=H.one_step(), every=3),
+        bx.Level(
+            "y", g, solver=bx.inner.optax(optax.sgd(0.5), 2), hypergradient=H.one_step(), every=3
+        ),
         bx.Level("x", lambda p, batch: p["y"], solver=optax.sgd(0.01)),
     ]
     loader = [np.float64(i) for i in range(20)]
-    run = lambda **keywords: bx.solve_multilevel(levels, {"y": jnp.zeros(()), "x": jnp.zeros(())}, keep="last", **keywords)
+    run = lambda **keywords: bx.solve_multilevel(
+        levels, {"y": jnp.zeros(()), "x": jnp.zeros(())}, keep="last", **keywords
+    )
     whole = run(data={"y": iter(loader)}, num_steps=8)
     assert whole.history["grad_norm"].tolist() == [1.0, 1.0, 1.0, 3.0, 3.0, 3.0, 5.0, 5.0]
 
@@ -220,9 +255,13 @@ class Wide:
             yield np.zeros(self.size // 8)
 
 
-@pytest.mark.parametrize("size, read_ahead, most", [(2**25, None, 4), (2**28, None, 2), (8, 3, 3), (8, 1, 1), (8, None, 32)])
+@pytest.mark.parametrize(
+    "size, read_ahead, most",
+    [(2**25, None, 4), (2**28, None, 2), (8, 3, 3), (8, 1, 1), (8, None, 32)],
+)
 def test_reading_ahead_is_bounded(size, read_ahead, most):
-    """Two batches a step: of 32 MiB four steps fit in 256 MiB; of 256 MiB none does, and two are read all the same."""
+    """Two batches a step: of 32 MiB four steps fit in 256 MiB; of 256 MiB none does, and two are
+    read all the same."""
     from bilevax.data.loaders import Stream
     from bilevax.run.window import Window
 
@@ -251,7 +290,11 @@ def test_steps_that_were_not_done_are_handed_out_again():
     for done in (4, 1, 0, 3, 2, 4, 4):
         (data,), steps = window.read(start, 100)
         first, rows = data
-        got += [int(rows[2 * (start + t) + i - int(first)]) for t in range(min(done, steps)) for i in (0, 1)]
+        got += [
+            int(rows[2 * (start + t) + i - int(first)])
+            for t in range(min(done, steps))
+            for i in (0, 1)
+        ]
         window.prefetch(100, 1000)
         window.done(min(done, steps))
         start += min(done, steps)
@@ -261,9 +304,12 @@ def test_steps_that_were_not_done_are_handed_out_again():
 @pytest.mark.parametrize("read_ahead", [1, 2, 5, None])
 def test_what_is_read_ahead_changes_nothing(read_ahead):
     out = bx.solve_bilevel(
-        tracing(inner), outer, jnp.zeros(()), jnp.zeros(()), inner_data=Numbers(), outer_data=Numbers(4),
-        algorithm=loop(H.implicit(), 2), num_steps=13, read_ahead=read_ahead, model_state=empty(30), keep="last",
-        callbacks=[bx.callbacks.every(3, lambda event: None)] if hasattr(bx.callbacks, "every") else [],
+        tracing(inner), outer, jnp.zeros(()), jnp.zeros(()), inner_data=Numbers(),
+        outer_data=Numbers(4),
+        algorithm=loop(H.implicit(), 2), num_steps=13, read_ahead=read_ahead,
+        model_state=empty(30), keep="last",
+        callbacks=[bx.callbacks.every(3, lambda event: None)] if hasattr(bx.callbacks,
+        "every") else [],
     )  # fmt: skip
     assert seen(out.model_state) == expected(26)
 
@@ -287,7 +333,8 @@ fit = lambda w, x, b: jnp.mean((b[0] @ w - b[1]) ** 2)
 
 def regression(steps, data, **keywords):
     return bx.solve_bilevel(
-        ridge, fit, jnp.zeros(3), jnp.zeros(()), inner_data=data, outer_data=(X, X[:, 0]), algorithm=loop(H.unrolled(), 2),
+        ridge, fit, jnp.zeros(3), jnp.zeros(()), inner_data=data, outer_data=(X, X[:, 0]),
+        algorithm=loop(H.unrolled(), 2),
         num_steps=steps, keep="last", **keywords,
     )  # fmt: skip
 
@@ -295,12 +342,16 @@ def regression(steps, data, **keywords):
 def test_a_state_goes_on_at_the_loader_s_place():
     whole, half = regression(8, Again(BATCHES)), regression(3, Again(BATCHES))
     rest = regression(5, Again(BATCHES), state=half.state)
-    assert (whole.outer_params == rest.outer_params).all() and (whole.inner_params == rest.inner_params).all()
+    assert (whole.outer_params == rest.outer_params).all() and (
+        whole.inner_params == rest.inner_params
+    ).all()
 
 
 def test_a_state_with_an_iterator_is_refused():
     half = regression(3, iter(BATCHES))
-    with pytest.raises(ValueError, match=r"inner_data: got an iterator \(list_iterator\) with state="):
+    with pytest.raises(
+        ValueError, match=r"inner_data: got an iterator \(list_iterator\) with state="
+    ):
         regression(2, iter(BATCHES), state=half.state)
 
 
@@ -321,16 +372,49 @@ def ragged():
 
 
 REFUSED = {
-    "text": (({"x": X, "text": ["a", "b"]} for _ in range(9)), TypeError, r"inner_data, batch 1\['text'\]\[0\]: got str 'a'"),
-    "objects": ((np.array([None, 1]) for _ in range(9)), TypeError, "inner_data, batch 1: got a object array"),
-    "list": ([BATCHES[0]] * 6, TypeError, "inner_data: got a list of 6 containers of one structure"),
-    "function": (gen, TypeError, r"got the generator function gen, not called.*Try inner_data=gen\(\)"),
+    "text": (
+        ({"x": X, "text": ["a", "b"]} for _ in range(9)),
+        TypeError,
+        r"inner_data, batch 1\['text'\]\[0\]: got str 'a'",
+    ),
+    "objects": (
+        (np.array([None, 1]) for _ in range(9)),
+        TypeError,
+        "inner_data, batch 1: got a object array",
+    ),
+    "list": (
+        [BATCHES[0]] * 6,
+        TypeError,
+        "inner_data: got a list of 6 containers of one structure",
+    ),
+    "function": (
+        gen,
+        TypeError,
+        r"got the generator function gen, not called.*Try inner_data=gen\(\)",
+    ),
     "empty": (iter([]), ValueError, "inner_data: got list_iterator, which yields no batch"),
     "empty_loader": (Again([]), ValueError, "inner_data: got Again, which yields no batch"),
-    "short": (iter(BATCHES[:1]), ValueError, "inner_data: got an iterator that ended after 1 batches; expected at least 2"),
-    "ragged": (ragged(), ValueError, r"inner_data, batch 4\[0\]: got float64\[2, 3\] where the first batch has float64\[8, 3\].*drop_last=True"),
-    "dtype": (iter([BATCHES[0], (X[:4].astype("f"), BATCHES[0][1])]), ValueError, r"inner_data, batch 2\[0\]: got float32"),
-    "structure": (iter([BATCHES[0], [*BATCHES[0]]]), ValueError, "inner_data, batch 2: got the structure"),
+    "short": (
+        iter(BATCHES[:1]),
+        ValueError,
+        "inner_data: got an iterator that ended after 1 batches; expected at least 2",
+    ),
+    "ragged": (
+        ragged(),
+        ValueError,
+        r"inner_data, batch 4\[0\]: got float64\[2, 3\] where the first batch has float64\[8, "
+        r"3\].*drop_last=True",
+    ),
+    "dtype": (
+        iter([BATCHES[0], (X[:4].astype("f"), BATCHES[0][1])]),
+        ValueError,
+        r"inner_data, batch 2\[0\]: got float32",
+    ),
+    "structure": (
+        iter([BATCHES[0], [*BATCHES[0]]]),
+        ValueError,
+        "inner_data, batch 2: got the structure",
+    ),
 }
 
 
@@ -344,7 +428,9 @@ def test_loaders_that_cannot_work_are_named(name):
 def test_a_bad_batch_ends_the_run_at_its_step_and_not_before():
     with pytest.raises(ValueError, match="batch 4") as caught:
         regression(6, ragged())
-    assert caught.value.solution.stats["steps"] == 1  # batches 1 and 2; the second step would need the fourth
+    assert (
+        caught.value.solution.stats["steps"] == 1
+    )  # batches 1 and 2; the second step would need the fourth
 
 
 def test_an_error_of_the_loader_itself_passes_with_the_run_so_far():
@@ -404,7 +490,8 @@ def test_batches_of_others_become_arrays(kind):
 def test_a_mapping_of_another_class_is_a_dict():
     g = lambda w, x, b: ridge(w, x, (b["x"], b["y"]))
     batches = (Tokens(x=x, y=y) for x, y in itertools.cycle(BATCHES))
-    out = bx.solve_bilevel(g, fit, jnp.zeros(3), jnp.zeros(()), inner_data=batches, outer_data=(X, X[:, 0]),
+    out = bx.solve_bilevel(g, fit, jnp.zeros(3), jnp.zeros(()), inner_data=batches, outer_data=(X,
+    X[:, 0]),
                            algorithm=loop(H.unrolled(), 2), num_steps=4, keep="last")  # fmt: skip
     assert np.array_equal(out.inner_params, regression(4, Again(BATCHES)).inner_params)
 
@@ -418,10 +505,17 @@ def test_a_torch_loader():
 
 
 GRAIN = {
-    "a data set": lambda grain: grain.MapDataset.source(ROWS_OF_X).shuffle(seed=3).batch(4, drop_remainder=True).to_iter_dataset(),
+    "a data set": lambda grain: (
+        grain.MapDataset.source(ROWS_OF_X)
+        .shuffle(seed=3)
+        .batch(4, drop_remainder=True)
+        .to_iter_dataset()
+    ),
     "a loader": lambda grain: grain.DataLoader(
         data_source=ROWS_OF_X,
-        sampler=grain.IndexSampler(len(ROWS_OF_X), grain.NoSharding(), shuffle=True, num_epochs=1, seed=3),
+        sampler=grain.IndexSampler(
+            len(ROWS_OF_X), grain.NoSharding(), shuffle=True, num_epochs=1, seed=3
+        ),
         operations=[grain.Batch(4, drop_remainder=True)],
     ),
 }
@@ -443,7 +537,8 @@ def test_a_grain_loader_and_its_place(name):
 
 
 class Placed:
-    """A loader that is shuffled anew in each epoch, and whose iterator says where it stands, as grain's do; `reads` counts what it gave."""
+    """A loader that is shuffled anew in each epoch, and whose iterator says where it stands, as
+    grain's do; `reads` counts what it gave."""
 
     def __init__(self, form):
         self.form, self.reads = form, 0
@@ -471,21 +566,29 @@ class PlacedIterator:
 
 def through(loader, num, steps=4, **keywords):
     return bx.solve_bilevel(
-        tracing(inner), outer, jnp.zeros(()), jnp.zeros(()), inner_data=loader, algorithm=loop(METHODS["implicit"], steps),
+        tracing(inner), outer, jnp.zeros(()), jnp.zeros(()), inner_data=loader,
+        algorithm=loop(METHODS["implicit"], steps),
         num_steps=num, model_state=empty(200), keep="last", **keywords,
     )  # fmt: skip
 
 
 @pytest.mark.parametrize("form", ["bytes", pytest.param("json", marks=pytest.mark.slow)])
 def test_a_loader_that_knows_its_place_is_not_read_again(form, tmp_path):
-    """By ``state=`` and by a checkpoint: the same batches, to the bit, and none before them but the last."""
+    """By ``state=`` and by a checkpoint: the same batches, to the bit, and none before them but the
+    last."""
     whole = through(Placed(form), 9)
-    for keywords in (lambda half: {"state": half.state}, lambda half: {"checkpoint": bx.checkpoint.every(5, tmp_path / "run")}):
+    for keywords in (
+        lambda half: {"state": half.state},
+        lambda half: {"checkpoint": bx.checkpoint.every(5, tmp_path / "run")},
+    ):
         first, second = Placed(form), Placed(form)
         checkpointed = "checkpoint" in keywords(whole)
         half = through(first, 5, **(keywords(whole) if checkpointed else {}))
         rest = through(second, 9 if checkpointed else 4, **keywords(half))
-        assert seen(rest.model_state) == seen(whole.model_state) and rest.outer_params == whole.outer_params
+        assert (
+            seen(rest.model_state) == seen(whole.model_state)
+            and rest.outer_params == whole.outer_params
+        )
         assert second.reads == 2 + 4 * 4  # the first, for its shapes, and the one before the place
 
 
@@ -494,7 +597,15 @@ def test_a_loader_that_knows_its_place_is_not_read_again(form, tmp_path):
 
 def test_a_function_that_ignores_its_key_needs_none():
     g = lambda y, x, batch: 0.5 * (y - batch) ** 2 + 0 * x
-    run = lambda fn: bx.solve_bilevel(g, outer, jnp.zeros(()), jnp.zeros(()), inner_data=fn, algorithm=loop(H.unrolled(), 2), num_steps=3)
+    run = lambda fn: bx.solve_bilevel(
+        g,
+        outer,
+        jnp.zeros(()),
+        jnp.zeros(()),
+        inner_data=fn,
+        algorithm=loop(H.unrolled(), 2),
+        num_steps=3,
+    )
     assert run(lambda key, step: step.astype(float)).result is RESULTS.success
     with pytest.raises(ValueError, match="key: got None although the data is sampled"):
         run(lambda key, step: jax.random.normal(key))
@@ -503,12 +614,19 @@ def test_a_function_that_ignores_its_key_needs_none():
 def test_inner_steps_know_their_number():
     """Per-step rates by hand: y <- y - a_t (y - x), with a_t from the number of the step."""
     rates = jnp.array([0.1, 0.2, 0.4])
-    scaled = bx.objective(lambda y, x, batch, *, inner_step: rates[inner_step] * 0.5 * (y - x) ** 2, indexed=True)
+    scaled = bx.objective(
+        lambda y, x, batch, *, inner_step: rates[inner_step] * 0.5 * (y - x) ** 2, indexed=True
+    )
     y, x = jnp.asarray(0.3), jnp.asarray(2.0)
     for rate in rates:
         y = y - rate * (y - x)
     for method in (H.unrolled(), H.unrolled(checkpoint="none"), H.forward()):
-        fn = bx.value_and_hypergrad(scaled, lambda y, x, batch: y, solver=bx.inner.optax(optax.sgd(1.0), 3), hypergradient=method)
+        fn = bx.value_and_hypergrad(
+            scaled,
+            lambda y, x, batch: y,
+            solver=bx.inner.optax(optax.sgd(1.0), 3),
+            hypergradient=method,
+        )
         out = fn(jnp.asarray(0.3), x)
         assert abs(out.value - y) < 1e-12 and abs(out.grad - (1 - 0.9 * 0.8 * 0.6)) < 1e-12
     run = bx.solve_bilevel(
@@ -522,7 +640,12 @@ def test_levels_know_the_numbers_of_their_steps():
     rates = jnp.array([0.1, 0.2, 0.4])
     fn = lambda p, batch, *, inner_step: rates[inner_step] * 0.5 * (p["y"] - p["x"]) ** 2
     levels = [
-        bx.Level("y", bx.objective(fn, indexed=True), solver=bx.inner.optax(optax.sgd(1.0), 3), hypergradient=H.unrolled()),
+        bx.Level(
+            "y",
+            bx.objective(fn, indexed=True),
+            solver=bx.inner.optax(optax.sgd(1.0), 3),
+            hypergradient=H.unrolled(),
+        ),
         bx.Level("x", lambda p, batch: p["y"], solver=optax.sgd(0.1)),
     ]
     out = bx.value_and_multilevel_grad(levels)({"y": jnp.asarray(0.3), "x": jnp.asarray(2.0)})
@@ -537,9 +660,13 @@ def test_an_outer_objective_has_no_steps():
 
 def test_too_few_stacked_batches_are_refused():
     fn = bx.value_and_hypergrad(
-        lambda w, x, b: 0.5 * (w - x * b) ** 2, lambda w, x, b: w, solver=bx.inner.optax(optax.sgd(0.5), 5),
+        lambda w, x, b: 0.5 * (w - x * b) ** 2, lambda w, x, b: w,
+        solver=bx.inner.optax(optax.sgd(0.5), 5),
         hypergradient=H.unrolled(), inner_draw=bx.data.stacked,
     )  # fmt: skip
     with pytest.raises(ValueError, match="inner_batch: got 3 stacked batches for 5 inner steps"):
         fn(jnp.zeros(()), jnp.ones(()), jnp.array([1.0, 2.0, 3.0]))
-    assert float(fn(jnp.zeros(()), jnp.ones(()), jnp.array([1.0, 2.0, 3.0, 1.0, 2.0])).inner_params) == 1.78125
+    assert (
+        float(fn(jnp.zeros(()), jnp.ones(()), jnp.array([1.0, 2.0, 3.0, 1.0, 2.0])).inner_params)
+        == 1.78125
+    )

@@ -1,4 +1,5 @@
-"""What two wrongs agree on is not ok: kinks, maxima, saddles; and statistics that the solver's own steps move."""
+"""What two wrongs agree on is not ok: kinks, maxima, saddles; and statistics that the solver's own
+steps move."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -26,19 +27,31 @@ X = jnp.asarray([1.0, 2.0])
     ],
     ids=["kink", "maximum", "saddle"],
 )
-def test_agreement_where_there_is_no_hypergradient_is_not_ok(inner, start, x, method, solver, cause):
+def test_agreement_where_there_is_no_hypergradient_is_not_ok(
+    inner, start, x, method, solver, cause
+):
     report = bx.check_hypergradient(inner, judge, start, x, solver=solver, hypergradient=method)
     assert not report.ok and cause in report.advice
 
 
 def test_a_minimum_is_ok():
-    report = bx.check_hypergradient(lambda y, x, b: jnp.sum((y - x) ** 2), judge, jnp.zeros(2), X, solver=TIGHT, hypergradient=EXACT)
+    report = bx.check_hypergradient(
+        lambda y, x, b: jnp.sum((y - x) ** 2),
+        judge,
+        jnp.zeros(2),
+        X,
+        solver=TIGHT,
+        hypergradient=EXACT,
+    )
     assert report.ok and report.advice == "Agrees with the reference."
 
 
 def test_the_solvers_own_steps_move_the_models_state():
-    """``m = .5 m + .5 y`` after the step, and the outer objective reads it: dF/dx is through both."""
-    inner = bx.objective(lambda y, x, b, m: (0.5 * jnp.sum((y - x) ** 2), 0.5 * m + 0.5 * y), stateful=True)
+    """``m = .5 m + .5 y`` after the step, and the outer objective reads it: dF/dx is through
+    both."""
+    inner = bx.objective(
+        lambda y, x, b, m: (0.5 * jnp.sum((y - x) ** 2), 0.5 * m + 0.5 * y), stateful=True
+    )
     outer = bx.objective(lambda y, x, b, m: (jnp.sum(y * m), m), stateful=True)
     report = bx.check_hypergradient(
         inner,

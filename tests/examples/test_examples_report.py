@@ -1,4 +1,5 @@
-"""What the examples share: the device that was asked for, and pieces that a second call reads back."""
+"""What the examples share: the device that was asked for, and pieces that a second call reads
+back."""
 
 import sys
 from pathlib import Path
@@ -27,7 +28,9 @@ def report():
 @pytest.fixture
 def parsed(report, tmp_path):
     def parse(*argv):
-        parser = report.parser("What.\n\nHow.", full=dict(seeds=5, steps=10), small=dict(seeds=1, steps=2), pieces=True)
+        parser = report.parser(
+            "What.\n\nHow.", full=dict(seeds=5, steps=10), small=dict(seeds=1, steps=2), pieces=True
+        )
         return report.parse(parser, ["--out", str(tmp_path / "out"), *argv])
 
     before = jax.config.jax_default_device
@@ -60,7 +63,10 @@ def test_pieces_are_read_back(report, parsed, tmp_path, capsys):
     pieces = report.Pieces(args, {"steps": args.steps})
     first = pieces("n = 50, CG/Neumann", make)
     assert first == {"accuracy": 0.5, "curve": [0, 1, 2]}
-    assert report.Pieces(args, {"steps": args.steps})("n = 50, CG/Neumann", make) == first and len(calls) == 1
+    assert (
+        report.Pieces(args, {"steps": args.steps})("n = 50, CG/Neumann", make) == first
+        and len(calls) == 1
+    )
     assert "n = 50, CG/Neumann: read back" in capsys.readouterr().out
     report.Pieces(args, {"steps": 11})("n = 50, CG/Neumann", make)  # other settings: another result
     pieces("n = 50", make)  # another piece
@@ -77,7 +83,9 @@ def test_pieces_without_a_folder(report, parsed):
 def test_the_run_in_flight_goes_on(report, parsed, tmp_path):
     pytest.importorskip("orbax.checkpoint")
     args = parsed("--checkpoint", str(tmp_path))
-    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.5))
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.5)
+    )
 
     def run(pieces, fails):
         solution = bx.solve_bilevel(
@@ -106,7 +114,9 @@ def test_a_run_that_a_signal_ended_is_no_result(report, parsed, tmp_path):
         lambda y, x, batch: jnp.sum(y**2),
         jnp.zeros(2),
         jnp.ones(2),
-        algorithm=bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), bx.hypergradient.implicit(), optax.sgd(0.1)),
+        algorithm=bx.algorithms.double_loop(
+            bx.inner.optax(optax.sgd(0.1), 2), bx.hypergradient.implicit(), optax.sgd(0.1)
+        ),
         num_steps=2,
     )
     assert report.unless_preempted(solution) is solution

@@ -1,4 +1,5 @@
-"""``algorithm=None`` on three real problems with nothing set by the caller; where it ends is judged by solves of its own to 1e-10."""
+"""``algorithm=None`` on three real problems with nothing set by the caller; where it ends is judged
+by solves of its own to 1e-10."""
 
 import sys
 from pathlib import Path

@@ -1,4 +1,5 @@
-"""The recipes run as they stand, from step 0 on; here with few steps. Their own numbers are printed by themselves."""
+"""The recipes run as they stand, from step 0 on; here with few steps. Their own numbers are printed
+by themselves."""
 
 import importlib
 import math
@@ -25,9 +26,13 @@ RECIPES = {
     "groups": dict(steps=3, seeds=1),
     **{f"maml_sinusoids/{form}": dict(form=form, steps=3, test=2) for form in
        ("maml", "maml_plus_plus", "anil", "meta_sgd")},
-    **{f"maml_cheaper/{form}": dict(form=form, steps=3, test=2) for form in ("first_order", "imaml", "reptile")},
+    **{f"maml_cheaper/{form}": dict(form=form, steps=3, test=2) for form in ("first_order",
+    "imaml", "reptile")},
 }  # fmt: skip
-QUICK = ("schedule", "hypernetwork")  # tested on every change; CI runs the others in turn, and the slow tests all
+QUICK = (
+    "schedule",
+    "hypernetwork",
+)  # tested on every change; CI runs the others in turn, and the slow tests all
 
 
 @pytest.fixture(autouse=True)
@@ -35,7 +40,11 @@ def as_run():
     """As a script is run: single precision, no strictness, and the recipes' folder on the path."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "path", [str(FOLDER), *sys.path])
-        with jax.enable_x64(False), jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+        with (
+            jax.enable_x64(False),
+            jax.numpy_dtype_promotion("standard"),
+            jax.numpy_rank_promotion("allow"),
+        ):
             yield
 
 
@@ -45,7 +54,10 @@ def test_every_recipe_is_here():
 
 
 @pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("name", [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES])
+@pytest.mark.parametrize(
+    "name",
+    [name if name in QUICK else pytest.param(name, marks=pytest.mark.slow) for name in RECIPES],
+)
 def test_a_recipe_runs_and_prints_its_number(name, capsys):
     number = importlib.import_module(name.split("/")[0]).main(**RECIPES[name])
     assert math.isfinite(number) and any(c.isdigit() for c in capsys.readouterr().out)

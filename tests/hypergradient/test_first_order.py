@@ -1,4 +1,5 @@
-"""One step, finite differences and SAMA: each against its own closed form, and the places where an update has no derivative."""
+"""One step, finite differences and SAMA: each against its own closed form, and the places where an
+update has no derivative."""
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +17,9 @@ from tests import problems
 from tests.problems import PROBLEMS, QUADRATICS, flatten, unflatten
 from tests.selection import quick
 
-quadratics = pytest.mark.parametrize("form", [PROBLEMS[name] for name in QUADRATICS], ids=QUADRATICS)
+quadratics = pytest.mark.parametrize(
+    "form", [PROBLEMS[name] for name in QUADRATICS], ids=QUADRATICS
+)
 
 
 def close(actual, expected, rtol):
@@ -26,7 +29,9 @@ def close(actual, expected, rtol):
 
 def estimate(form, solver, method, **kwargs):
     fn = bx.value_and_hypergrad(form.inner, form.outer, solver=solver, hypergradient=method)
-    return jax.jit(lambda *args: fn(*args, **kwargs))(form.inner_params, form.outer_params, form.inner_batch, form.outer_batch)
+    return jax.jit(lambda *args: fn(*args, **kwargs))(
+        form.inner_params, form.outer_params, form.inner_batch, form.outer_batch
+    )
 
 
 def dense_cross(form, y, q):
@@ -40,7 +45,9 @@ def dense_cross(form, y, q):
         mixed = jax.jacfwd(inner_gradient, argnums=1)(y, x)
         return jax.grad(lambda x: form.outer(to_y(y), to_x(x), outer_batch))(x) - mixed.T @ q
 
-    return unflatten(form.outer_params, np.asarray(answer(flat_y, flat_x, q, form.inner_batch, form.outer_batch)))
+    return unflatten(
+        form.outer_params, np.asarray(answer(flat_y, flat_x, q, form.inner_batch, form.outer_batch))
+    )
 
 
 def cotangent(form, y):
@@ -75,14 +82,21 @@ def cubic_in_inner(y, x, batch):
 
 
 def test_finite_difference_error_is_of_second_order():
-    """The error falls as the square of the radius, at the constant that the third derivative gives."""
+    """The error falls as the square of the radius, at the constant that the third derivative
+    gives."""
     outer = lambda y, x, batch: jnp.sum(jnp.asarray([1.0, -2.0, 2.0], y.dtype) * y)
-    y, x, w = jnp.asarray([0.3, -0.4, 0.9]), jnp.asarray([1.0, 2.0, 3.0]), np.asarray([1.0, -2.0, 2.0])
+    y, x, w = (
+        jnp.asarray([0.3, -0.4, 0.9]),
+        jnp.asarray([1.0, 2.0, 3.0]),
+        np.asarray([1.0, -2.0, 2.0]),
+    )
     frozen = bx.inner.optax(optax.set_to_zero(), 1)
     exact = -np.cos(y) * w
     errors = []
     for radius in (0.2, 0.1, 0.05):
-        fn = bx.value_and_hypergrad(cubic_in_inner, outer, solver=frozen, hypergradient=finite_difference(radius=radius))
+        fn = bx.value_and_hypergrad(
+            cubic_in_inner, outer, solver=frozen, hypergradient=finite_difference(radius=radius)
+        )
         error = flatten(fn(y, x).grad) - exact
         predicted = np.cos(y) * w**3 * (radius / 3.0) ** 2 / 6  # ε = radius / ‖w‖ = radius / 3
         np.testing.assert_allclose(error, predicted, rtol=0.01)
@@ -105,10 +119,18 @@ OPTIMIZERS = {
     "adagrad": lambda: optax.adagrad(0.05),
     "adafactor": lambda: optax.adafactor(0.05, min_dim_size_to_factor=2),
     "lamb": lambda: optax.lamb(0.05),
-    "clip_adam_schedule": lambda: optax.chain(optax.clip_by_global_norm(0.2), optax.adam(optax.exponential_decay(0.05, 2, 0.7))),
-    "adam_clip": lambda: optax.chain(optax.scale_by_adam(), optax.clip_by_global_norm(0.2), optax.scale(-0.1)),
-    "masked": lambda: optax.chain(optax.masked(optax.clip_by_global_norm(0.1), {"w": True, "b": False}), optax.adam(0.05)),
-    "multi_transform": lambda: optax.multi_transform({"fast": optax.adam(0.1), "slow": optax.sgd(0.01, momentum=0.9)}, LABELS),
+    "clip_adam_schedule": lambda: optax.chain(
+        optax.clip_by_global_norm(0.2), optax.adam(optax.exponential_decay(0.05, 2, 0.7))
+    ),
+    "adam_clip": lambda: optax.chain(
+        optax.scale_by_adam(), optax.clip_by_global_norm(0.2), optax.scale(-0.1)
+    ),
+    "masked": lambda: optax.chain(
+        optax.masked(optax.clip_by_global_norm(0.1), {"w": True, "b": False}), optax.adam(0.05)
+    ),
+    "multi_transform": lambda: optax.multi_transform(
+        {"fast": optax.adam(0.1), "slow": optax.sgd(0.01, momentum=0.9)}, LABELS
+    ),
     "polyak": lambda: optax.polyak_sgd(max_learning_rate=1.0, f_min=-1.0),
     "tunable": lambda: bx.tunable(optax.adam, learning_rate=0.05),
 }
@@ -117,7 +139,9 @@ OPTIMIZERS = {
 def model_inner(y, x, batch):
     prediction = jnp.tanh(batch["X"] @ y["w"] + y["b"][None])
     per_row = jnp.sum((prediction - batch["Y"]) ** 2, axis=1)
-    return jnp.mean(jax.nn.sigmoid(x["weights"]) * per_row) + 0.5 * jnp.exp(x["decay"]) * jnp.sum(y["w"] ** 2)
+    return jnp.mean(jax.nn.sigmoid(x["weights"]) * per_row) + 0.5 * jnp.exp(x["decay"]) * jnp.sum(
+        y["w"] ** 2
+    )
 
 
 def model_outer(y, x, batch):
@@ -128,11 +152,16 @@ def model_problem():
     rng = np.random.default_rng(5)
     y = {"w": 0.5 * rng.standard_normal((3, 2)), "b": 0.1 * rng.standard_normal(2)}
     x = {"weights": rng.standard_normal(6), "decay": np.asarray(-2.0)}
-    batches = [{"X": rng.standard_normal((6, 3)), "Y": rng.standard_normal((6, 2))} for _ in range(2)]
+    batches = [
+        {"X": rng.standard_normal((6, 3)), "Y": rng.standard_normal((6, 2))} for _ in range(2)
+    ]
     return jax.tree.map(jnp.asarray, (y, x, *batches))
 
 
-@pytest.mark.parametrize("name", quick(OPTIMIZERS, ["momentum", "adamw", "clip_adam_schedule", "multi_transform", "tunable"]))
+@pytest.mark.parametrize(
+    "name",
+    quick(OPTIMIZERS, ["momentum", "adamw", "clip_adam_schedule", "multi_transform", "tunable"]),
+)
 def test_sama_is_the_dense_jacobian_of_the_update(name):
     y0, x, inner_batch, outer_batch = model_problem()
     opt = OPTIMIZERS[name]()
@@ -167,10 +196,15 @@ def test_sama_is_the_dense_jacobian_of_the_update(name):
 
 
 def test_sama_adam_by_hand():
-    """Adam's derivative written out: ``∂u/∂g = α[(1−β₁)/c₁/(√v̂+ε) − m̂ (1−β₂) g/c₂ / (√v̂ (√v̂+ε)²)]`` at the next step."""
+    """Adam's derivative written out: ``∂u/∂g = α[(1−β₁)/c₁/(√v̂+ε) − m̂ (1−β₂) g/c₂ / (√v̂
+    (√v̂+ε)²)]`` at the next step."""
     form, lr, b1, b2, eps, steps = PROBLEMS[QUADRATICS[0]], 0.05, 0.9, 0.999, 1e-8, 3
     out = estimate(form, bx.inner.optax(optax.adam(lr, b1, b2, eps), steps), sama())
-    (A, _, C, a, *_), x, y = form.coefficients, flatten(form.outer_params), flatten(form.inner_params)
+    (A, _, C, a, *_), x, y = (
+        form.coefficients,
+        flatten(form.outer_params),
+        flatten(form.inner_params),
+    )
     m = v = np.zeros_like(y)
     for t in range(1, steps + 2):
         g = A @ y + C.T @ x + a
@@ -178,7 +212,10 @@ def test_sama_adam_by_hand():
         m_hat, root = m / (1 - b1**t), np.sqrt(v / (1 - b2**t))
         if t <= steps:
             y = y - lr * m_hat / (root + eps)
-    D = lr * ((1 - b1) / (1 - b1**t) / (root + eps) - m_hat * (1 - b2) * g / (1 - b2**t) / (root * (root + eps) ** 2))
+    D = lr * (
+        (1 - b1) / (1 - b1**t) / (root + eps)
+        - m_hat * (1 - b2) * g / (1 - b2**t) / (root * (root + eps) ** 2)
+    )
     close(out.inner_params, y, 1e-10)
     close(out.grad, problems.adjoint_quadratic(form, lambda w: D * w, out.inner_params), 1e-8)
 
@@ -198,19 +235,30 @@ def test_sama_difference_error_is_of_second_order():
         return flatten(jax.jit(fn)(y, x, inner_batch, outer_batch).grad)
 
     exact = grad(sama())
-    far, near = (np.linalg.norm(grad(sama(product="difference", radius=radius)) - exact) for radius in (0.2, 0.1))
+    far, near = (
+        np.linalg.norm(grad(sama(product="difference", radius=radius)) - exact)
+        for radius in (0.2, 0.1)
+    )
     np.testing.assert_allclose(far / near, 4, rtol=0.05)
     assert near <= 0.01 * np.linalg.norm(exact)
     # Exact to rounding where the mixed derivative is linear in the inner parameters.
     quadratic = PROBLEMS[QUADRATICS[0]]
-    close(estimate(quadratic, solver, sama(product="difference")).grad, estimate(quadratic, solver, sama()).grad, 1e-10)
+    close(
+        estimate(quadratic, solver, sama(product="difference")).grad,
+        estimate(quadratic, solver, sama()).grad,
+        1e-10,
+    )
 
 
 def test_nudge_starts_the_next_solve_a_step_further():
     form, radius, step = PROBLEMS[QUADRATICS[0]], 0.05, 0.1
     solver = bx.inner.optax(optax.sgd(step), 1)
-    fn = bx.value_and_hypergrad(form.inner, form.outer, solver=solver, hypergradient=sama(nudge=True, radius=radius))
-    run = jax.jit(lambda y, state: fn(y, form.outer_params, form.inner_batch, form.outer_batch, state=state))
+    fn = bx.value_and_hypergrad(
+        form.inner, form.outer, solver=solver, hypergradient=sama(nudge=True, radius=radius)
+    )
+    run = jax.jit(
+        lambda y, state: fn(y, form.outer_params, form.inner_batch, form.outer_batch, state=state)
+    )
     first = run(form.inner_params, fn.init(form.inner_params))
     plain = estimate(form, solver, sama())
     close(first.inner_params, plain.inner_params, 1e-12)
@@ -220,14 +268,19 @@ def test_nudge_starts_the_next_solve_a_step_further():
     second = run(first.inner_params, first.state)
     (A, _, C, a, *_) = form.coefficients
     start = flatten(first.inner_params) - radius * w / np.linalg.norm(w)
-    close(second.inner_params, start - step * (A @ start + C.T @ flatten(form.outer_params) + a), 1e-12)
+    close(
+        second.inner_params,
+        start - step * (A @ start + C.T @ flatten(form.outer_params) + a),
+        1e-12,
+    )
 
 
 # ---- no usable derivative
 
 
 def dead_unit(y, x, batch):
-    """The last coordinate is multiplied by a data weight of zero: its gradient is exactly zero, its mixed derivative is not."""
+    """The last coordinate is multiplied by a data weight of zero: its gradient is exactly zero, its
+    mixed derivative is not."""
     return jnp.sum((y[:3] - x[:3]) ** 2) + x[3] * y[3]
 
 
@@ -237,10 +290,15 @@ def total(y, x, batch):
 
 @pytest.mark.parametrize("clipped", [False, True])
 def test_adam_at_an_exactly_zero_gradient(clipped):
-    """NaN by plain differentiation; here the dead coordinate is left out, and the others are as if it were not there."""
-    opt = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1)) if clipped else optax.adam(0.1)
+    """NaN by plain differentiation; here the dead coordinate is left out, and the others are as if
+    it were not there."""
+    opt = (
+        optax.chain(optax.clip_by_global_norm(0.5), optax.adam(0.1)) if clipped else optax.adam(0.1)
+    )
     y, x = jnp.asarray([1.0, 2.0, 3.0, 0.5]), jnp.asarray([0.1, 0.2, 0.3, 0.0])
-    run = lambda inner, y, x: jax.jit(bx.value_and_hypergrad(inner, total, solver=bx.inner.optax(opt, 2), hypergradient=sama()))(y, x)
+    run = lambda inner, y, x: jax.jit(
+        bx.value_and_hypergrad(inner, total, solver=bx.inner.optax(opt, 2), hypergradient=sama())
+    )(y, x)
     out = run(dead_unit, y, x)
     alone = run(lambda y, x, batch: jnp.sum((y - x) ** 2), y[:3], x[:3])
     close(out.grad[:3], alone.grad, 1e-12)
@@ -251,7 +309,9 @@ def test_adam_at_an_exactly_zero_gradient(clipped):
 
     # An optimizer that has a derivative there is taken at its word.
     smooth = optax.adam(0.1, eps_root=1e-6)
-    fn = bx.value_and_hypergrad(dead_unit, total, solver=bx.inner.optax(smooth, 2), hypergradient=sama())
+    fn = bx.value_and_hypergrad(
+        dead_unit, total, solver=bx.inner.optax(smooth, 2), hypergradient=sama()
+    )
     out = jax.jit(fn)(y, x)
     assert int(out.info["adaptation_nonsmooth"]) == 0
     assert np.isfinite(float(out.grad[3]))
@@ -259,12 +319,18 @@ def test_adam_at_an_exactly_zero_gradient(clipped):
 
 
 def test_a_gradient_whose_square_underflows_is_zero_to_adam():
-    """Features that are zero but for rounding: their gradients are tiny, their second moments zero, and the derivative infinite."""
+    """Features that are zero but for rounding: their gradients are tiny, their second moments zero,
+    and the derivative infinite."""
     opt, y = optax.adam(0.01), jnp.ones(2, jnp.float32)
     state = opt.init(y)
     with jax.numpy_dtype_promotion("standard"):
         (tiny, kinks), (zero, _) = (
-            adapt(lambda grads: opt.update(grads, state, y)[0], jnp.asarray([g, 1.0], jnp.float32), jnp.ones(2, jnp.float32)) for g in (1e-22, 0.0)
+            adapt(
+                lambda grads: opt.update(grads, state, y)[0],
+                jnp.asarray([g, 1.0], jnp.float32),
+                jnp.ones(2, jnp.float32),
+            )
+            for g in (1e-22, 0.0)
         )
     assert int(kinks) == 1
     np.testing.assert_array_equal(tiny, zero)
@@ -273,11 +339,15 @@ def test_a_gradient_whose_square_underflows_is_zero_to_adam():
 
 def test_rule_spares_coordinates_that_have_a_derivative():
     """A zero gradient under SGD is no kink: only Adam's half of the parameters is touched."""
-    opt = optax.multi_transform({"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}, {"a": "adam", "s": "sgd"})
+    opt = optax.multi_transform(
+        {"adam": optax.adam(0.1), "sgd": optax.sgd(0.1)}, {"a": "adam", "s": "sgd"}
+    )
     inner = lambda y, x, batch: jnp.sum(x * (y["a"] + y["s"]))
     outer = lambda y, x, batch: jnp.sum(y["a"] + y["s"])
     y, x = {"a": jnp.ones(2), "s": jnp.ones(2)}, jnp.asarray([0.0, 1.0])
-    out = jax.jit(bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(opt, 2), hypergradient=sama()))(y, x)
+    out = jax.jit(
+        bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(opt, 2), hypergradient=sama())
+    )(y, x)
     assert int(out.info["adaptation_nonsmooth"]) == 1
     np.testing.assert_allclose(out.grad[0], -0.1, rtol=1e-12)  # from SGD's coordinate alone
 
@@ -288,7 +358,9 @@ def test_updates_with_zero_derivative_are_a_warning(opt):
     out = estimate(form, bx.inner.optax(opt, 3), sama())
     assert set(warnings_in(out.info["warnings"])) == {RESULTS.adaptation_zero}
     assert "one_step" in RESULTS.adaptation_zero.message
-    assert int(estimate(form, bx.inner.optax(opt, 3), one_step(0.1)).info["code"]) == RESULTS.success
+    assert (
+        int(estimate(form, bx.inner.optax(opt, 3), one_step(0.1)).info["code"]) == RESULTS.success
+    )
 
 
 @pytest.mark.parametrize("done", [2, 3])
@@ -301,11 +373,17 @@ def test_the_update_that_accumulation_leads_to_has_a_derivative(done):
     close(out.grad, estimate(form, solver, one_step(0.3)).grad, 1e-10)
 
 
-@pytest.mark.parametrize("method", [one_step(), finite_difference(), sama(), sama(product="difference"), sama(nudge=True)], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [one_step(), finite_difference(), sama(), sama(product="difference"), sama(nudge=True)],
+    ids=repr,
+)
 def test_zero_cotangent_gives_zero(method):
     y, x = jnp.ones(3), jnp.asarray([0.5, 2.0, -1.0])
     outer = lambda y, x, batch: jnp.sum(x * x) + 0.0 * jnp.sum(y)
-    fn = bx.value_and_hypergrad(cubic_in_inner, outer, solver=bx.inner.optax(optax.adam(0.1), 2), hypergradient=method)
+    fn = bx.value_and_hypergrad(
+        cubic_in_inner, outer, solver=bx.inner.optax(optax.adam(0.1), 2), hypergradient=method
+    )
     out = jax.jit(fn)(y, x)
     np.testing.assert_array_equal(out.grad, 2 * x)
     assert int(out.info["code"]) == RESULTS.success
@@ -316,9 +394,15 @@ def test_a_difference_that_rounds_away_is_reported():
     y, x = jnp.full(3, 300.0, jnp.bfloat16), jnp.ones(3, jnp.bfloat16)
     inner, outer = (lambda y, x, batch: jnp.sum(x * y * y)), (lambda y, x, batch: jnp.sum(y))
     frozen = bx.inner.optax(optax.set_to_zero(), 1)
-    lost = jax.jit(bx.value_and_hypergrad(inner, outer, solver=frozen, hypergradient=finite_difference()))(y, x)
+    lost = jax.jit(
+        bx.value_and_hypergrad(inner, outer, solver=frozen, hypergradient=finite_difference())
+    )(y, x)
     assert set(warnings_in(lost.info["warnings"])) == {RESULTS.difference_lost}
-    kept = jax.jit(bx.value_and_hypergrad(inner, outer, solver=frozen, hypergradient=finite_difference(radius=32.0)))(y, x)
+    kept = jax.jit(
+        bx.value_and_hypergrad(
+            inner, outer, solver=frozen, hypergradient=finite_difference(radius=32.0)
+        )
+    )(y, x)
     assert int(kept.info["warnings"]) == 0
     np.testing.assert_allclose(np.asarray(kept.grad, np.float32), -600.0, rtol=0.1)
 
@@ -345,9 +429,14 @@ def dropout(y, x, batch, *, key):
     return jnp.sum(jnp.exp(x) * (2 * mask * y - batch) ** 2) + 0.5 * jnp.sum(y * y)
 
 
-@pytest.mark.parametrize("method", [finite_difference(), sama(), sama(product="difference")], ids=["finite_difference", "sama", "sama_difference"])
+@pytest.mark.parametrize(
+    "method",
+    [finite_difference(), sama(), sama(product="difference")],
+    ids=["finite_difference", "sama", "sama_difference"],
+)
 def test_dropout_noise_is_no_larger_than_the_exact_methods(method):
-    """Both evaluations of a difference see one mask; two masks would give a spread of the order of 1 / radius."""
+    """Both evaluations of a difference see one mask; two masks would give a spread of the order of
+    1 / radius."""
     inner = bx.objective(dropout, keyed=True)
     outer = lambda y, x, batch: 0.5 * jnp.sum((y - 1) ** 2)
     y, x, batch = jnp.linspace(0.2, 1.0, 8), jnp.linspace(-0.5, 0.5, 8), jnp.linspace(1.0, 2.0, 8)
@@ -359,18 +448,35 @@ def test_dropout_noise_is_no_larger_than_the_exact_methods(method):
         return np.std(run(jax.random.split(jax.random.key(0), 512)), axis=0)
 
     scale = 0.1 if "finite" in repr(method) else 1.0  # SAMA carries the step size of 0.1 already
-    assert np.all(scale * spread(method) <= 1.001 * 0.1 * spread(one_step()))  # the exact product with the same adjoint
-    assert np.linalg.norm(scale * spread(method)) <= np.linalg.norm(spread(implicit(bx.linear.cg(maxiter=20))))
+    assert np.all(
+        scale * spread(method) <= 1.001 * 0.1 * spread(one_step())
+    )  # the exact product with the same adjoint
+    assert np.linalg.norm(scale * spread(method)) <= np.linalg.norm(
+        spread(implicit(bx.linear.cg(maxiter=20)))
+    )
 
 
 def counting(y, x, batch, model):
-    return jnp.sum(x * (y - model["mean"]) ** 2), {"mean": 0.9 * model["mean"] + 0.1 * y, "count": model["count"] + 1}
+    return jnp.sum(x * (y - model["mean"]) ** 2), {
+        "mean": 0.9 * model["mean"] + 0.1 * y,
+        "count": model["count"] + 1,
+    }
 
 
-@pytest.mark.parametrize("method", [one_step(), finite_difference(), sama(), sama(product="difference")], ids=repr)
+@pytest.mark.parametrize(
+    "method", [one_step(), finite_difference(), sama(), sama(product="difference")], ids=repr
+)
 def test_model_state_moves_on_real_steps_only(method):
-    inner, model = bx.objective(counting, stateful=True), {"mean": jnp.zeros(2), "count": jnp.int32(0)}
-    fn = bx.value_and_hypergrad(inner, lambda y, x, batch: jnp.sum(y), solver=bx.inner.optax(optax.sgd(0.1), 3), hypergradient=method)
+    inner, model = (
+        bx.objective(counting, stateful=True),
+        {"mean": jnp.zeros(2), "count": jnp.int32(0)},
+    )
+    fn = bx.value_and_hypergrad(
+        inner,
+        lambda y, x, batch: jnp.sum(y),
+        solver=bx.inner.optax(optax.sgd(0.1), 3),
+        hypergradient=method,
+    )
     y, x = jnp.ones(2), jnp.asarray([0.5, 1.0])
     out = jax.jit(lambda x: fn(y, x, state=fn.init(y, model_state=model)))(x)
     mean = np.zeros(2)
@@ -403,7 +509,11 @@ def test_first_order_solutions_are_pulled_back_and_not_pushed_forward(method):
     assert np.all(np.isnan(jax.jit(jax.jacfwd(lambda x: solution(x).inner_params))(x)))
 
 
-@pytest.mark.parametrize("method", [one_step(), finite_difference(), sama(), sama(product="difference", nudge=True)], ids=repr)
+@pytest.mark.parametrize(
+    "method",
+    [one_step(), finite_difference(), sama(), sama(product="difference", nudge=True)],
+    ids=repr,
+)
 def test_counters_and_no_retrace(method):
     traces = []
 
@@ -413,7 +523,9 @@ def test_counters_and_no_retrace(method):
 
     outer = lambda y, x, batch: jnp.sum(y * y)
     objective = bx.objective(inner)
-    fn = bx.value_and_hypergrad(objective, outer, solver=bx.inner.optax(optax.sgd(0.1), 2), hypergradient=method)
+    fn = bx.value_and_hypergrad(
+        objective, outer, solver=bx.inner.optax(optax.sgd(0.1), 2), hypergradient=method
+    )
     run = jax.jit(lambda y, x, state: fn(y, x, state=state))
     out = run(jnp.ones(2), jnp.zeros(2), fn.init(jnp.ones(2)))
     count = len(traces)

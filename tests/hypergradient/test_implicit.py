@@ -1,4 +1,5 @@
-"""Implicit differentiation is exact on every closed form, and each of its forms computes what it says."""
+"""Implicit differentiation is exact on every closed form, and each of its forms computes what it
+says."""
 
 from functools import partial
 
@@ -26,14 +27,18 @@ def relative(a, b):
 
 
 def prepared(form):
-    return jax.tree.map(jnp.asarray, (form.inner_params, form.outer_params, form.inner_batch, form.outer_batch))
+    return jax.tree.map(
+        jnp.asarray, (form.inner_params, form.outer_params, form.inner_batch, form.outer_batch)
+    )
 
 
 def at_solution(form, method, state=None, batch=None, calls=1):
     """Estimates at the exact solution, so that only the adjoint is under test."""
     _, x, inner_batch, outer_batch = prepared(form)
     y = jax.tree.map(jnp.asarray, form.solution(form.outer_params))
-    fn = jax.jit(bx.value_and_hypergrad(form.inner, form.outer, solver=STANDING, hypergradient=method))
+    fn = jax.jit(
+        bx.value_and_hypergrad(form.inner, form.outer, solver=STANDING, hypergradient=method)
+    )
     out = []
     for _ in range(calls):
         out.append(fn(y, x, inner_batch if batch is None else batch, outer_batch, state=state))
@@ -41,12 +46,16 @@ def at_solution(form, method, state=None, batch=None, calls=1):
     return out
 
 
-@pytest.mark.parametrize("name", quick(PROBLEMS, ["quadratic_ill", "logistic_data_weights", "poisson", "cosh"]))
+@pytest.mark.parametrize(
+    "name", quick(PROBLEMS, ["quadratic_ill", "logistic_data_weights", "poisson", "cosh"])
+)
 def test_closed_forms(name):
     form = PROBLEMS[name]
     (est,) = at_solution(form, bx.hypergradient.implicit(linear.cg(maxiter=1000, tol=1e-13)))
     assert relative(est.grad, form.hypergradient(form.outer_params)) <= 1e-8
-    assert abs(float(est.value) - form.value(form.outer_params)) <= 1e-9 * max(1, abs(form.value(form.outer_params)))
+    assert abs(float(est.value) - form.value(form.outer_params)) <= 1e-9 * max(
+        1, abs(form.value(form.outer_params))
+    )
     assert int(est.info["gradients"]) == 1
     assert int(est.info["mixed_products"]) == 1
     assert int(est.info["hvps"]) == int(est.info["adjoint_iterations"]) > 0
@@ -55,7 +64,9 @@ def test_closed_forms(name):
 def test_from_a_start_by_a_solver():
     form = PROBLEMS["logistic_penalties"]
     method = bx.hypergradient.implicit(linear.cg(maxiter=1000, tol=1e-13))
-    est = jax.jit(bx.value_and_hypergrad(form.inner, form.outer, solver=SOLVED, hypergradient=method))(*prepared(form))
+    est = jax.jit(
+        bx.value_and_hypergrad(form.inner, form.outer, solver=SOLVED, hypergradient=method)
+    )(*prepared(form))
     assert relative(est.grad, form.hypergradient(form.outer_params)) <= 1e-8
     assert float(est.info["inner_grad_norm"]) <= 1e-10
 
@@ -66,7 +77,9 @@ SOLVERS = {
     "bicgstab": linear.bicgstab(maxiter=500, tol=1e-12),
     "cholesky": linear.cholesky(),
     "lu": linear.lu(),
-    "preconditioned": linear.cg(maxiter=100, tol=1e-13, preconditioner=linear.nystrom_preconditioner(rank=3, rho=1e-3)),
+    "preconditioned": linear.cg(
+        maxiter=100, tol=1e-13, preconditioner=linear.nystrom_preconditioner(rank=3, rho=1e-3)
+    ),
 }
 
 
@@ -83,7 +96,9 @@ def test_low_memory_is_the_same_number():
     (low,) = at_solution(form, bx.hypergradient.implicit(cg, low_memory=True))
     (once,) = at_solution(form, bx.hypergradient.implicit(cg))
     assert relative(low.grad, once.grad) <= 1e-13
-    np.testing.assert_allclose(low.info["inner_grad_norm"], once.info["inner_grad_norm"], rtol=1e-12, atol=1e-15)
+    np.testing.assert_allclose(
+        low.info["inner_grad_norm"], once.info["inner_grad_norm"], rtol=1e-12, atol=1e-15
+    )
 
 
 def test_low_memory_keeps_no_linearisation():
@@ -97,9 +112,15 @@ def test_low_memory_keeps_no_linearisation():
         return jnp.sum(weights**2)
 
     def temporaries(low_memory):
-        method = bx.hypergradient.implicit(linear.cg(maxiter=5), low_memory=low_memory, max_residual=jnp.inf)
+        method = bx.hypergradient.implicit(
+            linear.cg(maxiter=5), low_memory=low_memory, max_residual=jnp.inf
+        )
         fn = jax.jit(bx.value_and_hypergrad(inner, outer, solver=STANDING, hypergradient=method))
-        shapes = (jax.ShapeDtypeStruct((24, 8, 8), jnp.float64), jax.ShapeDtypeStruct((), jnp.float64), jax.ShapeDtypeStruct((256, 8), jnp.float64))
+        shapes = (
+            jax.ShapeDtypeStruct((24, 8, 8), jnp.float64),
+            jax.ShapeDtypeStruct((), jnp.float64),
+            jax.ShapeDtypeStruct((256, 8), jnp.float64),
+        )
         return fn.lower(*shapes).compile().memory_analysis().temp_size_in_bytes
 
     assert temporaries(True) < 0.8 * temporaries(False)
@@ -108,14 +129,18 @@ def test_low_memory_keeps_no_linearisation():
 def test_neumann_is_its_own_closed_form():
     form = PROBLEMS["quadratic"]
     step = 1 / form.smoothness.largest
-    method = bx.hypergradient.implicit(linear.neumann(terms=7, step=step), max_residual=jnp.inf, warm_start=False)
+    method = bx.hypergradient.implicit(
+        linear.neumann(terms=7, step=step), max_residual=jnp.inf, warm_start=False
+    )
     (est,) = at_solution(form, method)
     assert relative(est.grad, neumann_quadratic(form, step, 7)) <= 1e-8
 
 
 def test_identity_is_one_step():
     form = PROBLEMS["quadratic"]
-    (est,) = at_solution(form, bx.hypergradient.implicit(linear.identity(0.3), max_residual=jnp.inf))
+    (est,) = at_solution(
+        form, bx.hypergradient.implicit(linear.identity(0.3), max_residual=jnp.inf)
+    )
     assert relative(est.grad, adjoint_quadratic(form, lambda w: 0.3 * w)) <= 1e-8
 
 
@@ -123,28 +148,42 @@ def test_damping_and_the_true_residual():
     form, rho = PROBLEMS["quadratic"], 0.4
     A = form.coefficients.A
     (est,) = at_solution(form, bx.hypergradient.implicit(linear.cg(tol=1e-14), damping=rho))
-    assert relative(est.grad, adjoint_quadratic(form, lambda w: np.linalg.solve(A + rho * np.eye(len(A)), w))) <= 1e-8
+    assert (
+        relative(
+            est.grad,
+            adjoint_quadratic(form, lambda w: np.linalg.solve(A + rho * np.eye(len(A)), w)),
+        )
+        <= 1e-8
+    )
     y = form.solution(form.outer_params)
     w = jax.grad(form.outer)(jax.tree.map(jnp.asarray, y), *prepared(form)[1::2])
     q = np.linalg.solve(A + rho * np.eye(len(A)), w)
-    np.testing.assert_allclose(est.info["adjoint_residual"], np.linalg.norm(A @ q - w) / np.linalg.norm(w), rtol=1e-8)
+    np.testing.assert_allclose(
+        est.info["adjoint_residual"], np.linalg.norm(A @ q - w) / np.linalg.norm(w), rtol=1e-8
+    )
 
 
 def test_truncated_cg_reports_its_residual():
     form = PROBLEMS["logistic_penalties"]
-    (est,) = at_solution(form, bx.hypergradient.implicit(linear.cg(maxiter=2, tol=1e-12), max_residual=jnp.inf))
+    (est,) = at_solution(
+        form, bx.hypergradient.implicit(linear.cg(maxiter=2, tol=1e-12), max_residual=jnp.inf)
+    )
     y, x, _, outer_batch = prepared(form)
     y = jnp.asarray(form.solution(form.outer_params))
     w, q = jax.grad(form.outer)(y, x, outer_batch), est.state.method.adjoint
     H = form.inner_hessian(form.outer_params)
-    np.testing.assert_allclose(est.info["adjoint_residual"], np.linalg.norm(H @ q - w) / np.linalg.norm(w), rtol=1e-8)
+    np.testing.assert_allclose(
+        est.info["adjoint_residual"], np.linalg.norm(H @ q - w) / np.linalg.norm(w), rtol=1e-8
+    )
     assert int(est.info["hvps"]) in (2, 3)  # one more where the residual had to be measured
 
 
 def test_warm_adjoint():
     form = PROBLEMS["logistic_penalties"]
     warm = at_solution(form, bx.hypergradient.implicit(linear.cg(tol=1e-8)), calls=2)
-    cold = at_solution(form, bx.hypergradient.implicit(linear.cg(tol=1e-8), warm_start=False), calls=2)
+    cold = at_solution(
+        form, bx.hypergradient.implicit(linear.cg(tol=1e-8), warm_start=False), calls=2
+    )
     assert int(warm[1].info["hvps"]) == 1  # the measurement of the old adjoint's residual
     assert int(cold[1].info["hvps"]) == int(cold[0].info["hvps"]) > 2
     assert relative(warm[1].grad, cold[1].grad) <= 1e-7
@@ -153,7 +192,11 @@ def test_warm_adjoint():
 def test_sketch_is_kept_and_refreshed():
     form = PROBLEMS["quadratic_ill"]
     method = bx.hypergradient.implicit(
-        linear.cg(maxiter=200, tol=1e-10, preconditioner=linear.nystrom_preconditioner(rank=3, rho=1e-6)), refresh=2, warm_start=False
+        linear.cg(
+            maxiter=200, tol=1e-10, preconditioner=linear.nystrom_preconditioner(rank=3, rho=1e-6)
+        ),
+        refresh=2,
+        warm_start=False,
     )
     ests = at_solution(form, method, calls=3)
     spent = [int(e.info["hvps"]) - int(e.info["adjoint_iterations"]) for e in ests]
@@ -172,8 +215,12 @@ def test_accuracy_follows_the_inner_residual():
     method = bx.hypergradient.implicit(linear.cg(tol=1e-10), follow=0.1, warm_start=False)
     spent = []
     for steps in (5, 60, 2000):
-        solver = bx.inner.optax(bx.inner.tunable(optax.sgd, learning_rate=1 / form.smoothness.largest), steps)
-        est = jax.jit(bx.value_and_hypergrad(form.inner, form.outer, solver=solver, hypergradient=method))(y, x, inner_batch, outer_batch)
+        solver = bx.inner.optax(
+            bx.inner.tunable(optax.sgd, learning_rate=1 / form.smoothness.largest), steps
+        )
+        est = jax.jit(
+            bx.value_and_hypergrad(form.inner, form.outer, solver=solver, hypergradient=method)
+        )(y, x, inner_batch, outer_batch)
         w_norm = jnp.linalg.norm(jax.grad(form.outer)(est.inner_params, x, outer_batch))
         tol = np.clip(0.1 * est.info["inner_grad_norm"] / w_norm, 1e-10, 0.1)
         assert float(est.info["adjoint_residual"]) <= tol
@@ -185,11 +232,20 @@ def test_hyper_batch_is_what_second_order_products_see():
     form = PROBLEMS["ridge"]
     y, x, inner_batch, outer_batch = prepared(form)
     half = jax.tree.map(lambda a: a[:8], inner_batch)
-    fn = bx.value_and_hypergrad(form.inner, form.outer, solver=STANDING, hypergradient=bx.hypergradient.implicit(linear.cg(tol=1e-14)))
+    fn = bx.value_and_hypergrad(
+        form.inner,
+        form.outer,
+        solver=STANDING,
+        hypergradient=bx.hypergradient.implicit(linear.cg(tol=1e-14)),
+    )
     est = jax.jit(lambda: fn(y, x, inner_batch, outer_batch, hyper_batch=half))()
     H, w = jax.hessian(form.inner)(y, x, half), jax.grad(form.outer)(y, x, outer_batch)
-    mixed = jax.grad(lambda x: jnp.sum(jax.grad(form.inner)(y, x, half) * jnp.linalg.solve(H, w)))(x)
-    np.testing.assert_allclose(est.grad, jax.grad(form.outer, 1)(y, x, outer_batch) - mixed, rtol=1e-9)
+    mixed = jax.grad(lambda x: jnp.sum(jax.grad(form.inner)(y, x, half) * jnp.linalg.solve(H, w)))(
+        x
+    )
+    np.testing.assert_allclose(
+        est.grad, jax.grad(form.outer, 1)(y, x, outer_batch) - mixed, rtol=1e-9
+    )
 
 
 def test_negative_curvature_is_a_warning_and_minres_meets_none():
@@ -197,10 +253,15 @@ def test_negative_curvature_is_a_warning_and_minres_meets_none():
     outer = lambda y, x, batch: jnp.sum(jnp.array([1.0, 2.0]) * y)
     out = {}
     for name, solver in {"cg": linear.cg(), "minres": linear.minres()}.items():
-        fn = bx.value_and_hypergrad(saddle, outer, solver=STANDING, hypergradient=bx.hypergradient.implicit(solver))
+        fn = bx.value_and_hypergrad(
+            saddle, outer, solver=STANDING, hypergradient=bx.hypergradient.implicit(solver)
+        )
         out[name] = fn(jnp.zeros(2), jnp.asarray(0.0))
     assert bx.RESULTS.negative_curvature in warnings_in(out["cg"].info["warnings"])
-    assert int(out["minres"].info["code"]) == bx.RESULTS.success and int(out["minres"].info["warnings"]) == 0
+    assert (
+        int(out["minres"].info["code"]) == bx.RESULTS.success
+        and int(out["minres"].info["warnings"]) == 0
+    )
     np.testing.assert_allclose(out["minres"].grad, -(1 * 1 + 2 * -1), rtol=1e-10)
 
 
@@ -218,11 +279,20 @@ def test_numbers_change_without_a_trace():
     @partial(jax.jit, static_argnums=0)
     def pulled(static, numbers, y, x):
         method, lower = base.join(static, numbers), Lower(objectives[0], STANDING, same)
-        _, pullback = method.vjp(lower, InnerState(y, STANDING.init(y)), x, Feed(inner_batch), Ctx(inner_batch), method.init(y))
+        _, pullback = method.vjp(
+            lower,
+            InnerState(y, STANDING.init(y)),
+            x,
+            Feed(inner_batch),
+            Ctx(inner_batch),
+            method.init(y),
+        )
         return pullback(jnp.ones_like(y))[0]
 
     def run(tol, damping):
-        return pulled(*base.split(bx.hypergradient.implicit(linear.cg(tol=tol), damping=damping)), y, x)
+        return pulled(
+            *base.split(bx.hypergradient.implicit(linear.cg(tol=tol), damping=damping)), y, x
+        )
 
     grads = [run(1e-3, 0.1), run(1e-4, 0.2)]
     count = len(traces)

@@ -30,24 +30,33 @@ def linear_outer(y, x, batch):
     return jnp.sum(W * y) + jnp.sum(x**2) / 2
 
 
-@pytest.mark.parametrize("solver", [linear.minres(maxiter=200, tol=1e-13), linear.lu(), linear.gmres(tol=1e-13)], ids=["minres", "lu", "gmres"])
+@pytest.mark.parametrize(
+    "solver",
+    [linear.minres(maxiter=200, tol=1e-13), linear.lu(), linear.gmres(tol=1e-13)],
+    ids=["minres", "lu", "gmres"],
+)
 def test_quadratic_over_a_plane_is_its_closed_form(solver):
     x = np.array([0.3, -0.2, 0.5])
     system = np.block([[A, E.T], [E, np.zeros((2, 2))]])
     solved = np.linalg.solve(system, np.concatenate([-C @ x, K @ x + 1]))
     jacobian = np.linalg.solve(system, np.concatenate([-C, K]))[:5]
     method = bx.hypergradient.kkt(plane, linear=solver)
-    fn = jax.jit(bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=method))
+    fn = jax.jit(
+        bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=method)
+    )
     est = fn(jnp.asarray(solved[:5]), jnp.asarray(x))
     np.testing.assert_allclose(est.grad, x + jacobian.T @ W, rtol=1e-9)
-    assert float(est.info["inner_grad_norm"]) <= 1e-11  # of the Lagrangian, whose multiplier was found
+    assert (
+        float(est.info["inner_grad_norm"]) <= 1e-11
+    )  # of the Lagrangian, whose multiplier was found
     assert float(est.info["constraint_norm"]) <= 1e-12
     assert int(est.info["code"]) == 0
     assert int(est.info["hvps"]) > 0
 
 
 def test_curved_constraint_against_its_closed_form():
-    """The nearest point of the circle of radius ``r`` to ``p``: ``y* = r p/‖p‖``, where the constraint's own curvature matters."""
+    """The nearest point of the circle of radius ``r`` to ``p``: ``y* = r p/‖p‖``, where the
+    constraint's own curvature matters."""
 
     def nearest(y, x, batch):
         return jnp.sum((y - x["p"]) ** 2) / 2
@@ -58,7 +67,12 @@ def test_curved_constraint_against_its_closed_form():
     x = {"p": jnp.array([1.0, 2.0, -2.0]), "r": jnp.asarray(1.5)}
     answer = lambda x: x["r"] * x["p"] / jnp.sqrt(jnp.sum(x["p"] ** 2))
     outer = lambda y, x, batch: jnp.sum(jnp.array([1.0, -1.0, 0.5]) * y) + jnp.sum(y[0] ** 2)
-    fn = bx.value_and_hypergrad(nearest, outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(circle, linear=linear.minres(tol=1e-13)))
+    fn = bx.value_and_hypergrad(
+        nearest,
+        outer,
+        solver=STANDING,
+        hypergradient=bx.hypergradient.kkt(circle, linear=linear.minres(tol=1e-13)),
+    )
     est = jax.jit(fn)(answer(x), x)
     exact = jax.grad(lambda x: outer(answer(x), x, None))(x)
     np.testing.assert_allclose(est.grad["p"], exact["p"], rtol=1e-9)
@@ -66,17 +80,23 @@ def test_curved_constraint_against_its_closed_form():
 
 
 def test_off_the_constraint_is_reported():
-    est = bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(plane, linear=linear.lu()))(
-        jnp.zeros(5), jnp.zeros(3)
-    )
+    est = bx.value_and_hypergrad(
+        quadratic,
+        linear_outer,
+        solver=STANDING,
+        hypergradient=bx.hypergradient.kkt(plane, linear=linear.lu()),
+    )(jnp.zeros(5), jnp.zeros(3))
     np.testing.assert_allclose(est.info["constraint_norm"], np.sqrt(2), rtol=1e-12)
 
 
 def test_dependent_constraints_are_a_failure():
     twice = lambda y, x, batch: jnp.stack([y[0] - x[0], y[0] - x[0]])
-    est = bx.value_and_hypergrad(quadratic, linear_outer, solver=STANDING, hypergradient=bx.hypergradient.kkt(twice, linear=linear.lu()))(
-        jnp.zeros(5), jnp.zeros(3)
-    )
+    est = bx.value_and_hypergrad(
+        quadratic,
+        linear_outer,
+        solver=STANDING,
+        hypergradient=bx.hypergradient.kkt(twice, linear=linear.lu()),
+    )(jnp.zeros(5), jnp.zeros(3))
     assert int(est.info["code"]) == bx.RESULTS.adjoint_breakdown
     assert bx.RESULTS.dependent_constraints in bx.results.warnings_in(est.info["warnings"])
 
@@ -113,7 +133,11 @@ def on_simplex(v, x, s):
 def by_constraints(solver):
     """The derivative of ``2 y_0 + y_1``."""
     outer = lambda y, x, batch: 2.0 * y[0] + y[1]
-    return jax.jit(bx.value_and_hypergrad(nearest, outer, solver=solver, hypergradient=bx.hypergradient.kkt(simplex, positive)))
+    return jax.jit(
+        bx.value_and_hypergrad(
+            nearest, outer, solver=solver, hypergradient=bx.hypergradient.kkt(simplex, positive)
+        )
+    )
 
 
 STANDS = by_constraints(STANDING)
@@ -134,8 +158,16 @@ def test_inequalities_over_a_projection():
     "x, y, told",
     [
         ([0.5, 0.5, 0.0], [0.5, 0.5, 0.0], bx.RESULTS.weakly_active),
-        ([0.9, 0.5, -1.0], [0.4, 0.6, 0.0], bx.RESULTS.not_stationary),  # on the constraints, and no minimum on them
-        ([0.9, 0.5, 1.0], [0.7, 0.3, 0.0], bx.RESULTS.not_stationary),  # a minimum of the equality, held by a multiplier of the wrong sign
+        (
+            [0.9, 0.5, -1.0],
+            [0.4, 0.6, 0.0],
+            bx.RESULTS.not_stationary,
+        ),  # on the constraints, and no minimum on them
+        (
+            [0.9, 0.5, 1.0],
+            [0.7, 0.3, 0.0],
+            bx.RESULTS.not_stationary,
+        ),  # a minimum of the equality, held by a multiplier of the wrong sign
         ([0.9, 0.5, -1.0], [0.9, 0.5, 0.0], bx.RESULTS.off_constraint),
         ([0.9, 0.5, -1.0], [0.7, 0.4, -0.1], bx.RESULTS.off_constraint),
     ],
@@ -148,7 +180,9 @@ def test_what_does_not_hold_is_told(x, y, told):
 def test_off_stationarity_on_an_equality_is_told():
     """On the plane, and not where the objective is least on it."""
     plane_only = bx.hypergradient.kkt(lambda y, x, batch: jnp.sum(y) - 1.0)
-    fn = bx.value_and_hypergrad(nearest, lambda y, x, batch: y[0], solver=STANDING, hypergradient=plane_only)
+    fn = bx.value_and_hypergrad(
+        nearest, lambda y, x, batch: y[0], solver=STANDING, hypergradient=plane_only
+    )
     told = lambda y: warned(fn(jnp.asarray(y), jnp.array([1.0, 3.0])))
     assert told([0.5, 0.5]) == {bx.RESULTS.not_stationary}
     assert not told([-0.5, 1.5])

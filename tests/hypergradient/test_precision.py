@@ -23,9 +23,13 @@ def outer(w, x, batch):
 def dots(jaxpr):
     """Products with the data, in the order of the program."""
     for eqn in jaxpr.eqns:
-        if eqn.primitive.name == "dot_general" and any(ROWS in v.aval.shape for v in (*eqn.invars, *eqn.outvars)):
+        if eqn.primitive.name == "dot_general" and any(
+            ROWS in v.aval.shape for v in (*eqn.invars, *eqn.outvars)
+        ):
             yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")):
+        for value in jax.tree.leaves(
+            list(eqn.params.values()), is_leaf=lambda a: hasattr(a, "eqns") or hasattr(a, "jaxpr")
+        ):
             if hasattr(value, "jaxpr") or hasattr(value, "eqns"):
                 yield from dots(getattr(value, "jaxpr", value))
 
@@ -50,15 +54,25 @@ def products(linear, **settings):
 
 
 @pytest.mark.parametrize("settings", [{}, {"low_memory": True}])
-@pytest.mark.parametrize("linear", [L.cg(), L.minres(tol=1e-4), L.gmres(), L.bicgstab(), L.cholesky(), L.lu()], ids=lambda a: a.solve.name)
-def test_a_tight_tolerance_has_the_adjoint_in_full_precision_and_the_training_as_it_was(linear, settings):
+@pytest.mark.parametrize(
+    "linear",
+    [L.cg(), L.minres(tol=1e-4), L.gmres(), L.bicgstab(), L.cholesky(), L.lu()],
+    ids=lambda a: a.solve.name,
+)
+def test_a_tight_tolerance_has_the_adjoint_in_full_precision_and_the_training_as_it_was(
+    linear, settings
+):
     found = products(linear, **settings)
     training = found.index(True)
     assert not any(found[:training]) and training >= 2  # the solve's forward and backward pass
-    assert all(found[training:])  # the adjoint, the mixed product, and the outer gradient that is their right side
+    assert all(
+        found[training:]
+    )  # the adjoint, the mixed product, and the outer gradient that is their right side
 
 
-@pytest.mark.parametrize("linear", [L.cg(tol=1e-2), L.neumann(5, 0.1), L.identity(0.1)], ids=lambda a: a.solve.name)
+@pytest.mark.parametrize(
+    "linear", [L.cg(tol=1e-2), L.neumann(5, 0.1), L.identity(0.1)], ids=lambda a: a.solve.name
+)
 def test_what_promises_less_keeps_the_devices_own(linear):
     assert not any(products(linear))
 
@@ -76,7 +90,11 @@ def test_a_tolerance_that_is_a_value_in_a_program_counts_as_tight():
     assert found == ["highest"]
 
 
-TO_TOLERANCE = {"gradient_descent": bx.inner.gradient_descent, "agd": bx.inner.agd, "lbfgs": bx.inner.lbfgs}
+TO_TOLERANCE = {
+    "gradient_descent": bx.inner.gradient_descent,
+    "agd": bx.inner.agd,
+    "lbfgs": bx.inner.lbfgs,
+}
 
 
 @pytest.mark.parametrize("name", TO_TOLERANCE)
@@ -103,7 +121,15 @@ def test_every_method_that_solves_says_what_its_right_side_needs(method):
 
 
 def test_methods_that_solve_nothing_ask_for_nothing():
-    for method in (H.unrolled(), H.sama(), H.one_step(), H.finite_difference(), H.forward(), H.shine(refine=0), H.implicit(L.neumann(3, 0.1))):
+    for method in (
+        H.unrolled(),
+        H.sama(),
+        H.one_step(),
+        H.finite_difference(),
+        H.forward(),
+        H.shine(refine=0),
+        H.implicit(L.neumann(3, 0.1)),
+    ):
         assert method.precision is None, method
 
 
@@ -116,7 +142,12 @@ def test_solutions_that_are_differentiated_as_functions():
 def test_levels_below_a_solve():
     top = lambda p, batch: jnp.mean((batch @ p["w"] - 1) ** 2)
     levels = [
-        bx.Level("w", lambda p, batch: inner(p["w"], p["x"], batch), solver=bx.inner.lbfgs(tol=1e-5), hypergradient=H.implicit()),
+        bx.Level(
+            "w",
+            lambda p, batch: inner(p["w"], p["x"], batch),
+            solver=bx.inner.lbfgs(tol=1e-5),
+            hypergradient=H.implicit(),
+        ),
         bx.Level("x", top, solver=optax.sgd(0.1)),
     ]
     fn = bx.value_and_multilevel_grad(levels)

@@ -16,11 +16,15 @@ SOLVER = bx.inner.lbfgs(maxiter=500, tol=1e-13)
 
 
 def prepared():
-    return jax.tree.map(jnp.asarray, (FORM.inner_params, FORM.outer_params, FORM.inner_batch, FORM.outer_batch))
+    return jax.tree.map(
+        jnp.asarray, (FORM.inner_params, FORM.outer_params, FORM.inner_batch, FORM.outer_batch)
+    )
 
 
 def run(method):
-    return jax.jit(bx.value_and_hypergrad(FORM.inner, FORM.outer, solver=SOLVER, hypergradient=method))(*prepared())
+    return jax.jit(
+        bx.value_and_hypergrad(FORM.inner, FORM.outer, solver=SOLVER, hypergradient=method)
+    )(*prepared())
 
 
 def test_unrefined_is_the_inverse_estimate():
@@ -28,10 +32,14 @@ def test_unrefined_is_the_inverse_estimate():
     y, x, inner_batch, outer_batch = prepared()
     w, direct = jax.grad(FORM.outer, (0, 1))(est.inner_params, x, outer_batch)
     q = inverse_hessian_product(est.state.opt, w)
-    mixed = jax.grad(lambda x: jnp.sum(jax.grad(FORM.inner)(est.inner_params, x, inner_batch) * q))(x)
+    mixed = jax.grad(lambda x: jnp.sum(jax.grad(FORM.inner)(est.inner_params, x, inner_batch) * q))(
+        x
+    )
     np.testing.assert_allclose(est.grad, direct - mixed, rtol=1e-9)
     H = FORM.inner_hessian(FORM.outer_params)
-    np.testing.assert_allclose(est.info["adjoint_residual"], np.linalg.norm(H @ q - w) / np.linalg.norm(w), rtol=1e-6)
+    np.testing.assert_allclose(
+        est.info["adjoint_residual"], np.linalg.norm(H @ q - w) / np.linalg.norm(w), rtol=1e-6
+    )
     assert int(est.info["hvps"]) == 1  # the residual's
     assert float(est.info["adjoint_residual"]) < 0.5  # informative, though not exact
 
@@ -47,12 +55,20 @@ def test_refined_is_exact_and_needs_fewer_products_than_a_cold_start():
 
 
 def test_needs_a_solver_that_keeps_a_matrix():
-    fn = bx.value_and_hypergrad(FORM.inner, FORM.outer, solver=bx.inner.optax(optax.sgd(0.1), 3), hypergradient=bx.hypergradient.shine())
+    fn = bx.value_and_hypergrad(
+        FORM.inner,
+        FORM.outer,
+        solver=bx.inner.optax(optax.sgd(0.1), 3),
+        hypergradient=bx.hypergradient.shine(),
+    )
     with pytest.raises(TypeError, match="^solver: got optax"):
         fn(*prepared())
 
 
-@pytest.mark.parametrize(("settings", "name"), [({"refine": -1}, "refine"), ({"tol": 0.0}, "tol"), ({"max_residual": 0.0}, "max_residual")])
+@pytest.mark.parametrize(
+    ("settings", "name"),
+    [({"refine": -1}, "refine"), ({"tol": 0.0}, "tol"), ({"max_residual": 0.0}, "max_residual")],
+)
 def test_refusals(settings, name):
     with pytest.raises(ValueError, match=f"^{name}: got"):
         bx.hypergradient.shine(**settings)

@@ -1,4 +1,5 @@
-"""Model state is part of the map: unrolled and forward differentiate BatchNorm's statistics, others say that they do not."""
+"""Model state is part of the map: unrolled and forward differentiate BatchNorm's statistics, others
+say that they do not."""
 
 import chex
 import jax
@@ -14,7 +15,9 @@ from bilevax import hypergradient as H
 from tests.selection import quick
 
 
-def inner(w, x, batch, mean):  # x: a learned image; mean: its running average, as BatchNorm keeps it
+def inner(
+    w, x, batch, mean
+):  # x: a learned image; mean: its running average, as BatchNorm keeps it
     return 0.5 * (w - x) ** 2, 0.5 * mean + 0.5 * x
 
 
@@ -40,7 +43,9 @@ SEEING = {
 
 def estimate(method, steps, x, mean=0.0):
     g, f = bx.objective(inner, stateful=True), bx.objective(outer, stateful=True)
-    fn = bx.value_and_hypergrad(g, f, solver=bx.inner.optax(optax.sgd(0.5), steps), hypergradient=method)
+    fn = bx.value_and_hypergrad(
+        g, f, solver=bx.inner.optax(optax.sgd(0.5), steps), hypergradient=method
+    )
     return fn(jnp.zeros(()), x, state=fn.init(jnp.zeros(()), model_state=jnp.asarray(mean)))
 
 
@@ -58,16 +63,20 @@ def test_a_method_that_takes_them_as_constants_says_so():
     out = estimate(H.one_step(scale=0.5), 3, jnp.asarray(1.0))
     assert RESULTS.statistics_constant in results.warnings_in(out.info["warnings"])
     report = bx.check_hypergradient(
-        bx.objective(inner, stateful=True), bx.objective(outer, stateful=True), jnp.zeros(()), jnp.ones(()),
-        solver=bx.inner.optax(optax.sgd(0.5), 3), hypergradient=H.implicit(), model_state=jnp.zeros(()), reference="solver",
+        bx.objective(inner, stateful=True), bx.objective(outer, stateful=True), jnp.zeros(()),
+        jnp.ones(()),
+        solver=bx.inner.optax(optax.sgd(0.5), 3), hypergradient=H.implicit(),
+        model_state=jnp.zeros(()), reference="solver",
     )  # fmt: skip
     assert not report.ok and "statistics" in str(report)
 
 
 def test_check_hypergradient_knows_the_right_one():
     report = bx.check_hypergradient(
-        bx.objective(inner, stateful=True), bx.objective(outer, stateful=True), jnp.zeros(()), jnp.ones(()),
-        solver=bx.inner.optax(optax.sgd(0.5), 3), hypergradient=H.unrolled(), model_state=jnp.zeros(()), reference="solver",
+        bx.objective(inner, stateful=True), bx.objective(outer, stateful=True), jnp.zeros(()),
+        jnp.ones(()),
+        solver=bx.inner.optax(optax.sgd(0.5), 3), hypergradient=H.unrolled(),
+        model_state=jnp.zeros(()), reference="solver",
     )  # fmt: skip
     assert report.ok and np.allclose(report.reference, jax.grad(by_hand)(1.0, 3), rtol=1e-6)
 
@@ -99,10 +108,17 @@ def test_integers_in_the_state_ride_along():
 
     f = bx.objective(lambda w, x, batch, state: (w * state[1], state), stateful=True)
     for method in (H.unrolled(), H.forward()):
-        fn = bx.value_and_hypergrad(bx.objective(count, stateful=True), f, solver=bx.inner.optax(optax.sgd(0.5), 3), hypergradient=method)
+        fn = bx.value_and_hypergrad(
+            bx.objective(count, stateful=True),
+            f,
+            solver=bx.inner.optax(optax.sgd(0.5), 3),
+            hypergradient=method,
+        )
         start = fn.init(jnp.zeros(()), model_state=(jnp.int32(0), jnp.ones(())))
         out = fn(jnp.zeros(()), jnp.asarray(0.7), state=start)
-        assert np.allclose(out.grad, jax.grad(hand)(0.7), rtol=1e-12) and int(out.state.model[0]) == 3
+        assert (
+            np.allclose(out.grad, jax.grad(hand)(0.7), rtol=1e-12) and int(out.state.model[0]) == 3
+        )
 
 
 # ---- networks
@@ -162,19 +178,33 @@ def test_distilled_images_see_batchnorm(style, steps):
 
     def at(images, method):
         solver = bx.inner.optax(optax.sgd(0.1), steps)
-        fn = bx.value_and_hypergrad(problem.inner_objective, problem.outer_objective, solver=solver, hypergradient=method)
-        return fn(problem.inner_params, images, state=fn.init(problem.inner_params, model_state=problem.model_state))
+        fn = bx.value_and_hypergrad(
+            problem.inner_objective, problem.outer_objective, solver=solver, hypergradient=method
+        )
+        return fn(
+            problem.inner_params,
+            images,
+            state=fn.init(problem.inner_params, model_state=problem.model_state),
+        )
 
     unrolled = jax.jit(lambda images: at(images, H.unrolled()))
-    slope = (unrolled(IMAGES + 1e-5 * DIRECTION).value - unrolled(IMAGES - 1e-5 * DIRECTION).value) / 2e-5
+    slope = (
+        unrolled(IMAGES + 1e-5 * DIRECTION).value - unrolled(IMAGES - 1e-5 * DIRECTION).value
+    ) / 2e-5
     found = unrolled(IMAGES).grad
     assert abs(jnp.sum(found * DIRECTION) - slope) < 1e-6 * abs(slope)
     if steps == 1:
-        assert np.allclose(jax.jit(lambda images: at(images, H.forward()))(IMAGES).grad, found, rtol=1e-9, atol=1e-12)
+        assert np.allclose(
+            jax.jit(lambda images: at(images, H.forward()))(IMAGES).grad,
+            found,
+            rtol=1e-9,
+            atol=1e-12,
+        )
 
 
 def test_flax_s_values_are_kept():
-    """Only the derivative of the running averages is ours: values are flax's to the bit, masks included."""
+    """Only the derivative of the running averages is ours: values are flax's to the bit, masks
+    included."""
     images = IMAGES.astype(jnp.float32)
     mask = jnp.asarray(np.random.default_rng(0).random((8, 1)) > 0.4)
 
@@ -191,7 +221,9 @@ def test_flax_s_values_are_kept():
 
     def moved(x):
         objective = bx.nn.objective(lambda model, _, batch: jnp.mean(model(x)), inner=net)
-        state = objective(net.params, None, bx.base.Ctx(None, None, {"inner": net.state}))[1][0]["inner"]["norm"]
+        state = objective(net.params, None, bx.base.Ctx(None, None, {"inner": net.state}))[1][0][
+            "inner"
+        ]["norm"]
         return state["mean"][...], state["var"][...]
 
     assert np.array_equal(moved(images)[0], plain.norm.mean[...])
@@ -202,7 +234,9 @@ def test_flax_s_values_are_kept():
         return 0.5 * mean, 0.5 * (jnp.mean(x * x, 0, where=mask) - mean**2)
 
     total = lambda fn: lambda x: sum(jnp.sum(a) for a in fn(x))
-    assert np.allclose(jax.grad(total(moved))(images), jax.grad(total(by_hand))(images), rtol=1e-5, atol=1e-6)
+    assert np.allclose(
+        jax.grad(total(moved))(images), jax.grad(total(by_hand))(images), rtol=1e-5, atol=1e-6
+    )
 
 
 # ---- what the user froze
@@ -224,7 +258,9 @@ def test_frozen_modules_stay_frozen(train):
     net = bx.nn.from_nnx(model)
     x = 5 + IMAGES.astype(jnp.float32)
     objective = bx.nn.objective(lambda m, _, batch: jnp.mean(m(x) ** 2), inner=net, train=train)
-    value, (state, _) = objective(net.params, None, bx.base.Ctx(None, jax.random.key(0), {"inner": net.state}))
+    value, (state, _) = objective(
+        net.params, None, bx.base.Ctx(None, jax.random.key(0), {"inner": net.state})
+    )
     assert value == jnp.mean(model(x) ** 2)
     chex.assert_trees_all_equal(state["inner"], net.state)
 
@@ -235,5 +271,11 @@ def test_open_modules_are_switched():
     values = []
     for train in (True, False):
         objective = bx.nn.objective(lambda m, _, batch: jnp.mean(m(x) ** 2), inner=net, train=train)
-        values.append(float(objective(net.params, None, bx.base.Ctx(None, jax.random.key(0), {"inner": net.state}))[0]))
+        values.append(
+            float(
+                objective(
+                    net.params, None, bx.base.Ctx(None, jax.random.key(0), {"inner": net.state})
+                )[0]
+            )
+        )
     assert values[0] < values[1]  # batch statistics take the mean of 5 away

@@ -1,4 +1,5 @@
-"""Unrolled and forward mode: closed forms, hand loops, all checkpoint modes alike, model state, keys, integers, second derivatives."""
+"""Unrolled and forward mode: closed forms, hand loops, all checkpoint modes alike, model state,
+keys, integers, second derivatives."""
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,9 @@ from tests.problems import PROBLEMS, QUADRATICS, flatten
 from tests.selection import quick
 
 modes = pytest.mark.parametrize("checkpoint", CHECKPOINTS)
-quadratics = pytest.mark.parametrize("form", [PROBLEMS[name] for name in QUADRATICS], ids=QUADRATICS)
+quadratics = pytest.mark.parametrize(
+    "form", [PROBLEMS[name] for name in QUADRATICS], ids=QUADRATICS
+)
 
 
 def close(actual, expected, rtol):
@@ -25,7 +28,9 @@ def close(actual, expected, rtol):
 
 def estimate(form, solver, method, **kwargs):
     fn = bx.value_and_hypergrad(form.inner, form.outer, solver=solver, hypergradient=method)
-    return jax.jit(lambda *args: fn(*args, **kwargs))(form.inner_params, form.outer_params, form.inner_batch, form.outer_batch)
+    return jax.jit(lambda *args: fn(*args, **kwargs))(
+        form.inner_params, form.outer_params, form.inner_batch, form.outer_batch
+    )
 
 
 def unroll_by_hand(inner, outer, opt, steps):
@@ -77,7 +82,8 @@ def test_forward_closed_form(form):
 
 @modes
 def test_cotangent_of_the_initial_point(checkpoint):
-    """MAML: the outer parameters are the initial point, and the derivative is the closed form's initial cotangent."""
+    """MAML: the outer parameters are the initial point, and the derivative is the closed form's
+    initial cotangent."""
     form, step, T = PROBLEMS[QUADRATICS[0]], 0.4, 5
     fixed = jnp.asarray(form.outer_params)
     fn = bx.value_and_hypergrad(
@@ -96,7 +102,10 @@ def test_cotangent_of_the_initial_point(checkpoint):
 OPTIMIZERS = {
     "adam_schedule": lambda: optax.adam(optax.exponential_decay(0.05, 2, 0.8)),
     "nesterov": lambda: optax.sgd(0.05, momentum=0.9, nesterov=True),
-    "clip_adamw": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.adamw(optax.cosine_decay_schedule(0.05, 8), weight_decay=0.1)),
+    "clip_adamw": lambda: optax.chain(
+        optax.clip_by_global_norm(0.5),
+        optax.adamw(optax.cosine_decay_schedule(0.05, 8), weight_decay=0.1),
+    ),
 }
 
 
@@ -104,7 +113,9 @@ OPTIMIZERS = {
 def test_equals_grad_of_a_hand_loop(name):
     form, opt, steps = PROBLEMS["ridge"], OPTIMIZERS[name](), 6
     by_hand = jax.jit(jax.value_and_grad(unroll_by_hand(form.inner, form.outer, opt, steps)))
-    value, grad = by_hand(jnp.asarray(form.outer_params), form.inner_params, form.inner_batch, form.outer_batch)
+    value, grad = by_hand(
+        jnp.asarray(form.outer_params), form.inner_params, form.inner_batch, form.outer_batch
+    )
     for method in [unrolled(checkpoint=checkpoint) for checkpoint in CHECKPOINTS] + [forward()]:
         out = estimate(form, bx.inner.optax(opt, steps), method)
         np.testing.assert_allclose(out.value, value, rtol=1e-12)
@@ -115,17 +126,31 @@ def test_equals_grad_of_a_hand_loop(name):
 def test_modes_equal_each_other(name):
     form = PROBLEMS[name]
     solver = bx.inner.optax(optax.sgd(0.5 / form.smoothness.largest, momentum=0.5), 5)
-    grads = {checkpoint: estimate(form, solver, unrolled(checkpoint=checkpoint)).grad for checkpoint in CHECKPOINTS}
+    grads = {
+        checkpoint: estimate(form, solver, unrolled(checkpoint=checkpoint)).grad
+        for checkpoint in CHECKPOINTS
+    }
     for grad in grads.values():
         close(grad, grads["none"], 1e-12)
     close(estimate(form, solver, forward()).grad, grads["none"], 1e-12)
 
 
-@pytest.mark.parametrize("method", [unrolled(), unrolled(checkpoint="none"), forward()], ids=["mixed", "none", "forward"])
+@pytest.mark.parametrize(
+    "method", [unrolled(), unrolled(checkpoint="none"), forward()], ids=["mixed", "none", "forward"]
+)
 def test_adam_at_inputs_that_no_data_reaches(method):
-    """The second coordinate's gradient is exactly zero at every step, where Adam has no derivative: a failure, and ``eps_root`` is the way out."""
-    inner, outer = (lambda y, x, batch: jnp.sum((batch * y - x) ** 2)), (lambda y, x, batch: jnp.sum((y - 0.3) ** 2))
-    y, x, batch, alive = jnp.asarray([0.1, 0.2, 0.3]), jnp.asarray([0.5, 0.0, -0.2]), jnp.asarray([2.0, 0.0, 2.0]), jnp.asarray([True, False, True])
+    """The second coordinate's gradient is exactly zero at every step, where Adam has no derivative:
+    a failure, and ``eps_root`` is the way out."""
+    inner, outer = (
+        (lambda y, x, batch: jnp.sum((batch * y - x) ** 2)),
+        (lambda y, x, batch: jnp.sum((y - 0.3) ** 2)),
+    )
+    y, x, batch, alive = (
+        jnp.asarray([0.1, 0.2, 0.3]),
+        jnp.asarray([0.5, 0.0, -0.2]),
+        jnp.asarray([2.0, 0.0, 2.0]),
+        jnp.asarray([True, False, True]),
+    )
     outs = {}
     for eps_root in (0.0, 1e-12):
         solver = bx.inner.optax(optax.adam(0.1, eps_root=eps_root), 4)
@@ -146,14 +171,20 @@ def test_every_number_of_steps(steps):
     for checkpoint in ("mixed", "sqrt"):
         out = estimate(form, solver, unrolled(checkpoint=checkpoint))
         close(out.grad, reference.grad, 1e-12)
-        np.testing.assert_allclose(out.info["inner_value"], reference.info["inner_value"], rtol=1e-12)
+        np.testing.assert_allclose(
+            out.info["inner_value"], reference.info["inner_value"], rtol=1e-12
+        )
 
 
 def test_optimizer_that_reads_the_value():
-    """Polyak's step is a function of the objective's value, whose cotangent the rule has to pull as well."""
+    """Polyak's step is a function of the objective's value, whose cotangent the rule has to pull as
+    well."""
     form, steps = PROBLEMS["ridge"], 4
     solver = bx.inner.optax(optax.polyak_sgd(max_learning_rate=0.05, f_min=0.0), steps)
-    grads = [estimate(form, solver, method).grad for method in (unrolled(checkpoint="none"), unrolled(), forward())]
+    grads = [
+        estimate(form, solver, method).grad
+        for method in (unrolled(checkpoint="none"), unrolled(), forward())
+    ]
     close(grads[1], grads[0], 1e-12)
     close(grads[2], grads[0], 1e-12)
 
@@ -166,14 +197,19 @@ def running_mean(y, x, batch, model, *, key):
     noise = jax.random.normal(key, y.shape, y.dtype)
     center = 0.9 * model["mean"] + 0.1 * (y + jnp.tanh(x))
     rows = batch["rows"][batch["index"]]
-    value = jnp.mean((rows @ (y - 0.5 * center) - 1.0) ** 2) + jnp.sum(jnp.exp(x) * jnp.tanh(y + 0.1 * noise) ** 2)
+    value = jnp.mean((rows @ (y - 0.5 * center) - 1.0) ** 2) + jnp.sum(
+        jnp.exp(x) * jnp.tanh(y + 0.1 * noise) ** 2
+    )
     return value, ({"mean": center, "count": model["count"] + 1}, {"norm": jnp.sum(y * y)})
 
 
 def test_stateful_keyed_integer_objective_equals_a_hand_loop():
     rng, steps = np.random.default_rng(0), 5
     y0, x0 = jnp.asarray(rng.standard_normal(3)), jnp.asarray(0.1 * rng.standard_normal(3))
-    batch = {"rows": jnp.asarray(rng.standard_normal((4, 3))), "index": jnp.asarray([0, 2, 3], jnp.int32)}
+    batch = {
+        "rows": jnp.asarray(rng.standard_normal((4, 3))),
+        "index": jnp.asarray([0, 2, 3], jnp.int32),
+    }
     model = {"mean": jnp.ones(3), "count": jnp.int32(0)}
     inner = bx.objective(running_mean, has_aux=True, stateful=True, keyed=True)
     outer = lambda y, x, batch: jnp.sum((y - 0.3) ** 2) + jnp.sum(x * y)
@@ -185,7 +221,9 @@ def test_stateful_keyed_integer_objective_equals_a_hand_loop():
         inner_key = jax.random.split(key, 3)[0]
         for i in range(steps):
             step_key = jax.random.fold_in(inner_key, i)
-            grads, (moved, _) = jax.grad(running_mean, has_aux=True)(y, x, batch, moved, key=step_key)
+            grads, (moved, _) = jax.grad(running_mean, has_aux=True)(
+                y, x, batch, moved, key=step_key
+            )
             with jax.numpy_dtype_promotion("standard"):
                 updates, state = opt.update(grads, state, y)
             y = y + updates
@@ -193,8 +231,12 @@ def test_stateful_keyed_integer_objective_equals_a_hand_loop():
 
     (value, (y, moved)), grad = jax.value_and_grad(by_hand, has_aux=True)(x0)
     for method in [unrolled(checkpoint=checkpoint) for checkpoint in CHECKPOINTS] + [forward()]:
-        fn = bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(opt, steps), hypergradient=method)
-        out = jax.jit(lambda x, fn=fn: fn(y0, x, batch, None, state=fn.init(y0, model_state=model), key=key))(x0)
+        fn = bx.value_and_hypergrad(
+            inner, outer, solver=bx.inner.optax(opt, steps), hypergradient=method
+        )
+        out = jax.jit(
+            lambda x, fn=fn: fn(y0, x, batch, None, state=fn.init(y0, model_state=model), key=key)
+        )(x0)
         np.testing.assert_allclose(out.value, value, rtol=1e-12)
         close(out.inner_params, y, 1e-12)
         close(out.grad, grad, 1e-12)
@@ -204,7 +246,8 @@ def test_stateful_keyed_integer_objective_equals_a_hand_loop():
 
 
 def test_objective_that_captures_traced_values():
-    """What an objective closes over is an operand of the rule: it may be traced, and differentiated from outside."""
+    """What an objective closes over is an operand of the rule: it may be traced, and differentiated
+    from outside."""
     form = PROBLEMS["ridge"]
 
     def value(scale, checkpoint):
@@ -218,7 +261,10 @@ def test_objective_that_captures_traced_values():
         return out.value, out.grad
 
     for derivative in (jax.jacrev, jax.jacfwd):
-        got = [jax.jit(derivative(lambda s, c=c: value(s, c)))(jnp.asarray(1.2)) for c in ("none", "mixed")]
+        got = [
+            jax.jit(derivative(lambda s, c=c: value(s, c)))(jnp.asarray(1.2))
+            for c in ("none", "mixed")
+        ]
         close(got[1], got[0], 1e-12)
         assert np.linalg.norm(flatten(got[0])) > 1e-3
 
@@ -228,12 +274,17 @@ def test_mixed_objective_is_the_objective():
     inner = bx.objective(running_mean, has_aux=True, stateful=True, keyed=True)
     rng = np.random.default_rng(1)
     y, x = jnp.asarray(rng.standard_normal(3)), jnp.asarray(rng.standard_normal(3))
-    batch = {"rows": jnp.asarray(rng.standard_normal((4, 3))), "index": jnp.asarray([1, 1, 3], jnp.int32)}
+    batch = {
+        "rows": jnp.asarray(rng.standard_normal((4, 3))),
+        "index": jnp.asarray([1, 1, 3], jnp.int32),
+    }
     model = {"mean": jnp.ones(3), "count": jnp.int32(0)}
 
     def combined(objective):
         def total(y, x, mean):
-            value, (moved, aux) = objective(y, x, bx.base.Ctx(batch, jax.random.key(0), model | {"mean": mean}))
+            value, (moved, aux) = objective(
+                y, x, bx.base.Ctx(batch, jax.random.key(0), model | {"mean": mean})
+            )
             return value + jnp.sum(jnp.sin(moved["mean"])) + aux["norm"] ** 2
 
         def gradient_norm(y, x, mean):
@@ -241,7 +292,9 @@ def test_mixed_objective_is_the_objective():
             (value, (moved, aux)), grads = jax.value_and_grad(objective, has_aux=True)(y, x, ctx)
             return jnp.sum(grads**3) + value**2 + jnp.sum(moved["mean"] ** 2) + aux["norm"]
 
-        return jax.jit(lambda *args: [jax.grad(fn, (0, 1, 2))(*args) for fn in (total, gradient_norm)])
+        return jax.jit(
+            lambda *args: [jax.grad(fn, (0, 1, 2))(*args) for fn in (total, gradient_norm)]
+        )
 
     args = (y, x, model["mean"])
     close(combined(mixed(inner))(*args), combined(inner)(*args), 1e-12)
@@ -256,17 +309,23 @@ def test_second_derivatives(checkpoint):
     opt, steps = optax.adam(0.05), 4
     x = jnp.asarray(form.outer_params)
     by_hand = unroll_by_hand(form.inner, form.outer, opt, steps)
-    expected = jax.jit(jax.hessian(lambda x: by_hand(x, form.inner_params, form.inner_batch, form.outer_batch)))(x)
+    expected = jax.jit(
+        jax.hessian(lambda x: by_hand(x, form.inner_params, form.inner_batch, form.outer_batch))
+    )(x)
     method = unrolled(checkpoint=checkpoint)
     assert method.order == 2
-    fn = bx.value_and_hypergrad(form.inner, form.outer, solver=bx.inner.optax(opt, steps), hypergradient=method)
+    fn = bx.value_and_hypergrad(
+        form.inner, form.outer, solver=bx.inner.optax(opt, steps), hypergradient=method
+    )
 
     def estimate(x):
         return fn(form.inner_params, x, form.inner_batch, form.outer_batch)
 
     for derivative in (jax.jacfwd, jax.jacrev):
         close(jax.jit(derivative(lambda x: estimate(x).grad))(x), expected, 1e-10)
-    close(jax.jit(jax.hessian(lambda x: estimate(x).value))(x), expected, 1e-10)  # through the solution, not through the pullback
+    close(
+        jax.jit(jax.hessian(lambda x: estimate(x).value))(x), expected, 1e-10
+    )  # through the solution, not through the pullback
 
 
 def test_forward_mode_of_the_rule_itself_raises():
@@ -280,7 +339,8 @@ def test_forward_mode_of_the_rule_itself_raises():
 
 
 def test_forward_mode_through_a_while_loop():
-    """A solve to a tolerance has no reverse mode; forwards it converges to the exact hypergradient."""
+    """A solve to a tolerance has no reverse mode; forwards it converges to the exact
+    hypergradient."""
     form = PROBLEMS["ridge"]
     out = estimate(form, bx.inner.gradient_descent(tol=1e-13, maxiter=20_000), forward())
     close(out.grad, form.hypergradient(form.outer_params), 1e-7)
@@ -303,8 +363,16 @@ def test_forward_refuses_many_outer_parameters():
 @modes
 def test_float32_outer_tree_and_vmap(checkpoint):
     form = PROBLEMS["distillation"]
-    single = jax.tree.map(lambda a: jnp.asarray(a, jnp.float32), (form.inner_params, form.outer_params, form.inner_batch, form.outer_batch))
-    fn = bx.value_and_hypergrad(form.inner, form.outer, solver=bx.inner.optax(optax.sgd(0.1), 4), hypergradient=unrolled(checkpoint=checkpoint))
+    single = jax.tree.map(
+        lambda a: jnp.asarray(a, jnp.float32),
+        (form.inner_params, form.outer_params, form.inner_batch, form.outer_batch),
+    )
+    fn = bx.value_and_hypergrad(
+        form.inner,
+        form.outer,
+        solver=bx.inner.optax(optax.sgd(0.1), 4),
+        hypergradient=unrolled(checkpoint=checkpoint),
+    )
     tasks = jax.tree.map(lambda a: jnp.stack([a, 1.5 * a]), single[1])
     out = jax.jit(jax.vmap(lambda x: fn(single[0], x, *single[2:])))(tasks)
     assert {leaf.dtype for leaf in jax.tree.leaves(out.grad)} == {jnp.dtype(jnp.float32)}
@@ -316,7 +384,9 @@ def test_settings_are_refused():
     for last in (0, -1, 2.0, True):
         with pytest.raises((TypeError, ValueError), match="last: got"):
             unrolled(last)
-    with pytest.raises(ValueError, match="checkpoint: got 'all'; expected 'mixed', 'none', 'step' or 'sqrt'"):
+    with pytest.raises(
+        ValueError, match="checkpoint: got 'all'; expected 'mixed', 'none', 'step' or 'sqrt'"
+    ):
         unrolled(checkpoint="all")
     form = PROBLEMS["ridge"]
     with pytest.raises(ValueError, match="has no reverse mode"):

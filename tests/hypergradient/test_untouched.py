@@ -1,4 +1,5 @@
-"""Parameters that the inner objective does not touch and the outer one reads: they add nothing, and it is said."""
+"""Parameters that the inner objective does not touch and the outer one reads: they add nothing, and
+it is said."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,9 @@ def with_bias(p, x, b):
 
 def words(p, x, b):
     rows = p["table"][jnp.array([0, 1, 2, 1])]
-    fit = jnp.mean((rows @ jnp.array([1.0, -0.5, 2.0]) + rows[:, 0] * p["scale"] - jnp.arange(4.0) / 4) ** 2)
+    fit = jnp.mean(
+        (rows @ jnp.array([1.0, -0.5, 2.0]) + rows[:, 0] * p["scale"] - jnp.arange(4.0) / 4) ** 2
+    )
     return fit + jnp.exp(x) * (jnp.sum(p["table"][:3] ** 2) + p["scale"] ** 2)
 
 
@@ -32,7 +35,11 @@ def other_words(p, x, b):
 
 
 CASES = {
-    "a head that is not trained": (head, with_bias, {"body": jnp.ones(3), "bias": jnp.asarray(1.0)}),
+    "a head that is not trained": (
+        head,
+        with_bias,
+        {"body": jnp.ones(3), "bias": jnp.asarray(1.0)},
+    ),
     "rows of an embedding": (words, other_words, {"table": TABLE, "scale": jnp.asarray(0.3)}),
 }
 
@@ -52,7 +59,9 @@ def test_they_add_nothing_to_the_gradient(name):
 
 def test_a_row_of_zeros_costs_conjugate_gradients_nothing_else():
     """The others are solved to the tolerance, from any start; the residual is what is left of b."""
-    a = jnp.array([[4.0, 1.0, 0.0, 0.5], [1.0, 3.0, 0.0, 0.2], [0.0, 0.0, 0.0, 0.0], [0.5, 0.2, 0.0, 1.0]])
+    a = jnp.array(
+        [[4.0, 1.0, 0.0, 0.5], [1.0, 3.0, 0.0, 0.2], [0.0, 0.0, 0.0, 0.0], [0.5, 0.2, 0.0, 1.0]]
+    )
     b = jnp.array([1.0, 2.0, 0.7, -1.0])
     keep = jnp.array([0, 1, 3])
     right = jnp.zeros(4).at[keep].set(jnp.linalg.solve(a[keep][:, keep], b[keep]))

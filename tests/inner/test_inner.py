@@ -1,4 +1,5 @@
-"""Inner solvers against closed forms: convergence, warm starts, rounding, non-finite numbers, vmap, and what costs a trace."""
+"""Inner solvers against closed forms: convergence, warm starts, rounding, non-finite numbers, vmap,
+and what costs a trace."""
 
 import subprocess
 import sys
@@ -68,7 +69,11 @@ def flat(tree):
 def solve(solver, fn, params, outer, batch=None, state=None):
     """One jitted step from `params`, or from a state that an earlier one returned."""
     state = base.InnerState(params, solver.init(params)) if state is None else state
-    run = jax.jit(lambda state, outer, batch: solver.step(base.objective(fn), state, outer, base.Ctx(batch=batch)))
+    run = jax.jit(
+        lambda state, outer, batch: solver.step(
+            base.objective(fn), state, outer, base.Ctx(batch=batch)
+        )
+    )
     return run(state, outer, batch)
 
 
@@ -79,7 +84,9 @@ DESCENT = {
     "lbfgs": lambda **k: inner.lbfgs(**k),
 }
 each_descent = pytest.mark.parametrize("name", DESCENT)
-each_search = pytest.mark.parametrize("name", [name for name in DESCENT if name != "gradient_descent_fixed"])  # whose step has no unit
+each_search = pytest.mark.parametrize(
+    "name", [name for name in DESCENT if name != "gradient_descent_fixed"]
+)  # whose step has no unit
 
 
 # ---- closed forms
@@ -88,11 +95,18 @@ each_search = pytest.mark.parametrize("name", [name for name in DESCENT if name 
 @each_descent
 def test_quadratic_on_a_tree(name):
     x = np.arange(1.0, DIM + 1)
-    state, info = solve(DESCENT[name](tol=1e-11), quadratic, split_tree(np.zeros(DIM)), jnp.asarray(x))
+    state, info = solve(
+        DESCENT[name](tol=1e-11), quadratic, split_tree(np.zeros(DIM)), jnp.asarray(x)
+    )
     np.testing.assert_allclose(flat(state.params), np.linalg.solve(A, x), rtol=0, atol=1e-9)
     assert int(info["code"]) == RESULTS.success
     assert float(info["value"]) == 0.0
-    np.testing.assert_allclose(flat(state.params), np.linalg.solve(A, x), rtol=0, atol=1e-10 * np.linalg.norm(np.linalg.solve(A, x)))
+    np.testing.assert_allclose(
+        flat(state.params),
+        np.linalg.solve(A, x),
+        rtol=0,
+        atol=1e-10 * np.linalg.norm(np.linalg.solve(A, x)),
+    )
     assert 0 < int(info["iterations"]) <= int(info["evaluations"])
 
 
@@ -104,7 +118,9 @@ def test_ridge_and_logistic(name):
     state, info = solve(solver, ridge, w0, jnp.asarray(lam), (jnp.asarray(X), jnp.asarray(T)))
     exact = np.linalg.solve(X.T @ X / len(T) + np.diag(np.exp(lam)), X.T @ T / len(T))
     np.testing.assert_allclose(state.params, exact, rtol=0, atol=1e-9)
-    state, info = solve(solver, logistic, w0, jnp.asarray(lam), (jnp.asarray(X), jnp.asarray(LABELS)))
+    state, info = solve(
+        solver, logistic, w0, jnp.asarray(lam), (jnp.asarray(X), jnp.asarray(LABELS))
+    )
     np.testing.assert_allclose(state.params, newton(lam), rtol=0, atol=1e-9)
     assert int(info["code"]) == RESULTS.success
 
@@ -117,7 +133,11 @@ def test_agd_needs_far_fewer_iterations_than_descent_at_condition_1e4():
 
     counts = {}
     for name in ("gradient_descent", "agd", "lbfgs"):
-        solver = {"gradient_descent": inner.gradient_descent, "agd": inner.agd, "lbfgs": inner.lbfgs}[name](maxiter=200_000, tol=1e-8)
+        solver = {
+            "gradient_descent": inner.gradient_descent,
+            "agd": inner.agd,
+            "lbfgs": inner.lbfgs,
+        }[name](maxiter=200_000, tol=1e-8)
         state, info = solve(solver, fn, jnp.zeros(40), jnp.ones(40))
         assert int(info["code"]) == RESULTS.success
         np.testing.assert_allclose(state.params, 1.0, rtol=0, atol=1e-3)
@@ -128,12 +148,17 @@ def test_agd_needs_far_fewer_iterations_than_descent_at_condition_1e4():
 
 @each_descent
 def test_rosenbrock_like_non_convex(name):
-    """A double well: the solver finds a minimum, never the maximum between, from a start with negative curvature."""
+    """A double well: the solver finds a minimum, never the maximum between, from a start with
+    negative curvature."""
 
     def fn(y, x, batch):
         return jnp.sum((y**2 - x) ** 2) / 4
 
-    solver = inner.gradient_descent(0.1, tol=1e-10) if name == "gradient_descent_fixed" else DESCENT[name](tol=1e-10)
+    solver = (
+        inner.gradient_descent(0.1, tol=1e-10)
+        if name == "gradient_descent_fixed"
+        else DESCENT[name](tol=1e-10)
+    )
     state, info = solve(solver, fn, jnp.asarray([0.1, -0.2]), jnp.asarray([1.0, 2.0]))
     np.testing.assert_allclose(np.abs(state.params), np.sqrt([1.0, 2.0]), rtol=0, atol=1e-8)
     assert int(info["code"]) == RESULTS.success
@@ -165,7 +190,8 @@ def poisson(y, x, batch):
 @each_search
 @pytest.mark.parametrize("start", [0.0, 10.0, 15.0])
 def test_a_poor_start_does_not_loosen_the_tolerance(name, start):
-    """``y* = log(kx)``, from gradients as large as 3e6: a rule relative to the first one stops far off, and says success."""
+    """``y* = log(kx)``, from gradients as large as 3e6: a rule relative to the first one stops far
+    off, and says success."""
     state, info = solve(DESCENT[name](), poisson, jnp.full(2, start), 1.0)
     np.testing.assert_allclose(state.params, np.log([3.0, 5.0]), rtol=0, atol=1e-5)
     assert int(info["code"]) == RESULTS.success
@@ -176,7 +202,9 @@ def test_an_earlier_solve_from_far_off_does_not_loosen_the_tolerance(name):
     x = jnp.arange(1.0, DIM + 1)
     solver = DESCENT[name](tol=1e-6)
     far, _ = solve(solver, quadratic, split_tree(np.full(DIM, 1e8)), x)
-    state, info = solve(solver, quadratic, None, 2 * x, state=far._replace(params=split_tree(np.zeros(DIM))))
+    state, info = solve(
+        solver, quadratic, None, 2 * x, state=far._replace(params=split_tree(np.zeros(DIM)))
+    )
     exact = np.linalg.solve(A, 2 * x)
     assert np.linalg.norm(flat(state.params) - exact) <= 1e-5 * np.linalg.norm(exact)
     assert int(info["code"]) == RESULTS.success
@@ -206,12 +234,19 @@ def test_a_solution_at_zero_is_found(name):
 
 
 def test_float32_says_where_rounding_times_condition_leaves_too_much():
-    """Rounding alone leaves ``eps κ`` of the solution: 1e-5 of it at a condition of 100 is success, and 1 of it is not."""
+    """Rounding alone leaves ``eps κ`` of the solution: 1e-5 of it at a condition of 100 is success,
+    and 1 of it is not."""
     turn = np.linalg.qr(np.random.default_rng(3).normal(size=(12, 12)))[0]
     target = np.random.default_rng(5).normal(size=12).astype(np.float32)
-    for condition, code, error in ((1e2, RESULTS.success, 1e-4), (1e4, RESULTS.success, 2e-3), (1e8, RESULTS.inner_not_converged, 2.0)):
+    for condition, code, error in (
+        (1e2, RESULTS.success, 1e-4),
+        (1e4, RESULTS.success, 2e-3),
+        (1e8, RESULTS.inner_not_converged, 2.0),
+    ):
         spread = np.sqrt(np.geomspace(1.0, condition, 12))
-        design = jnp.asarray(np.random.default_rng(4).normal(size=(30, 12)) * spread @ turn, jnp.float32)
+        design = jnp.asarray(
+            np.random.default_rng(4).normal(size=(30, 12)) * spread @ turn, jnp.float32
+        )
         sought = design @ target
 
         def fn(y, x, batch, design=design, sought=sought):
@@ -236,11 +271,15 @@ def test_start_at_the_minimum(name):
 @each_descent
 def test_float32_stalls_at_the_rounding_level(name):
     x = jnp.arange(1.0, DIM + 1, dtype=jnp.float32)
-    state, info = solve(DESCENT[name](tol=1e-14), quadratic, split_tree(np.zeros(DIM), np.float32), x)
+    state, info = solve(
+        DESCENT[name](tol=1e-14), quadratic, split_tree(np.zeros(DIM), np.float32), x
+    )
     assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves(state.params))
     assert int(info["code"]) == RESULTS.success
     assert int(info["evaluations"]) < 2000
-    np.testing.assert_allclose(flat(state.params), np.linalg.solve(A, np.arange(1.0, DIM + 1)), rtol=0, atol=2e-5)
+    np.testing.assert_allclose(
+        flat(state.params), np.linalg.solve(A, np.arange(1.0, DIM + 1)), rtol=0, atol=2e-5
+    )
 
 
 @each_descent
@@ -259,7 +298,9 @@ def test_out_of_iterations_is_said(name):
 @each_descent
 def test_nonfinite_objective_ends_at_once(name):
     params = split_tree(np.ones(DIM))
-    state, info = solve(DESCENT[name](), lambda y, x, batch: quadratic(y, x, batch) * jnp.nan, params, jnp.ones(DIM))
+    state, info = solve(
+        DESCENT[name](), lambda y, x, batch: quadratic(y, x, batch) * jnp.nan, params, jnp.ones(DIM)
+    )
     assert int(info["code"]) == RESULTS.inner_nonfinite
     assert int(info["evaluations"]) == 1
     np.testing.assert_array_equal(flat(state.params), 1.0)
@@ -278,7 +319,12 @@ def test_a_wall_of_nan_is_stepped_back_from():
 
 
 def test_a_fixed_step_that_diverges_is_nonfinite_and_keeps_the_last_finite_point():
-    state, info = solve(inner.gradient_descent(10.0, maxiter=100_000), lambda y, x, batch: jnp.sum(jnp.cosh(y - x)), jnp.zeros(2), jnp.full(2, 3.0))
+    state, info = solve(
+        inner.gradient_descent(10.0, maxiter=100_000),
+        lambda y, x, batch: jnp.sum(jnp.cosh(y - x)),
+        jnp.zeros(2),
+        jnp.full(2, 3.0),
+    )
     assert int(info["code"]) == RESULTS.inner_nonfinite
     assert bool(jnp.all(jnp.isfinite(state.params)))
 
@@ -290,15 +336,21 @@ def test_vmap_is_a_loop(name):
     params = split_tree(np.zeros(DIM))
 
     def one(x):
-        state, info = solver.step(base.objective(quadratic), base.InnerState(params, solver.init(params)), x, base.Ctx())
+        state, info = solver.step(
+            base.objective(quadratic), base.InnerState(params, solver.init(params)), x, base.Ctx()
+        )
         return state.params, info["iterations"]
 
     batched, counts = jax.jit(jax.vmap(one))(xs)
     single = jax.jit(one)
     for i, x in enumerate(xs):
         params_i, count = single(x)
-        assert abs(int(count) - int(counts[i])) <= 0.1 * int(count)  # sums in another order tip a line search's choices now and then
-        chex.assert_trees_all_close(jax.tree.map(lambda a, i=i: a[i], batched), params_i, rtol=0, atol=1e-9)
+        assert abs(int(count) - int(counts[i])) <= 0.1 * int(
+            count
+        )  # sums in another order tip a line search's choices now and then
+        chex.assert_trees_all_close(
+            jax.tree.map(lambda a, i=i: a[i], batched), params_i, rtol=0, atol=1e-9
+        )
 
 
 @each_descent
@@ -311,7 +363,12 @@ def test_model_state_moves_with_the_solve(name):
     solver = DESCENT[name](tol=1e-9)
     y = jnp.zeros(3)
     model = {"mean": jnp.asarray(7.0)}
-    state, _ = solver.step(base.objective(fn, stateful=True), base.InnerState(y, solver.init(y), model), jnp.ones(3), base.Ctx(model=model))
+    state, _ = solver.step(
+        base.objective(fn, stateful=True),
+        base.InnerState(y, solver.init(y), model),
+        jnp.ones(3),
+        base.Ctx(model=model),
+    )
     np.testing.assert_allclose(state.model["mean"], jnp.mean(state.params), rtol=0, atol=1e-15)
 
 
@@ -325,21 +382,33 @@ def test_inverse_hessian_product_is_the_bfgs_matrix():
     assert int(info["iterations"]) > 4  # the ring has wrapped
     opt = state.opt
     order = (int(opt.head) + np.arange(4)) % 4
-    pairs = np.concatenate([np.reshape(leaf, (2, 4, -1)) for leaf in jax.tree.leaves(opt.pairs)], axis=2)
+    pairs = np.concatenate(
+        [np.reshape(leaf, (2, 4, -1)) for leaf in jax.tree.leaves(opt.pairs)], axis=2
+    )
     h = float(opt.gamma) * np.eye(DIM)
     for i in order:
         s, u = pairs[:, i]
         left = np.eye(DIM) - np.outer(s, u) / (s @ u)
         h = left @ h @ left.T + np.outer(s, s) / (s @ u)
     for v in np.eye(DIM):
-        np.testing.assert_allclose(flat(inverse_hessian_product(opt, split_tree(v))), h @ v, rtol=0, atol=1e-10 * np.abs(h).max())
+        np.testing.assert_allclose(
+            flat(inverse_hessian_product(opt, split_tree(v))),
+            h @ v,
+            rtol=0,
+            atol=1e-10 * np.abs(h).max(),
+        )
 
 
 def test_memory_of_full_size_inverts_a_quadratic():
     solver = inner.lbfgs(tol=1e-9, memory=12)
     state, _ = solve(solver, quadratic, split_tree(np.zeros(DIM)), jnp.arange(1.0, DIM + 1))
     v = RNG.normal(size=DIM)
-    np.testing.assert_allclose(flat(inverse_hessian_product(state.opt, split_tree(v))), np.linalg.solve(A, v), rtol=0.05, atol=0.01)
+    np.testing.assert_allclose(
+        flat(inverse_hessian_product(state.opt, split_tree(v))),
+        np.linalg.solve(A, v),
+        rtol=0.05,
+        atol=0.01,
+    )
 
 
 # ---- optax
@@ -351,16 +420,25 @@ def clipped(lr, clip):
 
 TUNABLE = {
     "sgd": (optax.sgd, {"learning_rate": 0.1}, {"learning_rate": 0.2}),
-    "momentum": (optax.sgd, {"learning_rate": 0.1, "momentum": 0.9}, {"learning_rate": 0.1, "momentum": 0.8}),
+    "momentum": (
+        optax.sgd,
+        {"learning_rate": 0.1, "momentum": 0.9},
+        {"learning_rate": 0.1, "momentum": 0.8},
+    ),
     "adam": (optax.adam, {"learning_rate": 0.1}, {"learning_rate": 0.01}),
-    "adamw": (optax.adamw, {"learning_rate": 0.1, "weight_decay": 1e-3}, {"learning_rate": 0.1, "weight_decay": 1e-2}),
+    "adamw": (
+        optax.adamw,
+        {"learning_rate": 0.1, "weight_decay": 1e-3},
+        {"learning_rate": 0.1, "weight_decay": 1e-2},
+    ),
     "chain": (clipped, {"lr": 0.1, "clip": 1.0}, {"lr": 0.2, "clip": 2.0}),
 }
 
 
 @pytest.mark.parametrize("name", TUNABLE)
 def test_tunable_numbers_are_leaves(name):
-    """Other numbers: the same static part, no new trace, and the same steps as optax's own to the bit."""
+    """Other numbers: the same static part, no new trace, and the same steps as optax's own to the
+    bit."""
     factory, one, other = TUNABLE[name]
     traces = []
 
@@ -399,7 +477,11 @@ def test_tunable_numbers_are_leaves(name):
         np.testing.assert_allclose(found, y, rtol=1e-13)
 
 
-@pytest.mark.parametrize("opt", [optax.polyak_sgd(), optax.lbfgs(), inner.tunable(optax.lbfgs, memory_size=4)], ids=["polyak", "lbfgs", "tunable"])
+@pytest.mark.parametrize(
+    "opt",
+    [optax.polyak_sgd(), optax.lbfgs(), inner.tunable(optax.lbfgs, memory_size=4)],
+    ids=["polyak", "lbfgs", "tunable"],
+)
 def test_optax_transformations_that_ask_for_the_value(opt):
     solver = inner.optax(opt, steps=30)
     y = split_tree(np.zeros(DIM))
@@ -408,7 +490,9 @@ def test_optax_transformations_that_ask_for_the_value(opt):
         return 0.5 * sum(jnp.sum((leaf - 1) ** 2) for leaf in jax.tree.leaves(y))
 
     lower = base.Lower(base.objective(fn), solver, lambda feed, i: base.Ctx())
-    state, info = jax.jit(lambda s: lower.run(s, 0.0, base.Feed()))(base.InnerState(y, solver.init(y)))
+    state, info = jax.jit(lambda s: lower.run(s, 0.0, base.Feed()))(
+        base.InnerState(y, solver.init(y))
+    )
     np.testing.assert_allclose(flat(state.params), 1.0, rtol=0, atol=1e-6)
     assert info["value"].shape == info["grad_norm"].shape == (30,)
     np.testing.assert_allclose(info["value"][0], DIM / 2)
@@ -419,10 +503,16 @@ def test_optax_transformations_that_ask_for_the_value(opt):
 def test_optax_keeps_dtypes(dtype):
     solver = inner.optax(inner.tunable(optax.adamw, learning_rate=0.1), steps=3)
     y = jnp.zeros(2, dtype)
-    lower = base.Lower(base.objective(lambda y, x, batch: jnp.sum((y - x) ** 2)), solver, lambda feed, i: base.Ctx())
+    lower = base.Lower(
+        base.objective(lambda y, x, batch: jnp.sum((y - x) ** 2)),
+        solver,
+        lambda feed, i: base.Ctx(),
+    )
     state, _ = lower.run(base.InnerState(y, solver.init(y)), jnp.ones(2, dtype), base.Feed())
     assert state.params.dtype == dtype
-    before, after = (jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (solver.init(y), state.opt))
+    before, after = (
+        jax.tree.map(lambda leaf: leaf.dtype, tree) for tree in (solver.init(y), state.opt)
+    )
     assert before == after
 
 
@@ -451,17 +541,22 @@ def test_jaxopt_solvers(solver):
 
 
 def test_jaxopt_prox_and_projection():
-    """Lasso with an identity design is soft thresholding; the nearest point of the non-negative orthant is ``max(x, 0)``."""
+    """Lasso with an identity design is soft thresholding; the nearest point of the non-negative
+    orthant is ``max(x, 0)``."""
 
     def fn(y, x, batch):
         return 0.5 * jnp.sum((y - x) ** 2)
 
     x = jnp.asarray([2.0, -0.3, 0.7])
-    lasso = inner.jaxopt(jaxopt.ProximalGradient, prox=soft_threshold, hyperparams_prox=0.5, tol=1e-8)
+    lasso = inner.jaxopt(
+        jaxopt.ProximalGradient, prox=soft_threshold, hyperparams_prox=0.5, tol=1e-8
+    )
     state, info = solve(lasso, fn, jnp.zeros(3), x)
     np.testing.assert_allclose(state.params, [1.5, 0.0, 0.2], rtol=0, atol=1e-7)
     assert int(info["code"]) == RESULTS.success and float(info["grad_norm"]) < 1e-7
-    box = inner.jaxopt(jaxopt.ProjectedGradient, projection=lambda y, _: jnp.maximum(y, 0.0), tol=1e-8)
+    box = inner.jaxopt(
+        jaxopt.ProjectedGradient, projection=lambda y, _: jnp.maximum(y, 0.0), tol=1e-8
+    )
     state, info = solve(box, fn, jnp.ones(3), x)
     np.testing.assert_allclose(state.params, [2.0, 0.0, 0.7], rtol=0, atol=1e-7)
 
@@ -470,7 +565,9 @@ def test_jaxopt_says_how_it_ended():
     short = inner.jaxopt(jaxopt.GradientDescent, maxiter=2, tol=1e-9)
     _, info = solve(short, quadratic, split_tree(np.zeros(DIM)), jnp.arange(1.0, DIM + 1))
     assert int(info["code"]) == RESULTS.inner_not_converged
-    state, info = solve(short, lambda y, x, b: quadratic(y, x, b) * jnp.nan, split_tree(np.ones(DIM)), jnp.ones(DIM))
+    state, info = solve(
+        short, lambda y, x, b: quadratic(y, x, b) * jnp.nan, split_tree(np.ones(DIM)), jnp.ones(DIM)
+    )
     assert int(info["code"]) == RESULTS.inner_nonfinite
     np.testing.assert_array_equal(flat(state.params), 1.0)
 
@@ -485,48 +582,75 @@ def test_optimistix_minimiser():
 
 def _curved(y, x, batch):
     """As many residuals as unknowns, with a root: ``y³/10 + y = x`` in both halves."""
-    return {"both": jnp.concatenate([y["a"], y["b"]]) ** 3 / 10 + jnp.concatenate([y["a"], y["b"]]) - x * batch}
+    return {
+        "both": jnp.concatenate([y["a"], y["b"]]) ** 3 / 10
+        + jnp.concatenate([y["a"], y["b"]])
+        - x * batch
+    }
 
 
 BY_RESIDUALS = {
-    "jaxopt.GaussNewton": lambda r: inner.jaxopt(jaxopt.GaussNewton, residual=r, maxiter=50, tol=1e-9),
-    "jaxopt.LevenbergMarquardt": lambda r: inner.jaxopt(jaxopt.LevenbergMarquardt, residual=r, maxiter=50, tol=1e-9, gtol=1e-10, xtol=1e-10),
+    "jaxopt.GaussNewton": lambda r: inner.jaxopt(
+        jaxopt.GaussNewton, residual=r, maxiter=50, tol=1e-9
+    ),
+    "jaxopt.LevenbergMarquardt": lambda r: inner.jaxopt(
+        jaxopt.LevenbergMarquardt, residual=r, maxiter=50, tol=1e-9, gtol=1e-10, xtol=1e-10
+    ),
     "jaxopt.Broyden": lambda r: inner.jaxopt(jaxopt.Broyden, residual=r, maxiter=100, tol=1e-9),
-    "optimistix.LevenbergMarquardt": lambda r: inner.optimistix(optimistix.LevenbergMarquardt(1e-10, 1e-10), residual=r),
-    "optimistix.GaussNewton": lambda r: inner.optimistix(optimistix.GaussNewton(1e-10, 1e-10), residual=r),
+    "optimistix.LevenbergMarquardt": lambda r: inner.optimistix(
+        optimistix.LevenbergMarquardt(1e-10, 1e-10), residual=r
+    ),
+    "optimistix.GaussNewton": lambda r: inner.optimistix(
+        optimistix.GaussNewton(1e-10, 1e-10), residual=r
+    ),
     "optimistix.Newton": lambda r: inner.optimistix(optimistix.Newton(1e-10, 1e-10), residual=r),
     "optimistix.Chord": lambda r: inner.optimistix(optimistix.Chord(1e-10, 1e-10), residual=r),
 }
 QUICK = ("jaxopt.LevenbergMarquardt", "optimistix.Newton")
 
 
-@pytest.mark.parametrize("name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BY_RESIDUALS])
+@pytest.mark.parametrize(
+    "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BY_RESIDUALS]
+)
 def test_solvers_of_residuals(name):
-    """The root of ``y³/10 + y = 1.1``, which is 1, and its derivative ``1/1.3``; a sum of other squares is another problem, and said to be."""
+    """The root of ``y³/10 + y = 1.1``, which is 1, and its derivative ``1/1.3``; a sum of other
+    squares is another problem, and said to be."""
     solver, start = BY_RESIDUALS[name](_curved), {"a": jnp.full(2, 0.7), "b": jnp.full(1, 0.4)}
     squares = lambda y, x, batch: 3 * jnp.sum(_curved(y, x, batch)["both"] ** 2)
     outer = lambda y, x, batch: jnp.sum(y["a"]) + 2 * jnp.sum(y["b"])
 
     def both(x):
-        fn = bx.value_and_hypergrad(squares, outer, solver=solver, hypergradient=bx.hypergradient.implicit())
+        fn = bx.value_and_hypergrad(
+            squares, outer, solver=solver, hypergradient=bx.hypergradient.implicit()
+        )
         other = bx.value_and_hypergrad(
-            lambda y, x, b: squares(y, x, b) + 0.1 * jnp.sum(y["a"]), outer, solver=solver, hypergradient=bx.hypergradient.implicit()
+            lambda y, x, b: squares(y, x, b) + 0.1 * jnp.sum(y["a"]),
+            outer,
+            solver=solver,
+            hypergradient=bx.hypergradient.implicit(),
         )
         return fn(start, x, jnp.ones(())), other(start, x, jnp.ones(()))
 
     right, wrong = jax.jit(both)(jnp.full(3, 1.1))
-    np.testing.assert_allclose(np.concatenate([right.inner_params["a"], right.inner_params["b"]]), 1.0, rtol=1e-7)
+    np.testing.assert_allclose(
+        np.concatenate([right.inner_params["a"], right.inner_params["b"]]), 1.0, rtol=1e-7
+    )
     np.testing.assert_allclose(right.grad, np.array([1.0, 1.0, 2.0]) / 1.3, rtol=1e-6)
     assert int(right.info["code"]) == RESULTS.success
     assert int(wrong.info["code"]) == RESULTS.not_stationary and np.all(np.isnan(wrong.grad))
 
 
 def test_mirror_descent_ends_at_a_fixed_point_of_its_step():
-    """On the simplex, ``y = x / Σx`` minimises ``Σ y log(y / x)``; its derivative by the rule of that step."""
+    """On the simplex, ``y = x / Σx`` minimises ``Σ y log(y / x)``; its derivative by the rule of
+    that step."""
     step = jaxopt.MirrorDescent.make_projection_grad(lambda v, _: jax.nn.softmax(v), jnp.log)
-    solver = inner.jaxopt(jaxopt.MirrorDescent, projection_grad=step, stepsize=0.5, maxiter=200, tol=1e-9)
+    solver = inner.jaxopt(
+        jaxopt.MirrorDescent, projection_grad=step, stepsize=0.5, maxiter=200, tol=1e-9
+    )
     g = lambda y, x, b: jnp.sum(y * jnp.log(y / x))
-    fn = bx.value_and_hypergrad(g, lambda y, x, b: y[0], solver=solver, hypergradient=bx.hypergradient.implicit())
+    fn = bx.value_and_hypergrad(
+        g, lambda y, x, b: y[0], solver=solver, hypergradient=bx.hypergradient.implicit()
+    )
     est = jax.jit(fn)(jnp.full(3, 1 / 3), jnp.array([1.0, 2.0, 5.0]))
     np.testing.assert_allclose(est.inner_params, np.array([1.0, 2.0, 5.0]) / 8, rtol=1e-7)
     np.testing.assert_allclose(est.grad, [7 / 64, -1 / 64, -1 / 64], atol=1e-8)
@@ -540,12 +664,16 @@ def test_numbers_of_every_solver_are_leaves():
         lambda v: inner.jaxopt(jaxopt.LBFGS, tol=v),
         lambda v: inner.optimistix(optimistix.BFGS(rtol=v, atol=v)),
     ):
-        # both below the tolerance at which products are taken in full precision: that is another program
+        # both below the tolerance at which products are taken in full precision: that is another
+        # program
         assert base.split(make(1e-4))[0] == base.split(make(1e-5))[0]
 
 
 def test_import_brings_no_heavy_package():
-    code = "import sys, bilevax.inner; sys.exit(any(m in sys.modules for m in ('jaxopt', 'optimistix', 'matplotlib')))"
+    code = (
+        "import sys, bilevax.inner; sys.exit(any(m in sys.modules for m in ('jaxopt', "
+        "'optimistix', 'matplotlib')))"
+    )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
@@ -568,23 +696,67 @@ def test_import_brings_no_heavy_package():
         (lambda: inner.jaxopt(jaxopt.LBFGS, fun=quadratic), TypeError, "fun:"),
         (lambda: inner.jaxopt(jaxopt.LBFGS, max_iter=3), TypeError, "max_iter:"),
         (lambda: inner.jaxopt(jaxopt.Bisection), TypeError, "solver:"),
-        (lambda: inner.jaxopt(jaxopt.BoxOSQP), TypeError, "solver: got jaxopt.BoxOSQP, which solves quadratic programs.*Try"),
-        (lambda: inner.jaxopt(jaxopt.OSQP), TypeError, "solver: got jaxopt.OSQP, which solves quadratic programs.*Try"),
-        (lambda: inner.jaxopt(jaxopt.LevenbergMarquardt), TypeError, "residual: got None with jaxopt.LevenbergMarquardt.*Try"),
-        (lambda: inner.jaxopt(jaxopt.Broyden), TypeError, "residual: got None with jaxopt.Broyden.*Try"),
-        (lambda: inner.jaxopt(jaxopt.LBFGS, residual=quadratic), TypeError, "residual: got .* with jaxopt.LBFGS, which minimises"),
-        (lambda: inner.jaxopt(jaxopt.BlockCoordinateDescent), TypeError, "solver: got jaxopt.BlockCoordinateDescent, which takes an objective.*Try"),
-        (lambda: inner.jaxopt(jaxopt.ScipyMinimize), TypeError, "solver: got jaxopt.ScipyMinimize, which runs SciPy on the host.*Try"),
-        (lambda: inner.jaxopt(jaxopt.FixedPointIteration), TypeError, "solver: got jaxopt.FixedPointIteration, which solves equations.*Try"),
+        (
+            lambda: inner.jaxopt(jaxopt.BoxOSQP),
+            TypeError,
+            "solver: got jaxopt.BoxOSQP, which solves quadratic programs.*Try",
+        ),
+        (
+            lambda: inner.jaxopt(jaxopt.OSQP),
+            TypeError,
+            "solver: got jaxopt.OSQP, which solves quadratic programs.*Try",
+        ),
+        (
+            lambda: inner.jaxopt(jaxopt.LevenbergMarquardt),
+            TypeError,
+            "residual: got None with jaxopt.LevenbergMarquardt.*Try",
+        ),
+        (
+            lambda: inner.jaxopt(jaxopt.Broyden),
+            TypeError,
+            "residual: got None with jaxopt.Broyden.*Try",
+        ),
+        (
+            lambda: inner.jaxopt(jaxopt.LBFGS, residual=quadratic),
+            TypeError,
+            "residual: got .* with jaxopt.LBFGS, which minimises",
+        ),
+        (
+            lambda: inner.jaxopt(jaxopt.BlockCoordinateDescent),
+            TypeError,
+            "solver: got jaxopt.BlockCoordinateDescent, which takes an objective.*Try",
+        ),
+        (
+            lambda: inner.jaxopt(jaxopt.ScipyMinimize),
+            TypeError,
+            "solver: got jaxopt.ScipyMinimize, which runs SciPy on the host.*Try",
+        ),
+        (
+            lambda: inner.jaxopt(jaxopt.FixedPointIteration),
+            TypeError,
+            "solver: got jaxopt.FixedPointIteration, which solves equations.*Try",
+        ),
         (
             lambda: inner.optimistix(optimistix.LevenbergMarquardt(1e-6, 1e-6)),
             TypeError,
             "residual: got None with optimistix.LevenbergMarquardt.*expected residual=.*Try",
         ),
-        (lambda: inner.optimistix(optimistix.Newton(1e-6, 1e-6)), TypeError, "residual: got None with optimistix.Newton.*Try"),
-        (lambda: inner.optimistix(optimistix.FixedPointIteration(1e-6, 1e-6)), TypeError, "solver: got FixedPointIteration.*Try.*inner.fixed_point"),
+        (
+            lambda: inner.optimistix(optimistix.Newton(1e-6, 1e-6)),
+            TypeError,
+            "residual: got None with optimistix.Newton.*Try",
+        ),
+        (
+            lambda: inner.optimistix(optimistix.FixedPointIteration(1e-6, 1e-6)),
+            TypeError,
+            "solver: got FixedPointIteration.*Try.*inner.fixed_point",
+        ),
         (lambda: inner.optimistix(object()), TypeError, "solver:"),
-        (lambda: inner.optimistix(optimistix.BFGS(rtol=1e-3, atol=1e-3), maxiter=0), ValueError, "maxiter:"),
+        (
+            lambda: inner.optimistix(optimistix.BFGS(rtol=1e-3, atol=1e-3), maxiter=0),
+            ValueError,
+            "maxiter:",
+        ),
     ],
 )
 def test_bad_settings_are_refused_at_once(call, error, word):

@@ -1,4 +1,5 @@
-"""Every transformation that optax exports, as inner and as outer optimizer, against its own plain loop."""
+"""Every transformation that optax exports, as inner and as outer optimizer, against its own plain
+loop."""
 
 import functools
 import inspect
@@ -38,44 +39,69 @@ REGISTRY = {
     "clip": lambda: optax.chain(optax.clip(0.5), optax.sgd(0.1)),
     "clip_by_block_rms": lambda: optax.chain(optax.clip_by_block_rms(0.5), optax.sgd(0.1)),
     "clip_by_global_norm": lambda: optax.chain(optax.clip_by_global_norm(0.5), optax.sgd(0.1)),
-    "conditionally_mask": lambda: optax.chain(optax.conditionally_mask(optax.sgd(0.1), lambda step: step % 2 == 0), optax.scale(0.5)),
-    "conditionally_transform": lambda: optax.chain(optax.conditionally_transform(optax.scale(2.0), lambda step: step < 1), optax.sgd(0.1)),
+    "conditionally_mask": lambda: optax.chain(
+        optax.conditionally_mask(optax.sgd(0.1), lambda step: step % 2 == 0), optax.scale(0.5)
+    ),
+    "conditionally_transform": lambda: optax.chain(
+        optax.conditionally_transform(optax.scale(2.0), lambda step: step < 1), optax.sgd(0.1)
+    ),
     "ema": lambda: optax.chain(optax.ema(0.5), optax.sgd(0.1)),
     "flatten": lambda: optax.flatten(optax.sgd(0.1)),
     "freeze": lambda: optax.chain(optax.sgd(0.1), optax.freeze({"m": False, "b": True})),
     "fromage": lambda: optax.fromage(0.1),
     "identity": lambda: optax.chain(optax.identity(), optax.sgd(0.1)),
-    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(learning_rate=optax.linear_schedule(0.1, 0.05, 3)),
-    "inject_stateful_hyperparams": lambda: optax.inject_stateful_hyperparams(optax.sgd)(learning_rate=0.1),
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(
+        learning_rate=optax.linear_schedule(0.1, 0.05, 3)
+    ),
+    "inject_stateful_hyperparams": lambda: optax.inject_stateful_hyperparams(optax.sgd)(
+        learning_rate=0.1
+    ),
     "keep_params_nonnegative": lambda: optax.chain(optax.sgd(0.1), optax.keep_params_nonnegative()),
     "lamb": lambda: optax.lamb(0.1, eps_root=1e-8),
     "lars": lambda: optax.lars(0.1),
     "lbfgs": lambda: optax.lbfgs(0.1, linesearch=None),
     "lion": lambda: optax.lion(0.1),
-    "masked": lambda: optax.chain(optax.masked(optax.scale(0.5), {"m": True, "b": False}), optax.sgd(0.1)),
-    "multi_transform": lambda: optax.multi_transform({"a": optax.sgd(0.1), "b": optax.sgd(0.2)}, {"m": "a", "b": "b"}),
+    "masked": lambda: optax.chain(
+        optax.masked(optax.scale(0.5), {"m": True, "b": False}), optax.sgd(0.1)
+    ),
+    "multi_transform": lambda: optax.multi_transform(
+        {"a": optax.sgd(0.1), "b": optax.sgd(0.2)}, {"m": "a", "b": "b"}
+    ),
     "nadam": lambda: optax.nadam(0.1, eps_root=1e-8),
     "nadamw": lambda: optax.nadamw(0.1, eps_root=1e-8),
     "named_chain": lambda: optax.named_chain(("clip", optax.clip(0.5)), ("sgd", optax.sgd(0.1))),
     "noisy_sgd": lambda: optax.noisy_sgd(0.1, key=0),
-    "normalize_by_update_norm": lambda: optax.chain(optax.normalize_by_update_norm(), optax.sgd(0.1)),
+    "normalize_by_update_norm": lambda: optax.chain(
+        optax.normalize_by_update_norm(), optax.sgd(0.1)
+    ),
     "novograd": lambda: optax.novograd(0.1),
     "optimistic_adam": lambda: optax.optimistic_adam(0.1, eps_root=1e-8),
     "optimistic_adam_v2": lambda: optax.optimistic_adam_v2(0.1, eps_root=1e-8),
     "optimistic_gradient_descent": lambda: optax.optimistic_gradient_descent(0.1),
-    "partition": lambda: optax.partition({"a": optax.sgd(0.1), "b": optax.sgd(0.2)}, {"m": "a", "b": "b"}),
+    "partition": lambda: optax.partition(
+        {"a": optax.sgd(0.1), "b": optax.sgd(0.2)}, {"m": "a", "b": "b"}
+    ),
     "polyak_sgd": lambda: optax.polyak_sgd(1.0, f_min=-1.0),
     "radam": lambda: optax.radam(0.1, eps_root=1e-8),
     "rmsprop": lambda: optax.rmsprop(0.1),
     "rprop": lambda: optax.rprop(0.1),
-    "selective_transform": lambda: optax.chain(optax.selective_transform(optax.scale(0.5), freeze_mask={"m": False, "b": True}), optax.sgd(0.1)),
+    "selective_transform": lambda: optax.chain(
+        optax.selective_transform(optax.scale(0.5), freeze_mask={"m": False, "b": True}),
+        optax.sgd(0.1),
+    ),
     "sgd": lambda: optax.sgd(0.1, momentum=0.9, nesterov=True),
     "sign_sgd": lambda: optax.sign_sgd(0.1),
     "signum": lambda: optax.signum(0.1),
     "sm3": lambda: optax.sm3(0.1),
-    "snapshot": lambda: optax.chain(optax.snapshot("before", lambda updates: updates), optax.sgd(0.1)),
-    "stateless": lambda: optax.chain(optax.stateless(lambda g, p: jax.tree.map(lambda a: 2 * a, g)), optax.sgd(0.1)),
-    "stateless_with_tree_map": lambda: optax.chain(optax.stateless_with_tree_map(lambda g, p: g + 0.1 * p), optax.sgd(0.1)),
+    "snapshot": lambda: optax.chain(
+        optax.snapshot("before", lambda updates: updates), optax.sgd(0.1)
+    ),
+    "stateless": lambda: optax.chain(
+        optax.stateless(lambda g, p: jax.tree.map(lambda a: 2 * a, g)), optax.sgd(0.1)
+    ),
+    "stateless_with_tree_map": lambda: optax.chain(
+        optax.stateless_with_tree_map(lambda g, p: g + 0.1 * p), optax.sgd(0.1)
+    ),
     "trace": lambda: optax.chain(optax.trace(0.9), optax.scale(-0.1)),
     "with_extra_args_support": lambda: optax.with_extra_args_support(optax.sgd(0.1)),
     "yogi": lambda: optax.yogi(0.1),
@@ -94,8 +120,12 @@ REGISTRY = {
     "contrib.muon": lambda: C.muon(0.1),
     "contrib.normalize": lambda: optax.chain(C.normalize(), optax.sgd(0.1)),
     "contrib.prodigy": lambda: C.prodigy(0.5),
-    "contrib.reduce_on_plateau": lambda: optax.chain(optax.sgd(0.1), C.reduce_on_plateau(patience=1)),
-    "contrib.sam": lambda: C.sam(optax.sgd(0.1), optax.chain(C.normalize(), optax.sgd(0.05)), sync_period=2),
+    "contrib.reduce_on_plateau": lambda: optax.chain(
+        optax.sgd(0.1), C.reduce_on_plateau(patience=1)
+    ),
+    "contrib.sam": lambda: C.sam(
+        optax.sgd(0.1), optax.chain(C.normalize(), optax.sgd(0.05)), sync_period=2
+    ),
     "contrib.schedule_free": lambda: C.schedule_free(optax.sgd(0.1), 0.1),
     "contrib.schedule_free_adamw": lambda: C.schedule_free_adamw(0.1),
     "contrib.schedule_free_sgd": lambda: C.schedule_free_sgd(0.1),
@@ -106,25 +136,44 @@ REGISTRY = {
 # Transformations that no loop of gradients alone can run, or not in this form.
 NOT = {
     "lookahead": "trains a pair of fast and slow parameters, which only its own loop keeps",
-    "measure_with_ema": "hands on the measurement in place of the update; its place is inside monitor",
+    "measure_with_ema": (
+        "hands on the measurement in place of the update; its place is inside monitor"
+    ),
     "monitor": "its state gains entries at the first update, which no compiled loop can carry",
-    "scale_by_backtracking_linesearch": "searches in a loop, which has no reverse mode: part of a chain, tested as lbfgs is",
-    "scale_by_zoom_linesearch": "searches in a loop, which has no reverse mode: part of a chain, tested as lbfgs is",
+    "scale_by_backtracking_linesearch": (
+        "searches in a loop, which has no reverse mode: part of a chain, tested as lbfgs is"
+    ),
+    "scale_by_zoom_linesearch": (
+        "searches in a loop, which has no reverse mode: part of a chain, tested as lbfgs is"
+    ),
     "set_to_zero": "moves nothing",
     "contrib.differentially_private_aggregate": "wants one gradient an example, with a batch axis",
     "contrib.dpsgd": "wants one gradient an example, with a batch axis",
     "contrib.sophia": "wants the objective of a classifier's logits, to sample labels from",
 }
 
-# Tested on every change; the others by the slow tests. One of each kind: plain, with values, with keys, in groups, averaged, accumulated.
-QUICK = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lion", "lamb", "polyak_sgd", "noisy_sgd", "multi_transform", "inject_hyperparams",
+# Tested on every change; the others by the slow tests. One of each kind: plain, with values, with
+# keys, in groups, averaged, accumulated.
+QUICK = ("sgd", "adam", "adamw", "rmsprop", "adagrad", "lion", "lamb", "polyak_sgd", "noisy_sgd",
+"multi_transform", "inject_hyperparams",
          "MultiSteps", "contrib.muon", "contrib.sam", "contrib.schedule_free")  # fmt: skip
-QUICK_OUTSIDE = ("sgd", "adam", "polyak_sgd", "multi_transform", "MultiSteps", "contrib.schedule_free")
+QUICK_OUTSIDE = (
+    "sgd",
+    "adam",
+    "polyak_sgd",
+    "multi_transform",
+    "MultiSteps",
+    "contrib.schedule_free",
+)
 
 
 def names(quick, without=()):
     """All of the registry, with those that are not `quick` marked slow."""
-    return [name if name in quick else pytest.param(name, marks=pytest.mark.slow) for name in REGISTRY if name not in without]
+    return [
+        name if name in quick else pytest.param(name, marks=pytest.mark.slow)
+        for name in REGISTRY
+        if name not in without
+    ]
 
 
 def exported():
@@ -132,7 +181,12 @@ def exported():
     for module, prefix in ((optax, ""), (C, "contrib.")):
         for name in dir(module):
             fn = getattr(module, name)
-            if name.startswith("_") or not callable(fn) or inspect.isclass(fn) or name in ("sign_sgd_", "scale"):
+            if (
+                name.startswith("_")
+                or not callable(fn)
+                or inspect.isclass(fn)
+                or name in ("sign_sgd_", "scale")
+            ):
                 continue
             try:
                 returned = str(inspect.signature(fn).return_annotation)
@@ -194,8 +248,14 @@ def plain(opt, fn, params, steps, **extra):
 def test_as_inner_optimizer(name):
     """Value and unrolled hypergradient of three steps."""
     opt = REGISTRY[name]()
-    hand = jax.jit(jax.value_and_grad(lambda s: outer(plain(opt, lambda w: inner(w, s, None), START, STEPS), s, None)))
-    fn = bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(opt, STEPS), hypergradient=H.unrolled())
+    hand = jax.jit(
+        jax.value_and_grad(
+            lambda s: outer(plain(opt, lambda w: inner(w, s, None), START, STEPS), s, None)
+        )
+    )
+    fn = bx.value_and_hypergrad(
+        inner, outer, solver=bx.inner.optax(opt, STEPS), hypergradient=H.unrolled()
+    )
     out, (value, grad) = jax.jit(fn)(START, WEIGHTS), hand(WEIGHTS)
     assert np.allclose(out.value, value, rtol=1e-8)
     if bool(jnp.all(jnp.isfinite(grad))):
@@ -205,7 +265,9 @@ def test_as_inner_optimizer(name):
 
 
 def tracked(w, x, batch):
-    return 0.5 * sum(jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(x), strict=True))
+    return 0.5 * sum(
+        jnp.sum((a - b) ** 2) for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(x), strict=True)
+    )
 
 
 def best_response(x):
@@ -219,7 +281,9 @@ def test_as_outer_optimizer(name):
     """The inner level lands on its solution, which is x itself: the outer run is the plain loop."""
     opt = REGISTRY[name]()
     loop = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), H.one_step(), opt)
-    out = bx.solve_bilevel(tracked, outer, START, START, algorithm=loop, num_steps=STEPS, keep="last")
+    out = bx.solve_bilevel(
+        tracked, outer, START, START, algorithm=loop, num_steps=STEPS, keep="last"
+    )
     want = jax.jit(lambda x: plain(opt, best_response, x, STEPS))(START)
     chex.assert_trees_all_close(out.outer_params, want, rtol=1e-8, atol=1e-10)
 
@@ -229,11 +293,22 @@ def test_as_outer_optimizer(name):
 def test_lbfgs_with_its_line_search_at_both_levels():
     opt = optax.lbfgs()
     loop = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), H.one_step(), opt)
-    out = bx.solve_bilevel(tracked, outer, START, START, algorithm=loop, num_steps=STEPS, keep="last")
+    out = bx.solve_bilevel(
+        tracked, outer, START, START, algorithm=loop, num_steps=STEPS, keep="last"
+    )
     want = jax.jit(lambda x: plain(opt, best_response, x, STEPS))(START)
-    assert all(np.allclose(a, b, rtol=1e-6) for a, b in zip(jax.tree.leaves(out.outer_params), jax.tree.leaves(want), strict=True))
-    fn = bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(opt, STEPS), hypergradient=H.one_step())
-    value = outer(jax.jit(lambda s: plain(opt, lambda w: inner(w, s, None), START, STEPS))(WEIGHTS), WEIGHTS, None)
+    assert all(
+        np.allclose(a, b, rtol=1e-6)
+        for a, b in zip(jax.tree.leaves(out.outer_params), jax.tree.leaves(want), strict=True)
+    )
+    fn = bx.value_and_hypergrad(
+        inner, outer, solver=bx.inner.optax(opt, STEPS), hypergradient=H.one_step()
+    )
+    value = outer(
+        jax.jit(lambda s: plain(opt, lambda w: inner(w, s, None), START, STEPS))(WEIGHTS),
+        WEIGHTS,
+        None,
+    )
     assert np.allclose(jax.jit(fn)(START, WEIGHTS).value, value, rtol=1e-8)
 
 
@@ -246,13 +321,19 @@ def test_opaque_sam_is_given_the_gradient():
     def by_hand(s):
         w, state, fn = START, opt.init(START), lambda w: inner(w, s, None)
         for _ in range(2):
-            updates, state = opt.update(jax.grad(fn)(w), state, w, grad_fn=lambda w, i: jax.grad(fn)(w))
+            updates, state = opt.update(
+                jax.grad(fn)(w), state, w, grad_fn=lambda w, i: jax.grad(fn)(w)
+            )
             w = optax.apply_updates(w, updates)
         return outer(w, s, None)
 
     value, grad = jax.value_and_grad(by_hand)(WEIGHTS)
-    out = bx.value_and_hypergrad(inner, outer, solver=bx.inner.optax(opt, 2), hypergradient=H.unrolled())(START, WEIGHTS)
-    assert np.allclose(out.value, value, rtol=1e-10) and np.allclose(out.grad, grad, rtol=1e-8, atol=1e-12)
+    out = bx.value_and_hypergrad(
+        inner, outer, solver=bx.inner.optax(opt, 2), hypergradient=H.unrolled()
+    )(START, WEIGHTS)
+    assert np.allclose(out.value, value, rtol=1e-10) and np.allclose(
+        out.grad, grad, rtol=1e-8, atol=1e-12
+    )
 
 
 # ---- SAMA over accumulation
@@ -267,16 +348,24 @@ def task(w, s, b):
 @pytest.mark.parametrize("steps", [2, 4, 3])
 @lenient
 def test_sama_differentiates_what_accumulation_leads_to(form, steps):
-    """K microsteps of n are K / n updates: the pair equals an objective that accumulates inside; and any K runs."""
+    """K microsteps of n are K / n updates: the pair equals an objective that accumulates inside;
+    and any K runs."""
     many = optax.MultiSteps(optax.adam(0.1), 2)
     many = many if form == "object" else many.gradient_transformation()
     rows, late = (X, Y[:, 0]), lambda w, s, b: jnp.mean((b[0] @ w - b[1] - 1) ** 2)
 
     def run(inner, opt, steps):
         loop = bx.algorithms.double_loop(bx.inner.optax(opt, steps), H.sama(), optax.adam(0.1))
-        return bx.solve_bilevel(inner, late, jnp.ones(4), jnp.zeros(()), inner_data=rows, outer_data=rows, algorithm=loop, num_steps=3).history[
-            "grad_norm"
-        ]
+        return bx.solve_bilevel(
+            inner,
+            late,
+            jnp.ones(4),
+            jnp.zeros(()),
+            inner_data=rows,
+            outer_data=rows,
+            algorithm=loop,
+            num_steps=3,
+        ).history["grad_norm"]
 
     found = run(task, many, steps)
     assert (found > 0).all()
@@ -287,11 +376,18 @@ def test_sama_differentiates_what_accumulation_leads_to(form, steps):
 @pytest.mark.slow
 def test_adam_at_a_zero_gradient_says_eps_root():
     dead = lambda w, x, b: 0.5 * (w[0] - x) ** 2 + x * w[1] ** 2  # its second gradient is zero at 0
-    fn = bx.value_and_hypergrad(dead, lambda w, x, b: jnp.sum(w), solver=bx.inner.optax(optax.adam(0.1), 2), hypergradient=H.unrolled())
+    fn = bx.value_and_hypergrad(
+        dead,
+        lambda w, x, b: jnp.sum(w),
+        solver=bx.inner.optax(optax.adam(0.1), 2),
+        hypergradient=H.unrolled(),
+    )
     out = fn(jnp.zeros(2), jnp.ones(()))
     assert out.info["code"] == bx.RESULTS.hypergradient_nonfinite
     cured = bx.inner.optax(optax.adam(0.1, eps_root=1e-12), 2)
-    fn = bx.value_and_hypergrad(dead, lambda w, x, b: jnp.sum(w), solver=cured, hypergradient=H.unrolled())
+    fn = bx.value_and_hypergrad(
+        dead, lambda w, x, b: jnp.sum(w), solver=cured, hypergradient=H.unrolled()
+    )
     assert jnp.isfinite(fn(jnp.zeros(2), jnp.ones(())).grad)
     message = bx.RESULTS.hypergradient_nonfinite.message
     assert 0 < message.index("eps_root=1e-12") < message.index("Try smooth forms")

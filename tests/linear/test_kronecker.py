@@ -24,7 +24,8 @@ def normal(*shape, seed=0, scale=1.0):
 
 @pytest.fixture(autouse=True)
 def broadcasting():
-    """The networks here are written as users write them; a linear one holds the library's own code to the suite's rule."""
+    """The networks here are written as users write them; a linear one holds the library's own code
+    to the suite's rule."""
     with jax.numpy_rank_promotion("allow"):
         yield
 
@@ -39,9 +40,18 @@ def dense(p, x):
 
 def convolution(p, x):
     numbers = ("NHWC", "HWIO", "NHWC")
-    h = lax.conv_general_dilated(x.reshape(-1, 4, 4, 1), p["w"], (1, 1), "SAME", dimension_numbers=numbers)
+    h = lax.conv_general_dilated(
+        x.reshape(-1, 4, 4, 1), p["w"], (1, 1), "SAME", dimension_numbers=numbers
+    )
     h = jax.nn.relu(h + p["b"])
-    h = lax.conv_general_dilated(h, p["v"], (2, 2), ((1, 0), (0, 1)), rhs_dilation=(1, 2), dimension_numbers=("NHWC", "OIHW", "NHWC"))
+    h = lax.conv_general_dilated(
+        h,
+        p["v"],
+        (2, 2),
+        ((1, 0), (0, 1)),
+        rhs_dilation=(1, 2),
+        dimension_numbers=("NHWC", "OIHW", "NHWC"),
+    )
     return h.reshape(h.shape[0], -1)
 
 
@@ -85,17 +95,23 @@ def nested(p, x):
 IDS = jax.random.randint(KEY, (5, 4), 0, 7)
 FLOATS = normal(5, 16)
 NETWORKS = {
-    "dense": (dense, {"w": normal(16, 6), "b": normal(6), "v": normal(2, 2, 3)}, FLOATS, {"w", "v"}),
-    "convolution": (convolution, {"w": normal(3, 3, 1, 2), "b": normal(2), "v": normal(3, 2, 2, 1)}, FLOATS, {"w", "v"}),
+    "dense": (dense, {"w": normal(16, 6), "b": normal(6), "v": normal(2, 2, 3)}, FLOATS, {"w",
+    "v"}),
+    "convolution": (convolution, {"w": normal(3, 3, 1, 2), "b": normal(2), "v": normal(3, 2, 2,
+    1)}, FLOATS, {"w", "v"}),
     "embedding, shared": (
-        embedding, {"e": normal(7, 3), "position": normal(4, 3), "scale": normal(3), "shift": normal(3)}, IDS, {"e"},
+        embedding, {"e": normal(7, 3), "position": normal(4, 3), "scale": normal(3),
+        "shift": normal(3)}, IDS, {"e"},
     ),
     "scanned": (
-        scanned, {"layers": {"w": normal(2, 4, 4, scale=0.5), "b": normal(2, 4)}, "shared": normal(4, 4, seed=3, scale=0.5)}, FLOATS, {"layers.w", "shared"},
+        scanned, {"layers": {"w": normal(2, 4, 4, scale=0.5), "b": normal(2, 4)},
+        "shared": normal(4, 4, seed=3, scale=0.5)}, FLOATS, {"layers.w", "shared"},
     ),
-    "recurrent": (recurrent, {"w": normal(3, 3), "u": normal(7, 3), "v": normal(3, 2)}, IDS, {"w", "u", "v"}),
+    "recurrent": (recurrent, {"w": normal(3, 3), "u": normal(7, 3), "v": normal(3, 2)}, IDS, {"w",
+    "u", "v"}),
     "experts": (experts, {"w": normal(4, 4, 3)}, FLOATS, {"w"}),
-    "checkpoint": (rematerialised, {"w": normal(16, 6), "b": normal(6), "v": normal(2, 2, 3)}, FLOATS, {"w", "v"}),
+    "checkpoint": (rematerialised, {"w": normal(16, 6), "b": normal(6), "v": normal(2, 2, 3)},
+    FLOATS, {"w", "v"}),
     "nested scans": (nested, {"w": normal(2, 3, 3, 3, scale=0.5)}, FLOATS, {"w"}),
 }  # fmt: skip
 
@@ -121,12 +137,21 @@ def captured(network, params, batch):
 
     found = jax.jit(jax.vmap(gradients))(batch)
     direct = jax.jit(jax.vmap(lambda x: jax.grad(lambda p: value(p, one(x)))(params)))(batch)
-    names = [".".join(str(k.key) for k in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    names = [
+        ".".join(str(k.key) for k in path)
+        for path, _ in jax.tree_util.tree_leaves_with_path(params)
+    ]
     return {n: (a, b) for n, a, b in zip(names, found, jax.tree.leaves(direct), strict=True)}
 
 
 @pytest.mark.parametrize(
-    "name", [n if n in ("convolution", "embedding, shared", "scanned") else pytest.param(n, marks=pytest.mark.slow) for n in NETWORKS]
+    "name",
+    [
+        n
+        if n in ("convolution", "embedding, shared", "scanned")
+        else pytest.param(n, marks=pytest.mark.slow)
+        for n in NETWORKS
+    ],
 )
 def test_captured_gradients_are_those_of_jax(name):
     network, params, batch, expected = NETWORKS[name]
@@ -138,14 +163,18 @@ def test_captured_gradients_are_those_of_jax(name):
 
 
 def flax_network(kind):
-    """Convolution, layer norm, embedding, attention and dense layers; parameters, network, and the leaves that must be captured."""
+    """Convolution, layer norm, embedding, attention and dense layers; parameters, network, and the
+    leaves that must be captured."""
     x, ids = normal(3, 8, 8, 1).astype(jnp.float32), IDS[:3, 0]
     if kind == "nnx":
         from flax import nnx
 
         class Model(nnx.Module):
             def __init__(self, r):
-                self.conv, self.dense = nnx.Conv(1, 2, (3, 3), strides=2, rngs=r), nnx.Linear(32, 8, rngs=r)
+                self.conv, self.dense = (
+                    nnx.Conv(1, 2, (3, 3), strides=2, rngs=r),
+                    nnx.Linear(32, 8, rngs=r),
+                )
                 self.norm, self.embed = nnx.LayerNorm(8, rngs=r), nnx.Embed(7, 8, rngs=r)
                 self.attention = nnx.MultiHeadAttention(2, 8, 8, decode=False, rngs=r)
                 self.general = nnx.LinearGeneral((8,), (2, 3), rngs=r)
@@ -196,11 +225,19 @@ def test_every_kernel_of_flax_is_found(kind, remat):
         assert (block.kind == "kronecker") == weight, f"{name}: {block}"
     from bilevax.linear._curvature import gradients, of_block
 
-    got = jax.jit(jax.vmap(lambda e: gradients(made, params, e)))(jax.tree.map(lambda a: a[:, None], batch))
-    direct = jax.jit(jax.vmap(jax.grad(value), (None, 0)))(params, jax.tree.map(lambda a: a[:, None], batch))
+    got = jax.jit(jax.vmap(lambda e: gradients(made, params, e)))(
+        jax.tree.map(lambda a: a[:, None], batch)
+    )
+    direct = jax.jit(jax.vmap(jax.grad(value), (None, 0)))(
+        params, jax.tree.map(lambda a: a[:, None], batch)
+    )
     for number, (block, b) in enumerate(zip(made.layers, jax.tree.leaves(direct), strict=True)):
         mine = of_block(made, number, got) if made.uses[number] else got.rest[number]
-        want = jax.vmap(lambda leaf, block=block: matrices(block.layout, leaf))(b) if made.uses[number] else b.reshape(b.shape[0], -1)
+        want = (
+            jax.vmap(lambda leaf, block=block: matrices(block.layout, leaf))(b)
+            if made.uses[number]
+            else b.reshape(b.shape[0], -1)
+        )
         np.testing.assert_allclose(mine, want, atol=3e-6 * (1 + np.abs(want).max()))
 
 
@@ -210,8 +247,13 @@ def test_every_kernel_of_flax_is_found(kind, remat):
 def regression(width=1, tokens=()):
     """A linear network: its Gauss-Newton matrix is E[xx'] times the identity."""
     network = lambda w, b: b["x"] @ w
-    loss = lambda out, b: 0.5 * jnp.mean(jnp.sum((out - b["y"]) ** 2, -1), tuple(range(1, out.ndim - 1)))
-    batch = {"x": normal(40, *tokens, 5, seed=1) * jnp.arange(1.0, 6.0), "y": normal(40, *tokens, width, seed=2)}
+    loss = lambda out, b: (
+        0.5 * jnp.mean(jnp.sum((out - b["y"]) ** 2, -1), tuple(range(1, out.ndim - 1)))
+    )
+    batch = {
+        "x": normal(40, *tokens, 5, seed=1) * jnp.arange(1.0, 6.0),
+        "y": normal(40, *tokens, width, seed=2),
+    }
     return network, loss, batch, normal(5, width, seed=3)
 
 
@@ -253,7 +295,9 @@ EXACT = {
 }
 
 
-@pytest.mark.parametrize("case", [c if "at a time" in c else pytest.param(c, marks=pytest.mark.slow) for c in EXACT])
+@pytest.mark.parametrize(
+    "case", [c if "at a time" in c else pytest.param(c, marks=pytest.mark.slow) for c in EXACT]
+)
 def test_a_linear_network_is_exact(case):
     how, settings, tol = EXACT[case]
     network, loss, batch, params = regression(*how)
@@ -261,7 +305,9 @@ def test_a_linear_network_is_exact(case):
     want = exact(network, loss, batch, params, b, 0.3)
     for make in (bx.linear.kfac, bx.linear.ekfac):
         with jax.numpy_rank_promotion("raise"):
-            x, info = answer(make((network, loss), **settings), network, loss, batch, params, b, 0.3)
+            x, info = answer(
+                make((network, loss), **settings), network, loss, batch, params, b, 0.3
+            )
         assert float(tree.norm(tree.sub(x, want)) / tree.norm(want)) < tol
         assert float(info.residual) < max(10 * tol, 1e-10)
 
@@ -271,7 +317,12 @@ def test_the_regulariser_stays_out():
     network = lambda p, x: jnp.tanh(x @ p["w"] + p["b"])
     batch, params = normal(30, 4), {"w": normal(4, 2), "b": normal(2)}
     plain = lambda p, x: jnp.mean(network(p, x) ** 2)
-    with_term = lambda p, x: plain(p, x) + 50.0 * jnp.sum(p["b"]) + 20.0 * jnp.sum(p["w"] ** 2) + jnp.sum(p["w"] @ jnp.ones((2, 3)))
+    with_term = lambda p, x: (
+        plain(p, x)
+        + 50.0 * jnp.sum(p["b"])
+        + 20.0 * jnp.sum(p["w"] ** 2)
+        + jnp.sum(p["w"] @ jnp.ones((2, 3)))
+    )
     from bilevax.linear.preconditioner import Point, at
 
     def made(value):
@@ -305,7 +356,10 @@ def mlp(p, rows):
 
 
 def mlp_params(sizes=(64, 20, 20, 10)):
-    return [{"w": normal(a, b, seed=i, scale=a**-0.5), "b": jnp.zeros(b)} for i, (a, b) in enumerate(itertools.pairwise(sizes))]
+    return [
+        {"w": normal(a, b, seed=i, scale=a**-0.5), "b": jnp.zeros(b)}
+        for i, (a, b) in enumerate(itertools.pairwise(sizes))
+    ]
 
 
 def trained(network, params, batch, steps=1000, rate=5e-3, decay=1e-3):
@@ -326,7 +380,8 @@ def trained(network, params, batch, steps=1000, rate=5e-3, decay=1e-3):
 
 @pytest.mark.slow
 def test_as_a_direct_inverse_on_digits():
-    """Cosine with the exact damped inverse at damping 1e-3 and 1e-2 of the largest eigenvalue: at least .7 and .85, above the identity and the diagonal."""
+    """Cosine with the exact damped inverse at damping 1e-3 and 1e-2 of the largest eigenvalue: at
+    least .7 and .85, above the identity and the diagonal."""
     train, valid = digits(600)
     params = trained(mlp, mlp_params(), train)
     b = jax.jit(jax.grad(lambda p: jnp.mean(classes(mlp(p, valid), valid))))(params)
@@ -343,11 +398,22 @@ def test_as_a_direct_inverse_on_digits():
         damping = share * largest
         want = back(jnp.linalg.solve(matrix + damping * jnp.eye(flat.size), vector))
         found = {}
-        for name, make in (("kfac", bx.linear.kfac), ("ekfac", bx.linear.ekfac), ("diagonal", bx.linear.diagonal)):
-            x, info = answer(make((mlp, classes), draws="all"), mlp, classes, train, params, b, damping)
+        for name, make in (
+            ("kfac", bx.linear.kfac),
+            ("ekfac", bx.linear.ekfac),
+            ("diagonal", bx.linear.diagonal),
+        ):
+            x, info = answer(
+                make((mlp, classes), draws="all"), mlp, classes, train, params, b, damping
+            )
             found[name] = cosine(x, want)
             assert np.isfinite(info.residual)
-        found["sampled"] = cosine(answer(bx.linear.ekfac((mlp, classes), draws=4), mlp, classes, train, params, b, damping)[0], want)
+        found["sampled"] = cosine(
+            answer(
+                bx.linear.ekfac((mlp, classes), draws=4), mlp, classes, train, params, b, damping
+            )[0],
+            want,
+        )
         found["identity"] = cosine(b, want)
         print(share, {k: round(v, 3) for k, v in found.items()})
         assert min(found["ekfac"], found["kfac"]) > least and found["sampled"] > least - 0.05
@@ -366,7 +432,9 @@ def small_loss(out, outer, batch):
 
 
 def small_inner(p, outer, batch):
-    return small_loss(small_network(p, outer, batch), outer, batch) + 5e-3 * sum(jnp.sum(a * a) for a in jax.tree.leaves(p))
+    return small_loss(small_network(p, outer, batch), outer, batch) + 5e-3 * sum(
+        jnp.sum(a * a) for a in jax.tree.leaves(p)
+    )
 
 
 def small_outer(p, outer, batch):
@@ -394,11 +462,19 @@ def test_layers_say_what_they_are():
     assert bx.linear.layers(objective, SMALL, WEIGHTS, ROWS) == FOUND
 
 
-@pytest.mark.parametrize("solver", [bx.linear.cg, pytest.param(bx.linear.minres, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "solver", [bx.linear.cg, pytest.param(bx.linear.minres, marks=pytest.mark.slow)]
+)
 def test_preconditioned_hypergradients_are_the_plain_ones_for_fewer_products(solver):
     held = bx.linear.ekfac(PAIR, damping=1e-2, layers=FOUND)
-    plain = bx.linear.gauss_newton(*PAIR, solver(200, 1e-8), regularizer=lambda p, o, b: 5e-3 * tree.dot(p, p))
-    better = bx.linear.gauss_newton(*PAIR, solver(200, 1e-8, preconditioner=held), regularizer=lambda p, o, b: 5e-3 * tree.dot(p, p))
+    plain = bx.linear.gauss_newton(
+        *PAIR, solver(200, 1e-8), regularizer=lambda p, o, b: 5e-3 * tree.dot(p, p)
+    )
+    better = bx.linear.gauss_newton(
+        *PAIR,
+        solver(200, 1e-8, preconditioner=held),
+        regularizer=lambda p, o, b: 5e-3 * tree.dot(p, p),
+    )
     a = jax.jit(estimate(plain))(SMALL, WEIGHTS, ROWS, ROWS)
     fn = jax.jit(estimate(better, refresh=2))
     b = fn(SMALL, WEIGHTS, ROWS, ROWS)
@@ -407,14 +483,28 @@ def test_preconditioned_hypergradients_are_the_plain_ones_for_fewer_products(sol
     first = fn(SMALL, WEIGHTS, ROWS, ROWS, state=estimate(better, refresh=2).init(SMALL))
     second = fn(SMALL, WEIGHTS, ROWS, ROWS, state=first.state)
     third = fn(SMALL, WEIGHTS, ROWS, ROWS, state=second.state)
-    keys = [jax.random.key_data(jax.tree.leaves(e.state.method.preconditioner.key)[0]) for e in (first, second, third)]
+    keys = [
+        jax.random.key_data(jax.tree.leaves(e.state.method.preconditioner.key)[0])
+        for e in (first, second, third)
+    ]
     assert (keys[0] == keys[1]).all() and (keys[1] != keys[2]).any()  # made, kept, made
 
 
 def run(num_steps, linear, **given):
-    algorithm = bx.algorithms.double_loop(SOLVER, bx.hypergradient.implicit(linear, refresh=2, max_residual=jnp.inf), optax.sgd(0.3))
+    algorithm = bx.algorithms.double_loop(
+        SOLVER, bx.hypergradient.implicit(linear, refresh=2, max_residual=jnp.inf), optax.sgd(0.3)
+    )
     return bx.solve_bilevel(
-        small_inner, small_outer, SMALL, WEIGHTS, inner_data=ROWS, outer_data=ROWS, algorithm=algorithm, num_steps=num_steps, key=KEY, **given
+        small_inner,
+        small_outer,
+        SMALL,
+        WEIGHTS,
+        inner_data=ROWS,
+        outer_data=ROWS,
+        algorithm=algorithm,
+        num_steps=num_steps,
+        key=KEY,
+        **given,
     )
 
 
@@ -422,10 +512,18 @@ def run(num_steps, linear, **given):
 @pytest.mark.parametrize("make", [bx.linear.kfac, bx.linear.ekfac, bx.linear.diagonal])
 def test_a_run_descends_and_goes_on_to_the_bit(make, tmp_path):
     kronecker = make is not bx.linear.diagonal
-    linear = make(PAIR, damping=1e-2, layers=bx.linear.layers(small_inner, SMALL, WEIGHTS, ROWS, kronecker=kronecker))
+    linear = make(
+        PAIR,
+        damping=1e-2,
+        layers=bx.linear.layers(small_inner, SMALL, WEIGHTS, ROWS, kronecker=kronecker),
+    )
     whole = run(6, linear)
     rest = run(3, linear, state=run(3, linear).state)
-    same = jax.tree.map(lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()), whole.state.algorithm.outer, rest.state.algorithm.outer)
+    same = jax.tree.map(
+        lambda a, b: bool((np.asarray(a) == np.asarray(b)).all()),
+        whole.state.algorithm.outer,
+        rest.state.algorithm.outer,
+    )
     assert all(jax.tree.leaves(same))
     assert whole.history["value"][-1] < whole.history["value"][0] and not whole.result.failed
     checkpoint = bx.checkpoint.every(3, tmp_path)
@@ -449,8 +547,17 @@ def test_eight_devices_are_one(make):
     wide = {"w": normal(8, 16), "b": normal(16), "v": normal(16, 3, scale=0.3)}
     data = {"x": normal(32, 8, seed=9), "y": ROWS["y"]}
     alone = fn(wide, WEIGHTS, data, data).grad
-    fsdp = {"w": NamedSharding(mesh, P(None, "data")), "b": NamedSharding(mesh, P("data")), "v": NamedSharding(mesh, P("data", None))}
-    found = fn(jax.device_put(wide, fsdp), weights, jax.device_put(data, NamedSharding(mesh, P("data"))), data).grad
+    fsdp = {
+        "w": NamedSharding(mesh, P(None, "data")),
+        "b": NamedSharding(mesh, P("data")),
+        "v": NamedSharding(mesh, P("data", None)),
+    }
+    found = fn(
+        jax.device_put(wide, fsdp),
+        weights,
+        jax.device_put(data, NamedSharding(mesh, P("data"))),
+        data,
+    ).grad
     np.testing.assert_allclose(found, alone, rtol=1e-7, atol=1e-12)
 
 
@@ -469,7 +576,9 @@ def test_gauss_newton_products_are_dense_ones():
         out = small_network(SMALL, WEIGHTS, ROWS)
         jacobian = jax.jacobian(lambda f: small_network(back(f), WEIGHTS, ROWS).ravel())(flat)
         curve = jax.hessian(lambda o: small_loss(o.reshape(out.shape), WEIGHTS, ROWS))(out.ravel())
-        return jax.flatten_util.ravel_pytree(mine(back(v)))[0], jacobian.T @ (curve @ (jacobian @ v)) + 0.1 * v
+        return jax.flatten_util.ravel_pytree(mine(back(v)))[0], jacobian.T @ (
+            curve @ (jacobian @ v)
+        ) + 0.1 * v
 
     mine, dense_product = both(v)
     np.testing.assert_allclose(mine, dense_product, atol=1e-12)
@@ -477,14 +586,26 @@ def test_gauss_newton_products_are_dense_ones():
 
 @pytest.mark.slow
 def test_influence_by_layers_and_with_iterations():
-    """On a small network: the direct answer points where the damped Gauss-Newton system's does, and iterations go there."""
+    """On a small network: the direct answer points where the damped Gauss-Newton system's does, and
+    iterations go there."""
     train = trained(lambda p, b: small_network(p, WEIGHTS, b), SMALL, ROWS, steps=300)
     pair = (lambda p, b: small_network(p, WEIGHTS, b), classes)
     measure = lambda p, b: classes(pair[0](p, b), b)[:3]
-    scores = lambda linear: bx.attribution.implicit(lambda p, b: classes(pair[0](p, b), b), measure, train, ROWS, ROWS, linear=linear, damping=1e-2)
+    scores = lambda linear: bx.attribution.implicit(
+        lambda p, b: classes(pair[0](p, b), b),
+        measure,
+        train,
+        ROWS,
+        ROWS,
+        linear=linear,
+        damping=1e-2,
+    )
     inside = bx.linear.ekfac(pair, draws="all")
     exact_ = scores(bx.linear.gauss_newton(*pair, bx.linear.cholesky()))
-    alone, iterated = scores(inside), scores(bx.linear.gauss_newton(*pair, bx.linear.cg(100, 1e-10, preconditioner=inside)))
+    alone, iterated = (
+        scores(inside),
+        scores(bx.linear.gauss_newton(*pair, bx.linear.cg(100, 1e-10, preconditioner=inside))),
+    )
     astra = scores(bx.linear.gauss_newton(*pair, bx.linear.neumann(200, preconditioner=inside)))
     flat = lambda found: np.asarray(found.scores).ravel()
     angle = lambda a, b: a @ b / np.linalg.norm(a) / np.linalg.norm(b)
@@ -495,9 +616,13 @@ def test_influence_by_layers_and_with_iterations():
 
 
 def test_labels_drawn_from_the_model_are_the_fisher_matrix():
-    """With labels of a regression drawn with variance one, half squares have the Gauss-Newton matrix as Fisher matrix."""
+    """With labels of a regression drawn with variance one, half squares have the Gauss-Newton
+    matrix as Fisher matrix."""
     network, loss, batch, params = regression(1)
-    relabel = lambda w, rows, key: {**rows, "y": network(w, rows) + jax.random.normal(key, rows["y"].shape)}
+    relabel = lambda w, rows, key: {
+        **rows,
+        "y": network(w, rows) + jax.random.normal(key, rows["y"].shape),
+    }
     b = normal(*params.shape, seed=5)
     want = exact(network, loss, batch, params, b, 3.0)
     x, _ = answer(bx.linear.ekfac(relabel=relabel, draws=300), network, loss, batch, params, b, 3.0)
@@ -505,7 +630,11 @@ def test_labels_drawn_from_the_model_are_the_fisher_matrix():
 
 
 def test_where_only_products_are_known():
-    for solver in (bx.linear.ekfac(), bx.linear.cg(preconditioner=bx.linear.kfac()), bx.linear.gauss_newton(*PAIR, bx.linear.cg())):
+    for solver in (
+        bx.linear.ekfac(),
+        bx.linear.cg(preconditioner=bx.linear.kfac()),
+        bx.linear.gauss_newton(*PAIR, bx.linear.cg()),
+    ):
         with pytest.raises(TypeError, match="the objective behind it"):
             solver(lambda v: v, jnp.ones(3), None)
     with pytest.raises(ValueError, match="refresh: got 2"):
@@ -516,7 +645,9 @@ def test_where_only_products_are_known():
 
 def test_half_precision_keeps_its_dtype():
     down = lambda t: jax.tree.map(lambda a: a.astype(jnp.bfloat16) if tree.is_float(a) else a, t)
-    found = jax.jit(estimate(bx.linear.ekfac(PAIR, damping=1e-2), max_residual=jnp.inf))(down(SMALL), down(WEIGHTS), down(ROWS), down(ROWS))
+    found = jax.jit(estimate(bx.linear.ekfac(PAIR, damping=1e-2), max_residual=jnp.inf))(
+        down(SMALL), down(WEIGHTS), down(ROWS), down(ROWS)
+    )
     assert found.grad.dtype == jnp.bfloat16 and bool(jnp.isfinite(found.grad).all())
 
 
@@ -525,4 +656,6 @@ def test_lanes():
     fn = estimate(bx.linear.ekfac(PAIR, damping=1e-2), max_residual=jnp.inf)
     weights = jnp.stack([WEIGHTS, WEIGHTS + 1.0])
     together = jax.jit(jax.vmap(lambda o: fn(SMALL, o, ROWS, ROWS).grad))(weights)
-    np.testing.assert_allclose(together[1], jax.jit(fn)(SMALL, weights[1], ROWS, ROWS).grad, rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(
+        together[1], jax.jit(fn)(SMALL, weights[1], ROWS, ROWS).grad, rtol=1e-8, atol=1e-12
+    )

@@ -1,4 +1,5 @@
-"""The linear solvers against dense numpy solves: one suite for all of them, then what is particular to each.
+"""The linear solvers against dense numpy solves: one suite for all of them, then what is particular
+to each.
 
 A new solver joins by one line in SOLVERS.
 """
@@ -26,7 +27,9 @@ try:
     import lineax as lx
 except ImportError:
     lx = None
-needs_lineax = pytest.mark.skipif(lx is None, reason="lineax, an optional dependency, is not installed")
+needs_lineax = pytest.mark.skipif(
+    lx is None, reason="lineax, an optional dependency, is not installed"
+)
 
 N = 24
 LIKE = {"w": (8, 2), "b": (8,)}  # leaves in the order of the flat vector below: b, then w
@@ -38,17 +41,29 @@ class Entry(NamedTuple):
     solver: Bound
     indefinite: RESULTS = RESULTS.success
     general: bool = False  # needs no symmetry
-    warm: int | None = None  # matvecs from the solution: the one that finds it so; None where x0 is not used
+    warm: int | None = (
+        None  # matvecs from the solution: the one that finds it so; None where x0 is not used
+    )
 
 
 def _unequal(v):
-    """A preconditioner that no solver here has reason to expect: positive, and far from the identity."""
-    return jax.tree.map(lambda u: u * jnp.linspace(1, 4, u.size, dtype=jnp.float32).reshape(u.shape).astype(u.dtype), v)
+    """A preconditioner that no solver here has reason to expect: positive, and far from the
+    identity."""
+    return jax.tree.map(
+        lambda u: (
+            u * jnp.linspace(1, 4, u.size, dtype=jnp.float32).reshape(u.shape).astype(u.dtype)
+        ),
+        v,
+    )
 
 
 SOLVERS = {
     "cg": Entry(linear.cg(200, 1e-12), RESULTS.negative_curvature, warm=1),
-    "preconditioned cg": Entry(linear.cg(200, 1e-12, preconditioner=linear.nystrom_preconditioner(6, 1.0)), RESULTS.negative_curvature, warm=7),
+    "preconditioned cg": Entry(
+        linear.cg(200, 1e-12, preconditioner=linear.nystrom_preconditioner(6, 1.0)),
+        RESULTS.negative_curvature,
+        warm=7,
+    ),
     "minres": Entry(linear.minres(200, 1e-12), warm=1),
     "preconditioned minres": Entry(linear.minres(200, 1e-12, preconditioner=_unequal), warm=1),
     "gmres": Entry(linear.gmres(200, 1e-12, restart=24), general=True, warm=1),
@@ -62,7 +77,11 @@ if lx is not None:
     SOLVERS["lineax cg"] = Entry(linear.lineax(lx.CG(1e-13, 0.0, max_steps=200)))
     SOLVERS["lineax lu"] = Entry(linear.lineax(lx.LU(), symmetric=False), general=True)
 every = pytest.mark.parametrize("name", SOLVERS)
-DTYPES = {"float64": 1e-10, "float32": 1e-4, "bfloat16": 0.15}  # relative error of x at a condition number of 20
+DTYPES = {
+    "float64": 1e-10,
+    "float32": 1e-4,
+    "bfloat16": 0.15,
+}  # relative error of x at a condition number of 20
 
 
 def orthogonal(seed=0, n=N):
@@ -84,7 +103,10 @@ RHS = RNG.normal(size=N)
 
 def vector(flat, dtype=jnp.float64):
     flat = np.asarray(flat)
-    return {"b": jnp.asarray(flat[:8]).astype(dtype), "w": jnp.asarray(flat[8:].reshape(8, 2)).astype(dtype)}
+    return {
+        "b": jnp.asarray(flat[:8]).astype(dtype),
+        "w": jnp.asarray(flat[8:].reshape(8, 2)).astype(dtype),
+    }
 
 
 def flat(v):
@@ -94,7 +116,12 @@ def flat(v):
 def product(matrix, v):
     leaves, treedef = jax.tree.flatten(v)
     out = matrix @ jnp.concatenate([u.ravel() for u in leaves])
-    return treedef.unflatten([part.reshape(u.shape) for part, u in zip(jnp.split(out, [leaves[0].size]), leaves, strict=True)])
+    return treedef.unflatten(
+        [
+            part.reshape(u.shape)
+            for part, u in zip(jnp.split(out, [leaves[0].size]), leaves, strict=True)
+        ]
+    )
 
 
 @partial(jax.jit, static_argnums=0)
@@ -126,9 +153,14 @@ def test_equals_dense_solve(name, dtype):
     rounded = np.asarray(jnp.asarray(DEFINITE).astype(dtype), dtype=np.float64)
     b = vector(RHS, dtype)
     x, info = run(SOLVERS[name].solver, DEFINITE, b, dtype=dtype)
-    assert all(u.dtype == dtype and u.shape == v.shape for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(b), strict=True))
+    assert all(
+        u.dtype == dtype and u.shape == v.shape
+        for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(b), strict=True)
+    )
     assert info.iterations.dtype == info.code.dtype == jnp.int32
-    if name == "neumann" and dtype == "bfloat16":  # sums of 700 terms in 8 bits: only its own report is held to account
+    if (
+        name == "neumann" and dtype == "bfloat16"
+    ):  # sums of 700 terms in 8 bits: only its own report is held to account
         assert abs(float(info.residual) - relative(rounded @ flat(x), flat(b))) < 0.02
         return
     assert relative(flat(x), np.linalg.solve(rounded, flat(b))) < DTYPES[dtype]
@@ -171,7 +203,9 @@ def test_singular_is_never_a_success(name):
     """No x solves this system, so that the residual is at least the part of b outside the range."""
     x, info = run(SOLVERS[name].solver, SINGULAR, RHS)
     outside = np.linalg.norm(orthogonal()[:, :2].T @ RHS) / np.linalg.norm(RHS)
-    rounding = np.finfo(float).eps * 10 * np.linalg.norm(flat(x)) / np.linalg.norm(RHS)  # eps ‖A‖‖x‖/‖b‖: as stored, A is not quite singular
+    rounding = (
+        np.finfo(float).eps * 10 * np.linalg.norm(flat(x)) / np.linalg.norm(RHS)
+    )  # eps ‖A‖‖x‖/‖b‖: as stored, A is not quite singular
     assert float(info.residual) >= outside * 0.999 - 10 * rounding
     assert rounding < 0.1 or "lineax" in name  # x has not run away
     if name != "neumann":  # a truncation that halves the residual has done what it promises
@@ -242,10 +276,19 @@ def test_vmap_equals_loop(name):
     zero = jax.tree.map(jnp.zeros_like, rhs)
     xs, infos = jax.jit(jax.vmap(partial(_run, static, dynamic)))(matrices, rhs, zero)
     for i in range(3):
-        x, info = _run(static, dynamic, matrices[i], *[jax.tree.map(lambda u, i=i: u[i], v) for v in (rhs, zero)])
-        np.testing.assert_allclose(flat(jax.tree.map(lambda u, i=i: u[i], xs)), flat(x), rtol=1e-9, atol=1e-12)
+        x, info = _run(
+            static,
+            dynamic,
+            matrices[i],
+            *[jax.tree.map(lambda u, i=i: u[i], v) for v in (rhs, zero)],
+        )
+        np.testing.assert_allclose(
+            flat(jax.tree.map(lambda u, i=i: u[i], xs)), flat(x), rtol=1e-9, atol=1e-12
+        )
         assert code(jax.tree.map(lambda u, i=i: u[i], infos)) == code(info) == RESULTS.success
-        assert abs(int(infos.iterations[i]) - int(info.iterations)) <= 2  # sums in another order may end a step apart
+        assert (
+            abs(int(infos.iterations[i]) - int(info.iterations)) <= 2
+        )  # sums in another order may end a step apart
 
 
 def mesh(kind):
@@ -262,9 +305,12 @@ def test_sharded_equals_single(name):
 
 
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
-@pytest.mark.parametrize("name", [name for name in SOLVERS if name not in ("cholesky", "lu") and "lineax" not in name])
+@pytest.mark.parametrize(
+    "name", [name for name in SOLVERS if name not in ("cholesky", "lu") and "lineax" not in name]
+)
 def test_vectors_keep_their_sharding(name, kind):
-    """Nothing is ravelled and no inner product reshapes: a matvec that keeps the sharding gives an x that has it, on explicit axes too."""
+    """Nothing is ravelled and no inner product reshapes: a matvec that keeps the sharding gives an
+    x that has it, on explicit axes too."""
     static, dynamic = split(SOLVERS[name].solver)
     on = NamedSharding(mesh(kind), P("d"))
     diagonal = vector(np.geomspace(1, 20, N))
@@ -272,7 +318,9 @@ def test_vectors_keep_their_sharding(name, kind):
 
     @jax.jit
     def solve(diagonal, b):
-        return join(static, dynamic)(lambda v: jax.tree.map(jnp.multiply, diagonal, v), b, jax.tree.map(jnp.zeros_like, b))
+        return join(static, dynamic)(
+            lambda v: jax.tree.map(jnp.multiply, diagonal, v), b, jax.tree.map(jnp.zeros_like, b)
+        )
 
     with jax.set_mesh(on.mesh):
         x, info = solve(diagonal_on, b)
@@ -292,23 +340,38 @@ def test_no_retrace_when_a_number_changes(name):
 
     for scale in (1.0, 1.01):
         static, dynamic = split(SOLVERS[name].solver)
-        solve(static, jax.tree.map(lambda u, s=scale: u * s if isinstance(u, float) else u, dynamic), jnp.ones(3))
+        solve(
+            static,
+            jax.tree.map(lambda u, s=scale: u * s if isinstance(u, float) else u, dynamic),
+            jnp.ones(3),
+        )
     assert len(count) == 1
     assert isinstance(SOLVERS[name].solver, LinearSolver)
 
 
 def test_the_solver_itself_may_be_an_argument_of_jit():
-    for solver in (linear.gmres(restart=5), linear.neumann(50), linear.nystrom(3, 1e-9), linear.cg()):
-        x, _ = jax.jit(lambda solver, b: solver(lambda v: 2.0 * v, b, jnp.zeros_like(b)))(solver, jnp.ones(3))
+    for solver in (
+        linear.gmres(restart=5),
+        linear.neumann(50),
+        linear.nystrom(3, 1e-9),
+        linear.cg(),
+    ):
+        x, _ = jax.jit(lambda solver, b: solver(lambda v: 2.0 * v, b, jnp.zeros_like(b)))(
+            solver, jnp.ones(3)
+        )
         np.testing.assert_allclose(x, 0.5, rtol=1e-6)
 
 
-@pytest.mark.parametrize("name", ["cg", "minres", "gmres", "bicgstab", "nystrom", "cholesky", "neumann"])
+@pytest.mark.parametrize(
+    "name", ["cg", "minres", "gmres", "bicgstab", "nystrom", "cholesky", "neumann"]
+)
 def test_leaves_of_two_precisions(name):
     b = {"b": jnp.asarray(RHS[:8], jnp.float32), "w": jnp.asarray(RHS[8:]).reshape(8, 2)}
     diagonal = np.geomspace(1, 20, N)
     scale = jax.tree.map(lambda u, d: d.astype(u.dtype), b, vector(diagonal))
-    x, info = jax.jit(lambda b: SOLVERS[name].solver(lambda v: jax.tree.map(jnp.multiply, scale, v), b, None))(b)
+    x, info = jax.jit(
+        lambda b: SOLVERS[name].solver(lambda v: jax.tree.map(jnp.multiply, scale, v), b, None)
+    )(b)
     assert [u.dtype for u in jax.tree.leaves(x)] == [jnp.float32, jnp.float64]
     assert relative(flat(x), RHS / diagonal) < 1e-5
     assert float(info.residual) < 1e-5
@@ -328,7 +391,9 @@ def test_cg_takes_as_many_iterations_as_there_are_distinct_eigenvalues(distinct)
 
 def test_cg_minimises_the_energy_norm_over_the_krylov_space():
     solution = np.linalg.solve(DEFINITE, RHS)
-    krylov = np.linalg.qr(np.stack([np.linalg.matrix_power(DEFINITE, i) @ RHS for i in range(5)], axis=1))[0]
+    krylov = np.linalg.qr(
+        np.stack([np.linalg.matrix_power(DEFINITE, i) @ RHS for i in range(5)], axis=1)
+    )[0]
     best = krylov @ np.linalg.solve(krylov.T @ DEFINITE @ krylov, krylov.T @ RHS)
     x, info = run(linear.cg(5, 1e-12), DEFINITE, RHS)
     np.testing.assert_allclose(flat(x), best, atol=1e-11)
@@ -350,12 +415,17 @@ def test_cg_multiplies_once_an_iteration_and_traces_the_product_once():
         _, info = jax.jit(lambda b, x0: linear.cg(7, 1e-12)(matvec, b, x0))(vector(RHS), x0)
         jax.effects_barrier()
         assert len(calls) == int(info.iterations) == 7 + extra
-        assert len(traces) <= 2  # the loop's body, once for its shapes and once for its weak types at most
+        assert (
+            len(traces) <= 2
+        )  # the loop's body, once for its shapes and once for its weak types at most
 
 
 def test_cg_stops_at_rounding_in_float32():
-    """A tolerance that float32 cannot reach costs a few passes, not all the iterations, and the residual is the true one."""
-    x, info = run(linear.cg(10_000, 1e-12), symmetric(np.geomspace(1, 1000, N)), RHS, dtype=jnp.float32)
+    """A tolerance that float32 cannot reach costs a few passes, not all the iterations, and the
+    residual is the true one."""
+    x, info = run(
+        linear.cg(10_000, 1e-12), symmetric(np.geomspace(1, 1000, N)), RHS, dtype=jnp.float32
+    )
     rounded = np.asarray(symmetric(np.geomspace(1, 1000, N)), np.float32).astype(np.float64)
     true = relative(rounded @ flat(x), RHS.astype(np.float32).astype(np.float64))
     assert int(info.iterations) < 400
@@ -365,7 +435,8 @@ def test_cg_stops_at_rounding_in_float32():
 
 
 def test_cg_residual_is_measured_where_the_recurrence_drifts():
-    """At a condition number of 1e4 the float32 recurrence goes on falling long after the residual itself has stopped."""
+    """At a condition number of 1e4 the float32 recurrence goes on falling long after the residual
+    itself has stopped."""
     matrix = symmetric(np.geomspace(1, 1e4, N))
     x, info = run(linear.cg(2000, 1e-6), matrix, RHS, dtype=jnp.float32)
     rounded = matrix.astype(np.float32).astype(np.float64)
@@ -380,11 +451,16 @@ def test_cg_negative_curvature_keeps_the_iterate_before_it():
     assert code(info) == RESULTS.negative_curvature
     assert np.isfinite(flat(x)).all()
     _, at_once = run(linear.cg(200, 1e-10), -np.eye(N), RHS)
-    assert (int(at_once.iterations), float(at_once.residual), code(at_once)) == (1, 1.0, RESULTS.negative_curvature)
+    assert (int(at_once.iterations), float(at_once.residual), code(at_once)) == (
+        1,
+        1.0,
+        RESULTS.negative_curvature,
+    )
 
 
 def test_preconditioned_neumann_series():
-    """With the inverse as preconditioner one term is the answer; with half of it, the rest halves with each term."""
+    """With the inverse as preconditioner one term is the answer; with half of it, the rest halves
+    with each term."""
     inverse = lambda v: product(jnp.asarray(np.linalg.inv(DEFINITE)), v)
     for terms, share, left in ((1, 1.0, 0.0), (5, 0.5, 0.5**5)):
         solver = linear.neumann(terms, step=share, preconditioner=inverse)
@@ -410,7 +486,9 @@ def _jacobi(r):
 
 
 def test_minres_residual_is_least_over_the_krylov_space():
-    krylov = np.linalg.qr(np.stack([np.linalg.matrix_power(INDEFINITE, i) @ RHS for i in range(6)], axis=1))[0]
+    krylov = np.linalg.qr(
+        np.stack([np.linalg.matrix_power(INDEFINITE, i) @ RHS for i in range(6)], axis=1)
+    )[0]
     best = krylov @ np.linalg.lstsq(INDEFINITE @ krylov, RHS, rcond=None)[0]
     for solver in (linear.minres(6, 1e-12), linear.gmres(6, 1e-12, restart=6)):
         x, info = run(solver, INDEFINITE, RHS)
@@ -447,7 +525,9 @@ def test_neumann_is_its_truncated_series(terms):
         total, power = total + step * power, power - step * DEFINITE @ power
     x, info = run(linear.neumann(terms, step), DEFINITE, RHS, vector(RHS))
     np.testing.assert_allclose(flat(x), total, rtol=1e-12, atol=1e-13)
-    np.testing.assert_allclose(info.residual, np.linalg.norm(power) / np.linalg.norm(RHS), rtol=1e-12)
+    np.testing.assert_allclose(
+        info.residual, np.linalg.norm(power) / np.linalg.norm(RHS), rtol=1e-12
+    )
     assert int(info.iterations) == terms
 
 
@@ -483,7 +563,10 @@ def test_identity():
 def test_dense_refuses_what_is_too_large():
     big = jnp.zeros(dense.LIMIT + 1)
     for solver, name in ((linear.cholesky(), "cholesky"), (linear.lu(), "lu")):
-        with pytest.raises(ValueError, match=f"b: got {dense.LIMIT + 1} unknowns; linear.{name} .* at most {dense.LIMIT}"):
+        with pytest.raises(
+            ValueError,
+            match=f"b: got {dense.LIMIT + 1} unknowns; linear.{name} .* at most {dense.LIMIT}",
+        ):
             solver(lambda v: v, big, big)
 
 
@@ -496,12 +579,15 @@ def test_cholesky_notices_a_matrix_without_symmetry():
 
 
 def test_nystrom_is_its_closed_form():
-    """Against the same formula in numpy with a test matrix of its own: at the rank of the matrix every test matrix gives the matrix."""
+    """Against the same formula in numpy with a test matrix of its own: at the rank of the matrix
+    every test matrix gives the matrix."""
     q = orthogonal(3)[:, :5]
     matrix, rho = q @ np.diag([1.0, 2.0, 3.0, 4.0, 5.0]) @ q.T, 0.1
     for rank in (5, 8):
         x, info = run(linear.nystrom(rank, rho), matrix, RHS)
-        np.testing.assert_allclose(flat(x), np.linalg.solve(matrix + rho * np.eye(N), RHS), rtol=1e-9, atol=1e-11)
+        np.testing.assert_allclose(
+            flat(x), np.linalg.solve(matrix + rho * np.eye(N), RHS), rtol=1e-9, atol=1e-11
+        )
         assert int(info.iterations) == rank + 1
         np.testing.assert_allclose(info.residual, relative(matrix @ flat(x), RHS), rtol=1e-8)
 
@@ -509,8 +595,14 @@ def test_nystrom_is_its_closed_form():
 def test_nystrom_sketch_is_below_the_matrix_and_orthonormal():
     preconditioner = linear.nystrom_preconditioner(6, 1e-3)
     b = vector(RHS)
-    sketch = jax.jit(lambda b: preconditioner.refresh(lambda v: product(jnp.asarray(DEFINITE), v), preconditioner.init(b)))(b)
-    u = np.stack([flat(jax.tree.map(lambda r, i=i: r[i], sketch.vectors)) for i in range(6)], axis=1)
+    sketch = jax.jit(
+        lambda b: preconditioner.refresh(
+            lambda v: product(jnp.asarray(DEFINITE), v), preconditioner.init(b)
+        )
+    )(b)
+    u = np.stack(
+        [flat(jax.tree.map(lambda r, i=i: r[i], sketch.vectors)) for i in range(6)], axis=1
+    )
     np.testing.assert_allclose(u.T @ u, np.eye(6), atol=1e-12)
     difference = np.linalg.eigvalsh(DEFINITE - u @ np.diag(sketch.values) @ u.T)
     assert difference.min() > -1e-11  # a Nyström approximation never exceeds its matrix
@@ -530,16 +622,24 @@ def test_nystrom_preconditioner_is_its_formula_and_symmetric():
     values = np.array([1.0, 2.0, 3.0, 4.0, 5.0])
     matrix = q @ np.diag(values) @ q.T
     b = vector(RHS)
-    sketch = preconditioner.refresh(lambda v: product(jnp.asarray(matrix), v), preconditioner.init(b))
+    sketch = preconditioner.refresh(
+        lambda v: product(jnp.asarray(matrix), v), preconditioner.init(b)
+    )
     expected = q @ ((1.0 + rho) / (values + rho) * (q.T @ RHS)) + RHS - q @ (q.T @ RHS)
-    np.testing.assert_allclose(flat(preconditioner.apply(sketch, b)), expected, rtol=1e-9, atol=1e-11)
+    np.testing.assert_allclose(
+        flat(preconditioner.apply(sketch, b)), expected, rtol=1e-9, atol=1e-11
+    )
     np.testing.assert_array_equal(flat(preconditioner.apply(preconditioner.init(b), b)), RHS)
 
 
 def test_nystrom_preconditioner_cuts_iterations_and_its_sketch_is_kept():
-    """Above a ridge, as regularised training problems have it, the sketch takes away what is large."""
+    """Above a ridge, as regularised training problems have it, the sketch takes away what is
+    large."""
     n, rank = 100, 30
-    matrix, b = jnp.asarray(symmetric(1.0 + 1e4 * 0.7 ** np.arange(n))), jnp.asarray(np.random.default_rng(4).normal(size=n))
+    matrix, b = (
+        jnp.asarray(symmetric(1.0 + 1e4 * 0.7 ** np.arange(n))),
+        jnp.asarray(np.random.default_rng(4).normal(size=n)),
+    )
     preconditioner = linear.nystrom_preconditioner(rank, 1.0)
     plain, solver = linear.cg(300, 1e-9), linear.cg(300, 1e-9, preconditioner=preconditioner)
 
@@ -562,7 +662,9 @@ def test_nystrom_preconditioner_cuts_iterations_and_its_sketch_is_kept():
 
 def test_nystrom_key_decides_the_sketch():
     matrix = symmetric(1.0 + 1e2 * 0.5 ** np.arange(N))
-    first, same, other = (flat(run(linear.nystrom(4, 1.0, key=jax.random.key(k)), matrix, RHS)[0]) for k in (1, 1, 2))
+    first, same, other = (
+        flat(run(linear.nystrom(4, 1.0, key=jax.random.key(k)), matrix, RHS)[0]) for k in (1, 1, 2)
+    )
     np.testing.assert_array_equal(first, same)
     assert np.abs(first - other).max() > 1e-6
 
@@ -573,7 +675,12 @@ def test_nystrom_key_decides_the_sketch():
 @needs_lineax
 def test_lineax_equals_ours():
     ours, _ = run(linear.cg(200, 1e-12), DEFINITE, RHS)
-    for solver in (lx.CG(1e-12, 0.0), lx.GMRES(1e-12, 0.0), lx.Cholesky(), lx.AutoLinearSolver(well_posed=True)):
+    for solver in (
+        lx.CG(1e-12, 0.0),
+        lx.GMRES(1e-12, 0.0),
+        lx.Cholesky(),
+        lx.AutoLinearSolver(well_posed=True),
+    ):
         theirs, info = run(linear.lineax(solver), DEFINITE, RHS)
         np.testing.assert_allclose(flat(theirs), flat(ours), atol=1e-10)
         assert code(info) == RESULTS.success
@@ -588,7 +695,9 @@ def test_lineax_that_is_not_there_is_named(monkeypatch):
         return real(name, *args, **kwargs)
 
     monkeypatch.setattr(builtins, "__import__", missing)
-    with pytest.raises(ImportError, match=r"linear.lineax: the lineax package is not installed. Try pip install"):
+    with pytest.raises(
+        ImportError, match=r"linear.lineax: the lineax package is not installed. Try pip install"
+    ):
         linear.lineax(None)
 
 
@@ -598,10 +707,18 @@ def test_lineax_that_is_not_there_is_named(monkeypatch):
         (lambda: linear.cg(0), ValueError, "maxiter: got 0; expected an integer of at least 1"),
         (lambda: linear.cg(2.5), TypeError, "maxiter: got 2.5; expected an integer"),
         (lambda: linear.cg(True), TypeError, "maxiter: got True; expected an integer"),
-        (lambda: linear.cg(tol=0.0), ValueError, "tol: got 0.0; expected a positive, finite number"),
+        (
+            lambda: linear.cg(tol=0.0),
+            ValueError,
+            "tol: got 0.0; expected a positive, finite number",
+        ),
         (lambda: linear.cg(tol="x"), TypeError, "tol: got 'x'; expected a positive"),
         (lambda: linear.cg(preconditioner=3), TypeError, "preconditioner: got 3"),
-        (lambda: linear.minres(preconditioner=linear.cg()), TypeError, "preconditioner: got Linear"),
+        (
+            lambda: linear.minres(preconditioner=linear.cg()),
+            TypeError,
+            "preconditioner: got Linear",
+        ),
         (lambda: linear.minres(-1), ValueError, "maxiter: got -1"),
         (lambda: linear.bicgstab(tol=float("nan")), ValueError, "tol: got nan"),
         (lambda: linear.gmres(restart=0), ValueError, "restart: got 0"),
@@ -612,7 +729,12 @@ def test_lineax_that_is_not_there_is_named(monkeypatch):
         (lambda: linear.nystrom(rho=0.0), ValueError, "rho: got 0.0"),
         (lambda: linear.nystrom(key=3), TypeError, "key: got 3; expected a PRNG key"),
         (lambda: linear.nystrom_preconditioner(key="k"), TypeError, "key: got 'k'"),
-        pytest.param(lambda: linear.lineax("cg"), TypeError, "solver: got str; expected a lineax solver", marks=needs_lineax),
+        pytest.param(
+            lambda: linear.lineax("cg"),
+            TypeError,
+            "solver: got str; expected a lineax solver",
+            marks=needs_lineax,
+        ),
         (lambda: linear.precondition(linear.cg(), None), TypeError, "solver: got cg"),
     ],
 )

@@ -1,4 +1,5 @@
-"""Smooth multilevel problems that are not quadratic, and their gradients by plain autodiff through long unrolled descents, level inside level."""
+"""Smooth multilevel problems that are not quadratic, and their gradients by plain autodiff through
+long unrolled descents, level inside level."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ import numpy as np
 
 
 class Case(NamedTuple):
-    """Levels lowest first, each with the levels that its reference solves inside it, in the order of their solves; and a descent that gets there."""
+    """Levels lowest first, each with the levels that its reference solves inside it, in the order
+    of their solves; and a descent that gets there."""
 
     objectives: dict[str, Callable]
     inside: dict[str, tuple[str, ...]]
@@ -28,12 +30,14 @@ class Case(NamedTuple):
 
 
 def follow(name: str, reads: tuple, uses: tuple = ()) -> Callable:
-    """A strongly convex objective of `name` whose minimizer follows `reads`, bent by a cosh; `uses` enter through terms of their own."""
+    """A strongly convex objective of `name` whose minimizer follows `reads`, bent by a cosh; `uses`
+    enter through terms of their own."""
 
     def objective(p, batch):
         y = p[name]
         target = sum(0.7 * jnp.sin(p[r]) + 0.1 * (i + 1) * p[r] for i, r in enumerate(reads))
-        # The rotation makes Hessian and mixed derivative differ, so that no transposition goes unseen.
+        # The rotation makes Hessian and mixed derivative differ, so that no transposition goes
+        # unseen.
         bend = jnp.sum(jnp.cosh(y - target)) + 0.2 * jnp.sum(y**4) + 0.3 * (y[0] * jnp.tanh(y[1]))
         return bend + sum(0.3 * jnp.sum((p[u] - 0.4) ** 2) + 0.2 * jnp.sum(p[u]) ** 2 for u in uses)
 
@@ -43,14 +47,18 @@ def follow(name: str, reads: tuple, uses: tuple = ()) -> Callable:
 
 def top(name: str, uses: tuple) -> Callable:
     def objective(p, batch):
-        return sum(jnp.sum((p[u] - 0.3 * (i + 1)) ** 2) + jnp.sum(p[u]) ** 3 / 9 for i, u in enumerate(uses)) + 0.05 * jnp.sum(p[name] ** 2)
+        return sum(
+            jnp.sum((p[u] - 0.3 * (i + 1)) ** 2) + jnp.sum(p[u]) ** 3 / 9
+            for i, u in enumerate(uses)
+        ) + 0.05 * jnp.sum(p[name] ** 2)
 
     objective.__name__ = f"objective_{name}"
     return objective
 
 
 def chain(depth: int) -> Case:
-    """Level 1 follows the top; each level follows the one below it, and every other one the top as well."""
+    """Level 1 follows the top; each level follows the one below it, and every other one the top as
+    well."""
     names = [f"l{i}" for i in range(1, depth)]
     objectives = {}
     for i, name in enumerate(names):
@@ -69,7 +77,9 @@ def nested(depth: int) -> Case:
         objectives[name] = follow(name, (above,), (names[i - 1],) if i else ())
         inside[name] = (names[i - 1],) if i else ()
     objectives["x"] = top("x", (names[-1], names[0]))
-    inside["x"] = tuple(reversed(names))  # the lowest is read directly: it follows the others, and is solved after them
+    inside["x"] = tuple(
+        reversed(names)
+    )  # the lowest is read directly: it follows the others, and is solved after them
     return Case(objectives, inside, *((60, 0.4) if depth < 4 else (45, 0.5)))
 
 
@@ -111,7 +121,11 @@ CASES = {
     ),
     # two levels that read each other: the upper one leads
     "mutual": Case(
-        {"follower": follow("follower", ("leader", "x")), "leader": follow("leader", ("follower", "x")), "x": top("x", ("follower", "leader"))},
+        {
+            "follower": follow("follower", ("leader", "x")),
+            "leader": follow("leader", ("follower", "x")),
+            "x": top("x", ("follower", "leader")),
+        },
         {"leader": ("follower",), "x": ("leader", "follower")},
         steps=250,
         step_size=0.5,
@@ -120,7 +134,8 @@ CASES = {
 
 
 def reference(case: Case) -> Callable:
-    """``params -> (value, gradient)`` of the top level; every best response is gradient steps from the start, differentiated as they stand."""
+    """``params -> (value, gradient)`` of the top level; every best response is gradient steps from
+    the start, differentiated as they stand."""
 
     def respond(name, env, readers):
         def total(y):

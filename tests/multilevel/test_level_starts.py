@@ -28,7 +28,11 @@ def last(p, batch):
 
 def descend(objective, name, params, steps=K):
     for _ in range(steps):
-        params = {**params, name: params[name] - RATE * jax.grad(lambda v, p=params: objective({**p, name: v}, None))(params[name])}
+        params = {
+            **params,
+            name: params[name]
+            - RATE * jax.grad(lambda v, p=params: objective({**p, name: v}, None))(params[name]),
+        }
     return params
 
 
@@ -49,7 +53,8 @@ def hand(s):
 
 
 def test_fine_tuning_starts_from_the_pretrained_level():
-    """Value and gradient against the loops by hand; what `params` says of the level counts for nothing."""
+    """Value and gradient against the loops by hand; what `params` says of the level counts for
+    nothing."""
     fn = bx.value_and_multilevel_grad(finetuned(H.unrolled()))
     found = jax.jit(fn)(POINT)
     np.testing.assert_allclose(found.value, hand(POINT["s"]), rtol=1e-12)
@@ -61,7 +66,9 @@ def test_fine_tuning_starts_from_the_pretrained_level():
 def test_the_second_derivative_passes_through_the_start():
     direction, fn = jnp.sin(jnp.arange(8.0)), bx.value_and_multilevel_grad(finetuned(H.unrolled()))
     twice = jax.grad(lambda s: fn({**POINT, "s": s}).grad @ direction)(POINT["s"])
-    np.testing.assert_allclose(twice, jax.grad(lambda s: jax.grad(hand)(s) @ direction)(POINT["s"]), rtol=1e-8)
+    np.testing.assert_allclose(
+        twice, jax.grad(lambda s: jax.grad(hand)(s) @ direction)(POINT["s"]), rtol=1e-8
+    )
 
 
 @pytest.mark.slow
@@ -71,7 +78,12 @@ def test_every_step_of_a_run_starts_there():
     for _ in range(3):
         est = fn(params)
         values.append(float(est.value))
-        params = {**params, **est.inner_params, "b": jnp.zeros(3), "s": params["s"] - 0.5 * est.grad}
+        params = {
+            **params,
+            **est.inner_params,
+            "b": jnp.zeros(3),
+            "s": params["s"] - 0.5 * est.grad,
+        }
     np.testing.assert_allclose(out.history["value"], values, rtol=1e-12)
 
 
@@ -85,7 +97,8 @@ def meta(p, batch):
 
 @pytest.mark.slow
 def test_a_level_inside_another_starts_at_it():
-    """MAML as the middle of three levels: the adapted weights start at the middle one, which the top one steers."""
+    """MAML as the middle of three levels: the adapted weights start at the middle one, which the
+    top one steers."""
     levels = [
         bx.Level("w", adapt, solver=SGD, hypergradient=H.unrolled(), start=lambda p: p["m"]),
         bx.Level("m", meta, solver=SGD, hypergradient=H.unrolled()),
@@ -108,19 +121,35 @@ def test_a_level_inside_another_starts_at_it():
 
 
 def test_two_levels_are_those_of_solve_bilevel():
-    """iMAML, whose start has no derivative, and the gradient comes through the proximal term; a start that draws, resumed to the bit."""
+    """iMAML, whose start has no derivative, and the gradient comes through the proximal term; a
+    start that draws, resumed to the bit."""
     near = lambda w, m, b: jnp.sum((jnp.cos(w) - 0.3) ** 2) + 0.5 * jnp.sum((w - m) ** 2)
     query = lambda w, m, b: jnp.sum((jnp.cos(w) - 0.3) ** 2) + 0.1 * jnp.sum(m**2)
     solver, method, m = bx.inner.optax(optax.sgd(0.2), 20), H.implicit(), jnp.full(2, 0.5)
     level = lambda start: [
-        bx.Level("w", lambda p, b: near(p["w"], p["m"], b), solver=solver, hypergradient=method, start=start),
+        bx.Level(
+            "w",
+            lambda p, b: near(p["w"], p["m"], b),
+            solver=solver,
+            hypergradient=method,
+            start=start,
+        ),
         bx.Level("m", lambda p, b: query(p["w"], p["m"], b), solver=optax.sgd(0.1)),
     ]
     keywords = dict(keep="last", key=jax.random.key(3))
     params = {"w": jnp.zeros(2), "m": m}
     out = bx.solve_multilevel(level(lambda p: p["m"]), params, num_steps=3, **keywords)
     algorithm = bx.algorithms.double_loop(solver, method, optax.sgd(0.1))
-    two = bx.solve_bilevel(near, query, jnp.zeros(2), m, algorithm=algorithm, inner_init=lambda m: m, num_steps=3, **keywords)
+    two = bx.solve_bilevel(
+        near,
+        query,
+        jnp.zeros(2),
+        m,
+        algorithm=algorithm,
+        inner_init=lambda m: m,
+        num_steps=3,
+        **keywords,
+    )
     np.testing.assert_allclose(out.history["value"], two.history["value"], rtol=1e-9)
 
     draws = level(lambda p, key: p["m"] + jax.random.normal(key, (2,)))
@@ -129,21 +158,34 @@ def test_two_levels_are_those_of_solve_bilevel():
     part = bx.solve_multilevel(draws, params, num_steps=2, **keywords)
     rest = bx.solve_multilevel(draws, params, num_steps=2, state=part.state, keep="last")
     np.testing.assert_array_equal(whole.history["value"][2:], rest.history["value"])
-    with pytest.raises(ValueError, match="key: got None although the start of level 'w' takes a key"):
+    with pytest.raises(
+        ValueError, match="key: got None although the start of level 'w' takes a key"
+    ):
         bx.solve_multilevel(draws, params, num_steps=1)
 
 
 @pytest.mark.slow
 def test_a_start_may_bring_a_model_state():
-    """A running mean that begins at the top level's variable: it is differentiated where the method sees statistics."""
+    """A running mean that begins at the top level's variable: it is differentiated where the method
+    sees statistics."""
 
     def kept(p, batch, state):
         mean = 0.5 * state["w"] + 0.5 * p["w"]
         return 0.5 * (p["w"] - p["x"]) ** 2, {"w": mean}
 
     levels = [
-        bx.Level("w", bx.objective(kept, stateful=True), solver=SGD, hypergradient=H.unrolled(), start=lambda p: (2.0 * p["x"], {"w": p["x"] ** 2})),
-        bx.Level("x", bx.objective(lambda p, b, state: (p["w"] * state["w"], state), stateful=True), solver=optax.sgd(0.1)),
+        bx.Level(
+            "w",
+            bx.objective(kept, stateful=True),
+            solver=SGD,
+            hypergradient=H.unrolled(),
+            start=lambda p: (2.0 * p["x"], {"w": p["x"] ** 2}),
+        ),
+        bx.Level(
+            "x",
+            bx.objective(lambda p, b, state: (p["w"] * state["w"], state), stateful=True),
+            solver=optax.sgd(0.1),
+        ),
     ]
 
     def hand(x):
@@ -164,16 +206,30 @@ def test_a_start_may_bring_a_model_state():
         (dict(start=lambda p: p["x"], every=2), "start: got one with every=2"),
         (dict(start=lambda p: jnp.zeros(2)), r"start: got float64\[2\]; expected float64\[\]"),
         (dict(), r"params\['x'\]\['start'\]: no level's objective reads it, and no start"),
-        (dict(start=lambda p: p["x"]["start"]), r"start: it depends on params\['x'\]\['start'\], which no objective reads, with implicit"),
+        (
+            dict(start=lambda p: p["x"]["start"]),
+            r"start: it depends on params\['x'\]\['start'\], which no objective reads, with "
+            r"implicit",
+        ),
     ],
     ids=["no function", "every", "shape", "unread", "unseen"],
 )
 def test_starts_that_cannot_be(changes, words):
     def make():
         return [
-            bx.Level("w", lambda p, b: (p["w"] - p["x"]["t"]) ** 2, solver=SGD, hypergradient=H.implicit(), **changes),
+            bx.Level(
+                "w",
+                lambda p, b: (p["w"] - p["x"]["t"]) ** 2,
+                solver=SGD,
+                hypergradient=H.implicit(),
+                **changes,
+            ),
             bx.Level("x", lambda p, b: p["w"] ** 2, solver=optax.sgd(0.1)),
         ]
 
     with pytest.raises((TypeError, ValueError), match=words):
-        bx.solve_multilevel(make(), {"w": jnp.asarray(0.0), "x": {"t": jnp.asarray(1.0), "start": jnp.asarray(1.0)}}, num_steps=1)
+        bx.solve_multilevel(
+            make(),
+            {"w": jnp.asarray(0.0), "x": {"t": jnp.asarray(1.0), "start": jnp.asarray(1.0)}},
+            num_steps=1,
+        )

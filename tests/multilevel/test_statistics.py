@@ -1,4 +1,5 @@
-"""One owner: a network's statistics belong to the level that trains it, and every reader sees the current ones."""
+"""One owner: a network's statistics belong to the level that trains it, and every reader sees the
+current ones."""
 
 import jax
 import jax.numpy as jnp
@@ -35,7 +36,11 @@ def levels(method, steps, depth):
     if depth == 2:
         last = owned(lambda p, batch, state: (p["w"] * state["w"] + p["x"] ** 2, state))
         return [lowest, bx.Level("x", last, solver=optax.sgd(0.1))]
-    return [lowest, bx.Level("s", owned(middle), solver=solver, hypergradient=method), bx.Level("x", owned(top), solver=optax.sgd(0.1))]
+    return [
+        lowest,
+        bx.Level("s", owned(middle), solver=solver, hypergradient=method),
+        bx.Level("x", owned(top), solver=optax.sgd(0.1)),
+    ]
 
 
 def by_hand(x, steps, depth):
@@ -75,7 +80,10 @@ def test_a_method_that_sees_none_takes_them_as_constants():
 
 def test_a_nested_level_s_reader_sees_its_statistics():
     """z is solved inside y's objective, which reads z's average as it is after that solve."""
-    lowest = lambda p, batch, state: (0.5 * (p["z"] - p["y"]) ** 2 + 0.0 * p["x"], {"z": 0.5 * state["z"] + 0.5 * p["y"]})
+    lowest = lambda p, batch, state: (
+        0.5 * (p["z"] - p["y"]) ** 2 + 0.0 * p["x"],
+        {"z": 0.5 * state["z"] + 0.5 * p["y"]},
+    )
     upper = lambda p, batch, state: (0.5 * (p["y"] - p["x"]) ** 2 + p["z"] * state["z"], state)
     solver = lambda steps: bx.inner.optax(optax.sgd(0.5), steps)
     nested = [
@@ -105,15 +113,21 @@ def test_a_private_state_stays_private():
     """A state that is no dict by level names is the level's alone, as it has been."""
     count = lambda p, batch, n: (0.5 * (p["w"] - p["x"]) ** 2, n + 1)
     pair = [
-        bx.Level("w", owned(count), solver=bx.inner.optax(optax.sgd(0.5), 3), hypergradient=H.implicit()),
+        bx.Level(
+            "w", owned(count), solver=bx.inner.optax(optax.sgd(0.5), 3), hypergradient=H.implicit()
+        ),
         bx.Level("x", lambda p, batch: p["w"] ** 2, solver=optax.sgd(0.1)),
     ]
-    out = bx.solve_multilevel(pair, {"w": 0.0, "x": 1.0}, num_steps=4, model_state={"w": jnp.int32(0)}, keep="last")
+    out = bx.solve_multilevel(
+        pair, {"w": 0.0, "x": 1.0}, num_steps=4, model_state={"w": jnp.int32(0)}, keep="last"
+    )
     assert int(out.model_state["w"]) == 12
 
 
 def test_a_stateful_level_without_any_state_is_named():
-    with pytest.raises(ValueError, match="model_state: got none for level 'w', whose objective is stateful"):
+    with pytest.raises(
+        ValueError, match="model_state: got none for level 'w', whose objective is stateful"
+    ):
         bx.solve_multilevel(levels(H.unrolled(), 1, 2), {"w": 0.0, "x": 1.0}, num_steps=1)
 
 
@@ -130,7 +144,10 @@ class Net(nnx.Module):
 
 
 KEYS = jax.random.split(jax.random.key(0), 2)
-X, Y = (5 + jax.random.normal(KEYS[0], (8, 3))).astype(jnp.float32), jax.random.normal(KEYS[1], (8, 1)).astype(jnp.float32)
+X, Y = (
+    (5 + jax.random.normal(KEYS[0], (8, 3))).astype(jnp.float32),
+    jax.random.normal(KEYS[1], (8, 1)).astype(jnp.float32),
+)
 
 
 def weighted(p, batch):
@@ -145,9 +162,15 @@ def plain(p, batch):
 def test_the_top_level_evaluates_a_network_with_its_current_statistics(given):
     """The same as the two-level driver's, to rounding."""
     net = bx.nn.from_nnx(Net(nnx.Rngs(0)))
-    low, high = bx.nn.objective(weighted, levels={"w": net}), bx.nn.objective(plain, levels={"w": net}, train=False)
+    low, high = (
+        bx.nn.objective(weighted, levels={"w": net}),
+        bx.nn.objective(plain, levels={"w": net}, train=False),
+    )
     solver, scores = bx.inner.optax(optax.sgd(0.1), 5), jnp.zeros(8, jnp.float32)
-    pair = [bx.Level("w", low, solver=solver, hypergradient=H.unrolled()), bx.Level("s", high, solver=optax.sgd(0.1))]
+    pair = [
+        bx.Level("w", low, solver=solver, hypergradient=H.unrolled()),
+        bx.Level("s", high, solver=optax.sgd(0.1)),
+    ]
     state = {"w": {"w": net.state}} | ({"s": {"w": net.state}} if given == "both" else {})
     out = bx.solve_multilevel(pair, {"w": net.params, "s": scores}, num_steps=3, model_state=state)
 
@@ -158,18 +181,24 @@ def test_the_top_level_evaluates_a_network_with_its_current_statistics(given):
     loop = bx.algorithms.double_loop(solver, H.unrolled(), optax.sgd(0.1))
     two = bx.solve_bilevel(**problem.arguments, algorithm=loop, num_steps=3)
     assert np.allclose(out.history["value"], two.history["value"], rtol=1e-5)
-    again = bx.solve_multilevel(pair, {"w": net.params, "s": scores}, num_steps=2, model_state=state, state=out.state)
+    again = bx.solve_multilevel(
+        pair, {"w": net.params, "s": scores}, num_steps=2, model_state=state, state=out.state
+    )
     assert again.stats["total_steps"] == 5
 
 
 def test_a_reader_between_sees_the_current_statistics():
     net = bx.nn.from_nnx(Net(nnx.Rngs(0)))
     low = bx.nn.objective(weighted, levels={"w": net})
-    mid = bx.nn.objective(lambda p, b: plain(p, b) + 0 * jnp.sum(p["s"] ** 2), levels={"w": net}, train=False)
+    mid = bx.nn.objective(
+        lambda p, b: plain(p, b) + 0 * jnp.sum(p["s"] ** 2), levels={"w": net}, train=False
+    )
     three = [
         bx.Level("w", low, solver=bx.inner.optax(optax.sgd(0.1), 20), hypergradient=H.one_step()),
         bx.Level("s", mid, solver=optax.sgd(0.0), hypergradient=H.one_step()),
-        bx.Level("t", lambda p, b: p["t"] ** 2 + jnp.sum(p["s"] ** 2) * p["t"], solver=optax.sgd(0.0)),
+        bx.Level(
+            "t", lambda p, b: p["t"] ** 2 + jnp.sum(p["s"] ** 2) * p["t"], solver=optax.sgd(0.0)
+        ),
     ]
     params = {"w": net.params, "s": jnp.zeros(8, jnp.float32), "t": jnp.zeros((), jnp.float32)}
     fn = bx.value_and_multilevel_grad(three)
@@ -177,4 +206,6 @@ def test_a_reader_between_sees_the_current_statistics():
     right = net.merge(out.inner_params["w"], out.state.model["w"]["w"])
     right.eval()
     assert np.allclose(out.info["s/inner_value"], jnp.mean((right(X) - Y) ** 2), rtol=1e-5)
-    assert jax.tree.structure(out.state) == jax.tree.structure(fn.init(params, model_state={"w": {"w": net.state}}))
+    assert jax.tree.structure(out.state) == jax.tree.structure(
+        fn.init(params, model_state={"w": {"w": net.state}})
+    )

@@ -39,7 +39,9 @@ class LinenNet(linen.Module):
         dtypes = dict(self.dtypes)
         x = linen.Dense(HIDDEN, name="body", **dtypes)(x)
         if self.norm:
-            x = linen.BatchNorm(use_running_average=not train, momentum=0.9, name="norm", **dtypes)(x)
+            x = linen.BatchNorm(use_running_average=not train, momentum=0.9, name="norm", **dtypes)(
+                x
+            )
         x = jnp.tanh(x)
         if self.rate:
             x = linen.Dropout(self.rate, deterministic=not train)(x)
@@ -51,16 +53,24 @@ MODES = dict(train={"train": True}, evaluate={"train": False})
 
 def nnx_net(seed=0, **settings):
     model = NnxNet(nnx.Rngs(seed), **settings)
-    if model.norm is not None and settings.get("dtypes", F64) is F64:  # nnx makes float32 statistics whatever the parameters are
+    if (
+        model.norm is not None and settings.get("dtypes", F64) is F64
+    ):  # nnx makes float32 statistics whatever the parameters are
         for name in ("mean", "var"):
-            setattr(model.norm, name, nnx.BatchStat(getattr(model.norm, name)[...].astype(jnp.float64)))
+            setattr(
+                model.norm, name, nnx.BatchStat(getattr(model.norm, name)[...].astype(jnp.float64))
+            )
     return model
 
 
 def linen_variables(model):
     """The variables of `model` for `LinenNet`."""
     params = {
-        name: {key: value[...] for key, value in nnx.to_pure_dict(nnx.state(getattr(model, name), nnx.Param)).items()} for name in ("body", "head")
+        name: {
+            key: value[...]
+            for key, value in nnx.to_pure_dict(nnx.state(getattr(model, name), nnx.Param)).items()
+        }
+        for name in ("body", "head")
     }
     out = {"params": params}
     if model.norm is not None:
@@ -79,12 +89,19 @@ def batches(seed=0, rows=ROWS):
     out = []
     for _ in range(2):
         x = rng.normal(size=(rows, FEATURES))
-        out.append((jnp.asarray(x), jnp.asarray((x[:, 0] + 0.3 * rng.normal(size=rows) > 0).astype(np.int32)), jnp.arange(rows)))
+        out.append(
+            (
+                jnp.asarray(x),
+                jnp.asarray((x[:, 0] + 0.3 * rng.normal(size=rows) > 0).astype(np.int32)),
+                jnp.arange(rows),
+            )
+        )
     return out
 
 
 def call(model, x):
-    """Flax's own BatchNorm promotes float64 with float32 to find a dtype, which strict promotion forbids; all else here stays strict."""
+    """Flax's own BatchNorm promotes float64 with float32 to find a dtype, which strict promotion
+    forbids; all else here stays strict."""
     with jax.numpy_dtype_promotion("standard"):
         return model(x)
 

@@ -1,4 +1,5 @@
-"""bx.nn: objectives from models. Statistics, modes, streams, what is learned where, both styles, traces."""
+"""bx.nn: objectives from models. Statistics, modes, streams, what is learned where, both styles,
+traces."""
 
 import functools
 
@@ -13,7 +14,19 @@ from jax.flatten_util import ravel_pytree
 import bilevax as bx
 from bilevax import base, nn, tree
 from bilevax.run.chunk import run_chunk
-from tests.nn.nn_models import NnxNet, batches, call, leaves, linen_net, linen_variables, losses, nnx_net, plain, same_bits, weighted
+from tests.nn.nn_models import (
+    NnxNet,
+    batches,
+    call,
+    leaves,
+    linen_net,
+    linen_variables,
+    losses,
+    nnx_net,
+    plain,
+    same_bits,
+    weighted,
+)
 
 TRAIN, VALID = batches()
 SCORES = jnp.linspace(-1.0, 1.0, len(TRAIN[1]))
@@ -27,9 +40,13 @@ def both_styles(**settings):
 
 
 def estimate(problem, method, solver=SOLVER, key=None, train=TRAIN):
-    fn = bx.value_and_hypergrad(problem.inner_objective, problem.outer_objective, solver=solver, hypergradient=method)
+    fn = bx.value_and_hypergrad(
+        problem.inner_objective, problem.outer_objective, solver=solver, hypergradient=method
+    )
     state = fn.init(problem.inner_params, model_state=problem.model_state)
-    return jax.jit(fn)(problem.inner_params, problem.outer_params, train, VALID, state=state, key=key)
+    return jax.jit(fn)(
+        problem.inner_params, problem.outer_params, train, VALID, state=state, key=key
+    )
 
 
 # ---- model state
@@ -44,17 +61,25 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("style, name", [*(("nnx", name) for name in METHODS), ("linen", "implicit"), ("linen", "unrolled")])
+@pytest.mark.parametrize(
+    "style, name",
+    [*(("nnx", name) for name in METHODS), ("linen", "implicit"), ("linen", "unrolled")],
+)
 def test_statistics_are_those_of_the_inner_steps_alone(style, name):
-    """BatchNorm and Dropout, K inner steps and 1 outer: bit-equal to K steps of the solver with nothing after them."""
+    """BatchNorm and Dropout, K inner steps and 1 outer: bit-equal to K steps of the solver with
+    nothing after them."""
     model = nnx_net(rate=0.5)
     net = nn.from_nnx(model) if style == "nnx" else linen_net(model, rate=0.5, rngs=("dropout",))
     problem = nn.bilevel(weighted, plain, net, SCORES)
     algorithm = bx.algorithms.double_loop(SOLVER, METHODS[name], optax.adam(0.1))
-    arguments = dict(inner_data=TRAIN, outer_data=VALID, algorithm=algorithm, num_steps=1, key=jax.random.key(3))
+    arguments = dict(
+        inner_data=TRAIN, outer_data=VALID, algorithm=algorithm, num_steps=1, key=jax.random.key(3)
+    )
     after = bx.solve_bilevel(**problem.arguments, **arguments).state.algorithm.inner
     lower = base.Lower(problem.inner_objective, SOLVER, bx.data.same)
-    start = base.InnerState(problem.inner_params, SOLVER.init(problem.inner_params), problem.model_state)
+    start = base.InnerState(
+        problem.inner_params, SOLVER.init(problem.inner_params), problem.model_state
+    )
     alone, _ = jax.jit(lambda start, scores, feed: lower.run(start, scores, feed))(
         start, SCORES, base.Feed(TRAIN, jax.random.fold_in(jax.random.key(3), 0), jnp.int32(0))
     )
@@ -65,7 +90,8 @@ def test_statistics_are_those_of_the_inner_steps_alone(style, name):
 
 
 def test_statistics_follow_a_training_loop_of_nnx():
-    """Against K steps of ``nnx.value_and_grad`` and ``nnx.Optimizer``, which know nothing of this library."""
+    """Against K steps of ``nnx.value_and_grad`` and ``nnx.Optimizer``, which know nothing of this
+    library."""
     problem = nn.bilevel(weighted, plain, nnx_net(), SCORES)
     out = estimate(problem, UNROLLED)
     model = nnx_net()
@@ -81,18 +107,29 @@ def test_statistics_follow_a_training_loop_of_nnx():
 
 
 def base_solution(out, problem):
-    return bx.Solution(out.inner_params, problem.outer_params, out.state.model, bx.RESULTS.success, {}, None, {})
+    return bx.Solution(
+        out.inner_params, problem.outer_params, out.state.model, bx.RESULTS.success, {}, None, {}
+    )
 
 
 def test_statistics_are_kept_with_the_best_iterate_and_resumed():
     problem = nn.bilevel(weighted, plain, nnx_net(rate=0.5), SCORES)
     algorithm = bx.algorithms.double_loop(SOLVER, UNROLLED, optax.adam(0.1))
     run = functools.partial(
-        bx.solve_bilevel, **problem.arguments, inner_data=TRAIN, outer_data=VALID, algorithm=algorithm, key=jax.random.key(0), keep="last"
+        bx.solve_bilevel,
+        **problem.arguments,
+        inner_data=TRAIN,
+        outer_data=VALID,
+        algorithm=algorithm,
+        key=jax.random.key(0),
+        keep="last",
     )
     whole, half = run(num_steps=6), run(num_steps=3)
     again = run(num_steps=3, state=half.state)
-    assert same_bits((whole.inner_params, whole.model_state, whole.outer_params), (again.inner_params, again.model_state, again.outer_params))
+    assert same_bits(
+        (whole.inner_params, whole.model_state, whole.outer_params),
+        (again.inner_params, again.model_state, again.outer_params),
+    )
 
 
 def test_the_user_s_model_is_not_touched():
@@ -104,7 +141,9 @@ def test_the_user_s_model_is_not_touched():
     assert same_bits(before, nnx.state(model, nnx.Not(nnx.RngKey)))
     assert model.norm.use_running_average and model.drop.deterministic
     trained, _ = problem.merge(base_solution(out, problem))
-    assert trained.norm.use_running_average and trained.drop.deterministic  # a merged model is in the mode that the user left
+    assert (
+        trained.norm.use_running_average and trained.drop.deterministic
+    )  # a merged model is in the mode that the user left
     nnx.update(model, out.inner_params)
     assert same_bits(nnx.state(model, nnx.Param), nnx.state(trained, nnx.Param))
 
@@ -113,9 +152,17 @@ def test_the_user_s_model_is_not_touched():
 def test_modes_by_level(style):
     """An evaluated level normalises by the running statistics, a trained one by the batch's."""
     net = both_styles()[style]
-    shown = bx.objective(lambda model, scores, batch: (plain(model, scores, batch), call(model, batch[0])), has_aux=True)
-    problems = {mode: nn.bilevel(weighted, shown, net, SCORES, train=(True, mode)) for mode in (True, False)}
-    out = {mode: estimate(problem, METHODS["finite difference"] if mode else UNROLLED).aux for mode, problem in problems.items()}
+    shown = bx.objective(
+        lambda model, scores, batch: (plain(model, scores, batch), call(model, batch[0])),
+        has_aux=True,
+    )
+    problems = {
+        mode: nn.bilevel(weighted, shown, net, SCORES, train=(True, mode)) for mode in (True, False)
+    }
+    out = {
+        mode: estimate(problem, METHODS["finite difference"] if mode else UNROLLED).aux
+        for mode, problem in problems.items()
+    }
     assert float(jnp.abs(out[True] - out[False]).max()) > 1e-3
 
 
@@ -141,35 +188,57 @@ def test_layers_and_calls_draw_masks_of_their_own():
     class Two(nnx.Module):
         def __init__(self):
             rngs = nnx.Rngs(0)
-            self.scale, self.a, self.b = nnx.Param(jnp.ones(())), nnx.Dropout(0.5, rngs=rngs), nnx.Dropout(0.5, rngs=rngs)
+            self.scale, self.a, self.b = (
+                nnx.Param(jnp.ones(())),
+                nnx.Dropout(0.5, rngs=rngs),
+                nnx.Dropout(0.5, rngs=rngs),
+            )
 
         def __call__(self, x):
             return self.scale * x, self.a(x), self.b(x), self.a(x)
 
     net = nn.from_nnx(Two())
-    fn = bx.objective(lambda model, x, batch: (jnp.sum(model(batch)[0]), model(batch)), has_aux=True)
+    fn = bx.objective(
+        lambda model, x, batch: (jnp.sum(model(batch)[0]), model(batch)), has_aux=True
+    )
     obj = nn.objective(fn, inner=net)
-    _, (_, (_, a, b, again)) = jax.jit(lambda key: obj(net.params, 0.0, base.Ctx(jnp.ones(64), key)))(jax.random.key(0))
-    assert not (np.asarray(a) == np.asarray(b)).all() and not (np.asarray(a) == np.asarray(again)).all()
+    _, (_, (_, a, b, again)) = jax.jit(
+        lambda key: obj(net.params, 0.0, base.Ctx(jnp.ones(64), key))
+    )(jax.random.key(0))
+    assert (
+        not (np.asarray(a) == np.asarray(b)).all()
+        and not (np.asarray(a) == np.asarray(again)).all()
+    )
 
 
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_differenced_evaluations_share_their_masks(style):
-    """Two gradients at y ± εw with different masks would be off by their difference over 2ε, a hundred times the answer."""
+    """Two gradients at y ± εw with different masks would be off by their difference over 2ε, a
+    hundred times the answer."""
     model = nnx_net(rate=0.5)
     net = nn.from_nnx(model) if style == "nnx" else linen_net(model, rate=0.5, rngs=("dropout",))
     problem = nn.bilevel(weighted, plain, net, SCORES)
-    by_difference = estimate(problem, bx.hypergradient.finite_difference(radius=1e-5), key=jax.random.key(1)).grad
+    by_difference = estimate(
+        problem, bx.hypergradient.finite_difference(radius=1e-5), key=jax.random.key(1)
+    ).grad
     exact = estimate(problem, bx.hypergradient.one_step(), key=jax.random.key(1)).grad
     np.testing.assert_allclose(by_difference, exact, rtol=1e-6, atol=1e-11)
 
 
 def test_a_loss_that_draws_gets_its_key():
-    noisy = bx.objective(lambda model, scores, batch, *, key: weighted(model, scores, batch) + jax.random.normal(key, (), jnp.float64), keyed=True)
+    noisy = bx.objective(
+        lambda model, scores, batch, *, key: (
+            weighted(model, scores, batch) + jax.random.normal(key, (), jnp.float64)
+        ),
+        keyed=True,
+    )
     obj = nn.objective(noisy, inner=nnx_net(norm=False))
     net = nn.from_nnx(nnx_net(norm=False))
     assert obj.keyed and not obj.stateful
-    values = [obj(net.params, SCORES, base.Ctx(TRAIN, key))[0] for key in jax.random.split(jax.random.key(0))]
+    values = [
+        obj(net.params, SCORES, base.Ctx(TRAIN, key))[0]
+        for key in jax.random.split(jax.random.key(0))
+    ]
     assert values[0] != values[1]
 
 
@@ -177,8 +246,11 @@ def test_a_loss_that_draws_gets_its_key():
 
 
 def penalised(model, scores, batch):
-    """Strongly convex enough for a Newton solve: a sum of squares over what the model is called on, which needs no access to its leaves."""
-    return weighted(model, scores, batch) + 0.05 * jnp.mean(jnp.sum(call(model, jnp.eye(3)) ** 2, -1))
+    """Strongly convex enough for a Newton solve: a sum of squares over what the model is called on,
+    which needs no access to its leaves."""
+    return weighted(model, scores, batch) + 0.05 * jnp.mean(
+        jnp.sum(call(model, jnp.eye(3)) ** 2, -1)
+    )
 
 
 @pytest.mark.parametrize("norm", [False, True], ids=["", "batchnorm"])
@@ -194,7 +266,8 @@ def test_nnx_and_linen_give_the_same_hypergradient(name, norm):
 
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_against_a_dense_solve(style):
-    """Learn the head (10 numbers) with its penalty: solved to the end by Newton, differentiated by the dense formula on the raw matrices."""
+    """Learn the head (10 numbers) with its penalty: solved to the end by Newton, differentiated by
+    the dense formula on the raw matrices."""
     model = nnx_net(norm=False)
     head = nn.paths("head")
     net = nn.from_nnx(model, head) if style == "nnx" else linen_net(model, head)
@@ -203,33 +276,57 @@ def test_against_a_dense_solve(style):
     def inner_dense(flat, scores):
         hidden = jnp.tanh(TRAIN[0] @ fixed["kernel"] + fixed["bias"][None])
         kernel, bias = flat[:8].reshape(4, 2), flat[8:]
-        values = optax.softmax_cross_entropy_with_integer_labels(hidden @ kernel + bias[None], TRAIN[1])
+        values = optax.softmax_cross_entropy_with_integer_labels(
+            hidden @ kernel + bias[None], TRAIN[1]
+        )
         probe = jnp.tanh(jnp.eye(3) @ fixed["kernel"] + fixed["bias"][None]) @ kernel + bias[None]
-        return jnp.mean(jax.nn.sigmoid(scores) * values) + 0.05 * jnp.mean(jnp.sum(probe**2, -1)) + 0.01 * jnp.sum(flat**2)
+        return (
+            jnp.mean(jax.nn.sigmoid(scores) * values)
+            + 0.05 * jnp.mean(jnp.sum(probe**2, -1))
+            + 0.01 * jnp.sum(flat**2)
+        )
 
     def outer_dense(flat):
         hidden = jnp.tanh(VALID[0] @ fixed["kernel"] + fixed["bias"][None])
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(hidden @ flat[:8].reshape(4, 2) + flat[None, 8:], VALID[1]))
+        return jnp.mean(
+            optax.softmax_cross_entropy_with_integer_labels(
+                hidden @ flat[:8].reshape(4, 2) + flat[None, 8:], VALID[1]
+            )
+        )
 
     @jax.jit
     def dense(scores):
         flat = jnp.zeros(10)
         for _ in range(12):
-            flat = flat - jnp.linalg.solve(jax.hessian(inner_dense)(flat, scores), jax.grad(inner_dense)(flat, scores))
+            flat = flat - jnp.linalg.solve(
+                jax.hessian(inner_dense)(flat, scores), jax.grad(inner_dense)(flat, scores)
+            )
         cross = jax.jacobian(jax.grad(inner_dense), argnums=1)(flat, scores)
-        return -cross.T @ jnp.linalg.solve(jax.hessian(inner_dense)(flat, scores), jax.grad(outer_dense)(flat)), flat
+        return -cross.T @ jnp.linalg.solve(
+            jax.hessian(inner_dense)(flat, scores), jax.grad(outer_dense)(flat)
+        ), flat
 
-    def inner(model, given, batch):  # the raw parameters come as part of the outer ones' pytree: a penalty of leaves, in either style
+    def inner(
+        model,
+        given,
+        batch,
+        # the raw parameters come as part of the outer ones' pytree: a penalty of leaves, in either
+        # style
+    ):
         return penalised(model, given, batch)
 
     def regularised(params, scores, batch):
-        return objective.fn(params, scores, batch) + 0.01 * sum(jnp.sum(leaf**2) for leaf in jax.tree.leaves(params))
+        return objective.fn(params, scores, batch) + 0.01 * sum(
+            jnp.sum(leaf**2) for leaf in jax.tree.leaves(params)
+        )
 
     objective = nn.objective(inner, inner=net)
     outer = nn.objective(plain, inner=net, train=False)
     solver = bx.inner.lbfgs(maxiter=200, tol=1e-13)
     method = bx.hypergradient.implicit(bx.linear.cg(maxiter=100, tol=1e-13))
-    out = jax.jit(bx.value_and_hypergrad(regularised, outer, solver=solver, hypergradient=method))(net.params, SCORES, TRAIN, VALID)
+    out = jax.jit(bx.value_and_hypergrad(regularised, outer, solver=solver, hypergradient=method))(
+        net.params, SCORES, TRAIN, VALID
+    )
     want, flat = dense(SCORES)
     np.testing.assert_allclose(np.sort(ravel_pytree(out.inner_params)[0]), np.sort(flat), atol=1e-8)
     np.testing.assert_allclose(out.grad, want, rtol=1e-6, atol=1e-10)
@@ -241,7 +338,11 @@ def test_against_a_dense_solve(style):
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_what_no_filter_takes_is_frozen(style):
     model = nnx_net()
-    net = nn.from_nnx(model, nn.paths("head")) if style == "nnx" else linen_net(model, nn.paths("head"))
+    net = (
+        nn.from_nnx(model, nn.paths("head"))
+        if style == "nnx"
+        else linen_net(model, nn.paths("head"))
+    )
     assert tree.size(net.params) == 10
     problem = nn.bilevel(weighted, plain, net, SCORES)
     out = estimate(problem, UNROLLED)
@@ -250,16 +351,23 @@ def test_what_no_filter_takes_is_frozen(style):
     before = linen_variables(model)["params"]
     assert same_bits(params["body"], before["body"]) and same_bits(params["norm"], before["norm"])
     assert not same_bits(params["head"], before["head"])
-    assert not same_bits(out.state.model, problem.model_state)  # the statistics of a frozen layer still move
+    assert not same_bits(
+        out.state.model, problem.model_state
+    )  # the statistics of a frozen layer still move
 
 
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_one_model_divided_between_the_levels(style):
-    """The head is trained, the body is its hyperparameter: against autodiff through the steps written out on the raw matrices."""
+    """The head is trained, the body is its hyperparameter: against autodiff through the steps
+    written out on the raw matrices."""
     model = nnx_net(norm=False)
     wrt = (nn.paths("head"), nn.paths("body"))
     net = nn.from_nnx(model, wrt) if style == "nnx" else linen_net(model, wrt)
-    problem = nn.bilevel(lambda m, batch: jnp.mean(losses(m, batch)), lambda m, batch: jnp.mean(losses(m, batch)), model=net)
+    problem = nn.bilevel(
+        lambda m, batch: jnp.mean(losses(m, batch)),
+        lambda m, batch: jnp.mean(losses(m, batch)),
+        model=net,
+    )
     out = estimate(problem, UNROLLED, bx.inner.optax(optax.sgd(0.3), 3))
     start = linen_variables(model)["params"]
 
@@ -267,14 +375,19 @@ def test_one_model_divided_between_the_levels(style):
         head = start["head"]
 
         def loss(head, batch):
-            logits = jnp.tanh(batch[0] @ body["kernel"] + body["bias"][None]) @ head["kernel"] + head["bias"][None]
+            logits = (
+                jnp.tanh(batch[0] @ body["kernel"] + body["bias"][None]) @ head["kernel"]
+                + head["bias"][None]
+            )
             return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, batch[1]))
 
         for _ in range(3):
             head = jax.tree.map(lambda p, g: p - 0.3 * g, head, jax.grad(loss)(head, TRAIN))
         return loss(head, VALID)
 
-    for got, want in zip(leaves(out.grad), leaves(jax.jit(jax.grad(value))(start["body"])), strict=True):
+    for got, want in zip(
+        leaves(out.grad), leaves(jax.jit(jax.grad(value))(start["body"])), strict=True
+    ):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-13)
 
 
@@ -288,14 +401,21 @@ def test_several_models_at_one_level_and_a_model_at_each():
         far = jnp.mean((call(models["student"], batch[0]) - call(models["teacher"], batch[0])) ** 2)
         return jnp.mean(jax.nn.sigmoid(weigher(values[:, None])[:, 0]) * values) + far
 
-    problem = nn.bilevel(inner, lambda models, weigher, batch: jnp.mean(losses(models["student"], batch)), pair, weigher)
+    problem = nn.bilevel(
+        inner,
+        lambda models, weigher, batch: jnp.mean(losses(models["student"], batch)),
+        pair,
+        weigher,
+    )
     assert set(problem.model_state) == {"inner"}
     out = estimate(problem, UNROLLED)
     assert float(tree.norm(out.grad)) > 0
     models, merged = problem.merge(base_solution(out, problem))
     assert isinstance(models["student"], NnxNet) and isinstance(merged, nnx.Linear)
     mixed = nn.bilevel(
-        lambda model, weigher, batch: jnp.mean(jax.nn.sigmoid(weigher(losses(model, batch)[:, None])[:, 0]) * losses(model, batch)),
+        lambda model, weigher, batch: jnp.mean(
+            jax.nn.sigmoid(weigher(losses(model, batch)[:, None])[:, 0]) * losses(model, batch)
+        ),
         lambda model, weigher, batch: jnp.mean(losses(model, batch)),
         linen_net(nnx_net(1)),
         weigher,
@@ -308,7 +428,11 @@ def test_levels_of_one_model_and_of_several():
     model = nnx_net(norm=False)
     head, body = nn.paths("head"), nnx.Not(nn.paths("head"))
     divided = nn.from_nnx(model, (head, body))
-    pair = nn.bilevel(lambda m, batch: jnp.mean(losses(m, batch)), lambda m, batch: jnp.mean(losses(m, batch)), model=divided)
+    pair = nn.bilevel(
+        lambda m, batch: jnp.mean(losses(m, batch)),
+        lambda m, batch: jnp.mean(losses(m, batch)),
+        model=divided,
+    )
     solver = bx.inner.optax(optax.sgd(0.3), 2)
     want = estimate(pair, UNROLLED, solver).grad
 
@@ -317,14 +441,25 @@ def test_levels_of_one_model_and_of_several():
             bx.Level("head", objectives[0], solver=solver, hypergradient=UNROLLED),
             bx.Level("body", objectives[1], solver=optax.sgd(0.1)),
         ]
-        return jax.jit(bx.value_and_multilevel_grad(levels))(params, {"head": TRAIN, "body": VALID}).grad
+        return jax.jit(bx.value_and_multilevel_grad(levels))(
+            params, {"head": TRAIN, "body": VALID}
+        ).grad
 
     net = nn.from_nnx(model, {"head": head, "body": body})
-    one = [nn.objective(lambda m, batch: jnp.mean(losses(m, batch)), model=net, train=train) for train in (True, False)]
-    np.testing.assert_allclose(ravel_pytree(graded(one, net.params))[0], ravel_pytree(want)[0], rtol=1e-9, atol=1e-14)
+    one = [
+        nn.objective(lambda m, batch: jnp.mean(losses(m, batch)), model=net, train=train)
+        for train in (True, False)
+    ]
+    np.testing.assert_allclose(
+        ravel_pytree(graded(one, net.params))[0], ravel_pytree(want)[0], rtol=1e-9, atol=1e-14
+    )
 
     def stacked(models, batch):
-        return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(models["head"](jnp.tanh(models["body"](batch[0]))), batch[1]))
+        return jnp.mean(
+            optax.softmax_cross_entropy_with_integer_labels(
+                models["head"](jnp.tanh(models["body"](batch[0]))), batch[1]
+            )
+        )
 
     nets = {name: nn.from_nnx(getattr(model, name)) for name in ("head", "body")}
     two = [nn.objective(stacked, levels=nets, train=train) for train in (True, False)]
@@ -345,7 +480,9 @@ def test_nothing_is_traced_beyond_hand_split_functions():
 
         arguments = make(loss)
         before = run_chunk._cache_size()
-        run = functools.partial(bx.solve_bilevel, inner_data=TRAIN, outer_data=VALID, algorithm=ALGORITHM, num_steps=3)
+        run = functools.partial(
+            bx.solve_bilevel, inner_data=TRAIN, outer_data=VALID, algorithm=ALGORITHM, num_steps=3
+        )
         run(**arguments())
         first, compiled = len(seen), run_chunk._cache_size() - before
         run(**arguments())
@@ -369,7 +506,13 @@ def test_nothing_is_traced_beyond_hand_split_functions():
             return plain(model, scores, batch), stats
 
         objectives = [bx.objective(fn, stateful=True) for fn in (inner, outer)]
-        return lambda: dict(inner_objective=objectives[0], outer_objective=objectives[1], inner_params=params, outer_params=SCORES, model_state=stats)
+        return lambda: dict(
+            inner_objective=objectives[0],
+            outer_objective=objectives[1],
+            inner_params=params,
+            outer_params=SCORES,
+            model_state=stats,
+        )
 
     ours, theirs = count(by_nn), count(by_hand)
     assert ours[0] <= theirs[0] and ours[1:] == theirs[1:] == (1, 0, 1), (ours, theirs)
@@ -380,7 +523,13 @@ def test_another_model_of_the_same_architecture_compiles_nothing(style):
     def solve(seed):
         net = nn.from_nnx(nnx_net(seed)) if style == "nnx" else linen_net(nnx_net(seed))
         problem = nn.bilevel(weighted, plain, net, SCORES)
-        return bx.solve_bilevel(**problem.arguments, inner_data=TRAIN, outer_data=VALID, algorithm=ALGORITHM, num_steps=3)
+        return bx.solve_bilevel(
+            **problem.arguments,
+            inner_data=TRAIN,
+            outer_data=VALID,
+            algorithm=ALGORITHM,
+            num_steps=3,
+        )
 
     first = solve(1)
     before = run_chunk._cache_size()
@@ -388,13 +537,23 @@ def test_another_model_of_the_same_architecture_compiles_nothing(style):
     assert run_chunk._cache_size() == before
 
 
-ALGORITHM = bx.algorithms.double_loop(SOLVER, bx.hypergradient.implicit(bx.linear.cg(maxiter=2), max_residual=jnp.inf), optax.adam(0.1))
+ALGORITHM = bx.algorithms.double_loop(
+    SOLVER,
+    bx.hypergradient.implicit(bx.linear.cg(maxiter=2), max_residual=jnp.inf),
+    optax.adam(0.1),
+)
 
 
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_metrics_see_models_in_evaluation_mode(style):
     problem = nn.bilevel(weighted, plain, both_styles()[style], SCORES)
-    metrics = problem.metrics(lambda model, scores, batch: {"held_out": plain(model, scores, batch)}, VALID)
-    arguments = dict(inner_data=TRAIN, outer_data=VALID, algorithm=ALGORITHM, num_steps=3, metrics=metrics)
+    metrics = problem.metrics(
+        lambda model, scores, batch: {"held_out": plain(model, scores, batch)}, VALID
+    )
+    arguments = dict(
+        inner_data=TRAIN, outer_data=VALID, algorithm=ALGORITHM, num_steps=3, metrics=metrics
+    )
     history = bx.solve_bilevel(**problem.arguments, **arguments).history
-    np.testing.assert_allclose(history["held_out"], history["value"], rtol=1e-12)  # the outer value is the same measure, at the same point
+    np.testing.assert_allclose(
+        history["held_out"], history["value"], rtol=1e-12
+    )  # the outer value is the same measure, at the same point

@@ -14,7 +14,14 @@ from flax import nnx
 from bilevax import nn
 from bilevax.nn.bert import _LAYER, _TOP, Bert, BertConfig, features, load_bert, tokenize
 
-TINY = BertConfig(vocab_size=20, hidden_size=8, num_hidden_layers=2, num_attention_heads=2, intermediate_size=12, max_position_embeddings=16)
+TINY = BertConfig(
+    vocab_size=20,
+    hidden_size=8,
+    num_hidden_layers=2,
+    num_attention_heads=2,
+    intermediate_size=12,
+    max_position_embeddings=16,
+)
 TOKENS = jnp.asarray([[3, 1, 4, 1], [5, 9, 0, 0]], jnp.int32)
 MASK = jnp.asarray([[1, 1, 1, 1], [1, 1, 0, 0]], bool)
 
@@ -23,12 +30,16 @@ def published(model):
     """The arrays of `model` under the names of a published file."""
     flat = dict(nnx.to_flat_state(nnx.state(model, nnx.Param)))
     modules = {(*path,): name for name, path in _TOP.items()}
-    modules |= {("layers", n, ours): f"encoder.layer.{n}.{theirs}" for n in range(TINY.num_hidden_layers) for theirs, ours in _LAYER.items()}
+    modules |= {
+        ("layers", n, ours): f"encoder.layer.{n}.{theirs}"
+        for n in range(TINY.num_hidden_layers)
+        for theirs, ours in _LAYER.items()
+    }
     out = {}
     for path, variable in flat.items():
         value = np.asarray(variable[...])
-        out[f"bert.{modules[path[:-1]]}.{'bias' if path[-1] == 'bias' else 'weight'}"] = np.ascontiguousarray(
-            value.T if path[-1] == "kernel" else value
+        out[f"bert.{modules[path[:-1]]}.{'bias' if path[-1] == 'bias' else 'weight'}"] = (
+            np.ascontiguousarray(value.T if path[-1] == "kernel" else value)
         )
     return out
 
@@ -37,7 +48,9 @@ def test_a_saved_encoder_loads_as_it_was(tmp_path):
     safetensors = pytest.importorskip("safetensors.numpy")
     model = Bert(TINY, rngs=nnx.Rngs(1))
     model.eval()
-    (tmp_path / "config.json").write_text(json.dumps({**TINY._asdict(), "model_type": "bert", "hidden_act": "gelu"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**TINY._asdict(), "model_type": "bert", "hidden_act": "gelu"})
+    )
     safetensors.save_file(published(model), tmp_path / "model.safetensors")
     loaded = load_bert(tmp_path)
     np.testing.assert_array_equal(loaded(TOKENS, MASK), model(TOKENS, MASK))
@@ -46,9 +59,13 @@ def test_a_saved_encoder_loads_as_it_was(tmp_path):
     weights = published(model)
     del weights["bert.encoder.layer.1.attention.self.key.bias"]
     safetensors.save_file(weights, tmp_path / "model.safetensors")
-    with pytest.raises(ValueError, match=r"encoder\.layer\.1\.attention\.self\.key\.bias is missing"):
+    with pytest.raises(
+        ValueError, match=r"encoder\.layer\.1\.attention\.self\.key\.bias is missing"
+    ):
         load_bert(tmp_path)
-    (tmp_path / "config.json").write_text(json.dumps({**TINY._asdict(), "model_type": "roberta", "hidden_act": "gelu"}))
+    (tmp_path / "config.json").write_text(
+        json.dumps({**TINY._asdict(), "model_type": "roberta", "hidden_act": "gelu"})
+    )
     with pytest.raises(ValueError, match="expected a 'bert'"):
         load_bert(tmp_path)
 
@@ -64,7 +81,10 @@ def test_padding_changes_nothing():
 def test_a_prompt_in_front_of_a_frozen_encoder_is_learned():
     class Prompted(nnx.Module):
         def __init__(self):
-            self.encoder, self.prompt = Bert(TINY, rngs=nnx.Rngs(1)), nn.Prompt(2, TINY.hidden_size, rngs=nnx.Rngs(2))
+            self.encoder, self.prompt = (
+                Bert(TINY, rngs=nnx.Rngs(1)),
+                nn.Prompt(2, TINY.hidden_size, rngs=nnx.Rngs(2)),
+            )
 
         def __call__(self, tokens, mask):
             seen = jnp.concatenate([jnp.ones((len(mask), 2), bool), mask], 1)
@@ -95,22 +115,45 @@ def minilm():
 
 
 def test_minilm_s_published_cosines(minilm, tmp_path):
-    texts = ["That is a happy person", "That is a happy dog", "That is a very happy person", "Today is a sunny day"]
+    texts = [
+        "That is a happy person",
+        "That is a happy dog",
+        "That is a very happy person",
+        "Today is a sunny day",
+    ]
     found = features(minilm, texts, cache=tmp_path)
     np.testing.assert_allclose(found[1:] @ found[0], [0.6946, 0.9429, 0.2569], atol=1e-3)
     assert len(list(tmp_path.iterdir())) == 1
     np.testing.assert_array_equal(features(minilm, texts, cache=tmp_path), found)
-    np.testing.assert_allclose(features(minilm, texts[::-1], batch=3)[::-1], found, atol=1e-6)  # in any order and batch
+    np.testing.assert_allclose(
+        features(minilm, texts[::-1], batch=3)[::-1], found, atol=1e-6
+    )  # in any order and batch
 
 
 def test_kept_features_belong_to_the_encoder_s_content(tmp_path, monkeypatch):
-    """Another encoder of the same size is another one; a file that was cut off is made anew, and never left half."""
+    """Another encoder of the same size is another one; a file that was cut off is made anew, and
+    never left half."""
     from bilevax.nn import bert
 
-    monkeypatch.setattr(bert, "load_bert", lambda folder: float((Path(folder) / "model.safetensors").read_bytes()[0]))
+    monkeypatch.setattr(
+        bert,
+        "load_bert",
+        lambda folder: float((Path(folder) / "model.safetensors").read_bytes()[0]),
+    )
     monkeypatch.setattr(bert.nnx, "split", lambda model: (None, model))
-    monkeypatch.setattr(bert, "tokenize", lambda folder, texts, length: (np.zeros((len(texts), 2), int), np.ones((len(texts), 2), bool)))
-    monkeypatch.setattr(bert, "_sentences", lambda graphdef, state, tokens, mask: np.full((len(tokens), 3), state, np.float32))
+    monkeypatch.setattr(
+        bert,
+        "tokenize",
+        lambda folder, texts, length: (
+            np.zeros((len(texts), 2), int),
+            np.ones((len(texts), 2), bool),
+        ),
+    )
+    monkeypatch.setattr(
+        bert,
+        "_sentences",
+        lambda graphdef, state, tokens, mask: np.full((len(tokens), 3), state, np.float32),
+    )
     encoder, cache = tmp_path / "encoder", tmp_path / "cache"
     encoder.mkdir()
     for byte in (1, 2):

@@ -1,4 +1,5 @@
-"""bx.nn among what training scripts have: TrainState, nnx.Optimizer, and optax's wrappers, each against the plain training loop."""
+"""bx.nn among what training scripts have: TrainState, nnx.Optimizer, and optax's wrappers, each
+against the plain training loop."""
 
 from typing import Any
 
@@ -12,12 +13,23 @@ from flax.training.train_state import TrainState
 
 import bilevax as bx
 from bilevax import base, nn, tree
-from tests.nn.nn_models import MODES, LinenNet, batches, leaves, linen_variables, nnx_net, plain, weighted
+from tests.nn.nn_models import (
+    MODES,
+    LinenNet,
+    batches,
+    leaves,
+    linen_variables,
+    nnx_net,
+    plain,
+    weighted,
+)
 
 TRAIN, VALID = batches()
 SCORES = jnp.linspace(-1.0, 1.0, len(TRAIN[1]))
 STILL = optax.set_to_zero()  # of the outer level: the inner one then trains as if it were alone
-ADAM = optax.adam(0.05, eps=1e-3)  # a bias before BatchNorm has a gradient of rounding noise, which a tiny eps would blow up
+ADAM = optax.adam(
+    0.05, eps=1e-3
+)  # a bias before BatchNorm has a gradient of rounding noise, which a tiny eps would blow up
 
 
 class State(TrainState):
@@ -30,19 +42,38 @@ def close(a, b):
 
 
 def run(problem, opt, steps=2, outer_steps=2, outer=STILL, **settings):
-    algorithm = bx.algorithms.double_loop(bx.inner.optax(opt, steps), bx.hypergradient.one_step(), outer)
-    return bx.solve_bilevel(**problem.arguments, inner_data=TRAIN, outer_data=VALID, algorithm=algorithm, num_steps=outer_steps, **settings)
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(opt, steps), bx.hypergradient.one_step(), outer
+    )
+    return bx.solve_bilevel(
+        **problem.arguments,
+        inner_data=TRAIN,
+        outer_data=VALID,
+        algorithm=algorithm,
+        num_steps=outer_steps,
+        **settings,
+    )
 
 
 def test_a_train_state_is_taken_over_and_handed_back():
     module, variables = LinenNet(), linen_variables(nnx_net())
-    state = State.create(apply_fn=module.apply, params=variables["params"], batch_stats=variables["batch_stats"], tx=ADAM)
+    state = State.create(
+        apply_fn=module.apply,
+        params=variables["params"],
+        batch_stats=variables["batch_stats"],
+        tx=ADAM,
+    )
 
     @jax.jit
     def train(state):
         def loss(params):
             def model(x):
-                return state.apply_fn({"params": params, "batch_stats": state.batch_stats}, x, train=True, mutable=["batch_stats"])
+                return state.apply_fn(
+                    {"params": params, "batch_stats": state.batch_stats},
+                    x,
+                    train=True,
+                    mutable=["batch_stats"],
+                )
 
             with jax.numpy_dtype_promotion("standard"):
                 logits, moved = model(TRAIN[0])
@@ -58,13 +89,18 @@ def test_a_train_state_is_taken_over_and_handed_back():
         alone = train(alone)
     for _ in range(3):
         state = train(state)
-    net = nn.from_linen(state.apply_fn, {"params": state.params, "batch_stats": state.batch_stats}, **MODES)
+    net = nn.from_linen(
+        state.apply_fn, {"params": state.params, "batch_stats": state.batch_stats}, **MODES
+    )
     problem = nn.bilevel(weighted, plain, net, SCORES)
     state = nn.hand_back(state, run(problem, nn.going_on(state)), inner_steps=2)
     assert int(state.step) == 7
     for _ in range(2):
         state = train(state)
-    close((state.params, state.batch_stats, state.opt_state), (alone.params, alone.batch_stats, alone.opt_state))
+    close(
+        (state.params, state.batch_stats, state.opt_state),
+        (alone.params, alone.batch_stats, alone.opt_state),
+    )
 
 
 def test_an_nnx_optimizer_is_taken_over_and_handed_back():
@@ -97,7 +133,9 @@ def test_hand_over_refuses_what_does_not_fit():
     with pytest.raises(TypeError, match="training: got"):
         nn.going_on(ADAM)
     problem = nn.bilevel(weighted, plain, nn.from_nnx(model, nn.paths("head")), SCORES)
-    with pytest.raises(ValueError, match="opt_state: got 13 arrays, where the learned parameters make 5"):
+    with pytest.raises(
+        ValueError, match="opt_state: got 13 arrays, where the learned parameters make 5"
+    ):
         run(problem, nn.going_on(optimizer))
     solution = run(nn.bilevel(weighted, plain, model, SCORES), nn.going_on(optimizer))
     with pytest.raises(TypeError, match="model: got None"):
@@ -110,7 +148,9 @@ def test_hand_over_refuses_what_does_not_fit():
 
 
 def head_labels(params):
-    return jax.tree_util.tree_map_with_path(lambda path, _: "head" if "head" in jax.tree_util.keystr(path) else "body", params)
+    return jax.tree_util.tree_map_with_path(
+        lambda path, _: "head" if "head" in jax.tree_util.keystr(path) else "body", params
+    )
 
 
 def head_mask(params):
@@ -119,9 +159,16 @@ def head_mask(params):
 
 WRAPPERS = {
     "mask": optax.chain(optax.masked(optax.add_decayed_weights(0.1), head_mask), optax.sgd(0.1)),
-    "multi_transform": optax.multi_transform({"head": optax.adam(0.05), "body": optax.sgd(0.1, momentum=0.9)}, head_labels),
-    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(learning_rate=optax.piecewise_constant_schedule(0.125, {2: 0.5})),
-    "schedule and clipping": optax.chain(optax.clip_by_global_norm(0.05), optax.sgd(optax.cosine_decay_schedule(0.5, 4), momentum=0.9)),
+    "multi_transform": optax.multi_transform(
+        {"head": optax.adam(0.05), "body": optax.sgd(0.1, momentum=0.9)}, head_labels
+    ),
+    "inject_hyperparams": optax.inject_hyperparams(optax.adamw)(
+        learning_rate=optax.piecewise_constant_schedule(0.125, {2: 0.5})
+    ),
+    "schedule and clipping": optax.chain(
+        optax.clip_by_global_norm(0.05),
+        optax.sgd(optax.cosine_decay_schedule(0.5, 4), momentum=0.9),
+    ),
     "ema": optax.chain(optax.sgd(0.1), optax.ema(0.9)),
     "accumulation": optax.MultiSteps(optax.adam(0.05), 2).gradient_transformation(),
 }
@@ -152,12 +199,18 @@ def test_an_average_of_the_parameters_rides_in_the_optimizer_s_state():
 
     def averaging(decay):
         def update(updates, mean, params):
-            return updates, jax.tree.map(lambda m, p, u: decay * m + (1 - decay) * (p + u), mean, params, updates)
+            return updates, jax.tree.map(
+                lambda m, p, u: decay * m + (1 - decay) * (p + u), mean, params, updates
+            )
 
         return optax.GradientTransformation(lambda params: params, update)
 
     net = nn.from_linen(LinenNet(), linen_variables(nnx_net()), **MODES)
-    solution = run(nn.bilevel(weighted, plain, net, SCORES), optax.chain(optax.sgd(0.1), averaging(0.5)), outer_steps=3)
+    solution = run(
+        nn.bilevel(weighted, plain, net, SCORES),
+        optax.chain(optax.sgd(0.1), averaging(0.5)),
+        outer_steps=3,
+    )
     params, mean = solution.state.algorithm.inner.params, solution.state.algorithm.inner.opt[-1]
     assert jax.tree.structure(mean) == jax.tree.structure(params)
     far, near = (float(tree.norm(tree.sub(a, params))) for a in (net.params, mean))
@@ -171,21 +224,40 @@ def test_an_average_of_the_parameters_rides_in_the_optimizer_s_state():
 
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 @pytest.mark.parametrize(
-    "policy", [(jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.float32, jnp.float32)], ids=["mixed", "half", "single"]
+    "policy",
+    [(jnp.bfloat16, jnp.float32), (jnp.bfloat16, jnp.bfloat16), (jnp.float32, jnp.float32)],
+    ids=["mixed", "half", "single"],
 )
 def test_dtype_policies_are_the_model_s_own(style, policy):
-    """Flax's `dtype` and `param_dtype` pass through: parameters keep theirs, statistics stay float32, the hypergradient has the outer one's."""
+    """Flax's `dtype` and `param_dtype` pass through: parameters keep theirs, statistics stay
+    float32, the hypergradient has the outer one's."""
     dtypes = dict(dtype=policy[0], param_dtype=policy[1])
     model = nnx_net(dtypes=dtypes)
     module = LinenNet(dtypes=tuple(dtypes.items()))
-    net = nn.from_nnx(model) if style == "nnx" else nn.from_linen(module, linen_variables(model), **MODES)
-    train, valid = (jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.float64 else a, part) for part in (TRAIN, VALID))
+    net = (
+        nn.from_nnx(model)
+        if style == "nnx"
+        else nn.from_linen(module, linen_variables(model), **MODES)
+    )
+    train, valid = (
+        jax.tree.map(lambda a: a.astype(jnp.float32) if a.dtype == jnp.float64 else a, part)
+        for part in (TRAIN, VALID)
+    )
     problem = nn.bilevel(as_float32(weighted), as_float32(plain), net, SCORES.astype(jnp.float32))
-    algorithm = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.1), 2), bx.hypergradient.unrolled(), optax.adam(0.1))
-    solution = bx.solve_bilevel(**problem.arguments, inner_data=train, outer_data=valid, algorithm=algorithm, num_steps=3)
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.1), 2), bx.hypergradient.unrolled(), optax.adam(0.1)
+    )
+    solution = bx.solve_bilevel(
+        **problem.arguments, inner_data=train, outer_data=valid, algorithm=algorithm, num_steps=3
+    )
     assert {leaf.dtype for leaf in jax.tree.leaves(solution.inner_params)} == {jnp.dtype(policy[1])}
-    assert {leaf.dtype for leaf in jax.tree.leaves(solution.model_state)} == {jnp.dtype(jnp.float32)}
-    assert solution.outer_params.dtype == jnp.float32 and np.isfinite(solution.history["grad_norm"]).all()
+    assert {leaf.dtype for leaf in jax.tree.leaves(solution.model_state)} == {
+        jnp.dtype(jnp.float32)
+    }
+    assert (
+        solution.outer_params.dtype == jnp.float32
+        and np.isfinite(solution.history["grad_norm"]).all()
+    )
     assert (solution.history["grad_norm"] > 0).all()
 
 
@@ -200,27 +272,85 @@ def as_float32(loss):
 @pytest.mark.parametrize(
     "call, error, message",
     [
-        (lambda: nn.from_nnx({"w": jnp.ones(2)}), TypeError, "model: got dict.*expected an nnx.Module"),
-        (lambda: nn.from_nnx(nnx_net(), nn.paths("nowhere")), ValueError, r"wrt: Paths.*takes no floating-point parameter.*head/kernel"),
-        (lambda: nn.from_nnx(nnx_net(), (nnx.Param, nn.paths("head"))), ValueError, "after the filters before it"),
+        (
+            lambda: nn.from_nnx({"w": jnp.ones(2)}),
+            TypeError,
+            "model: got dict.*expected an nnx.Module",
+        ),
+        (
+            lambda: nn.from_nnx(nnx_net(), nn.paths("nowhere")),
+            ValueError,
+            r"wrt: Paths.*takes no floating-point parameter.*head/kernel",
+        ),
+        (
+            lambda: nn.from_nnx(nnx_net(), (nnx.Param, nn.paths("head"))),
+            ValueError,
+            "after the filters before it",
+        ),
         (lambda: nn.from_nnx(nnx_net(), (nnx.Param,)), ValueError, "a tuple of at least two"),
         (lambda: nn.from_nnx(nnx_net(), {0: nnx.Param}), TypeError, "level names as keys"),
         (lambda: nn.paths(3), TypeError, "patterns: got"),
         (lambda: nn.from_linen(3, {"params": {}}), TypeError, "module: got int 3"),
-        (lambda: nn.from_linen(LinenNet(), {"w": {}}), ValueError, r"variables: got \['w'\].*with 'params'"),
-        (lambda: nn.from_linen(LinenNet(), linen_variables(nnx_net()), nnx.Param), TypeError, "wrt: got"),
-        (lambda: nn.from_linen(LinenNet(), linen_variables(nnx_net()), rngs="dropout"), TypeError, r"Try rngs=\('dropout',\)"),
-        (lambda: nn.objective(weighted, inner=LinenNet()), TypeError, r"Try nn.from_linen\(module, variables\)"),
-        (lambda: nn.objective(weighted), TypeError, "expected inner or outer or both, or model alone"),
+        (
+            lambda: nn.from_linen(LinenNet(), {"w": {}}),
+            ValueError,
+            r"variables: got \['w'\].*with 'params'",
+        ),
+        (
+            lambda: nn.from_linen(LinenNet(), linen_variables(nnx_net()), nnx.Param),
+            TypeError,
+            "wrt: got",
+        ),
+        (
+            lambda: nn.from_linen(LinenNet(), linen_variables(nnx_net()), rngs="dropout"),
+            TypeError,
+            r"Try rngs=\('dropout',\)",
+        ),
+        (
+            lambda: nn.objective(weighted, inner=LinenNet()),
+            TypeError,
+            r"Try nn.from_linen\(module, variables\)",
+        ),
+        (
+            lambda: nn.objective(weighted),
+            TypeError,
+            "expected inner or outer or both, or model alone",
+        ),
         (lambda: nn.objective(weighted, inner=nnx_net(), train=1), TypeError, "train: got 1"),
-        (lambda: nn.objective(bx.objective(weighted, stateful=True), inner=nnx_net()), TypeError, "not stateful"),
-        (lambda: nn.objective(weighted, model=nnx_net()), ValueError, r"not divided; expected wrt=\(inner filter, outer filter\)"),
-        (lambda: nn.objective(weighted, inner=nn.from_nnx(nnx_net(), (nn.paths("head"), nn.paths("body")))), ValueError, "expected it as model="),
+        (
+            lambda: nn.objective(bx.objective(weighted, stateful=True), inner=nnx_net()),
+            TypeError,
+            "not stateful",
+        ),
+        (
+            lambda: nn.objective(weighted, model=nnx_net()),
+            ValueError,
+            r"not divided; expected wrt=\(inner filter, outer filter\)",
+        ),
+        (
+            lambda: nn.objective(
+                weighted, inner=nn.from_nnx(nnx_net(), (nn.paths("head"), nn.paths("body")))
+            ),
+            ValueError,
+            "expected it as model=",
+        ),
         (lambda: nn.bilevel(weighted, plain, nnx_net()), TypeError, "outer: got None"),
         (lambda: nn.bilevel(weighted, plain, LinenNet(), SCORES), TypeError, "from_linen"),
-        (lambda: nn.bilevel(weighted, plain, SCORES, SCORES), TypeError, "no model at either level"),
-        (lambda: nn.bilevel(weighted, plain, nnx_net(), SCORES, model=nnx_net()), TypeError, "beside inner or outer"),
-        (lambda: nn.bilevel(weighted, plain, nnx_net(), SCORES, train=True), TypeError, "a pair of booleans"),
+        (
+            lambda: nn.bilevel(weighted, plain, SCORES, SCORES),
+            TypeError,
+            "no model at either level",
+        ),
+        (
+            lambda: nn.bilevel(weighted, plain, nnx_net(), SCORES, model=nnx_net()),
+            TypeError,
+            "beside inner or outer",
+        ),
+        (
+            lambda: nn.bilevel(weighted, plain, nnx_net(), SCORES, train=True),
+            TypeError,
+            "a pair of booleans",
+        ),
     ],
 )
 def test_bad_arguments_are_named(call, error, message):
@@ -233,8 +363,10 @@ def test_flax_is_imported_on_use_only():
     import sys
 
     code = (
-        "import sys, warnings, jax, optax; warnings.simplefilter('error'); before = set(sys.modules); import bilevax; "
-        "assert 'flax' not in set(sys.modules) - before; bilevax.nn; assert 'flax.nnx' in sys.modules"
+        "import sys, warnings, jax, optax; warnings.simplefilter('error'); before = "
+        "set(sys.modules); import bilevax; "
+        "assert 'flax' not in set(sys.modules) - before; bilevax.nn; assert 'flax.nnx' in "
+        "sys.modules"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr

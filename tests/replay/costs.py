@@ -1,4 +1,5 @@
-"""Floating-point operations of compiled programs, counted by the compiler, on a transformer and a perceptron."""
+"""Floating-point operations of compiled programs, counted by the compiler, on a transformer and a
+perceptron."""
 
 import jax
 import jax.numpy as jnp
@@ -23,7 +24,12 @@ def transformer():
         "head": normal(WIDTH, SYMBOLS),
         "layers": [layer() for _ in range(LAYERS)],
     }
-    return language_loss, params, jnp.ones(ROWS, jnp.float32), jnp.zeros((ROWS, LENGTH + 1), jnp.int32)
+    return (
+        language_loss,
+        params,
+        jnp.ones(ROWS, jnp.float32),
+        jnp.zeros((ROWS, LENGTH + 1), jnp.int32),
+    )
 
 
 def norm(x):
@@ -37,17 +43,30 @@ def language_loss(params, weights, tokens):
         parts = (norm(x) @ layer["qkv"]).reshape(*x.shape[:2], 3, HEADS, WIDTH // HEADS)
         query, key, value = (parts[:, :, i] for i in range(3))
         scores = jnp.einsum("bihd,bjhd->bhij", query, key) * (WIDTH // HEADS) ** -0.5
-        mixed = jnp.einsum("bhij,bjhd->bihd", jax.nn.softmax(jnp.where(mask, scores, -1e9), -1), value)
+        mixed = jnp.einsum(
+            "bhij,bjhd->bihd", jax.nn.softmax(jnp.where(mask, scores, -1e9), -1), value
+        )
         x = x + mixed.reshape(x.shape) @ layer["out"]
         x = x + jax.nn.gelu(norm(x) @ layer["up"]) @ layer["down"]
-    losses = optax.softmax_cross_entropy_with_integer_labels(norm(x) @ params["head"], tokens[:, 1:])
+    losses = optax.softmax_cross_entropy_with_integer_labels(
+        norm(x) @ params["head"], tokens[:, 1:]
+    )
     return jnp.mean(weights * jnp.mean(losses, -1))
 
 
 def perceptron():
     """The same of a network with two hidden layers."""
-    params = {"a": jnp.zeros((64, 128), jnp.float32), "b": jnp.zeros((128, 128), jnp.float32), "c": jnp.zeros((128, 10), jnp.float32)}
-    return dense_loss, params, jnp.ones(64, jnp.float32), (jnp.zeros((64, 64), jnp.float32), jnp.zeros(64, jnp.int32))
+    params = {
+        "a": jnp.zeros((64, 128), jnp.float32),
+        "b": jnp.zeros((128, 128), jnp.float32),
+        "c": jnp.zeros((128, 10), jnp.float32),
+    }
+    return (
+        dense_loss,
+        params,
+        jnp.ones(64, jnp.float32),
+        (jnp.zeros((64, 64), jnp.float32), jnp.zeros(64, jnp.int32)),
+    )
 
 
 def dense_loss(params, weights, batch):

@@ -29,9 +29,13 @@ print("resumed", found.info["resumed_from"], flush=True)
 
 
 def killed_after(folder, out, lines: int) -> bool:
-    """Run the program and kill it, without a word, after so many steps; whether it was done before that."""
+    """Run the program and kill it, without a word, after so many steps; whether it was done before
+    that."""
     process = subprocess.Popen(
-        [sys.executable, "-c", PROGRAM, str(folder), str(out), "0.002"], stdout=subprocess.PIPE, text=True, env=os.environ | {"PYTHONPATH": "."}
+        [sys.executable, "-c", PROGRAM, str(folder), str(out), "0.002"],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"PYTHONPATH": "."},
     )
     for count, _ in enumerate(process.stdout, start=1):
         if count == lines:

@@ -1,4 +1,5 @@
-"""A small network trained by Adam on weighted examples, and its metagradient by ``jax.grad`` of the whole training as one scan."""
+"""A small network trained by Adam on weighted examples, and its metagradient by ``jax.grad`` of the
+whole training as one scan."""
 
 from typing import NamedTuple
 
@@ -30,14 +31,18 @@ def make(steps=64, dtype=jnp.float64) -> Problem:
         "out": 0.5 * normal(keys[1], (5,)),
     }
     x, y = normal(keys[2], (ROWS, 3)), normal(keys[3], (ROWS,))
-    index = jax.random.randint(keys[4], (steps, BATCH), 0, ROWS)  # rows come again within a batch, too
+    index = jax.random.randint(
+        keys[4], (steps, BATCH), 0, ROWS
+    )  # rows come again within a batch, too
     outer = {
         "weight": jnp.ones(ROWS, dtype),
         "rate": jnp.full(steps, 1e-2, dtype),
         "decay": jnp.asarray(-3.0, dtype),
         "shift": 0.1 * normal(keys[5], (steps, BATCH)),
     }
-    return Problem(params, outer, {"x": x[index], "y": y[index], "index": index}, (x[:8], y[:8] + 0.3), steps)
+    return Problem(
+        params, outer, {"x": x[index], "y": y[index], "index": index}, (x[:8], y[:8] + 0.3), steps
+    )
 
 
 def predict(params, x):
@@ -46,7 +51,9 @@ def predict(params, x):
 
 def loss(params, outer, batch, *, inner_step):
     error = predict(params, batch["x"]) - batch["y"] - outer["shift"][inner_step]
-    return jnp.mean(outer["weight"][batch["index"]] * error**2) + jnp.exp(outer["decay"]) * jnp.sum(params["hidden"] ** 2)
+    return jnp.mean(outer["weight"][batch["index"]] * error**2) + jnp.exp(outer["decay"]) * jnp.sum(
+        params["hidden"] ** 2
+    )
 
 
 inner = bx.objective(loss, indexed=True)
@@ -85,7 +92,9 @@ def by_scan(problem, optimizer=adam, quality=quality, at=None):
             return (params, state), params
 
         with jax.numpy_dtype_promotion("standard"):
-            _, path = lax.scan(body, (params, opt.init(params)), jnp.arange(problem.steps, dtype=jnp.int32))
+            _, path = lax.scan(
+                body, (params, opt.init(params)), jnp.arange(problem.steps, dtype=jnp.int32)
+            )
         points = [jax.tree.map(lambda a, t=t: a[t - 1], path) for t in (at or (problem.steps,))]
         return sum(quality(p, outer, problem.batch) for p in points) / len(points)
 
@@ -94,5 +103,8 @@ def by_scan(problem, optimizer=adam, quality=quality, at=None):
 
 def distance(a, b) -> float:
     """Relative, over all leaves."""
-    one, two = (np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(t)]) for t in (a, b))
+    one, two = (
+        np.concatenate([np.ravel(np.asarray(leaf, np.float64)) for leaf in jax.tree.leaves(t)])
+        for t in (a, b)
+    )
     return float(np.linalg.norm(one - two) / np.linalg.norm(two))

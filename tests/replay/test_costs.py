@@ -1,4 +1,5 @@
-"""What a step back costs, in training steps: operations and bytes as the compiler counts them, not times."""
+"""What a step back costs, in training steps: operations and bytes as the compiler counts them, not
+times."""
 
 import functools
 
@@ -21,7 +22,11 @@ def pieces(loss, params, weights, batch, save=True):
     return training, given, state
 
 
-@pytest.mark.parametrize("problem, bound", [(costs.transformer, 2.8), (costs.perceptron, 2.5)], ids=["transformer", "perceptron"])
+@pytest.mark.parametrize(
+    "problem, bound",
+    [(costs.transformer, 2.8), (costs.perceptron, 2.5)],
+    ids=["transformer", "perceptron"],
+)
 def test_a_step_back(problem, bound):
     loss, params, weights, batch = problem()
     training, given, state = pieces(loss, params, weights, batch)
@@ -37,15 +42,30 @@ def test_a_step_back(problem, bound):
         assert schedule.counts(steps).executed * forth + steps * back <= whole * steps * step
     if problem is costs.transformer:
         assert bytes_back <= 2.2 * temporaries
-        again, _ = costs.count(functools.partial(_steps.retreat, training), state, saved._replace(grads=None), *arguments[2:])
-        assert again <= 3.45 * step  # what saving the gradient saves: the compiler does not merge it with the one inside the product
+        again, _ = costs.count(
+            functools.partial(_steps.retreat, training),
+            state,
+            saved._replace(grads=None),
+            *arguments[2:],
+        )
+        assert (
+            again <= 3.45 * step
+            # what saving the gradient saves: the compiler does not merge it with the one inside the
+            # product
+        )
 
 
-@pytest.mark.parametrize("problem, bound", [(costs.transformer, 2.8), (costs.perceptron, 2.5)], ids=["transformer", "perceptron"])
+@pytest.mark.parametrize(
+    "problem, bound",
+    [(costs.transformer, 2.8), (costs.perceptron, 2.5)],
+    ids=["transformer", "perceptron"],
+)
 def test_unrolled(problem, bound):
     """The backward body of the compiled solve costs the same; with sqrt, one training step more."""
     loss, params, weights, batch = problem()
-    step, _ = costs.count(costs.training_step(loss), params, costs.OPTIMIZER.init(params), weights, batch)
+    step, _ = costs.count(
+        costs.training_step(loss), params, costs.OPTIMIZER.init(params), weights, batch
+    )
     outer = lambda params, weights, batch: sum(jnp.sum(leaf) for leaf in jax.tree.leaves(params))
     solver = bx.inner.optax(costs.OPTIMIZER, 9)
     for checkpoint, extra in (("mixed", 0), ("sqrt", 1)):

@@ -61,7 +61,9 @@ def whole(
 
 
 def run(problem, *args, **keywords):
-    return whole(problem, *args, **keywords)(problem.params, problem.outer, trainings.reader(problem), problem.batch)
+    return whole(problem, *args, **keywords)(
+        problem.params, problem.outer, trainings.reader(problem), problem.batch
+    )
 
 
 def test_float32():
@@ -75,11 +77,16 @@ def test_float32():
 
 
 def test_equals_unrolled():
-    """The same numbers as the compiled solve, through its own interface, with leaves that are read a part a step."""
+    """The same numbers as the compiled solve, through its own interface, with leaves that are read
+    a part a step."""
     problem = trainings.make()
-    outer = {name: leaf for name, leaf in problem.outer.items() if name != "rate"}  # the rate is fixed here: nothing reads that leaf
+    outer = {
+        name: leaf for name, leaf in problem.outer.items() if name != "rate"
+    }  # the rate is fixed here: nothing reads that leaf
     solver = bx.inner.optax(optax.adam(1e-2, eps_root=1e-8), problem.steps)
-    plain = lambda params, outer, batch: trainings.loss(params, outer, batch, inner_step=batch["step"])
+    plain = lambda params, outer, batch: trainings.loss(
+        params, outer, batch, inner_step=batch["step"]
+    )
     data = problem.data | {"step": jnp.arange(problem.steps)}
     unrolled = jax.jit(
         bx.value_and_hypergrad(
@@ -90,7 +97,9 @@ def test_equals_unrolled():
             inner_draw=bx.data.stacked,
         )
     )(problem.params, outer, data, problem.batch)
-    fn = bx.replay.value_and_metagrad(plain, trainings.quality, optax.adam(1e-2, eps_root=1e-8), problem.steps)
+    fn = bx.replay.value_and_metagrad(
+        plain, trainings.quality, optax.adam(1e-2, eps_root=1e-8), problem.steps
+    )
     found = fn(
         problem.params,
         outer,
@@ -112,7 +121,9 @@ def test_several_checkpoints():
 
 def test_queries_share_the_way_back():
     problem = trainings.make(20)
-    rows = lambda params, outer, batch: (trainings.predict(params, batch[0]) - batch[1]) ** 2 + 1e-3 * outer["decay"] ** 2
+    rows = lambda params, outer, batch: (
+        (trainings.predict(params, batch[0]) - batch[1]) ** 2 + 1e-3 * outer["decay"] ** 2
+    )
     found = run(problem, quality=rows)
     assert found.value.shape == (8,)
     for row in (0, 5):
@@ -127,7 +138,9 @@ def test_queries_share_the_way_back():
     "optimizer",
     [
         lambda outer: optax.inject_hyperparams(optax.adam)(jnp.exp(outer["decay"]), eps_root=1e-8),
-        lambda outer: optax.chain(optax.clip_by_global_norm(jnp.exp(-outer["decay"] / 3)), optax.sgd(0.05, momentum=0.9)),
+        lambda outer: optax.chain(
+            optax.clip_by_global_norm(jnp.exp(-outer["decay"] / 3)), optax.sgd(0.05, momentum=0.9)
+        ),
         lambda outer: optax.adamw(1e-2, eps_root=1e-8, weight_decay=jnp.exp(outer["decay"])),
     ],
     ids=["settings in the state", "clipping", "decay"],
@@ -136,7 +149,9 @@ def test_optimizer_settings(optimizer):
     problem = trainings.make(15)
     value, (outer, init) = trainings.by_scan(problem, optimizer)
     found = run(problem, optimizer)
-    assert trainings.distance((found.value, found.grad, found.init_grad), (value, outer, init)) < 1e-12
+    assert (
+        trainings.distance((found.value, found.grad, found.init_grad), (value, outer, init)) < 1e-12
+    )
 
 
 def test_an_optimizer_that_reads_the_value():
@@ -172,16 +187,25 @@ def test_a_start_that_is_learned():
 
 def test_microbatches():
     problem = trainings.make(15)
-    plain = lambda params, outer, batch: trainings.loss(params, outer | {"shift": jnp.zeros(1)}, batch, inner_step=0)
+    plain = lambda params, outer, batch: trainings.loss(
+        params, outer | {"shift": jnp.zeros(1)}, batch, inner_step=0
+    )
     args = problem.params, problem.outer, trainings.reader(problem), problem.batch
     one, three = (whole(problem, objective=plain, microbatches=n)(*args) for n in (1, 3))
-    assert trainings.distance((three.value, three.grad, three.init_grad), (one.value, one.grad, one.init_grad)) < 1e-12
+    assert (
+        trainings.distance(
+            (three.value, three.grad, three.init_grad), (one.value, one.grad, one.init_grad)
+        )
+        < 1e-12
+    )
 
 
 def test_a_gradient_of_ones_own():
     """Clipped a row each, which has no objective: against reverse mode by hand."""
     problem = trainings.make(6)
-    row = lambda params, outer, x, y, i: outer["weight"][i] * (trainings.predict(params, x[None])[0] - y) ** 2
+    row = lambda params, outer, x, y, i: (
+        outer["weight"][i] * (trainings.predict(params, x[None])[0] - y) ** 2
+    )
 
     def clipped(params, outer, batch):
         def one(x, y, i):
@@ -189,7 +213,9 @@ def test_a_gradient_of_ones_own():
             size = jnp.sqrt(sum(jnp.sum(a**2) for a in jax.tree.leaves(g)))
             return jax.tree.map(lambda a: a / jnp.maximum(1.0, size), g)
 
-        return jax.tree.map(lambda a: jnp.mean(a, 0), jax.vmap(one)(batch["x"], batch["y"], batch["index"]))
+        return jax.tree.map(
+            lambda a: jnp.mean(a, 0), jax.vmap(one)(batch["x"], batch["y"], batch["index"])
+        )
 
     def trained(outer, params):
         for step in range(problem.steps):
@@ -214,12 +240,17 @@ def normed(params, outer, batch, stats):
         "square": 0.7 * stats["square"] + 0.3 * square,
         "count": stats["count"] + 1,
     }
-    error = jnp.tanh((hidden - new["mean"][None]) / jnp.sqrt(new["square"] + 1.0)[None]) @ params["out"] - batch["y"]
+    error = (
+        jnp.tanh((hidden - new["mean"][None]) / jnp.sqrt(new["square"] + 1.0)[None]) @ params["out"]
+        - batch["y"]
+    )
     return jnp.mean(outer["weight"][batch["index"]] * error**2), new
 
 
 def judged(params, outer, batch, stats):
-    hidden = (batch[0] @ params["hidden"] - stats["mean"][None]) / jnp.sqrt(stats["square"] + 1.0)[None]
+    hidden = (batch[0] @ params["hidden"] - stats["mean"][None]) / jnp.sqrt(stats["square"] + 1.0)[
+        None
+    ]
     return jnp.mean((jnp.tanh(hidden) @ params["out"] - batch[1]) ** 2), stats
 
 
@@ -238,19 +269,24 @@ def test_statistics_are_differentiated():
     outer, init = jax.grad(trained, (0, 1))(problem.outer, problem.params)
     stateful = lambda fn: bx.objective(fn, stateful=True)
     fn = whole(problem, optax.sgd(0.1), stateful(judged), stateful(normed))
-    found = fn(problem.params, problem.outer, trainings.reader(problem), problem.batch, model_state=stats)
+    found = fn(
+        problem.params, problem.outer, trainings.reader(problem), problem.batch, model_state=stats
+    )
     assert trainings.distance((found.grad, found.init_grad), (outer, init)) < 1e-12
     assert int(found.model_state["count"]) == 10
 
 
 def test_dropout_and_drawn_batches():
-    """Keys and batches of a source on the device are the same on the way back as on the way there: against finite differences."""
+    """Keys and batches of a source on the device are the same on the way back as on the way there:
+    against finite differences."""
     problem = trainings.make(12)
 
     def dropped(params, outer, batch, *, key):
         keep = jax.random.bernoulli(key, 0.8, (5,)).astype(params["out"].dtype)
         hidden = jnp.tanh(batch["x"] @ params["hidden"] + params["bias"][None]) * keep[None]
-        return jnp.mean(outer["weight"][batch["index"]] * (hidden @ params["out"] - batch["y"]) ** 2)
+        return jnp.mean(
+            outer["weight"][batch["index"]] * (hidden @ params["out"] - batch["y"]) ** 2
+        )
 
     rows = jax.tree.map(lambda a: a.reshape(-1, *a.shape[2:])[:24], problem.data)
     source = bx.data.minibatches(rows | {"index": jnp.arange(24)}, 6)
@@ -258,7 +294,10 @@ def test_dropout_and_drawn_batches():
     call = lambda outer: fn(problem.params, outer, source, problem.batch, key=jax.random.key(3))
     found = call(problem.outer)
     direction = jax.random.normal(jax.random.key(4), (24,))
-    moved = [call(problem.outer | {"weight": problem.outer["weight"] + h * direction}).value for h in (1e-5, -1e-5)]
+    moved = [
+        call(problem.outer | {"weight": problem.outer["weight"] + h * direction}).value
+        for h in (1e-5, -1e-5)
+    ]
     assert abs((moved[0] - moved[1]) / 2e-5 - found.grad["weight"] @ direction) < 1e-8
 
 
@@ -283,7 +322,10 @@ def test_leaves_that_do_not_move():
     )
     found = whole(problem)(params, outer, trainings.reader(problem), problem.batch)
     assert found.grad["classes"] is None and int(found.inner_params["layers"]) == 2
-    assert trainings.distance(found.grad | {"classes": 0.0}, run(problem).grad | {"classes": 0.0}) < 1e-14
+    assert (
+        trainings.distance(found.grad | {"classes": 0.0}, run(problem).grad | {"classes": 0.0})
+        < 1e-14
+    )
 
 
 # ---- compilation, refusals
@@ -298,7 +340,9 @@ def test_trainings_that_differ_in_numbers_are_compiled_once():
         return trainings.loss(params, outer | {"shift": jnp.zeros(1)}, batch, inner_step=0)
 
     problem, optimizer = trainings.make(20), optax.sgd(0.1)
-    make = lambda steps, **keywords: bx.replay.value_and_metagrad(counted, trainings.quality, optimizer, steps, **keywords)
+    make = lambda steps, **keywords: bx.replay.value_and_metagrad(
+        counted, trainings.quality, optimizer, steps, **keywords
+    )
     args = trainings.reader(problem), problem.batch
     first = make(20)(problem.params, problem.outer, *args)
     before = len(traces)
@@ -322,7 +366,9 @@ def test_a_step_that_differs_when_done_again_is_refused():
     fn = whole(problem)
     with pytest.raises(RuntimeError, match="gave other bits than the first time"):
         fn(problem.params, problem.outer, bx.replay.reader(forgetful), problem.batch)
-    whole(problem, verify=False)(problem.params, problem.outer, bx.replay.reader(forgetful), problem.batch)
+    whole(problem, verify=False)(
+        problem.params, problem.outer, bx.replay.reader(forgetful), problem.batch
+    )
 
 
 def test_what_is_not_finite_is_named():
@@ -332,7 +378,9 @@ def test_what_is_not_finite_is_named():
         run(bad)
     assert run(bad, throw=False).info["code"] == bx.RESULTS.inner_nonfinite
     still = problem._replace(params=problem.params | {"dead": jnp.zeros(2)})
-    with pytest.raises(bx.SolveError, match="hypergradient_nonfinite on the way back over training step 19"):
+    with pytest.raises(
+        bx.SolveError, match="hypergradient_nonfinite on the way back over training step 19"
+    ):
         run(still, optax.adam(1e-2))  # a gradient of exactly zero under a square root
     assert run(still, optax.adam(1e-2, eps_root=1e-12)).info["code"] == bx.RESULTS.success
 
@@ -363,7 +411,14 @@ def test_refusals(change, match):
 def test_transformations_are_refused(transform):
     problem = trainings.make(5)
     fn = whole(problem)
-    call = lambda decay: fn(problem.params, problem.outer | {"decay": decay}, trainings.reader(problem), problem.batch).value
+    call = lambda decay: (
+        fn(
+            problem.params,
+            problem.outer | {"decay": decay},
+            trainings.reader(problem),
+            problem.batch,
+        ).value
+    )
     point = problem.outer["decay"][None] if transform is jax.vmap else problem.outer["decay"]
     with pytest.raises(TypeError, match="outer_params: got a traced value"):
         transform(call)(point)

@@ -11,7 +11,11 @@ from bilevax.replay import _shelf
 from tests.replay import problem as trainings
 from tests.replay.killing import killed_after
 
-SCHEDULES = {"everything": bx.replay.everything(), "segments": bx.replay.segments(), "tree": bx.replay.tree(3)}
+SCHEDULES = {
+    "everything": bx.replay.everything(),
+    "segments": bx.replay.segments(),
+    "tree": bx.replay.tree(3),
+}
 
 
 class Killed(BaseException):
@@ -41,7 +45,13 @@ def test_goes_on_to_the_same_bits(name, tmp_path):
     schedule = SCHEDULES[name]
     problem = trainings.make(20)
     fn = lambda **keywords: bx.replay.value_and_metagrad(
-        trainings.inner, trainings.quality, trainings.adam, 20, schedule=schedule, at=(9, 20), **keywords
+        trainings.inner,
+        trainings.quality,
+        trainings.adam,
+        20,
+        schedule=schedule,
+        at=(9, 20),
+        **keywords,
     )
     whole = fn()(problem.params, problem.outer, trainings.reader(problem), problem.batch)
     saved = fn(checkpoint=bx.checkpoint.every(4, tmp_path))
@@ -62,7 +72,13 @@ def test_goes_on_to_the_same_bits(name, tmp_path):
 
 def test_another_replay_in_the_same_folder_is_refused(tmp_path):
     problem = trainings.make(20)
-    fn = bx.replay.value_and_metagrad(trainings.inner, trainings.quality, trainings.adam, 20, checkpoint=bx.checkpoint.every(4, tmp_path))
+    fn = bx.replay.value_and_metagrad(
+        trainings.inner,
+        trainings.quality,
+        trainings.adam,
+        20,
+        checkpoint=bx.checkpoint.every(4, tmp_path),
+    )
     with pytest.raises(Killed):
         fn(problem.params, problem.outer, killing(problem, 10), problem.batch)
     other = problem.outer | {"decay": problem.outer["decay"] + 1e-9}
@@ -73,7 +89,13 @@ def test_another_replay_in_the_same_folder_is_refused(tmp_path):
 def test_a_damaged_file_is_passed_over(tmp_path):
     """A flipped byte anywhere in the newest file: said, and the one before it is used."""
     problem = trainings.make(20)
-    fn = bx.replay.value_and_metagrad(trainings.inner, trainings.quality, trainings.adam, 20, checkpoint=bx.checkpoint.every(4, tmp_path))
+    fn = bx.replay.value_and_metagrad(
+        trainings.inner,
+        trainings.quality,
+        trainings.adam,
+        20,
+        checkpoint=bx.checkpoint.every(4, tmp_path),
+    )
     whole = fn(problem.params, problem.outer, trainings.reader(problem), problem.batch)
     with pytest.raises(Killed):
         fn(problem.params, problem.outer, killing(problem, 15), problem.batch)
@@ -90,7 +112,9 @@ def test_a_damaged_file_is_passed_over(tmp_path):
 @pytest.mark.parametrize("name", ["everything", "segments"])
 def test_states_in_a_folder(name, tmp_path):
     problem = trainings.make(20)
-    fn = lambda **keywords: bx.replay.value_and_metagrad(trainings.inner, trainings.quality, trainings.adam, 20, schedule=SCHEDULES[name], **keywords)
+    fn = lambda **keywords: bx.replay.value_and_metagrad(
+        trainings.inner, trainings.quality, trainings.adam, 20, schedule=SCHEDULES[name], **keywords
+    )
     arguments = problem.params, problem.outer, trainings.reader(problem), problem.batch
     assert same(fn()(*arguments), fn(states=tmp_path)(*arguments))
     assert list(tmp_path.iterdir()) == []
@@ -98,7 +122,8 @@ def test_states_in_a_folder(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["everything", "tree"])
 def test_states_that_leave_the_device(name, monkeypatch):
-    """As on an accelerator: copied to the host, put back when taken up, and nothing is compiled for that."""
+    """As on an accelerator: copied to the host, put back when taken up, and nothing is compiled for
+    that."""
     problem, traces = trainings.make(20), []
 
     def counted(params, outer, batch, *, inner_step):
@@ -106,7 +131,11 @@ def test_states_that_leave_the_device(name, monkeypatch):
         return trainings.loss(params, outer, batch, inner_step=inner_step)
 
     fn = lambda objective: bx.replay.value_and_metagrad(
-        bx.objective(objective, indexed=True), trainings.quality, trainings.adam, 20, schedule=SCHEDULES[name]
+        bx.objective(objective, indexed=True),
+        trainings.quality,
+        trainings.adam,
+        20,
+        schedule=SCHEDULES[name],
     )
     arguments = problem.params, problem.outer, trainings.reader(problem), problem.batch
     want = fn(trainings.loss)(*arguments)
@@ -124,7 +153,8 @@ def test_states_that_leave_the_device(name, monkeypatch):
 
 
 def test_killed_processes(tmp_path):
-    """Without a word, on the way there, on the way back, and to the end in a fourth process: the undisturbed bits."""
+    """Without a word, on the way there, on the way back, and to the end in a fourth process: the
+    undisturbed bits."""
     problem = trainings.make(40)
     fn = bx.replay.value_and_metagrad(trainings.inner, trainings.quality, trainings.adam, 40)
     whole = fn(problem.params, problem.outer, trainings.reader(problem), problem.batch)

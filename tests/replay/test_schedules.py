@@ -9,7 +9,8 @@ import bilevax as bx
 
 
 def binomial(steps, slots):
-    """Training steps in all, of the best schedule with so many slots (Griewank and Walther, proposition 1), and the one that ends."""
+    """Training steps in all, of the best schedule with so many slots (Griewank and Walther,
+    proposition 1), and the one that ends."""
     repeats = next(r for r in range(steps + 1) if math.comb(slots + r, slots) >= steps)
     return repeats * steps - math.comb(slots + repeats, slots + 1) + 1
 
@@ -21,7 +22,9 @@ def best(steps, slots):
         return 0
     if slots == 1:
         return steps * (steps - 1) // 2
-    return min(middle + best(steps - middle, slots - 1) + best(middle, slots) for middle in range(1, steps))
+    return min(
+        middle + best(steps - middle, slots - 1) + best(middle, slots) for middle in range(1, steps)
+    )
 
 
 @pytest.mark.parametrize("slots", range(1, 9))
@@ -65,7 +68,8 @@ def test_everything():
     ids=repr,
 )
 def test_actions_are_sound(schedule):
-    """Each step is gone back over once, in order, at its own state; what is taken up is there; nothing stays."""
+    """Each step is gone back over once, in order, at its own state; what is taken up is there;
+    nothing stays."""
     for steps in range(1, 50):
         current, held, back, turns = 0, set(), [], 0
         for kind, step in schedule.actions(steps):
@@ -89,11 +93,16 @@ def test_actions_are_sound(schedule):
         assert back == list(range(steps - 1, -1, -1)) and not held and turns == 1
 
 
-@pytest.mark.parametrize("make", [lambda: bx.replay.tree(0), lambda: bx.replay.segments(0), lambda: bx.replay.tree(2.5)])
+@pytest.mark.parametrize(
+    "make", [lambda: bx.replay.tree(0), lambda: bx.replay.segments(0), lambda: bx.replay.tree(2.5)]
+)
 def test_refusals(make):
     with pytest.raises((TypeError, ValueError), match="expected an integer of at least 1"):
         make()
 
 
 def test_reprs():
-    assert repr(bx.replay.tree(4)) == "tree(slots=4)" and repr(bx.replay.segments()) == "segments(length=None)"
+    assert (
+        repr(bx.replay.tree(4)) == "tree(slots=4)"
+        and repr(bx.replay.segments()) == "segments(length=None)"
+    )

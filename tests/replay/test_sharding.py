@@ -31,7 +31,9 @@ def problem():
 
 
 def loss(params, outer, batch):
-    return jnp.mean(outer["weight"][batch["index"]] * (trainings.predict(params, batch["x"]) - batch["y"]) ** 2)
+    return jnp.mean(
+        outer["weight"][batch["index"]] * (trainings.predict(params, batch["x"]) - batch["y"]) ** 2
+    )
 
 
 def quality(params, outer, batch):
@@ -45,12 +47,16 @@ def adam(outer):
 def call(params, outer, data, batch, quality=quality, **keywords):
     fn = bx.replay.value_and_metagrad(loss, quality, adam, 9, **keywords)
     held = jax.tree.map(np.asarray, data)
-    return fn(params, outer, bx.replay.reader(lambda step: jax.tree.map(lambda a: a[step], held)), batch)
+    return fn(
+        params, outer, bx.replay.reader(lambda step: jax.tree.map(lambda a: a[step], held)), batch
+    )
 
 
 @pytest.mark.parametrize("name", ["data_parallel", "fsdp"])
 def test_eight_devices(name):
-    sharding = bx.sharding.data_parallel() if name == "data_parallel" else bx.sharding.fsdp(min_size=16)
+    sharding = (
+        bx.sharding.data_parallel() if name == "data_parallel" else bx.sharding.fsdp(min_size=16)
+    )
     arguments = problem()
     alone = call(*arguments)
     found = call(*arguments, sharding=sharding)
@@ -62,8 +68,13 @@ def test_eight_devices(name):
         assert trainings.distance(got, want) < 1e-12
     hidden = found.inner_params["hidden"]
     assert len(hidden.sharding.device_set) == 8
-    assert hidden.addressable_shards[0].data.shape == ((4, 16) if name == "data_parallel" else (4, 2))
-    assert found.init_grad["hidden"].addressable_shards[0].data.shape == hidden.addressable_shards[0].data.shape
+    assert hidden.addressable_shards[0].data.shape == (
+        (4, 16) if name == "data_parallel" else (4, 2)
+    )
+    assert (
+        found.init_grad["hidden"].addressable_shards[0].data.shape
+        == hidden.addressable_shards[0].data.shape
+    )
     # What is kept lies on the devices as the state does: of fsdp's, each an eighth.
     assert found.info["executed"] == 13 + 1
 
@@ -73,7 +84,12 @@ def test_queries_on_eight_devices():
     arguments = problem()
     alone = call(*arguments, quality=rows)
     found = call(*arguments, quality=rows, sharding=bx.sharding.fsdp(min_size=16))
-    assert trainings.distance((found.value, found.grad, found.init_grad), (alone.value, alone.grad, alone.init_grad)) < 1e-12
+    assert (
+        trainings.distance(
+            (found.value, found.grad, found.init_grad), (alone.value, alone.grad, alone.init_grad)
+        )
+        < 1e-12
+    )
 
 
 def test_refusals():
@@ -81,4 +97,6 @@ def test_refusals():
         bx.replay.value_and_metagrad(loss, quality, optax.sgd(0.1), 9, sharding="data")
     own = bx.replay.gradients(jax.grad(loss))
     with pytest.raises(TypeError, match="a gradient of your own"):
-        bx.replay.value_and_metagrad(own, quality, optax.sgd(0.1), 9, sharding=bx.sharding.data_parallel())
+        bx.replay.value_and_metagrad(
+            own, quality, optax.sgd(0.1), 9, sharding=bx.sharding.data_parallel()
+        )

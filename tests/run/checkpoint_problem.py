@@ -1,7 +1,8 @@
 """A small sampled run that is saved, in a module of its own for the processes that are killed.
 
-``python -m tests.run.checkpoint_problem`` reads lines ``directory result log`` and forks a process for each, whose number it prints: forks of one
-process that has imported everything are on their way in a second.
+``python -m tests.run.checkpoint_problem`` reads lines ``directory result log`` and forks a process
+for each, whose number it prints: forks of one process that has imported everything are on their way
+in a second.
 """
 
 import os
@@ -18,7 +19,9 @@ ALGORITHM = bx.algorithms.soba(0.1, 0.1)
 
 
 def inner(y, x, batch):
-    return 0.5 * jnp.mean((batch["x"] @ y["w"] - batch["y"]) ** 2) + 0.5 * jnp.exp(x) * jnp.sum(y["w"] ** 2)
+    return 0.5 * jnp.mean((batch["x"] @ y["w"] - batch["y"]) ** 2) + 0.5 * jnp.exp(x) * jnp.sum(
+        y["w"] ** 2
+    )
 
 
 def outer(y, x, batch):
@@ -36,17 +39,29 @@ TRAIN, VALID = data(0), data(1)
 
 def solve(num_steps=STEPS, key=7, **keywords):
     arguments = {
-        "inner_data": bx.data.minibatches(TRAIN, 8), "outer_data": bx.data.minibatches(VALID, 8), "algorithm": ALGORITHM,
+        "inner_data": bx.data.minibatches(TRAIN, 8), "outer_data": bx.data.minibatches(VALID, 8),
+        "algorithm": ALGORITHM,
         "key": None if key is None else jax.random.key(key), **keywords,
     }  # fmt: skip
-    return bx.solve_bilevel(inner, outer, {"w": jnp.zeros(4, jnp.float32)}, jnp.float32(-1.0), num_steps=num_steps, **arguments)
+    return bx.solve_bilevel(
+        inner,
+        outer,
+        {"w": jnp.zeros(4, jnp.float32)},
+        jnp.float32(-1.0),
+        num_steps=num_steps,
+        **arguments,
+    )
 
 
 def bits(solution) -> dict:
     """Everything of the run that must come back, as arrays by name."""
     state = solution.state._replace(key=jax.random.key_data(solution.state.key))
-    arrays = {"history" + k: v for k, v in solution.history.items()} | {f"state{i}": a for i, a in enumerate(jax.tree.leaves(state))}
-    return {name: np.asarray(a) for name, a in arrays.items()} | {"outer": np.asarray(solution.outer_params)}
+    arrays = {"history" + k: v for k, v in solution.history.items()} | {
+        f"state{i}": a for i, a in enumerate(jax.tree.leaves(state))
+    }
+    return {name: np.asarray(a) for name, a in arrays.items()} | {
+        "outer": np.asarray(solution.outer_params)
+    }
 
 
 def _child(directory: str, result: str, log: str) -> None:
@@ -58,7 +73,10 @@ def _child(directory: str, result: str, log: str) -> None:
 
         file.write("begun\n")
         file.flush()
-        solution = solve(checkpoint=bx.checkpoint.every(EVERY, directory, keep=2), callbacks=[bx.callbacks.every(EVERY, note)])
+        solution = solve(
+            checkpoint=bx.checkpoint.every(EVERY, directory, keep=2),
+            callbacks=[bx.callbacks.every(EVERY, note)],
+        )
     np.savez(result + ".part.npz", resumed=solution.stats["resumed_from"], **bits(solution))
     os.replace(result + ".part.npz", result)
 

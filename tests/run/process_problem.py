@@ -1,4 +1,5 @@
-"""One of two processes over gloo, in runs that something is wrong with: ``python -m tests.run.process_problem MODES RANK PORT FOLDER``.
+"""One of two processes over gloo, in runs that something is wrong with: ``python -m
+tests.run.process_problem MODES RANK PORT FOLDER``.
 
 The modes, one after another in the same two processes, each print a line.
 """
@@ -10,7 +11,12 @@ import sys
 
 import jax
 
-MODES, RANK, PORT, FOLDER = sys.argv[1].split(","), int(sys.argv[2]), sys.argv[3], pathlib.Path(sys.argv[4])
+MODES, RANK, PORT, FOLDER = (
+    sys.argv[1].split(","),
+    int(sys.argv[2]),
+    sys.argv[3],
+    pathlib.Path(sys.argv[4]),
+)
 jax.config.update("jax_cpu_collectives_implementation", "gloo")
 jax.distributed.initialize(f"127.0.0.1:{PORT}", 2, RANK)
 
@@ -23,7 +29,9 @@ from bilevax._core import peers  # noqa: E402
 
 peers.BEAT, peers.SILENCE = 1.0, 12.0  # what is waited for is the same in less time
 SECOND = RANK == 1
-ALGORITHM = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.05), 2), bx.hypergradient.implicit(), optax.adam(0.01))
+ALGORITHM = bx.algorithms.double_loop(
+    bx.inner.optax(optax.sgd(0.05), 2), bx.hypergradient.implicit(), optax.adam(0.01)
+)
 
 
 def inner(w, lam, batch):
@@ -50,7 +58,11 @@ def meddle(mode):
 
 
 def solve(mode):
-    rows = np.random.default_rng(RANK).standard_normal((5 if mode == "rows" and SECOND else 8, 4)).astype(np.float32)
+    rows = (
+        np.random.default_rng(RANK)
+        .standard_normal((5 if mode == "rows" and SECOND else 8, 4))
+        .astype(np.float32)
+    )
     sharding = bx.sharding.data_parallel()
     data = bx.sharding.from_process(sharding, rows)
     return bx.solve_bilevel(
@@ -75,5 +87,13 @@ for mode in MODES:
         print(mode, "DONE", solution.result.name, solution.stats["steps"], flush=True)
     except Exception as error:
         solution = getattr(error, "solution", None)
-        print(mode, "ERROR", type(error).__name__, " ".join(str(error).split()), "| steps", solution and solution.stats["steps"], flush=True)
+        print(
+            mode,
+            "ERROR",
+            type(error).__name__,
+            " ".join(str(error).split()),
+            "| steps",
+            solution and solution.stats["steps"],
+            flush=True,
+        )
 os._exit(0)  # leaving in the ordinary way waits for the other process

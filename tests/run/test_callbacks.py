@@ -22,12 +22,22 @@ def outer(y, x, batch):
     return jnp.sum(y**2)
 
 
-ALGORITHM = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.25))
+ALGORITHM = bx.algorithms.double_loop(
+    bx.inner.optax(optax.sgd(1.0), 1), bx.hypergradient.implicit(), optax.sgd(0.25)
+)
 
 
 def run(callback, steps, state=None, **keywords):
     return bx.solve_bilevel(
-        inner, outer, jnp.zeros(2), jnp.ones(2), algorithm=ALGORITHM, num_steps=steps, state=state, callbacks=[callback], **keywords
+        inner,
+        outer,
+        jnp.zeros(2),
+        jnp.ones(2),
+        algorithm=ALGORITHM,
+        num_steps=steps,
+        state=state,
+        callbacks=[callback],
+        **keywords,
     )
 
 
@@ -40,7 +50,11 @@ def read_csv(path):
         return list(csv.DictReader(file))
 
 
-@pytest.mark.parametrize(("factory", "read"), [(bx.callbacks.jsonl, read_json), (bx.callbacks.csv, read_csv)], ids=["jsonl", "csv"])
+@pytest.mark.parametrize(
+    ("factory", "read"),
+    [(bx.callbacks.jsonl, read_json), (bx.callbacks.csv, read_csv)],
+    ids=["jsonl", "csv"],
+)
 def test_a_log_has_the_history(factory, read, tmp_path):
     path = tmp_path / "new" / "run.log"
     callback = factory(path, flush_every=3)
@@ -52,7 +66,9 @@ def test_a_log_has_the_history(factory, read, tmp_path):
 
     run(callback, 5, state=first.state)  # goes on: adds
     assert [int(row["step"]) for row in read(path)] == list(range(12))
-    run(factory(path), 2, state=first.state)  # goes on from there again: replaces what it writes anew
+    run(
+        factory(path), 2, state=first.state
+    )  # goes on from there again: replaces what it writes anew
     assert [int(row["step"]) for row in read(path)] == list(range(9))
     run(callback, 4)  # begins anew: replaces
     rows = read(path)
@@ -67,10 +83,14 @@ def test_jsonl_holds_aux_and_no_nan(tmp_path):
     path = tmp_path / "run.jsonl"
     log = bx.callbacks.jsonl(path)
     aux = bx.objective(with_aux, has_aux=True)
-    solution = bx.solve_bilevel(inner, aux, jnp.zeros(2), jnp.ones(2), algorithm=ALGORITHM, num_steps=3, callbacks=[log])
+    solution = bx.solve_bilevel(
+        inner, aux, jnp.zeros(2), jnp.ones(2), algorithm=ALGORITHM, num_steps=3, callbacks=[log]
+    )
     rows = read_json(path)
     assert all(row["aux/bad"] is None for row in rows)
-    np.testing.assert_array_equal([row["aux/pair"] for row in rows], solution.history["aux"]["pair"])
+    np.testing.assert_array_equal(
+        [row["aux/pair"] for row in rows], solution.history["aux"]["pair"]
+    )
 
 
 def test_columns_may_begin_in_a_csv(tmp_path):
@@ -96,20 +116,29 @@ CUTS = {
 
 
 @pytest.mark.parametrize("cut", CUTS)
-@pytest.mark.parametrize(("factory", "read"), [(bx.callbacks.jsonl, read_json), (bx.callbacks.csv, read_csv)], ids=["jsonl", "csv"])
+@pytest.mark.parametrize(
+    ("factory", "read"),
+    [(bx.callbacks.jsonl, read_json), (bx.callbacks.csv, read_csv)],
+    ids=["jsonl", "csv"],
+)
 def test_a_log_that_was_cut_off(factory, read, cut, tmp_path):
-    """The half row goes, with a word, and every other stays as it was; a plot of it shows whole rows alone."""
+    """The half row goes, with a word, and every other stays as it was; a plot of it shows whole
+    rows alone."""
     path = tmp_path / ("run.csv" if factory is bx.callbacks.csv else "run.jsonl")
     first = run(factory(path), 7)
     text = path.read_text()
     path.write_text(CUTS[cut](text))
-    whole = cut == "with empty lines behind" or (factory is bx.callbacks.jsonl and cut == "before its last line break")
+    whole = cut == "with empty lines behind" or (
+        factory is bx.callbacks.jsonl and cut == "before its last line break"
+    )
     drawn = bx.plots.history(path)["value"]
     np.testing.assert_array_equal(drawn, first.history["value"][: 7 if whole else 6].astype(float))
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         run(factory(path), 3, state=first.state)
-    assert [("cut off" in str(w.message), w.category) for w in seen] == ([] if whole else [(True, RuntimeWarning)])
+    assert [("cut off" in str(w.message), w.category) for w in seen] == (
+        [] if whole else [(True, RuntimeWarning)]
+    )
     rows = read(path)
     assert [int(row["step"]) for row in rows] == [*range(7 if whole else 6), 7, 8, 9]
     assert path.read_text().startswith("".join(text.splitlines(keepends=True)[:6]))
@@ -137,7 +166,9 @@ def test_a_header_that_was_cut_off(tmp_path):
 def test_a_file_that_is_no_log_is_left_alone(factory, text, tmp_path):
     path = tmp_path / "precious"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"path: got '.*precious', whose line \d .* is no row of a log"):
+    with pytest.raises(
+        ValueError, match=r"path: got '.*precious', whose line \d .* is no row of a log"
+    ):
         run(factory(path), 2)
     assert path.read_text() == text
 
@@ -148,12 +179,15 @@ def test_rows_of_a_failed_run_have_their_steps(tmp_path):
     for fail in (0, 10, 50):
         path = tmp_path / f"{fail}.jsonl"
         out = bx.solve_bilevel(
-            below, bad, jnp.zeros(2), {"x": jnp.ones(2), "fail": jnp.int32(fail)}, outer_data=lambda key, step: step, algorithm=ALGORITHM,
+            below, bad, jnp.zeros(2), {"x": jnp.ones(2), "fail": jnp.int32(fail)},
+            outer_data=lambda key, step: step, algorithm=ALGORITHM,
             num_steps=60, throw=False, callbacks=[bx.callbacks.jsonl(path, flush_every=7)],
         )  # fmt: skip
         rows = read_json(path)
         assert out.result.failed and rows[-1]["code"] == int(out.result)
-        assert [row["step"] for row in rows] == list(range(fail + 1)) and len(rows) == len(out.history["value"])
+        assert [row["step"] for row in rows] == list(range(fail + 1)) and len(rows) == len(
+            out.history["value"]
+        )
 
 
 SOMETIMES = bx.metrics(lambda inner, outer, data: {"size": jnp.sum(outer)}, None, every=3)
@@ -182,7 +216,9 @@ def test_any_writer_of_scalars(tmp_path):
     writer = Writer()
     keywords = dict(metrics=SOMETIMES, checkpoint=bx.checkpoint.every(2, tmp_path))
     run(bx.callbacks.scalars(writer), 4, **keywords)
-    out = run(bx.callbacks.scalars(writer), 7, **keywords)  # what was written before is not written again
+    out = run(
+        bx.callbacks.scalars(writer), 7, **keywords
+    )  # what was written before is not written again
     assert [row["step"] for row in writer.rows] == list(range(7)) and writer.flushed == 2
     assert [row["value"] for row in writer.rows] == out.history["value"].tolist()
     assert [row["step"] for row in writer.rows if "size" in row] == [0, 3, 6]
@@ -217,7 +253,8 @@ def test_mlflow_in_a_local_store(tmp_path, monkeypatch):
 
 
 def test_early_stopping_looks_at_each_row_once():
-    """It stops where looking at the whole column would, and a run of ten times the length takes ten times as long, not a hundred."""
+    """It stops where looking at the whole column would, and a run of ten times the length takes ten
+    times as long, not a hundred."""
     rng = np.random.default_rng(0)
     column = rng.standard_normal(400).cumsum()
     column[rng.random(400) < 0.3] = np.nan
@@ -232,7 +269,10 @@ def test_early_stopping_looks_at_each_row_once():
             return n - 1 - best_row >= 40
 
         for _ in range(2):  # again, as by another run
-            looks = [stop.fn(bx.callbacks.Event(n, n, 400, {"value": column[:n]}, None)) for n in range(10, 401, 10)]
+            looks = [
+                stop.fn(bx.callbacks.Event(n, n, 400, {"value": column[:n]}, None))
+                for n in range(10, 401, 10)
+            ]
             assert looks == [slow(n) for n in range(10, 401, 10)]
             stop.close()
 
@@ -244,13 +284,20 @@ def test_early_stopping_looks_at_each_row_once():
             Counted.read += np.size(out)
             return out
 
-    stop, values = bx.callbacks.early_stopping("value", patience=10**6), np.zeros(2000).view(Counted)
+    stop, values = (
+        bx.callbacks.early_stopping("value", patience=10**6),
+        np.zeros(2000).view(Counted),
+    )
     for n in range(10, 2001, 10):
-        stop.fn(bx.callbacks.Event(n, n, 2000, {"value": np.asarray(values)[:n].view(Counted)}, None))
+        stop.fn(
+            bx.callbacks.Event(n, n, 2000, {"value": np.asarray(values)[:n].view(Counted)}, None)
+        )
     assert Counted.read == 2000
 
 
-@pytest.mark.parametrize("factory", [bx.callbacks.jsonl, bx.callbacks.csv, bx.callbacks.tensorboard])
+@pytest.mark.parametrize(
+    "factory", [bx.callbacks.jsonl, bx.callbacks.csv, bx.callbacks.tensorboard]
+)
 def test_refusals(factory, tmp_path):
     with pytest.raises(TypeError, match="(path|directory): got int 3"):
         factory(3)
@@ -258,10 +305,14 @@ def test_refusals(factory, tmp_path):
         factory(tmp_path / "run", flush_every=0)
 
 
-@pytest.mark.parametrize("factory", [bx.callbacks.jsonl, bx.callbacks.csv, bx.callbacks.tensorboard])
+@pytest.mark.parametrize(
+    "factory", [bx.callbacks.jsonl, bx.callbacks.csv, bx.callbacks.tensorboard]
+)
 @pytest.mark.parametrize("path", ["", "gs://bucket/log", "a\0b"])
 def test_places_that_no_log_can_be_in(factory, path):
-    with pytest.raises(ValueError, match=r"(path|directory): got .*; expected a name on this machine"):
+    with pytest.raises(
+        ValueError, match=r"(path|directory): got .*; expected a name on this machine"
+    ):
         factory(path)
     with pytest.raises(IsADirectoryError, match="path: got"):
         bx.callbacks.jsonl("/")

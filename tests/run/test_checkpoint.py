@@ -1,4 +1,5 @@
-"""Checkpoints: the same bits after any interruption, damage noticed, foreign checkpoints refused."""
+"""Checkpoints: the same bits after any interruption, damage noticed, foreign checkpoints
+refused."""
 
 import gc
 import os
@@ -33,7 +34,9 @@ def whole():
 
 
 def same(a: dict, b: dict) -> bool:
-    return a.keys() == b.keys() and all(a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a)
+    return a.keys() == b.keys() and all(
+        a[k].dtype == b[k].dtype and a[k].tobytes() == b[k].tobytes() for k in a
+    )
 
 
 def every(folder, n=20, keep=3):
@@ -47,9 +50,16 @@ def found(folder):
 def test_a_run_in_pieces_is_the_run(whole, tmp_path):
     plain = solve(checkpoint=every(tmp_path / "plain"))
     assert same(bits(plain), whole) and plain.stats["resumed_from"] == 0
-    for steps, begin in ((30, 0), (70, 30), (STEPS, 70), (STEPS, STEPS)):  # the last call finds the run finished
+    for steps, begin in (
+        (30, 0),
+        (70, 30),
+        (STEPS, 70),
+        (STEPS, STEPS),
+    ):  # the last call finds the run finished
         part = solve(steps, checkpoint=every(tmp_path / "pieces"))
-        assert part.stats["resumed_from"] == begin and part.stats["steps"] == steps == len(part.history["value"])
+        assert part.stats["resumed_from"] == begin and part.stats["steps"] == steps == len(
+            part.history["value"]
+        )
     assert same(bits(part), whole)
     assert found(tmp_path / "pieces") == ["step_000000120", "step_000000140", "step_000000150"]
 
@@ -67,32 +77,57 @@ def test_iterables_resume_at_their_batch(tmp_path):
     def loader():
         rng = np.random.default_rng(5)
         while True:
-            yield {"x": rng.standard_normal((8, 4)).astype(np.float32), "y": rng.standard_normal(8).astype(np.float32)}
+            yield {
+                "x": rng.standard_normal((8, 4)).astype(np.float32),
+                "y": rng.standard_normal(8).astype(np.float32),
+            }
 
     undisturbed = solve(50, inner_data=loader())
     solve(21, inner_data=loader(), checkpoint=every(tmp_path, 7))
-    assert same(bits(solve(50, inner_data=loader(), checkpoint=every(tmp_path, 7))), bits(undisturbed))
+    assert same(
+        bits(solve(50, inner_data=loader(), checkpoint=every(tmp_path, 7))), bits(undisturbed)
+    )
 
 
 def test_aux_keys_and_empty_leaves_come_back(tmp_path):
-    aux = bx.objective(lambda y, x, b: (jnp.sum((y["w"] - 1.0) ** 2), {"a": [y["w"][0], (jnp.ones(2) * x,)]}), has_aux=True)
+    aux = bx.objective(
+        lambda y, x, b: (jnp.sum((y["w"] - 1.0) ** 2), {"a": [y["w"][0], (jnp.ones(2) * x,)]}),
+        has_aux=True,
+    )
     inner = lambda y, x, b: jnp.sum((y["w"] - x) ** 2) + jnp.sum(y["none"])
     start = {"w": jnp.zeros(3), "none": jnp.zeros((0, 2)), "key": jax.random.key(1), "n": 3}
-    loop = bx.algorithms.double_loop(bx.inner.optax(optax.adam(0.1), 2), bx.hypergradient.one_step(), optax.adam(0.1))
-    run = lambda n, **keywords: bx.solve_bilevel(inner, aux, start, jnp.asarray(0.0), algorithm=loop, num_steps=n, **keywords)
+    loop = bx.algorithms.double_loop(
+        bx.inner.optax(optax.adam(0.1), 2), bx.hypergradient.one_step(), optax.adam(0.1)
+    )
+    run = lambda n, **keywords: bx.solve_bilevel(
+        inner, aux, start, jnp.asarray(0.0), algorithm=loop, num_steps=n, **keywords
+    )
     plain = run(9)
     run(4, checkpoint=every(tmp_path, 4))
     again = run(9, checkpoint=every(tmp_path, 4))
-    for a, b in zip(*(jax.tree.leaves((s.history, s.state, s.outer_params, s.inner_params["w"])) for s in (plain, again)), strict=True):
+    for a, b in zip(
+        *(
+            jax.tree.leaves((s.history, s.state, s.outer_params, s.inner_params["w"]))
+            for s in (plain, again)
+        ),
+        strict=True,
+    ):
         assert np.array_equal(a, b)
     assert jax.tree.structure(plain.history) == jax.tree.structure(again.history)
     finished = run(9, checkpoint=every(tmp_path, 4)).history
-    assert finished.keys() == plain.history.keys() and np.array_equal(finished["value"], plain.history["value"])
+    assert finished.keys() == plain.history.keys() and np.array_equal(
+        finished["value"], plain.history["value"]
+    )
 
 
 def test_multilevel_runs_are_saved_too(tmp_path):
     levels = [
-        bx.Level("y", lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2), solver=optax.sgd(0.3), hypergradient=bx.hypergradient.one_step()),
+        bx.Level(
+            "y",
+            lambda p, b: jnp.sum((p["y"] - p["x"]) ** 2),
+            solver=optax.sgd(0.3),
+            hypergradient=bx.hypergradient.one_step(),
+        ),
         bx.Level("x", lambda p, b: jnp.sum((p["y"] - 1.0) ** 2), solver=optax.sgd(0.1)),
     ]
     start = {"y": jnp.zeros(2), "x": jnp.zeros(2)}
@@ -100,7 +135,10 @@ def test_multilevel_runs_are_saved_too(tmp_path):
     bx.solve_multilevel(levels, start, num_steps=5, checkpoint=every(tmp_path, 5))
     again = bx.solve_multilevel(levels, start, num_steps=12, checkpoint=every(tmp_path, 5))
     assert again.stats["resumed_from"] == 5
-    assert all(np.array_equal(a, b) for a, b in zip(jax.tree.leaves(plain.state), jax.tree.leaves(again.state), strict=True))
+    assert all(
+        np.array_equal(a, b)
+        for a, b in zip(jax.tree.leaves(plain.state), jax.tree.leaves(again.state), strict=True)
+    )
 
 
 # ---- other devices
@@ -156,7 +194,14 @@ class Forks:
             "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         }
         command = [sys.executable, "-W", "ignore", "-m", "tests.run.checkpoint_problem"]
-        self.process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT, env=environment)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=ROOT,
+            env=environment,
+        )
         self.folder = folder
         assert self.line() == "ready"
 
@@ -164,7 +209,9 @@ class Forks:
         return self.process.stdout.readline().strip()
 
     def start(self, name: str) -> int:
-        self.process.stdin.write(f"{self.folder / name} {self.folder / name}.npz {self.folder / name}.log\n")
+        self.process.stdin.write(
+            f"{self.folder / name} {self.folder / name}.npz {self.folder / name}.log\n"
+        )
         self.process.stdin.flush()
         return int(self.line())
 
@@ -179,7 +226,8 @@ class Forks:
 
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_at_random_moments(tmp_path, kills):
-    """SIGKILL again and again while one run is going on; the end is that of an undisturbed one, to the bit."""
+    """SIGKILL again and again while one run is going on; the end is that of an undisturbed one, to
+    the bit."""
     forks, rng, done = Forks(tmp_path), random.Random(kills), 0
     try:
         begin = time.perf_counter()
@@ -189,10 +237,13 @@ def test_kill_at_random_moments(tmp_path, kills):
         name, last, rounds = "killed0", 0, 0
         while done < kills:
             pid = forks.start(name)
-            # A moment anywhere in the run, with a random distance to a save, once it has something to lose.
+            # A moment anywhere in the run, with a random distance to a save, once it has something
+            # to lose.
             target = min(last + rng.randrange(0, 3 * max(1, STEPS // kills), 1), STEPS - EVERY)
             limit = time.perf_counter() + 20 * length + 60
-            while time.perf_counter() < limit and not any(int(s) >= target for s in forks.log(name)[-1:] if s != "begun"):
+            while time.perf_counter() < limit and not any(
+                int(s) >= target for s in forks.log(name)[-1:] if s != "begun"
+            ):
                 time.sleep(0.001)
             time.sleep(rng.random() * 0.06)
             os.kill(pid, signal.SIGKILL)
@@ -236,10 +287,13 @@ def saved(tmp_path_factory):
 
 def files(folder, kind):
     """The largest files first."""
-    chosen = {"data": lambda p: p.parent.name == "d" and "ocdbt." not in str(p.parent.parent.name), "any": lambda p: True}.get(
-        kind, lambda p: p.name == kind
+    chosen = {
+        "data": lambda p: p.parent.name == "d" and "ocdbt." not in str(p.parent.parent.name),
+        "any": lambda p: True,
+    }.get(kind, lambda p: p.name == kind)
+    return sorted(
+        (p for p in folder.rglob("*") if p.is_file() and chosen(p)), key=lambda p: -p.stat().st_size
     )
-    return sorted((p for p in folder.rglob("*") if p.is_file() and chosen(p)), key=lambda p: -p.stat().st_size)
 
 
 def flip(path, place=0.5):
@@ -278,12 +332,15 @@ DAMAGE = {
     "manifest altered": other_manifest,
     "a side file removed": lambda f: (f / "_sharding").unlink(),
     "all files removed": lambda f: [p.unlink() for p in files(f, "any")],
-    "half of the files removed": lambda f: [p.unlink() for p in files(f, "any")[::2] if p.name != "bilevax_files.json"],
+    "half of the files removed": lambda f: [
+        p.unlink() for p in files(f, "any")[::2] if p.name != "bilevax_files.json"
+    ],
 }
 
 
 def reported(folder, **keywords):
-    """The solution, and what was said of damage. Other warnings are the reader's own, of what it leaves behind when it fails."""
+    """The solution, and what was said of damage. Other warnings are the reader's own, of what it
+    leaves behind when it fails."""
     with warnings.catch_warnings(record=True) as seen:
         warnings.simplefilter("always")
         out = solve(checkpoint=every(folder), **keywords)
@@ -298,7 +355,11 @@ def test_damage_is_noticed_and_the_one_before_used(saved, whole, tmp_path, kind)
     shutil.copytree(saved, folder)
     DAMAGE[kind](folder / "step_000000060")
     out, words = reported(folder)
-    assert len(words) == 1 and "step_000000060 is damaged (" in words[0] and "the one before it" in words[0]
+    assert (
+        len(words) == 1
+        and "step_000000060 is damaged (" in words[0]
+        and "the one before it" in words[0]
+    )
     assert out.stats["resumed_from"] == 40 and same(bits(out), whole)
     assert "damaged_step_000000060" in found(folder)
 
@@ -343,7 +404,11 @@ def refused(folder, match, **keywords):
 def test_a_checkpoint_of_another_problem_is_refused(saved):
     names = found(saved)
     other = bx.algorithms.ma_soba(0.1, 0.1)
-    refused(saved, r"step_000000060 belongs to another problem.*Differing paths: \.algorithm", algorithm=other)
+    refused(
+        saved,
+        r"step_000000060 belongs to another problem.*Differing paths: \.algorithm",
+        algorithm=other,
+    )
     refused(saved, r"another problem.*What differs: key \(there", key=8)
     refused(saved, "started at step 0, and this one starts at 5", state=solve(5).state)
     assert found(saved) == names  # nothing was touched
@@ -384,14 +449,36 @@ def test_the_digest_tells_places_apart():
     from bilevax.run import digest
 
     a = jnp.arange(6.0).reshape(2, 3)
-    assert digest.of_arrays([a]) == digest.of_arrays([jax.device_put(a, jax.devices()[3])]) != digest.of_arrays([a[::-1]])
+    assert (
+        digest.of_arrays([a])
+        == digest.of_arrays([jax.device_put(a, jax.devices()[3])])
+        != digest.of_arrays([a[::-1]])
+    )
     mesh = jax.make_mesh((8,), ("i",), axis_types=(jax.sharding.AxisType.Auto,))
     for kind in (jnp.uint8, jnp.bfloat16):  # packed, also across the borders of devices
         b = jnp.arange(32).astype(kind).reshape(2, 16)
-        split = jax.device_put(b, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "i")))
+        split = jax.device_put(
+            b, jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "i"))
+        )
         assert digest.of_arrays([b]) == digest.of_arrays([split]) != digest.of_arrays([b[:, ::-1]])
-        assert digest.of_arrays([b]) != digest.of_arrays([b], packed=False) == digest.of_arrays([split], packed=False)
+        assert (
+            digest.of_arrays([b])
+            != digest.of_arrays([b], packed=False)
+            == digest.of_arrays([split], packed=False)
+        )
     for kind in (jnp.bfloat16, jnp.float32, jnp.int8, jnp.bool_, jnp.uint32, jnp.int64):
         one = jnp.zeros(4, kind)
-        assert len({tuple(digest.of_arrays([x])) for x in (one, one.at[0].set(jnp.ones((), kind)), one.at[1].set(jnp.ones((), kind)))}) == 3
+        assert (
+            len(
+                {
+                    tuple(digest.of_arrays([x]))
+                    for x in (
+                        one,
+                        one.at[0].set(jnp.ones((), kind)),
+                        one.at[1].set(jnp.ones((), kind)),
+                    )
+                }
+            )
+            == 3
+        )
     assert VALID["x"].dtype == np.float32

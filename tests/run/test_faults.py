@@ -1,4 +1,5 @@
-"""Nothing that is finished is lost: signals, full disks, folders that vanish, errors of whoever watches."""
+"""Nothing that is finished is lost: signals, full disks, folders that vanish, errors of whoever
+watches."""
 
 import contextlib
 import json
@@ -66,11 +67,16 @@ def test_an_interrupt_ends_the_chunk_saves_and_keeps_all(tmp_path):
     with pytest.raises(KeyboardInterrupt) as caught:
         run(90, checkpoint=saved, callbacks=[send(signal.SIGINT, 40)])
     solution = caught.value.solution
-    assert solution.result is RESULTS.interrupted and solution.stats["steps"] == len(solution.history["value"]) == 40
+    assert (
+        solution.result is RESULTS.interrupted
+        and solution.stats["steps"] == len(solution.history["value"]) == 40
+    )
     assert [p.name for p in tmp_path.iterdir()] == ["step_000000040"]
     assert signal.getsignal(signal.SIGINT) is before
     rest, whole = run(90, checkpoint=saved), run(90)
-    assert rest.stats["resumed_from"] == 40 and np.array_equal(rest.outer_params, whole.outer_params)
+    assert rest.stats["resumed_from"] == 40 and np.array_equal(
+        rest.outer_params, whole.outer_params
+    )
     again = run(50, state=solution.state)
     assert np.array_equal(again.outer_params, whole.outer_params)
 
@@ -99,26 +105,44 @@ def test_a_handler_of_somebody_else_is_called_after_ours(number, tmp_path):
     heard = []
     before = signal.signal(number, lambda *_: heard.append(number))
     try:
-        out = run(90, throw=False, checkpoint=bx.checkpoint.every(1000, tmp_path), callbacks=[send(number, 40)])
+        out = run(
+            90,
+            throw=False,
+            checkpoint=bx.checkpoint.every(1000, tmp_path),
+            callbacks=[send(number, 40)],
+        )
         assert heard == [number] and out.stats["steps"] == 40
         os.kill(os.getpid(), number)
         assert heard == [number] * 2  # it is back
         signal.signal(number, signal.SIG_IGN)
-        assert run(90, throw=False, checkpoint=bx.checkpoint.every(1000, tmp_path / "b"), callbacks=[send(number, 40)]).stats["steps"] == 90
+        assert (
+            run(
+                90,
+                throw=False,
+                checkpoint=bx.checkpoint.every(1000, tmp_path / "b"),
+                callbacks=[send(number, 40)],
+            ).stats["steps"]
+            == 90
+        )
     finally:
         signal.signal(number, before)
 
 
 def test_a_run_in_a_thread_sets_no_handler():
     before, found = signal.getsignal(signal.SIGINT), []
-    look = bx.callbacks.every(3, lambda event: found.append(signal.getsignal(signal.SIGINT) is before))
+    look = bx.callbacks.every(
+        3, lambda event: found.append(signal.getsignal(signal.SIGINT) is before)
+    )
     thread = threading.Thread(target=lambda: run(6, callbacks=[look]))
     thread.start()
     thread.join()
     assert found == [True, True]
 
 
-@pytest.mark.parametrize("seconds", [pytest.param(0.001, marks=pytest.mark.slow), 0.1, pytest.param(5.0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "seconds",
+    [pytest.param(0.001, marks=pytest.mark.slow), 0.1, pytest.param(5.0, marks=pytest.mark.slow)],
+)
 def test_a_signal_is_heard_within_seconds(seconds, tmp_path):
     """However long a step takes, and however rarely the run is saved."""
 
@@ -130,9 +154,13 @@ def test_a_signal_is_heard_within_seconds(seconds, tmp_path):
             time.sleep(seconds)
             return np.asarray(g)
 
-        return jax.tree.map(lambda g: jax.pure_callback(wait, g, -0.01 * g, vmap_method="sequential"), grads), state
+        return jax.tree.map(
+            lambda g: jax.pure_callback(wait, g, -0.01 * g, vmap_method="sequential"), grads
+        ), state
 
-    algorithm = bx.algorithms.double_loop(SOLVER, bx.hypergradient.implicit(), optax.GradientTransformation(lambda p: (), slow))
+    algorithm = bx.algorithms.double_loop(
+        SOLVER, bx.hypergradient.implicit(), optax.GradientTransformation(lambda p: (), slow)
+    )
     sent, begun = [], []
 
     def interrupt():
@@ -177,8 +205,16 @@ def test_the_stop_button_of_a_notebook():
                 kernel.interrupt_kernel()
 
         reply = client.execute_interactive(CELL, timeout=120, output_hook=heard)
-        assert reply["content"]["status"] == "ok" and out["text"].split() == ["step", "kept", "True"]
-        after = client.execute_interactive("import signal; print(signal.getsignal(signal.SIGINT).__name__)", timeout=30, output_hook=heard)
+        assert reply["content"]["status"] == "ok" and out["text"].split() == [
+            "step",
+            "kept",
+            "True",
+        ]
+        after = client.execute_interactive(
+            "import signal; print(signal.getsignal(signal.SIGINT).__name__)",
+            timeout=30,
+            output_hook=heard,
+        )
         assert after["content"]["status"] == "ok" and "default_int_handler" in out["text"]
     finally:
         client.stop_channels()
@@ -188,7 +224,9 @@ def test_the_stop_button_of_a_notebook():
 # ---- errors from outside
 
 
-@pytest.mark.parametrize("error", [ValueError("mine"), SystemExit(3), KeyboardInterrupt(), MemoryError()])
+@pytest.mark.parametrize(
+    "error", [ValueError("mine"), SystemExit(3), KeyboardInterrupt(), MemoryError()]
+)
 def test_any_error_of_a_callback_carries_the_run(error):
     with pytest.raises(type(error)) as caught:
         run(90, callbacks=[raise_at(40, error)])
@@ -210,10 +248,15 @@ def test_an_error_in_closing_does_not_take_the_first_ones_place():
     watchers = [bx.callbacks.Callback(lambda event: None, 10, close(name)) for name in "ab"]
     with pytest.raises(ValueError, match="mine") as caught:
         run(90, callbacks=[*watchers, raise_at(40, ValueError("mine"))])
-    assert closed == ["a", "b"] and [f"OSError: closing {n}" in " ".join(caught.value.__notes__) for n in "ab"] == [True, True]
+    assert closed == ["a", "b"] and [
+        f"OSError: closing {n}" in " ".join(caught.value.__notes__) for n in "ab"
+    ] == [True, True]
     with pytest.raises(OSError, match="closing a") as caught:  # alone, it is an error all the same
         run(20, callbacks=watchers)
-    assert caught.value.solution.stats["steps"] == 20 and caught.value.solution.result is RESULTS.success
+    assert (
+        caught.value.solution.stats["steps"] == 20
+        and caught.value.solution.result is RESULTS.success
+    )
 
 
 LIMITED = """
@@ -237,10 +280,13 @@ for full_at in (40, 10):
 
 
 def test_a_full_disk(tmp_path):
-    """At the last save, and at the first: what was saved before is sound, and the run is in the error."""
+    """At the last save, and at the first: what was saved before is sound, and the run is in the
+    error."""
     command = [sys.executable, "-W", "ignore", "-c", LIMITED, str(tmp_path)]
     environment = {**os.environ, "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": ""}
-    out = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment)
+    out = subprocess.run(
+        command, capture_output=True, text=True, cwd=ROOT, timeout=300, env=environment
+    )
     at_last, then, at_first, anew = out.stdout.split("\n")[:4]
     assert at_last == "40 success True" and int(then) in (20, 30), out.stderr[-3000:]
     assert at_first == "20 stopped True" and anew == "0", out.stderr[-3000:]
@@ -255,7 +301,11 @@ def test_a_folder_that_vanishes(tmp_path):
             folder.write_text("a file stands there now")
 
     with pytest.raises((OSError, ValueError)) as caught:
-        run(90, checkpoint=bx.checkpoint.every(20, folder), callbacks=[bx.callbacks.every(20, vanish)])
+        run(
+            90,
+            checkpoint=bx.checkpoint.every(20, folder),
+            callbacks=[bx.callbacks.every(20, vanish)],
+        )
     assert "run" in str(caught.value)
     assert caught.value.solution.stats["steps"] >= 40
 
@@ -274,11 +324,17 @@ def test_a_log_on_a_full_disk(tmp_path):
 def test_a_log_has_every_row_of_a_run_that_ends_early(end, tmp_path):
     log = bx.callbacks.jsonl(tmp_path / "log.jsonl")
     ends = {
-        "stop": bx.callbacks.every(10, lambda event: event.step == 50), "interrupt": send(signal.SIGINT, 50),
-        "error before": raise_at(50, ZeroDivisionError()), "error after": raise_at(50, ZeroDivisionError()),
+        "stop": bx.callbacks.every(10, lambda event: event.step == 50),
+        "interrupt": send(signal.SIGINT, 50),
+        "error before": raise_at(50, ZeroDivisionError()), "error after": raise_at(50,
+        ZeroDivisionError()),
     }  # fmt: skip
     with pytest.raises(ZeroDivisionError) if "error" in end else contextlib.nullcontext():
-        run(90, throw=False, callbacks=[ends[end], log] if end == "error before" else [log, ends[end]])
+        run(
+            90,
+            throw=False,
+            callbacks=[ends[end], log] if end == "error before" else [log, ends[end]],
+        )
     rows = [json.loads(line)["step"] for line in (tmp_path / "log.jsonl").read_text().splitlines()]
     assert rows == list(range(50))
 
@@ -313,13 +369,17 @@ def test_links_are_not_followed(tmp_path):
     mine.mkdir()
     (mine / "step_000000020").symlink_to(elsewhere / "step_000000020")
     (mine / "x.orbax-checkpoint-tmp").symlink_to(elsewhere)
-    assert go(mine, 10).stats["resumed_from"] == 0  # a link is no checkpoint of this run, and nothing behind it is deleted
+    assert (
+        go(mine, 10).stats["resumed_from"] == 0
+    )  # a link is no checkpoint of this run, and nothing behind it is deleted
     assert (elsewhere / "step_000000020" / "_METADATA").exists()
 
 
 def test_fewer_steps_than_are_saved_are_refused(tmp_path):
     go(tmp_path, 20)
-    with pytest.raises(ValueError, match=r"num_steps: got 5, fewer than the 20 steps that .* has of this run"):
+    with pytest.raises(
+        ValueError, match=r"num_steps: got 5, fewer than the 20 steps that .* has of this run"
+    ):
         go(tmp_path, 5)
     assert go(tmp_path, 20).stats["resumed_from"] == 20
 
@@ -337,7 +397,9 @@ def test_metrics_may_begin_and_end(tmp_path, caplog):
     assert np.isnan(out.history["m"][20:]).all() and np.isfinite(out.history["m"][10:20]).all()
     assert np.isnan(out.history["k"][:20]).all() and np.isfinite(out.history["k"][20:]).all()
     assert [len(column) for column in out.history.values()] == [30] * len(out.history)
-    keywords = dict(algorithm=ALGORITHM, checkpoint=bx.checkpoint.every(10, tmp_path / "b", resume="continue"))
+    keywords = dict(
+        algorithm=ALGORITHM, checkpoint=bx.checkpoint.every(10, tmp_path / "b", resume="continue")
+    )
     for objective, n in ((outer, 10), (aux, 20)):
         out = bx.solve_bilevel(inner, objective, jnp.ones(2), jnp.ones(2), num_steps=n, **keywords)
     assert out.history["aux"]["a"].shape == (20, 2) and np.isnan(out.history["aux"]["n"][:10]).all()
@@ -345,22 +407,43 @@ def test_metrics_may_begin_and_end(tmp_path, caplog):
 
 
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
-@pytest.mark.parametrize("kill", [64, pytest.param(31, marks=pytest.mark.slow), pytest.param(75, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "kill", [64, pytest.param(31, marks=pytest.mark.slow), pytest.param(75, marks=pytest.mark.slow)]
+)
 def test_what_a_failure_goes_back_to_is_saved(policy, kill, tmp_path):
-    """A run that was killed before, between and after its failures ends with the bits of the one that was not."""
+    """A run that was killed before, between and after its failures ends with the bits of the one
+    that was not."""
     data = lambda key, step: jnp.where((step == 50) | (step == 70) | (step == 71), jnp.nan, 1.0)
     scaled = lambda y, x, b: outer(y, x, b) * b
-    keywords = dict(outer_data=data, key=jax.random.key(0), algorithm=ALGORITHM, keep="last", on_failure=policy, throw=False)
+    keywords = dict(
+        outer_data=data,
+        key=jax.random.key(0),
+        algorithm=ALGORITHM,
+        keep="last",
+        on_failure=policy,
+        throw=False,
+    )
 
     def solve(n, **more):
-        return bx.solve_bilevel(inner, scaled, jnp.zeros(2), jnp.ones(2), num_steps=n, **keywords, **more)
+        return bx.solve_bilevel(
+            inner, scaled, jnp.zeros(2), jnp.ones(2), num_steps=n, **keywords, **more
+        )
 
     whole = solve(120)
     with pytest.raises(ZeroDivisionError):
-        solve(120, checkpoint=bx.checkpoint.every(15, tmp_path), callbacks=[raise_at(kill, ZeroDivisionError())])
+        solve(
+            120,
+            checkpoint=bx.checkpoint.every(15, tmp_path),
+            callbacks=[raise_at(kill, ZeroDivisionError())],
+        )
     again = solve(120, checkpoint=bx.checkpoint.every(15, tmp_path))
-    assert again.stats["failed_steps"] == whole.stats["failed_steps"] == 3 and 0 < again.stats["resumed_from"] < 90
-    chex.assert_trees_all_equal((whole.outer_params, whole.history), (again.outer_params, again.history))
+    assert (
+        again.stats["failed_steps"] == whole.stats["failed_steps"] == 3
+        and 0 < again.stats["resumed_from"] < 90
+    )
+    chex.assert_trees_all_equal(
+        (whole.outer_params, whole.history), (again.outer_params, again.history)
+    )
     # Another policy later: what the first one kept is passed over.
     other = solve(130, checkpoint=bx.checkpoint.every(15, tmp_path)) if policy == "skip" else None
     assert other is None or other.stats["resumed_from"] == 120

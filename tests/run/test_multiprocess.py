@@ -33,10 +33,20 @@ def run(processes: int, folder: pathlib.Path, steps: int, *flags: str) -> list[d
         "XLA_FLAGS": f"--xla_force_host_platform_device_count={4 // processes}",
         "JAX_COMPILATION_CACHE_DIR": cache,
     }
-    command = [sys.executable, "-W", "error::UserWarning:bilevax", "-m", "tests.run.multiprocess_problem"]
+    command = [
+        sys.executable,
+        "-W",
+        "error::UserWarning:bilevax",
+        "-m",
+        "tests.run.multiprocess_problem",
+    ]
     children = [
         subprocess.Popen(
-            [*command, *map(str, (rank, processes, port, folder, steps)), *flags], env=environment, cwd=ROOT, stderr=subprocess.PIPE, text=True
+            [*command, *map(str, (rank, processes, port, folder, steps)), *flags],
+            env=environment,
+            cwd=ROOT,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(processes)
     ]
@@ -57,7 +67,10 @@ def run(processes: int, folder: pathlib.Path, steps: int, *flags: str) -> list[d
 
 
 def same(a, b, tol=1e-10):
-    return all(np.max(np.abs(a[k] - b[k])) <= tol * np.max(np.abs(b[k])) for k in ("inner", "outer", "value"))
+    return all(
+        np.max(np.abs(a[k] - b[k])) <= tol * np.max(np.abs(b[k]))
+        for k in ("inner", "outer", "value")
+    )
 
 
 @pytest.fixture(scope="module")
@@ -71,11 +84,17 @@ def test_two_processes_equal_one(alone, tmp_path):
         assert first[case]["devices"] == alone[case]["devices"] == 4
         assert same(first[case], alone[case]) and same(second[case], alone[case])
         assert np.array_equal(first[case]["outer"], second[case]["outer"])
-    assert "12/12" in first["stderr"] and "12/12" not in second["stderr"]  # one of them shows its progress
+    assert (
+        "12/12" in first["stderr"] and "12/12" not in second["stderr"]
+    )  # one of them shows its progress
     again = here(tmp_path, 14)  # what two saved, one goes on with
     assert all(again[case]["from"] == 12 and again[case]["steps"] == 14 for case in CASES)
     assert all(
-        same({**again[c], "value": again[c]["value"][:12]}, {**alone[c], "inner": again[c]["inner"], "outer": again[c]["outer"]}) for c in CASES
+        same(
+            {**again[c], "value": again[c]["value"][:12]},
+            {**alone[c], "inner": again[c]["inner"], "outer": again[c]["outer"]},
+        )
+        for c in CASES
     )
 
 
@@ -83,7 +102,10 @@ def test_two_processes_equal_one(alone, tmp_path):
 def test_a_signal_to_one_stops_both_and_they_go_on(alone, tmp_path):
     first, second = run(2, tmp_path, 12, "terminate")
     for case in CASES:
-        assert first[case]["code"] == second[case]["code"] == RESULTS.preempted and first[case]["steps"] == second[case]["steps"] == 4
+        assert (
+            first[case]["code"] == second[case]["code"] == RESULTS.preempted
+            and first[case]["steps"] == second[case]["steps"] == 4
+        )
     first, second = run(2, tmp_path, 12)
     for case in CASES:
         assert first[case]["from"] == second[case]["from"] == 4 and same(first[case], alone[case])

@@ -1,4 +1,5 @@
-"""Two processes, one of which is not as the other: what differs is named, and none waits for ever."""
+"""Two processes, one of which is not as the other: what differs is named, and none waits for
+ever."""
 
 import os
 import pathlib
@@ -21,11 +22,21 @@ def run(modes, folder, seconds=300):
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     cache = str(jax.config.jax_compilation_cache_dir)
-    environment = {**os.environ, "JAX_PLATFORMS": "cpu", "XLA_FLAGS": "", "JAX_COMPILATION_CACHE_DIR": cache}
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "",
+        "JAX_COMPILATION_CACHE_DIR": cache,
+    }
     command = [sys.executable, "-m", "tests.run.process_problem", ",".join(modes)]
     children = [
         subprocess.Popen(
-            [*command, str(rank), str(port), str(folder)], env=environment, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+            [*command, str(rank), str(port), str(folder)],
+            env=environment,
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
         for rank in range(2)
     ]
@@ -35,7 +46,9 @@ def run(modes, folder, seconds=300):
             if "freeze" in modes and child is children[1]:
                 child.send_signal(signal.SIGKILL)
             out, words = child.communicate(timeout=seconds)
-            lines = dict(line.split(" ", 1) for line in out.split("\n") if line.startswith(tuple(modes)))
+            lines = dict(
+                line.split(" ", 1) for line in out.split("\n") if line.startswith(tuple(modes))
+            )
             said.append({mode: lines.get(mode, words[-2000:]) for mode in modes})
         return said
     finally:
@@ -62,7 +75,9 @@ def together(tmp_path_factory):
 @pytest.mark.parametrize("mode", list(DIFFERING))
 def test_what_differs_is_named_on_both(mode, together):
     for said in together[:2]:
-        assert said[mode].startswith("ERROR ValueError") and re.search(DIFFERING[mode], said[mode]), said[mode]
+        assert said[mode].startswith("ERROR ValueError") and re.search(
+            DIFFERING[mode], said[mode]
+        ), said[mode]
 
 
 def test_a_stop_on_one_stops_all(together):
@@ -71,14 +86,19 @@ def test_a_stop_on_one_stops_all(together):
 
 def test_an_error_on_one_is_told_to_the_other(together):
     first, second = (said["raise"] for said in together[:2])
-    assert "process 1 of 2 ended the run by ZeroDivisionError: of this process alone" in first and first.endswith("steps 64"), first
+    assert (
+        "process 1 of 2 ended the run by ZeroDivisionError: of this process alone" in first
+        and first.endswith("steps 64")
+    ), first
     assert second.startswith("ERROR ZeroDivisionError") and second.endswith("steps 64"), second
 
 
 def gone(words, folder, end):
     assert words.startswith("ERROR"), words
     saved = [path.stat().st_mtime for path in folder.iterdir() if path.name.startswith("step_")]
-    assert saved and end - max(saved) < 60  # what was saved is there, and the end came within a minute of it
+    assert (
+        saved and end - max(saved) < 60
+    )  # what was saved is there, and the end came within a minute of it
 
 
 def test_a_process_that_is_gone_is_not_waited_for(together):

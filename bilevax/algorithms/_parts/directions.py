@@ -1,7 +1,8 @@
-"""The three directions that stochastic bilevel algorithms are made of, from one pass through each objective.
+"""The three directions that stochastic bilevel algorithms are made of, from one pass through each
+objective.
 
-``D_y = ∇_y g``, ``D_v = ∇²_yy g·v + ∇_y f``, ``D_x = ∇²_xy g·v + ∇_x f``, whose common root has ``v = −(∇²_yy g)⁻¹ ∇_y f`` and ``D_x`` the
-hypergradient.
+``D_y = ∇_y g``, ``D_v = ∇²_yy g·v + ∇_y f``, ``D_x = ∇²_xy g·v + ∇_x f``, whose common root has ``v
+= −(∇²_yy g)⁻¹ ∇_y f`` and ``D_x`` the hypergradient.
 """
 
 from __future__ import annotations
@@ -18,7 +19,9 @@ from bilevax.results import ladder
 
 
 class Inner(NamedTuple):
-    """What one pass through the inner objective gives: ``∇_y g``, ``∇²_yy g·v``, ``∇²_xy g·v``, the model's new state."""
+    """What one pass through the inner objective gives: ``∇_y g``, ``∇²_yy g·v``, ``∇²_xy g·v``, the
+    model's new state.
+    """
 
     grad: PyTree
     product: PyTree
@@ -44,7 +47,9 @@ class Directions(NamedTuple):
 
 
 def inner_pass(problem: Problem, y: PyTree, x: PyTree, v: PyTree, ctx: Ctx) -> Inner:
-    """Gradient and both products with `v` by one forward-over-reverse pass: a jvp of ``∇g`` along ``(v, 0)``."""
+    """Gradient and both products with `v` by one forward-over-reverse pass: a jvp of ``∇g`` along
+    ``(v, 0)``.
+    """
 
     def gradients(y):
         (grad, grad_x), (model, _) = jax.grad(problem.inner, (0, 1), has_aux=True)(y, x, ctx)
@@ -67,7 +72,9 @@ def hessian_product(problem: Problem, y: PyTree, x: PyTree, v: PyTree, ctx: Ctx)
 
 def outer_pass(problem: Problem, y: PyTree, x: PyTree, ctx: Ctx) -> Outer:
     """Value and both gradients of the outer objective."""
-    (value, (_, aux)), (f_y, f_x) = jax.value_and_grad(problem.outer, (0, 1), has_aux=True)(y, x, ctx)
+    (value, (_, aux)), (f_y, f_x) = jax.value_and_grad(problem.outer, (0, 1), has_aux=True)(
+        y, x, ctx
+    )
     return Outer(value, f_y, f_x, aux)
 
 
@@ -81,8 +88,16 @@ def descend(params: PyTree, size: Any, direction: PyTree) -> PyTree:
     return tree.axpy(-size, direction, params)
 
 
-def report(inner: InnerState, outer: PyTree, f: Outer, d: Directions, calls: dict[str, Any], diagnostics: dict[str, Any] | None = None) -> StepInfo:
-    """The step's `StepInfo`: its code names the first of the quantities that left the finite numbers.
+def report(
+    inner: InnerState,
+    outer: PyTree,
+    f: Outer,
+    d: Directions,
+    calls: dict[str, Any],
+    diagnostics: dict[str, Any] | None = None,
+) -> StepInfo:
+    """The step's `StepInfo`: its code names the first of the quantities that left the finite
+    numbers.
 
     Args:
       inner: the inner state that the value belongs to.
@@ -95,16 +110,25 @@ def report(inner: InnerState, outer: PyTree, f: Outer, d: Directions, calls: dic
     grad_norm, lag = tree.norm(d.x), tree.norm(d.y)
     finite = dict(inner=lag, value=f.value, adjoint=tree.norm(d.v), grad=grad_norm)
     code = ladder(**jax.tree.map(jnp.isfinite, finite))
-    return StepInfo(f.value, grad_norm, (inner, outer), code, {**calls, **(diagnostics or {})}, f.aux, lag=lag)
+    return StepInfo(
+        f.value, grad_norm, (inner, outer), code, {**calls, **(diagnostics or {})}, f.aux, lag=lag
+    )
 
 
 def drawn_finite(problem: Problem, feeds: Feeds, draws: Draws) -> jax.Array:
     """Whether the batches of a step, so many of each stream, are finite."""
     ok = jnp.asarray(True)
-    for draw, feed, count in zip((problem.inner_draw, problem.hyper_draw, problem.outer_draw), feeds[:3], draws, strict=True):
+    for draw, feed, count in zip(
+        (problem.inner_draw, problem.hyper_draw, problem.outer_draw), feeds[:3], draws, strict=True
+    ):
         if not count:  # of a stream read on the host there is no batch then, not even to trace
             continue
-        ok &= lax.fori_loop(0, count, lambda i, ok, draw=draw, feed=feed: ok & tree.all_finite(draw(feed, i).batch), jnp.asarray(True))
+        ok &= lax.fori_loop(
+            0,
+            count,
+            lambda i, ok, draw=draw, feed=feed: ok & tree.all_finite(draw(feed, i).batch),
+            jnp.asarray(True),
+        )
     return ok
 
 
@@ -118,4 +142,8 @@ def counts(inner_gradients: Any = 0, products: Any = 0, outer_gradients: Any = 0
 
     `products` are Hessian-vector and mixed products, those of one pass counted apart.
     """
-    return {"inner_gradients": inner_gradients, "products": products, "outer_gradients": outer_gradients}
+    return {
+        "inner_gradients": inner_gradients,
+        "products": products,
+        "outer_gradients": outer_gradients,
+    }

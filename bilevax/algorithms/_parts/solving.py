@@ -1,4 +1,6 @@
-"""Solves to an accuracy that is a value: the lower level to a relative distance, the adjoint to a residual."""
+"""Solves to an accuracy that is a value: the lower level to a relative distance, the adjoint to a
+residual.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,8 @@ def check_solver(solver: Any, argument: str) -> None:
     """An inner solver whose tolerance can be set for each solve."""
     if not isinstance(solver, InnerSolver) or solver.to_tolerance is None:
         raise TypeError(
-            f"{argument}: got {check.describe(solver)}; expected a solver to a tolerance. Try inner.lbfgs(), inner.agd() or inner.gradient_descent()."
+            f"{argument}: got {check.describe(solver)}; expected a solver to a tolerance. Try "
+            "inner.lbfgs(), inner.agd() or inner.gradient_descent()."
         )
 
 
@@ -28,13 +31,16 @@ def full_batch_only(problem: Problem, name: str) -> None:
     for draw in draws:
         if draw is not same:
             raise ValueError(
-                f"algorithm: got {name}, which needs the same data at every step, with data drawn by {draw!r}; expected arrays (the whole is the "
+                f"algorithm: got {name}, which needs the same data at every step, with data drawn "
+                f"by {draw!r}; expected arrays (the whole is the "
                 "batch), data.full(...) or None. Try algorithms.double_loop for batches."
             )
 
 
 class Solved(NamedTuple):
-    """An inner point, the norm of its gradient, the evaluations spent, whether the solver says that it is solved."""
+    """An inner point, the norm of its gradient, the evaluations spent, whether the solver says that
+    it is solved.
+    """
 
     inner: InnerState
     grad_norm: Any
@@ -42,10 +48,16 @@ class Solved(NamedTuple):
     ok: Any
 
 
-def solve_to(problem: Problem, solver: InnerSolver, inner: InnerState, outer: PyTree, ctx: Ctx, tol: Any) -> Solved:
-    """Run `solver` from `inner` until the distance to the solution is, by its own estimate, at most ``tol ‖y‖``."""
+def solve_to(
+    problem: Problem, solver: InnerSolver, inner: InnerState, outer: PyTree, ctx: Ctx, tol: Any
+) -> Solved:
+    """Run `solver` from `inner` until the distance to the solution is, by its own estimate, at most
+    ``tol ‖y‖``.
+    """
     assert solver.to_tolerance is not None  # what `check_solver` let in
-    state, info = solver.to_tolerance(tol, INNER).step(problem.inner, inner, outer, ctx._replace(model=inner.model))
+    state, info = solver.to_tolerance(tol, INNER).step(
+        problem.inner, inner, outer, ctx._replace(model=inner.model)
+    )
     return Solved(state, info["grad_norm"], info["evaluations"], info["code"] == RESULTS.success)
 
 
@@ -70,7 +82,9 @@ def curvature(problem: Problem, y: PyTree, x: PyTree, ctx: Ctx) -> Curvature:
 
 
 class Adjoint(NamedTuple):
-    """The solution q of ``∇²_yy g q = ∇_y f``, its relative residual, the products spent, the solver's code."""
+    """The solution q of ``∇²_yy g q = ∇_y f``, its relative residual, the products spent, the
+    solver's code.
+    """
 
     q: PyTree
     residual: Any
@@ -79,6 +93,8 @@ class Adjoint(NamedTuple):
 
 
 def adjoint_to(hessian: Any, f_y: PyTree, start: PyTree, tol: Any, maxiter: int) -> Adjoint:
-    """Conjugate gradients from `start` until ``‖Hq − ∇_y f‖ ≤ tol ‖∇_y f‖``; cut at negative curvature, with the iterate that there is."""
+    """Conjugate gradients from `start` until ``‖Hq − ∇_y f‖ ≤ tol ‖∇_y f‖``; cut at negative
+    curvature, with the iterate that there is.
+    """
     q, info = linear.cg(maxiter=maxiter, tol=jax.lax.stop_gradient(tol))(hessian, f_y, start)
     return Adjoint(q, info.residual, info.iterations, info.code)

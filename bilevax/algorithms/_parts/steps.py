@@ -28,10 +28,12 @@ def _descent(step_size: Any) -> optax.GradientTransformation:
 
 
 def transformation(step: StepSize, argument: str) -> optax.GradientTransformation:
-    """`step` as a transformation: a number `a` becomes ``−a t^{−decay} d`` with a leaf for a, a transformation stays what it is.
+    """`step` as a transformation: a number `a` becomes ``−a t^{−decay} d`` with a leaf for a, a
+    transformation stays what it is.
 
     Args:
-      step: a positive number, or an optax transformation (which takes no decay from here: put a schedule into it).
+      step: a positive number, or an optax transformation (which takes no decay from here: put a
+        schedule into it).
       argument: the argument's name, for messages.
 
     Returns:
@@ -50,7 +52,10 @@ def transformation(step: StepSize, argument: str) -> optax.GradientTransformatio
         check.transformation(step, argument)
         return step
     if callable(step):
-        raise TypeError(f"{argument}: got {check.describe(step)}; expected a positive number, or an optax transformation. Try 0.1.")
+        raise TypeError(
+            f"{argument}: got {check.describe(step)}; expected a positive number, or an optax "
+            "transformation. Try 0.1."
+        )
     return tunable(_descent, step_size=numbers.positive(step, argument))
 
 
@@ -62,26 +67,41 @@ def exponent(decay: Numeric, argument: str = "decay") -> float | None:
 
 def decayed(done: Any, decay: Numeric | None) -> Any:
     """``t^{−decay}`` for the step after `done` others, t = done + 1."""
-    return 1.0 if decay is None else jnp.power(jnp.asarray(done + 1).astype(jnp.result_type(float)), -decay)
+    return (
+        1.0
+        if decay is None
+        else jnp.power(jnp.asarray(done + 1).astype(jnp.result_type(float)), -decay)
+    )
 
 
 def move(
-    opt: optax.GradientTransformation, direction: PyTree, state: PyTree, params: PyTree, decayed: Any = 1.0, project: Any = None
+    opt: optax.GradientTransformation,
+    direction: PyTree,
+    state: PyTree,
+    params: PyTree,
+    decayed: Any = 1.0,
+    project: Any = None,
 ) -> tuple[Any, ...]:
-    """Parameters after one step of `opt` along `direction`, and its state; a step given as a number is taken `decayed` times."""
+    """Parameters after one step of `opt` along `direction`, and its state; a step given as a number
+    is taken `decayed` times.
+    """
     return optimizer.moved(opt, direction, state, params, project, decayed=decayed)
 
 
 def warm_only(problem: Problem, name: str) -> None:
-    """Refuse a start of each solve, and an objective of its steps: these algorithms keep their inner point from step to step."""
+    """Refuse a start of each solve, and an objective of its steps: these algorithms keep their
+    inner point from step to step.
+    """
     if problem.outer.trajectory:
         raise ValueError(
-            f"outer_objective: got {problem.outer!r} with {name}, which has no solve to follow; expected an objective of "
+            f"outer_objective: got {problem.outer!r} with {name}, which has no solve to follow; "
+            "expected an objective of "
             "the inner point. Try algorithms.double_loop with hypergradient.unrolled()."
         )
     if problem.inner_init is not None:
         raise ValueError(
-            f"inner_init: got a function of the outer parameters, with {name}, which goes on from its last inner point and gives the initial one no "
+            f"inner_init: got a function of the outer parameters, with {name}, which goes on from "
+            "its last inner point and gives the initial one no "
             "derivative; expected None. Try algorithms.double_loop with hypergradient.unrolled()."
         )
 
@@ -94,5 +114,8 @@ def projected(problem: Problem, outer: PyTree) -> PyTree:
 def random_key(feeds: Feeds, name: str) -> jax.Array:
     """The step's own key, for algorithms that draw."""
     if feeds.key is None:
-        raise ValueError(f"key: got None although {name} draws random numbers; expected a PRNG key. Try jax.random.key(0).")
+        raise ValueError(
+            f"key: got None although {name} draws random numbers; expected a PRNG key. Try "
+            "jax.random.key(0)."
+        )
     return feeds.key

@@ -19,7 +19,11 @@ from bilevax.certificate import Constants
 
 SEARCH = 8  # trials; where none passes, the point stays, solved more accurately
 FINER = 0.1  # by so much
-SHORTEST, LONGEST, BLIND = 0.1, 0.5, 0.2  # factors of the next trial: limits of the quadratic's minimum, and where it has none
+SHORTEST, LONGEST, BLIND = (
+    0.1,
+    0.5,
+    0.2,
+)  # factors of the next trial: limits of the quadratic's minimum, and where it has none
 
 
 class Point(NamedTuple):
@@ -29,7 +33,8 @@ class Point(NamedTuple):
       outer, inner: the point.
       q: its adjoint; 0 where that is too rough to correct values with.
       value: of the outer objective.
-      error: ``⟨q, ∇_y g⟩``: `value` less this is that at the solution, up to second order in y's error.
+      error: ``⟨q, ∇_y g⟩``: `value` less this is that at the solution, up to second order in y's
+        error.
       z: hypergradient.
       margin: how far `value` may be off, by a certificate.
     """
@@ -44,7 +49,9 @@ class Point(NamedTuple):
 
 
 class Trial(NamedTuple):
-    """The last trial of a search: the point, the value there, the step length, and what all trials have cost."""
+    """The last trial of a search: the point, the value there, the step length, and what all trials
+    have cost.
+    """
 
     outer: PyTree
     inner: InnerState
@@ -69,7 +76,8 @@ def search(
     constants: Constants | None,
     contexts: tuple[Ctx, Ctx],
 ) -> Trial:
-    """Trials ``x − αp`` until the value, solved anew, has decreased enough; where none will do, the point itself with a finer solve.
+    """Trials ``x − αp`` until the value, solved anew, has decreased enough; where none will do, the
+    point itself with a finer solve.
 
     Args:
       problem: what is solved.
@@ -89,29 +97,43 @@ def search(
 
     def try_next(t: Trial) -> Trial:
         last = stays | (t.count >= SEARCH)
-        x = tree.where(last, point.outer, steps.projected(problem, tree.axpy(-t.length, p, point.outer)))
+        x = tree.where(
+            last, point.outer, steps.projected(problem, tree.axpy(-t.length, p, point.outer))
+        )
         tol = jnp.where(t.count >= SEARCH, tols[1], tols[0])
         solved = solve_to(problem, solver, point.inner, x, inner_ctx, tol)
         there = outer_ctx._replace(model=solved.inner.model)
         slack = point.margin
         if constants is None:
             value = problem.outer(solved.inner.params, x, there)[0].astype(dtype)
-            rest = inner_grad(problem, solved.inner.params, x, inner_ctx._replace(model=solved.inner.model))[0]
+            rest = inner_grad(
+                problem, solved.inner.params, x, inner_ctx._replace(model=solved.inner.model)
+            )[0]
             error = tree.dot(point.q, rest).astype(dtype) - point.error
         else:
             f = outer_pass(problem, solved.inner.params, x, there)
             value, error = f.value.astype(dtype), jnp.zeros_like(point.error)
-            slack = slack + margin(constants, tree.norm(f.y).astype(dtype), solved.grad_norm.astype(dtype) / constants.strong_convexity)
+            slack = slack + margin(
+                constants,
+                tree.norm(f.y).astype(dtype),
+                solved.grad_norm.astype(dtype) / constants.strong_convexity,
+            )
         predicted = tree.dot(point.z, tree.sub(point.outer, x)).astype(dtype)
         change = value - point.value
-        change = jnp.maximum(change, change - error)  # as it is, and with inner errors corrected: neither may rise
+        change = jnp.maximum(
+            change, change - error
+        )  # as it is, and with inner errors corrected: neither may rise
         # Below what rounding lets the values tell, no increase is all that can be asked for.
         hidden = (predicted > 0) & (predicted <= 10 * unit * jnp.abs(point.value)) & (change <= 0)
         finite = jnp.isfinite(value) & tree.all_finite((solved.inner.params, x))
         good = finite & ((change + slack <= -decrease * predicted) & (predicted > 0) | hidden)
         bend = 2 * (change + predicted)
         known = finite & (bend > 0)
-        cut = jnp.where(known, jnp.clip(predicted / jnp.where(known, bend, jnp.ones_like(bend)), SHORTEST, LONGEST), BLIND)
+        cut = jnp.where(
+            known,
+            jnp.clip(predicted / jnp.where(known, bend, jnp.ones_like(bend)), SHORTEST, LONGEST),
+            BLIND,
+        )
         done = last | good
         return Trial(
             tree.where(done, x, point.outer),
@@ -125,7 +147,20 @@ def search(
             done,
         )
 
-    shapes = jax.eval_shape(try_next, Trial(point.outer, point.inner, point.value, length, tols[0], jnp.int32(0), jnp.int32(0), stays, stays))
+    shapes = jax.eval_shape(
+        try_next,
+        Trial(
+            point.outer,
+            point.inner,
+            point.value,
+            length,
+            tols[0],
+            jnp.int32(0),
+            jnp.int32(0),
+            stays,
+            stays,
+        ),
+    )
     blank = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), shapes)
     start = blank._replace(outer=point.outer, inner=point.inner, length=length)
     return lax.while_loop(lambda t: ~t.done, try_next, start)

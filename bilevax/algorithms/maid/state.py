@@ -15,7 +15,9 @@ from bilevax.algorithms.maid.search import Trial
 from bilevax.base import InnerState, PyTree, StepInfo
 from bilevax.results import RESULTS, warning
 
-FINER = 0.2  # factor of both accuracies where the value's error is more than TELLING of the decrease that the next step promises
+# factor of both accuracies where the value's error is more than TELLING of the decrease that the
+# next step promises
+FINER = 0.2
 TELLING = 0.1
 FAILED = 0.1  # factor of both accuracies after a search that failed
 FINEST = 1e-8  # of both
@@ -36,7 +38,8 @@ class MaidState(NamedTuple):
       told: whether it is not.
       promised: decrease that the next step's first trial predicts.
       model: of the outer problem, from the steps before.
-      epsilon, delta: accuracies asked of the inner point (a relative distance) and of the adjoint (a relative residual).
+      epsilon, delta: accuracies asked of the inner point (a relative distance) and of the adjoint
+        (a relative residual).
       started: whether there has been a step.
       stuck: searches in a row that failed.
       lost: whether the last of them failed in spite of a decrease that values could have told.
@@ -69,7 +72,9 @@ def finer(accuracy: Any, factor: Numeric) -> Any:
 
 def finest(state: MaidState) -> Any:
     """Whether neither accuracy can be tightened any more."""
-    return (finer(state.epsilon, FAILED) >= state.epsilon) & (finer(state.delta, FAILED) >= state.delta)
+    return (finer(state.epsilon, FAILED) >= state.epsilon) & (
+        finer(state.delta, FAILED) >= state.delta
+    )
 
 
 def advanced(
@@ -84,10 +89,16 @@ def advanced(
     stays: Any,
     failed: Any,
 ) -> MaidState:
-    """The next state: where a step's promise is near the value's own error, the next is more accurate."""
+    """The next state: where a step's promise is near the value's own error, the next is more
+    accurate.
+    """
     dtype, unit = state.value.dtype, numbers.rounding_unit((state.inner.params, state.outer))
     epsilon, delta = accuracies
-    rough = (jnp.abs(g.error.astype(dtype)) > TELLING * promised) | (trial.count > 2) | (g.residual > ROUGH)
+    rough = (
+        (jnp.abs(g.error.astype(dtype)) > TELLING * promised)
+        | (trial.count > 2)
+        | (g.residual > ROUGH)
+    )
     if made is None:
         epsilon, delta = (jnp.where(rough, finer(a, FINER), a) for a in (epsilon, delta))
         extra: tuple[Any, ...] = ()
@@ -109,22 +120,39 @@ def advanced(
         epsilon=epsilon,
         delta=delta,
         started=jnp.asarray(True),
-        stuck=jnp.where(failed, state.stuck + 1, jnp.where(stays, state.stuck, 0)).astype(jnp.int32),
+        stuck=jnp.where(failed, state.stuck + 1, jnp.where(stays, state.stuck, 0)).astype(
+            jnp.int32
+        ),
         lost=jnp.where(failed, visible, stays & state.lost),
         certified=extra,
     )
 
 
 def taken_back(state: MaidState, length: Any) -> MaidState:
-    """The state before a move to a point whose adjoint system has no usable answer: nothing would be known there. A shorter one is next."""
+    """The state before a move to a point whose adjoint system has no usable answer: nothing would
+    be known there. A shorter one is next.
+    """
     radius = BACK * jnp.minimum(state.model.radius, length)
     model = state.model._replace(radius=radius)
     share = directions.capped(model, state.p) / directions.capped(state.model, state.p)
-    return state._replace(model=model, promised=share * state.promised, stuck=state.stuck + 1, lost=jnp.asarray(True))
+    return state._replace(
+        model=model, promised=share * state.promised, stuck=state.stuck + 1, lost=jnp.asarray(True)
+    )
 
 
-def report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: Certificate | None, size: Any, length: Any, back: Any) -> StepInfo:
-    """What a step reports: `size` is the hypergradient's norm, `length` that of the move, `back` whether it was taken back."""
+def report(
+    new: MaidState,
+    state: MaidState,
+    trial: Trial,
+    g: Gradient,
+    made: Certificate | None,
+    size: Any,
+    length: Any,
+    back: Any,
+) -> StepInfo:
+    """What a step reports: `size` is the hypergradient's norm, `length` that of the move, `back`
+    whether it was taken back.
+    """
     diagnostics = {
         "accepted": length > 0,
         "step_size": length,
@@ -146,10 +174,27 @@ def report(new: MaidState, state: MaidState, trial: Trial, g: Gradient, made: Ce
             "inner_error": made.bound.distance,
             "strong_convexity": made.constants.strong_convexity,
         }
-        # Of an inexact point's values, the upper bound falls from step to step, and so may choose the iterate that is kept.
+        # Of an inexact point's values, the upper bound falls from step to step, and so may choose
+        # the iterate that is kept.
         value = value + new.certified[2].astype(g.value.dtype)
-    rough = g.warnings | warning(~trial.solved, RESULTS.inner_not_converged) | warning(new.lost, RESULTS.no_step_accepted)
-    # A value that is off by more than steps change it may not be compared with theirs: the start's, say, which is solved roughly.
-    told = jnp.maximum(new.promised, 10 * numbers.rounding_unit((new.inner.params, new.outer)) * jnp.abs(new.value))
+    rough = (
+        g.warnings
+        | warning(~trial.solved, RESULTS.inner_not_converged)
+        | warning(new.lost, RESULTS.no_step_accepted)
+    )
+    # A value that is off by more than steps change it may not be compared with theirs: the start's,
+    # say, which is solved roughly.
+    told = jnp.maximum(
+        new.promised, 10 * numbers.rounding_unit((new.inner.params, new.outer)) * jnp.abs(new.value)
+    )
     fine = (jnp.abs(new.error) <= TELLING * told) | finest(new)
-    return StepInfo(value, size, (new.inner, new.outer), g.code, diagnostics, g.aux, rough, trial.solved & ~back & fine)
+    return StepInfo(
+        value,
+        size,
+        (new.inner, new.outer),
+        g.code,
+        diagnostics,
+        g.aux,
+        rough,
+        trial.solved & ~back & fine,
+    )
