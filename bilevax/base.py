@@ -292,6 +292,11 @@ class Problem(NamedTuple):
     project: Callable[[PyTree], PyTree] | None = None
 
     @property
+    def separable(self) -> bool:
+        """Whether devices may run it on tasks of their own, without the others."""
+        return True
+
+    @property
     def stream_draws(self) -> tuple[Draw, ...]:
         """The draw of each of a step's streams."""
         return self.inner_draw, self.hyper_draw, self.outer_draw

@@ -52,6 +52,11 @@ class Game(NamedTuple):
     projections: dict[str, Any]
 
     @property
+    def separable(self) -> bool:
+        """Whether devices may run it on tasks of their own, without the others."""
+        return False
+
+    @property
     def stream_draws(self) -> tuple[Draw | None, ...]:
         """The draw of each player's stream, where it may find out its order beforehand: none needs
         to, for one batch a step.

@@ -53,6 +53,11 @@ class System(NamedTuple):
     starts: dict[str, Start]  # of the levels that begin each solve anew
 
     @property
+    def separable(self) -> bool:
+        """Whether devices may run it on tasks of their own, without the others."""
+        return False
+
+    @property
     def stream_draws(self) -> tuple[Draw | None, ...]:
         """The draw of each level's stream, where it may find out its order beforehand: a level may
         be solved more than once in a step.

@@ -22,10 +22,10 @@ from bilevax._core.peers import Peers
 from bilevax._core.refusal import undifferentiable
 from bilevax._core.settings import name_of
 from bilevax.base import join
-from bilevax.results import RESULTS, SolveError, as_warning, failed, first, strictly, warning
+from bilevax.results import RESULTS, SolveError, as_warning, first, strictly, warning
 from bilevax.run import store as store_lib
 from bilevax.run import watch
-from bilevax.run.ending import attach, closed
+from bilevax.run.ending import attach, closed, stats
 from bilevax.run.feeds import feeds, orders
 from bilevax.run.history import History
 from bilevax.run.judging import diverging, improves, lost, settled, undone, watched
@@ -600,18 +600,6 @@ class Loop:
     def finish(self, result: RESULTS) -> Solution:
         """What the run has come to."""
         rows = self.history.copy()
-        stats: dict[str, Any] = {
-            "steps": int(self.run.step) - self.start,
-            "total_steps": int(self.run.step),
-            "seconds": time.perf_counter() - self.begin,
-            "first_chunk_seconds": self.first_chunk,
-            "best_step": int(self.run.step) if self.run.best is None else int(self.run.best.step),
-            "failed_steps": int(failed(rows["code"]).sum()) if rows else 0,
-            "resumed_from": self.resumed,
-            "algorithm": name_of(self.plan.algorithm.step),
-        }
-        if self.store is not None:
-            stats["checkpoint_seconds"] = self.store.seconds
-            if self.store.continued is not None:
-                stats["continued"] = self.store.continued
-        return self._solution(self.run._replace(place=self.window.places()), result, rows, stats)
+        return self._solution(
+            self.run._replace(place=self.window.places()), result, rows, stats(self, rows)
+        )

@@ -1,14 +1,16 @@
-"""How a run ends that an error cut short: all that is open closed, and the error given what the run
-has come to.
+"""How a run ends: what is said of it and, where an error cut it short, all that is open closed, and
+the error given what the run has come to.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import jax
 
-from bilevax.results import RESULTS
+from bilevax._core.settings import name_of
+from bilevax.results import RESULTS, failed
 
 
 def closed(loop: Any, error: BaseException | None) -> BaseException | None:
@@ -50,3 +52,22 @@ def attach(loop: Any, error: BaseException) -> None:
     error.add_note(
         f"The state was in the call that did not return{f' ({lost})' if lost else ''}; {where}."
     )
+
+
+def stats(loop: Any, rows: dict[str, Any]) -> dict[str, Any]:
+    """What is said of a run beside its result: ``Solution.stats``."""
+    out: dict[str, Any] = {
+        "steps": int(loop.run.step) - loop.start,
+        "total_steps": int(loop.run.step),
+        "seconds": time.perf_counter() - loop.begin,
+        "first_chunk_seconds": loop.first_chunk,
+        "best_step": int(loop.run.step) if loop.run.best is None else int(loop.run.best.step),
+        "failed_steps": int(failed(rows["code"]).sum()) if rows else 0,
+        "resumed_from": loop.resumed,
+        "algorithm": name_of(loop.plan.algorithm.step),
+    }
+    if loop.store is not None:
+        out["checkpoint_seconds"] = loop.store.seconds
+        if loop.store.continued is not None:
+            out["continued"] = loop.store.continued
+    return out

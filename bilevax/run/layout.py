@@ -242,7 +242,7 @@ def of_problem(sharding: Sharding, problem: Any, start: InnerState) -> Sharding:
     """The sharding as this problem takes it: tasks of more than two levels lie by path."""
     return (
         over_tasks.of_levels(sharding, start.params)
-        if sharding.apart and not isinstance(problem, Problem)
+        if sharding.apart and not problem.separable
         else sharding
     )
 
