@@ -66,6 +66,9 @@ def stats(loop: Any, rows: dict[str, Any]) -> dict[str, Any]:
         "resumed_from": loop.resumed,
         "algorithm": name_of(loop.plan.algorithm.step),
     }
+    begun, ended = loop.history.names()
+    if begun or ended:
+        out["columns"] = {"begun": begun, "ended": ended}
     if loop.store is not None:
         out["checkpoint_seconds"] = loop.store.seconds
         if loop.store.continued is not None:
