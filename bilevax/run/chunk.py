@@ -26,7 +26,7 @@ from bilevax.results import RESULTS, SolveError, as_warning, first, strictly, wa
 from bilevax.run import store as store_lib
 from bilevax.run import watch
 from bilevax.run.ending import attach, closed, stats
-from bilevax.run.feeds import feeds, orders
+from bilevax.run.feeds import afterwards, feeds, orders
 from bilevax.run.history import History
 from bilevax.run.judging import diverging, improves, lost, settled, undone, watched
 from bilevax.run.recovery import Recovery
@@ -39,19 +39,11 @@ from bilevax.run.window import Window, stream_of
 from bilevax.sharding.report import Compiled
 
 MOST_VALUES = 2**18  # a call takes more steps only where their history is that small
-LONGEST, QUICK = (
-    4096,
-    0.1,
-    # a call takes at most so many steps in about so many seconds: a failure or a signal is to be
-    # seen soon
-)
-LOOK_BACK = (
-    2**26
-    # bytes of a state that is small enough to be kept while a call goes past the steps at which
-    # somebody looks
-)
-# the first calls are of one step, whose time nobody knows; each later one is at most so many times
-# longer
+# a call takes at most so many steps in about so many seconds: a failure or a signal is seen soon
+LONGEST, QUICK = 4096, 0.1
+# bytes of a state that may be kept while a call goes past steps that somebody looks at
+LOOK_BACK = 2**26
+# the first calls are of one step, whose time nobody knows; each later one may be this much longer
 GROWTH = 16
 
 
@@ -204,51 +196,12 @@ def _chunk(
     rows = jax.vmap(unpack)(rows)
     rows |= {name: rows[name].astype(jnp.int32) for name in ("code", "warnings")}
     rows |= {name: jnp.full((capacity,), value, jnp.int32) for name, value in same.items()}
-    state, rows = _afterwards(plan, state, rows, count, data)
+    state, rows = afterwards(plan, state, rows, count, data)
     return (
         (state, rows, count)
         if plan.layout is None
         else (plan.layout.pin(state), *plan.layout.everywhere((rows, count)))
     )
-
-
-def _afterwards(
-    plan: Plan, state: RunState, rows: dict[Any, Any], count: Any, data: tuple[Any, ...]
-) -> tuple[RunState, dict[Any, Any]]:
-    """What short steps would feel if each of them found it out: the first norm, where no tolerance
-    asks for it, and what a failure came from.
-    """
-    if plan.tol is None:
-        counted = (
-            (jnp.arange(len(rows["code"]), dtype=count.dtype) < count)
-            & ~results.failed(rows["code"])
-            & (rows["grad_norm"] != 0)
-        )
-        found = rows["grad_norm"][jnp.argmax(counted)].astype(state.first_norm.dtype)
-        state = state._replace(
-            first_norm=jnp.where(
-                (state.first_norm == 0) & jnp.any(counted), found, state.first_norm
-            )
-        )
-    look = plan.algorithm.finite
-    if look is not None:
-        failed, last, draws = (
-            results.failed(state.code),
-            jnp.maximum(count - 1, 0),
-            plan.algorithm.draws,
-        )
-        streams = feeds(plan, state, data)
-        finite = lax.cond(
-            failed, lambda: look(plan.problem, streams, draws), lambda: jnp.asarray(True)
-        )
-        state = state._replace(
-            code=jnp.where(finite, state.code, jnp.int32(RESULTS.nonfinite_batch))
-        )
-        rows = {
-            **rows,
-            "code": rows["code"].at[last].set(jnp.where(failed, state.code, rows["code"][last])),
-        }
-    return state, rows
 
 
 run_chunk = functools.partial(jax.jit, static_argnums=(0, 1), donate_argnums=(2,))(

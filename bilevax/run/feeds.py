@@ -5,10 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 
+from bilevax import results
 from bilevax.base import Feed
 from bilevax.data.draws import knows_order, ordered
 from bilevax.data.episodes import drawn
+from bilevax.results import RESULTS
 from bilevax.run.state import Plan, RunState
 
 
@@ -45,3 +49,42 @@ def orders(plan: Plan, state: RunState, data: tuple[Any, ...], steps: int) -> tu
         for draw, feed, count in pairs
     )
     return tuple(None if order is None else order.reshape(steps, count) for order, count in found)
+
+
+def afterwards(
+    plan: Plan, state: RunState, rows: dict[Any, Any], count: Any, data: tuple[Any, ...]
+) -> tuple[RunState, dict[Any, Any]]:
+    """What short steps would feel if each of them found it out: the first norm, where no tolerance
+    asks for it, and what a failure came from.
+    """
+    if plan.tol is None:
+        counted = (
+            (jnp.arange(len(rows["code"]), dtype=count.dtype) < count)
+            & ~results.failed(rows["code"])
+            & (rows["grad_norm"] != 0)
+        )
+        found = rows["grad_norm"][jnp.argmax(counted)].astype(state.first_norm.dtype)
+        state = state._replace(
+            first_norm=jnp.where(
+                (state.first_norm == 0) & jnp.any(counted), found, state.first_norm
+            )
+        )
+    look = plan.algorithm.finite
+    if look is not None:
+        failed, last, draws = (
+            results.failed(state.code),
+            jnp.maximum(count - 1, 0),
+            plan.algorithm.draws,
+        )
+        streams = feeds(plan, state, data)
+        finite = lax.cond(
+            failed, lambda: look(plan.problem, streams, draws), lambda: jnp.asarray(True)
+        )
+        state = state._replace(
+            code=jnp.where(finite, state.code, jnp.int32(RESULTS.nonfinite_batch))
+        )
+        rows = {
+            **rows,
+            "code": rows["code"].at[last].set(jnp.where(failed, state.code, rows["code"][last])),
+        }
+    return state, rows
