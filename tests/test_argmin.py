@@ -122,6 +122,7 @@ def _scalar_levels(b, c, e, t, solver):
     return x(zero)
 
 
+@pytest.mark.slow  # five levels and captured arrays are quick tests of their own
 def test_three_scalar_levels_and_their_hyperparameters():
     """Every coefficient is captured, not passed: the objectives close over traced arrays."""
 
@@ -480,8 +481,10 @@ _counted_power.defvjp(
 
 @pytest.mark.parametrize(
     "power, inside",
-    [(_checkpointed_power, False), (_counted_power, True)],
-    ids=["checkpointed loop", "rule of its own"],
+    [
+        pytest.param(_checkpointed_power, False, id="checkpointed loop"),
+        pytest.param(_counted_power, True, id="rule of its own", marks=pytest.mark.slow),
+    ],
 )
 def test_an_objective_that_is_differentiated_backwards_once_only(power, inside):
     """First and second derivatives in both modes, against the same objective without a loop."""

@@ -269,7 +269,12 @@ def test_a_cut_solve_is_nan_in_the_second_derivative():
 # ---- more levels
 
 
-def test_levels_alike():
+@pytest.mark.parametrize(
+    "again",
+    [jax.jacfwd, pytest.param(lambda f: jax.jit(jax.jacrev(f)), marks=pytest.mark.slow)],
+    ids=["forwards", "backwards, compiled"],
+)
+def test_levels_alike(again):
     """z follows y, y follows x: y = x / (1 + 1/4), F = Σ y³."""
 
     def build(lower):
@@ -295,8 +300,7 @@ def test_levels_alike():
     params = lambda x: {"z": START, "y": START, "x": x}
     exact = lambda x: jnp.sum((x / 1.25) ** 3)
     close(jax.grad(lambda x: fn(params(x)).value)(X), jax.grad(exact)(X))
-    close(jax.jacfwd(lambda x: fn(params(x)).grad)(X), jax.hessian(exact)(X))
-    close(jax.jit(jax.jacrev(lambda x: fn(params(x)).grad))(X), jax.hessian(exact)(X))
+    close(again(lambda x: fn(params(x)).grad)(X), jax.hessian(exact)(X))
     with pytest.raises(ValueError, match="inner_params"):
         jax.grad(lambda x: jnp.sum(fn(params(x)).inner_params["y"]))(X)
     two = bx.value_and_multilevel_grad(

@@ -36,6 +36,7 @@ def cancer():
     return (x[:380], y[:380]), (x[380:], y[380:])
 
 
+@pytest.mark.slow  # the quick one of its kind: penalties of Poisson regression, below
 def test_a_penalty_of_logistic_regression_falls_and_never_blows_up():
     train, held_out = cancer()
     start = jnp.zeros(30, jnp.float32), jnp.float32(-5.0)

@@ -17,11 +17,18 @@ H, L = bx.hypergradient, bx.linear
 STILL = bx.inner.optax(optax.set_to_zero(), 1)  # leaves the point where it is
 KINDS = ["adjoint", "differentiated", "quasi_newton"]
 
-# The five textbook forms in each kind are the quick suite.
+# The quick suite has the textbook forms in each kind, but the dearest kind (eleven linear systems)
+# on three of them: a plain one, a pytree and one that is no quadratic.
+DEAREST = ("ridge", "quadratic_tree", "logistic_penalties")
+
+
+def seldom(name, kind):
+    chosen = name in TEXTBOOK and (kind != "adjoint" or name in DEAREST)
+    return () if chosen else pytest.mark.slow
+
+
 everywhere = [
-    pytest.param(
-        name, kind, marks=() if name in TEXTBOOK else pytest.mark.slow, id=f"{name}-{kind}"
-    )
+    pytest.param(name, kind, marks=seldom(name, kind), id=f"{name}-{kind}")
     for name in PROBLEMS
     for kind in KINDS
 ]
