@@ -226,7 +226,7 @@ def problem(
         numbers.takes(
             functools.partial(inner_init, key=None) if takes_key(inner_init) else inner_init,
             "inner_init",
-            "(outer_params) -> inner_params",
+            "(outer_params) -> inner_params, or (outer_params, key) -> inner_params",
         )
     if project is not None:
         numbers.takes(project, "project", "(outer_params) -> outer_params")

@@ -85,7 +85,8 @@ def solve_bilevel(
       num_steps: outer steps.
       key: PRNG key; needed where data is sampled or an objective is keyed.
       inner_init: ``outer_params -> inner_params``, where every solve starts from a function of the
-        outer parameters.
+        outer parameters; ``(outer_params, key) -> inner_params``, whose second argument is named
+        `key`, where each outer step begins at a new draw.
       project: ``outer_params -> outer_params``, applied after every outer step.
       model_state: initial model state of a stateful inner objective.
       metrics: `bilevax.metrics` of a function of held-out data, or the function itself.

@@ -119,7 +119,8 @@ print({name: round(error, 2) for name, error in errors.items()})
 assert errors["learned start"] < 0.5 * errors["random start"]
 
 # %% [markdown]
-# iMAML is the same with `bx.hypergradient.implicit()` and a term `jnp.sum((w -
-# start) ** 2)` in the lower level; networks with BatchNorm hand `task_copies(n,
-# model_state)` their statistics. [Data loaders](../data-loaders.md#episodes) says
-# more of episodes.
+# iMAML is the same with `bx.hypergradient.implicit()` and a term in the lower
+# level that pulls to the start, the sum of `(w - start) ** 2` over the leaves, so
+# strong that the few inner steps solve it; networks with BatchNorm hand
+# `task_copies(n, model_state)` their statistics. [Data
+# loaders](../data-loaders.md#episodes) says more of episodes.

@@ -50,8 +50,10 @@ REGISTRY = {
     "freeze": lambda: optax.chain(optax.sgd(0.1), optax.freeze({"m": False, "b": True})),
     "fromage": lambda: optax.fromage(0.1),
     "identity": lambda: optax.chain(optax.identity(), optax.sgd(0.1)),
-    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd)(
-        learning_rate=optax.linear_schedule(0.1, 0.05, 3)
+    # a schedule in float64, as all the rest is: optax's own count in float32, whose last bit is not
+    # the same in two programs
+    "inject_hyperparams": lambda: optax.inject_hyperparams(optax.sgd, hyperparam_dtype=jnp.float64)(
+        learning_rate=lambda count: 0.1 / (1.0 + count.astype(jnp.float64))
     ),
     "inject_stateful_hyperparams": lambda: optax.inject_stateful_hyperparams(optax.sgd)(
         learning_rate=0.1
