@@ -232,7 +232,8 @@ def test_refusals():
         games.solve_game(two(0.1), START, project={"x": 3})
     with pytest.raises(ValueError, match="^Level 'x': got every=2"):
         games.solve_game(
-            [bx.Level("x", bilinear, solver=optax.sgd(0.1), every=2), two(0.1)[1]], START
+            [bx.Level("x", lambda p, b: bilinear(p), solver=optax.sgd(0.1), every=2), two(0.1)[1]],
+            START,
         )
     with pytest.raises(TypeError, match="^Level 'x', solver: got"):
         games.solve_game(
