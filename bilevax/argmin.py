@@ -81,9 +81,8 @@ def argmin(
 
     Args:
       objective: pure function ``(inner, *args) -> scalar``; any number of arguments, any pytrees.
-        As with ``jax.jit`` and ``jax.lax.scan``,
-        what it captures is read when it is first traced: what changes from call to call is an
-          argument, or captured by a function made anew.
+        As with ``jax.jit`` and ``jax.lax.scan``, what it captures is read when it is first traced:
+        what changes from call to call is an argument, or captured by a function made anew.
       solver: an `InnerSolver`; it is run for its `steps` from `inner_init`, without batches. One
         with constraints (`inner.qp`, `inner.sqp`) calls them as the objective, ``(inner, *args)``,
         and the solution is differentiated through all conditions of optimality; where it has

@@ -365,10 +365,10 @@ class Algorithm(NamedTuple):
 
     A state has the fields `inner` (an `InnerState`) and `outer`. `draws` says how many batches a
     step draws from each stream. `undoes`: where a step reports a failure, it returns the state that
-      it was given. Otherwise the driver restores that, at the price of a copy of the whole state a
-      step.
+    it was given. Otherwise the driver restores that, at the price of a copy of the whole state a
+    step.
     `around`: ``(wrap) -> Algorithm``, the same algorithm with its hypergradient method wrapped;
-      None where it has none.
+    None where it has none.
     `finite`: ``(problem, feeds, draws) -> bool``, whether what a failed step has read is finite;
     None for a step that finds that out itself.
     """

@@ -165,7 +165,7 @@ def error_bound(
 
     Returns:
       An `ErrorBound`: guaranteed if the constants are and rounding is in it, otherwise an estimate,
-        and labelled so.
+      and labelled so.
 
     Raises:
       TypeError, ValueError: for an info without these entries, or constants of another kind or out

@@ -27,7 +27,7 @@ def every(
     checkpoint, the order of its data included, and ends with the same bits on the same devices; on
     another number of devices they are equal to rounding. Its `Solution` is that of the undisturbed
     run: the history is saved, too, and ``num_steps`` counts from the first start. An iterable of
-      batches is read from its beginning and passed over to the place where the run stands.
+    batches is read from its beginning and passed over to the place where the run stands.
 
     Saving overlaps with the next steps. SIGTERM (what schedulers send before they take a machine
     away) saves at the end of the chunk in progress and ends the run with ``RESULTS.preempted``;

@@ -124,7 +124,7 @@ def solve_bilevel(
     Returns:
       A `Solution`. The caller's arrays are never donated. Under ``vmap`` or ``jit`` the whole run
       is traced as one loop: callbacks, iterables and `throw` do not apply, ``result`` is an integer
-        array, and history rows after the last step are zero.
+      array, and history rows after the last step are zero.
 
     Raises:
       TypeError, ValueError: for arguments that cannot work, before anything is compiled.

@@ -26,8 +26,8 @@ def judge(problem: Problem, y, x, model=None) -> dict[str, float]:
     """Values of the outer objective.
 
     ``F``: on held-out data, after the lower level is solved again at `x` to rounding, from its
-      start (of a network: from `y`, the branch that the
-    run is on). ``R``, ``RT``: of the returned model itself, on held-out and on test data.
+    start (of a network: from `y`, the branch that the run is on). ``R``, ``RT``: of the returned
+    model itself, on held-out and on test data.
     """
     outer = bx.objective(problem.outer)
     value = jax.jit(lambda y, b: outer(y, x, base.Ctx(b, None, model))[0])

@@ -52,12 +52,11 @@ def default_algorithm(
     """The algorithm for a problem on these data sources.
 
     Where every stream gives the same batch each time (or None), the start is not a function of the
-    outer parameters, and the lower level looks
-    convex, it is `maid`: L-BFGS inside, conjugate gradients from the last adjoint, accuracies and
-    steps found on the way, nothing to tune. It looks convex if ten Lanczos products of the inner
-    Hessian, at the start and beside it, show no negative curvature. Anything else, every neural
-    network and all sampled data: a warm-started double loop of 10 Adam steps (1e-3) inside, which
-      are unrolled, and Adam (1e-2) outside.
+    outer parameters, and the lower level looks convex, it is `maid`: L-BFGS inside, conjugate
+    gradients from the last adjoint, accuracies and steps found on the way, nothing to tune. It
+    looks convex if ten Lanczos products of the inner Hessian, at the start and beside it, show no
+    negative curvature. Anything else, every neural network and all sampled data: a warm-started
+    double loop of 10 Adam steps (1e-3) inside, which are unrolled, and Adam (1e-2) outside.
 
     Args:
       problem: as the driver solves it, on floating-point leaves.

@@ -62,7 +62,7 @@ def persistent_es(
     chunk: int | None = None,
 ) -> Algorithm:
     r"""Persistent evolution strategies: the gradient of long inner trajectories, from truncated
-      unrolls and values alone.
+    unrolls and values alone.
 
     .. math::
         \hat g = \frac{1}{2 \sigma^2 N} \sum_{i=1}^{N} \xi_i \big( f(y_i^+) - f(y_i^-) \big),

@@ -56,7 +56,7 @@ def multi_objective(
     smoothing: float = 0.1,
 ) -> Algorithm:
     r"""A double loop for several outer objectives: one solve, each objective's hypergradient, one
-      direction for all.
+    direction for all.
 
     .. math::
         x_{t+1} = \mathrm{optimizer}\Big(x_t, \sum_j \omega_j \nabla F_j(x_t)\Big), \qquad

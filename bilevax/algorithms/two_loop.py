@@ -364,7 +364,7 @@ def ttsa(
     step.
 
     `bsa` with K = 1 and two time scales: ``a_t ∝ t^{−0.4}``, ``b_t ∝ t^{−0.6}``. The run needs a
-      key.
+    key.
 
     Args:
       inner_step: ``a``, a positive number or an optax transformation.

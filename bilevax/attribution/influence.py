@@ -115,7 +115,7 @@ def implicit(
     tokens: bool = False,
 ) -> Influence:
     r"""Influence functions: the derivative of the measured quantity at the solution of the weighted
-      problem.
+    problem.
 
     .. math::
         s_i = -\tfrac{1}{N} \nabla f(y)^\top (H + \rho I)^{-1} \nabla \ell_i(y), \qquad

@@ -52,9 +52,8 @@ def linear_datamodeling_score(
       scores: ``[examples]``, ``[queries, examples]``, an `Influence`, or a dict of those by name,
         which share the retrainings.
       retrain: the measured quantity of trainings with given weights: ``[subsets, examples]`` of
-        zeros and ones to ``[subsets]`` or
-        ``[subsets, queries]``. For a `training`: ``lambda weights:
-          jax.vmap(quality)(train.retrain(weights))``.
+        zeros and ones to ``[subsets]`` or ``[subsets, queries]``. For a `training`: ``lambda
+        weights: jax.vmap(quality)(train.retrain(weights))``.
       key: decides what is left out.
       subsets: how many, at least 4.
       fraction: the part of the examples that is left out each time, between 0 and 1.

@@ -147,7 +147,7 @@ def training(
         \tfrac{1}{B} \sum_{i \in \text{order}_t} w_i \ell_i(y_t) + r(y_t)\Bigr]\Bigr)
 
     Weights are not renormalised in a batch: leaving an example out takes its term away, and does
-      not make the others weigh more.
+    not make the others weigh more.
 
     Args:
       losses: ``(params, rows) -> [rows]``, the loss of each row of a batch; or ``[rows, tokens]``.

@@ -81,10 +81,10 @@ def episodes(source: Any) -> Episodes:
     batch.
 
     What meta-learning needs: the tasks that the lower level adapts to are those that the upper one
-      asks
-    about. ``support = tasks.map(lambda t: t["support"])`` goes to one level, ``tasks.map(lambda t:
-    t["query"])`` to the other. All that is made by `map` from one ``episodes(...)`` shares its
-    draws; a second ``episodes(...)``, of the same data too, draws for itself.
+    asks about. ``support = tasks.map(lambda t: t["support"])`` goes to one level,
+    ``tasks.map(lambda t: t["query"])`` to the other. All that is made by `map` from one
+    ``episodes(...)`` shares its draws; a second ``episodes(...)``, of the same data too, draws for
+    itself.
 
     Args:
       source: whatever data may be: `minibatches` of arrays whose leading axis counts tasks, a pure

@@ -177,7 +177,7 @@ def compare_hypergradients(
 
     All start from `inner_params`, with batches and randomness frozen as in `check_hypergradient`,
     against one reference: the hypergradient at the exact lower-level solution. Timings are medians
-      over interleaved calls.
+    over interleaved calls.
 
     Args:
       inner_objective: ``g(inner_params, outer_params, batch) -> scalar``, or an `objective`.
@@ -188,7 +188,7 @@ def compare_hypergradients(
       solver: the `InnerSolver` to compare with.
       methods: name to `Hypergradient`, or to ``(solver, hypergradient)`` where one needs a solver
         of its own. None: those of the library that work with this solver, zeroth order only with a
-          key.
+        key.
       inner_batch: data of the inner objective.
       outer_batch: data of the outer objective.
       model_state: of a stateful inner objective.

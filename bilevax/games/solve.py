@@ -166,11 +166,10 @@ def solve_game(
         \text{for every player } i, \qquad v(z) = (\nabla_{z_i} f_i)_i
 
     Each player minimizes; who maximizes has the objective with the other sign. The players are
-    levels, as `solve_multilevel` takes
-    them: there the upper one counts on the lower one's answer (a Stackelberg game), here nobody
-    counts on anything (hypergradients are left out). What is reached is a stationary point of the
-    play, which the history judges: ``grad_norm`` is the norm of the field. The driver is that of
-      `solve_bilevel`, and so is what is not explained here.
+    levels, as `solve_multilevel` takes them: there the upper one counts on the lower one's answer
+    (a Stackelberg game), here nobody counts on anything (hypergradients are left out). What is
+    reached is a stationary point of the play, which the history judges: ``grad_norm`` is the norm
+    of the field. The driver is that of `solve_bilevel`, and so is what is not explained here.
 
     Args:
       levels: two or more `Level`, in any order. A player's `solver` is the optax transformation

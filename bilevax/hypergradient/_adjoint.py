@@ -106,7 +106,7 @@ def verdict(linear_info: LinearInfo, max_residual: Any) -> tuple[Scalar, Scalar]
     """A linear solver's word as ``(code, warnings)``.
 
     Failures: a residual that is not finite, and a breakdown that left nothing better than a zero
-      adjoint.
+    adjoint.
     Warnings: a residual above `max_residual`, negative curvature, a breakdown. With
     ``max_residual=None`` the solver's own tolerance counts (down to what rounding allows), and
     `ROUGH` for solvers that have none.

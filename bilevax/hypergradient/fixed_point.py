@@ -60,9 +60,8 @@ def fixed_point(
 
     Returns:
       A `Hypergradient` whose info has ``inner_grad_norm`` (here ``‖T(y, x) − y‖``),
-      ``adjoint_iterations``, ``adjoint_residual``, and the
-      cost in vector-Jacobian products of T: ``gradients`` (evaluations), ``hvps``,
-        ``mixed_products``.
+      ``adjoint_iterations``, ``adjoint_residual``, and the cost in vector-Jacobian products of T:
+      ``gradients`` (evaluations), ``hvps``, ``mixed_products``.
 
     Raises:
       TypeError, ValueError: for arguments of another kind.

@@ -83,9 +83,8 @@ def implicit(
       linear: solver of the adjoint system, ``(matvec, b, x0) -> (x, info)``; default
         ``linear.cg()``. One with a `Preconditioner` (such as
         ``linear.cg(preconditioner=linear.nystrom_preconditioner())``) has its sketch kept in the
-        method's state. Truncated Neumann series and
-        Nyström approximations are solvers, too: ``implicit(linear.neumann(...),
-          max_residual=jnp.inf)``.
+        method's state. Truncated Neumann series and Nyström approximations are solvers, too:
+        ``implicit(linear.neumann(...), max_residual=jnp.inf)``.
       damping: ρ ≥ 0, added to the inner Hessian; biases the hypergradient by O(ρ).
       warm_start: start from the adjoint of the last call.
       max_residual: relative residual of the system solved above which the warning

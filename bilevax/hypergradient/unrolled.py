@@ -24,7 +24,7 @@ def unrolled(last: int | None = None, *, checkpoint: str = "mixed") -> Hypergrad
 
     ``dx = Σ_t (∂y_t/∂x)' (∂y_K/∂y_t)' w`` over the last `last` of the K steps. Exact for the K-step
     map, whatever the optimizer: momentum, schedules, clipping and the model's state are
-      differentiated along.
+    differentiated along.
 
     Args:
       last: steps to differentiate, counted from the end; None for all of them. Fewer is cheaper and

@@ -25,9 +25,8 @@ def jaxopt(
     """Solve the lower level with a jaxopt solver, given as its class and keyword arguments.
 
     jaxopt binds the objective when a solver is built, so the solver is built inside, with the lower
-    level's objective and with jaxopt's own
-    differentiation off: the hypergradient method differentiates here. Each solve starts at the last
-      inner parameters and with fresh solver state.
+    level's objective and with jaxopt's own differentiation off: the hypergradient method
+    differentiates here. Each solve starts at the last inner parameters and with fresh solver state.
 
     Args:
       solver: a jaxopt class that minimises ``fun``: ``jaxopt.LBFGS``, ``BFGS``, ``NonlinearCG``,
@@ -39,8 +38,8 @@ def jaxopt(
       **settings: its arguments but ``fun``, ``has_aux``, ``value_and_grad``, ``implicit_diff`` and
         ``unroll``; ``maxiter`` and ``tol`` above all. What its ``run`` takes beside the parameters
         goes here too: ``hyperparams_prox``, ``hyperparams_proj``, ``bounds``. These are constants;
-          for those that outer parameters move, take ``inner.fixed_point`` of
-          ``inner.proximal_map``. Floats are leaves.
+        for those that outer parameters move, take ``inner.fixed_point`` of ``inner.proximal_map``.
+        Floats are leaves.
 
     Returns:
       An `InnerSolver` of one step, not reversible. Solutions of a projected, proximal or bounded

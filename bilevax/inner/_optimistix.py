@@ -24,7 +24,7 @@ def optimistix(
     Args:
       solver: an optimistix minimiser: ``optimistix.BFGS(rtol=1e-6, atol=1e-6)``; or one that takes
         residuals: ``optimistix.LevenbergMarquardt``, ``GaussNewton``, ``Newton``, ``Chord``. Its
-          tolerances are leaves.
+        tolerances are leaves.
       residual: ``(inner_params, outer_params, batch) -> array or pytree``, for the latter: what is
         brought to zero, or as near as least squares come. The inner objective is the sum of its
         squares, up to a factor; where it is another function, the code is not_stationary. For a

@@ -80,9 +80,8 @@ def proximal_map(smooth: Callable[..., Any], prox: Callable[..., Any], step: Num
         T(y, x) = \mathrm{prox}_{s h(\cdot, x)}\big(y - s \nabla_y g(y, x)\big)
 
     Lasso: ``prox=lambda v, x, s: soft(v, s * jnp.exp(x))`` with ``soft(v, t) = sign(v) max(|v| − t,
-      0)``. A constraint's prox is the projection:
-    ``lambda v, x, s: optax.projections.projection_simplex(v)``, or ``projection_box``,
-      ``projection_non_negative``.
+    0)``. A constraint's prox is the projection: ``lambda v, x, s:
+    optax.projections.projection_simplex(v)``, or ``projection_box``, ``projection_non_negative``.
 
     Args:
       smooth: ``g(inner_params, outer_params, batch) -> scalar``.

@@ -31,7 +31,7 @@ def gauss_newton(
 
     Positive semidefinite where the loss is convex in the outputs, however far the network is from a
     solution: CG meets no negative curvature. At a perfect fit it is the Hessian. A product costs
-      about what one with the Hessian does.
+    about what one with the Hessian does.
 
     Args:
       network: takes the objective's arguments and returns the outputs, any pytree.

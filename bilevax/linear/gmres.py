@@ -19,7 +19,7 @@ from bilevax.linear import _common, _krylov
 
 def gmres(maxiter: int = 100, tol: Numeric = 1e-6, *, restart: int = 20) -> Linear:
     r"""Restarted GMRES for any invertible system: the safest choice without symmetry, at the price
-      of memory.
+    of memory.
 
     .. math::
         x_k = \operatorname{argmin}_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad

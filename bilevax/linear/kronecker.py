@@ -81,7 +81,7 @@ def kfac(
     key: jax.Array | None = None,
 ) -> Linear:
     r"""Kronecker-factored approximate curvature: the inverse of a network's Gauss-Newton matrix,
-      layer by layer.
+    layer by layer.
 
     .. math::
         s = W a, \quad g = \partial \ell / \partial s, \quad
@@ -134,7 +134,7 @@ def ekfac(
     key: jax.Array | None = None,
 ) -> Linear:
     r"""Eigenvalue-corrected Kronecker factors: a network's curvature along the eigenvectors of its
-      layers' inputs and output gradients.
+    layers' inputs and output gradients.
 
     .. math::
         E[a a^\top] = Q_A \cdot Q_A^\top, \; E[g g^\top] = Q_S \cdot Q_S^\top, \quad
@@ -147,11 +147,9 @@ def ekfac(
     `hypergradient.implicit` and `attribution.implicit` show it; where only products are known it is
     refused. Dense layers and other products with a parameter, convolutions, embeddings, parameters
     used several times, stacked layers inside ``lax.scan``; small leaves (biases, normalisation)
-    have their full
-    block, what remains its diagonal: `linear.layers` lists what was found. A batch's statistics
-      (BatchNorm in training) are those of one
-    example here: use frozen ones. What all examples share, such as a weight decay, is left out: let
-      `damping` hold it.
+    have their full block, what remains its diagonal: `linear.layers` lists what was found. A
+    batch's statistics (BatchNorm in training) are those of one example here: use frozen ones. What
+    all examples share, such as a weight decay, is left out: let `damping` hold it.
 
     Args:
       outputs: the objective as a pair ``(network, loss)``: ``network`` takes the objective's
@@ -163,7 +161,7 @@ def ekfac(
         example's loss is the negative logarithm of a probability; for a mean over T drawn labels it
         is T times too small.
         With neither, labels are the data's: the empirical Fisher, wrong in scale and near a
-          solution in direction.
+        solution in direction.
       draws: draws of the labels (or cotangents), at least 1; "all": one for each class, exact where
         an example has one label (with `outputs` only).
       damping: λ, beside what the method adds (``implicit(damping=...)``). None: nothing more where

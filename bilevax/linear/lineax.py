@@ -30,7 +30,7 @@ def lineax(solver: Any, *, symmetric: bool = True) -> Linear:
     Returns:
       A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``; the iterative solvers start from
       `x0`. Codes: ``adjoint_not_converged`` where lineax reports a failure or the residual is above
-        1, ``adjoint_nonfinite``.
+      1, ``adjoint_nonfinite``.
 
     Raises:
       ImportError: if lineax is not installed.

@@ -23,7 +23,7 @@ def minres(
     preconditioner: Callable[[PyTree], PyTree] | Preconditioner | Linear | None = None,
 ) -> Linear:
     r"""MINRES for symmetric systems, definite or not: a saddle of the lower level, or the
-      Lagrangian system of several levels.
+    Lagrangian system of several levels.
 
     .. math::
         x_k = \operatorname{argmin}_{x \in x_0 + K_k(A, r_0)} \|b - Ax\|, \qquad

@@ -128,7 +128,7 @@ def solve_multilevel(
       project: of the top level's parameters, after each of its steps.
       model_state: initial model states of stateful objectives, a dict by level name. A network's
         belongs to the level that trains it: ``{"w": {"w": net.state}}``; the others read it as it
-          is then.
+        is then.
       metrics: as in `solve_bilevel`; called with the dict of lower levels, the top level, and the
         data.
       tol: as in `solve_bilevel`.

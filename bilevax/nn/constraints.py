@@ -30,7 +30,7 @@ def constrained(
 
     Returns:
       A ``GradientTransformation``. To be put last: ``optax.chain(optax.adam(1e-2),
-        nn.constrained(...))``.
+      nn.constrained(...))``.
 
     Raises:
       TypeError: if `projection` is not a function. When it is run, if it is not given parameters.

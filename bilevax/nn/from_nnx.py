@@ -18,7 +18,7 @@ def from_nnx(model: Any, wrt: Any = nnx.Param) -> Net:
 
     Its graph definition is static, so that a second model of the same architecture compiles
     nothing. `model` itself is left as it is: write results into it with ``nnx.update(model,
-      solution.inner_params)``, or make another one with ``net.merge``.
+    solution.inner_params)``, or make another one with ``net.merge``.
 
     Args:
       model: an ``nnx.Module``, or a dict, list or tuple of them. Calling one in a loss moves its

@@ -303,7 +303,7 @@ def bilevel(
 
     Returns:
       A `Bilevel`: ``problem.arguments`` for `solve_bilevel`, ``problem.merge(solution)`` for the
-        trained models.
+      trained models.
 
     Raises:
       TypeError, ValueError: for arguments of another kind.

@@ -25,7 +25,7 @@ def going_on(training: Any) -> optax.GradientTransformation:
 
     Returns:
       A ``GradientTransformation``: what `inner.optax` takes. Its first state is the training's; the
-        numbers in it are leaves.
+      numbers in it are leaves.
 
     Raises:
       TypeError: for anything without ``tx`` and ``opt_state``.

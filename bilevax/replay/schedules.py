@@ -33,9 +33,9 @@ class Schedule(NamedTuple):
 
     Attributes:
       actions: from the number of training steps to the actions, in order. The first state is
-        current at the start. ``turn`` stands once, where the state before the last step is
-        current: it does that step and evaluates the outer objective. ``back`` stands once for each
-          step, last step first, each time with that step's state current.
+        current at the start. ``turn`` stands once, where the state before the last step is current:
+        it does that step and evaluates the outer objective. ``back`` stands once for each step,
+        last step first, each time with that step's state current.
     """
 
     actions: Callable[[int], Iterator[Action]]

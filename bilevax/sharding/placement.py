@@ -188,9 +188,8 @@ def fsdp(devices: Any = None, *, axis: str = "data", min_size: int = 1024) -> Sh
     states, adjoints, the kept iterate.
 
     Each leaf of `min_size` entries or more is split along its largest axis that the devices divide.
-    Weights are gathered where a step reads them, so
-    the peak is not one part in n: a model whose layers are stacked and run by ``lax.scan`` gathers
-      one layer at a time.
+    Weights are gathered where a step reads them, so the peak is not one part in n: a model whose
+    layers are stacked and run by ``lax.scan`` gathers one layer at a time.
 
     Args:
       devices: a sequence of devices, a `Mesh` that has `axis`, or None for all devices.

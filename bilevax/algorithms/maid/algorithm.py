@@ -53,7 +53,7 @@ def maid(
     decrease: Numeric = 1e-4,
 ) -> Algorithm:
     r"""MAID: nothing to tune; accuracies and steps are found on the way, and no step is taken along
-      which the value rose.
+    which the value rose.
 
     .. math::
         x^+ = \mathrm{project}(x - \alpha p), \qquad
