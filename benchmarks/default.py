@@ -29,9 +29,8 @@ import bilevax as bx
 from bilevax import data
 
 STEPS = {False: 100, True: 300}  # by whether batches are sampled
-SLACK = (
-    1.02  # what three keys may be above a limit, and the further problems above their references
-)
+# what three keys may be above a limit, and the further problems above their references
+SLACK = 1.02
 A, H = bx.algorithms, bx.hypergradient
 
 

@@ -20,9 +20,8 @@ from bilevax.base import Algorithm, Ctx, Feed, InnerState, Problem, PyTree
 from bilevax.data import same
 
 PRODUCTS = 10  # of the inner Hessian, at each of two points
-NEGATIVE = (
-    1e-3  # a Ritz value below minus so much of the largest is negative curvature, and not rounding
-)
+# a Ritz value below minus so much of the largest is negative curvature, and not rounding
+NEGATIVE = 1e-3
 BESIDE = 0.1  # how far the second point lies from the start, relative to it
 
 

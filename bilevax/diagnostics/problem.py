@@ -19,9 +19,8 @@ from bilevax.estimate import value_and_hypergrad
 from bilevax.hypergradient import unrolled
 
 PRODUCTS = 20  # with the inner Hessian, for its extreme eigenvalues
-NEGATIVE = (
-    1e-3  # a Ritz value below minus so much of the largest is negative curvature, and not rounding
-)
+# a Ritz value below minus so much of the largest is negative curvature, and not rounding
+NEGATIVE = 1e-3
 ILL = 1e4  # condition from which a linear solve wants damping or a preconditioner
 # change of a second difference between two small steps from which a function is not smooth there
 KINK = 0.1

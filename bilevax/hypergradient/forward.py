@@ -12,9 +12,8 @@ from bilevax import tree
 from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
 from bilevax.hypergradient._solve import summary
 
-LARGEST = (
-    1024  # outer parameters: as many tangents of inner parameters and optimizer state are carried
-)
+# outer parameters: as many tangents of inner parameters and optimizer state are carried
+LARGEST = 1024
 
 
 def forward() -> Hypergradient:

@@ -34,9 +34,8 @@ from bilevax.results import RESULTS
 
 PATIENCE = 20
 ROUNDING = 100.0
-REACH = (
-    0.4  # 2e-3 in float32, 5e-7 in float64: what a solve that rounding has ended must have come to
-)
+# 2e-3 in float32, 5e-7 in float64: what a solve that rounding has ended must have come to
+REACH = 0.4
 
 
 class Best(NamedTuple):

@@ -15,9 +15,8 @@ from bilevax.base import Bound, Linear
 from bilevax.linear import _common
 from bilevax.results import RESULTS
 
-LIMIT = (
-    4096  # entries of a vector; the matrix is then 128 MiB in float64, and its matvecs run at once
-)
+# entries of a vector; the matrix is then 128 MiB in float64, and its matvecs run at once
+LIMIT = 4096
 
 
 def cholesky() -> Linear:
@@ -48,7 +47,7 @@ def cholesky() -> Linear:
       >>> x.round(3).tolist(), int(info.iterations)
       ([1.0, 1.0], 2)
 
-    Reference:
+    Source:
       Golub and Van Loan 2013, Matrix Computations, section 4.2.
     """
     return Linear(Bound("cholesky", _cholesky), exact=True)
@@ -82,7 +81,7 @@ def lu() -> Linear:
       >>> x.round(3).tolist(), int(info.code)
       ([-1.0, 2.0], 0)
 
-    Reference:
+    Source:
       Golub and Van Loan 2013, Matrix Computations, section 3.4.
     """
     return Linear(Bound("lu", _lu), exact=True, indefinite=True)

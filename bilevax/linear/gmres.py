@@ -51,7 +51,7 @@ def gmres(maxiter: int = 100, tol: Numeric = 1e-6, *, restart: int = 20) -> Line
       >>> x.round(3).tolist(), int(info.code)
       ([-1.0, 2.0], 0)
 
-    Reference:
+    Source:
       Saad and Schultz 1986, GMRES: A Generalized Minimal Residual Algorithm for Solving
         Nonsymmetric Linear Systems.
     """

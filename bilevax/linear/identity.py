@@ -41,7 +41,7 @@ def identity(scale: Numeric = 1.0) -> Linear:
       >>> x.tolist(), float(info.residual)
       ([0.5, 1.0], 1.0)
 
-    Reference:
+    Source:
       Luketina, Berglund, Greff and Raiko 2016, Scalable Gradient-Based Tuning of Continuous
       Regularization Hyperparameters.
     """

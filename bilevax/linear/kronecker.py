@@ -113,7 +113,7 @@ def kfac(
       >>> bx.linear.cg(preconditioner=solver)  # or as it is
       cg(maxiter=100, tol=1e-06, preconditioner=kfac())
 
-    Reference:
+    Source:
       Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate
       Curvature; Eschenhagen et al. 2023, Kronecker-Factored Approximate Curvature for Modern Neural
       Network Architectures, for shared weights.
@@ -199,7 +199,7 @@ def ekfac(
       >>> bool(found.info["residual"] < 1e-2)  # one output: the factors are exact
       True
 
-    Reference:
+    Source:
       George et al. 2018, Fast Approximate Natural Gradient Descent in a Kronecker-factored
       Eigenbasis; Grosse et al. 2023, Studying Large Language Model Generalization with Influence
       Functions.
@@ -242,7 +242,7 @@ def diagonal(
       >>> bx.linear.diagonal(damping=0.1)
       diagonal(preconditioner=diagonal())
 
-    Reference:
+    Source:
       Becker and LeCun 1989, Improving the Convergence of Back-Propagation Learning with Second
       Order Methods.
     """

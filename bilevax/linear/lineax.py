@@ -46,7 +46,7 @@ def lineax(solver: Any, *, symmetric: bool = True) -> Linear:
       >>> x.round(3).tolist(), int(info.code)
       ([1.0, 0.5], 0)
 
-    Reference:
+    Source:
       Rader, Lyons and Kidger 2023, Lineax: Unified Linear Solves and Linear Least-Squares in JAX
         and Equinox.
     """

@@ -290,9 +290,8 @@ def applies_jointly(system: System, name: str) -> bool:
 # ---- several nested levels as one system: see joint.py
 
 
-PRODUCTS = (
-    1000  # most products in one solve, where a level's own solver is not for indefinite systems
-)
+# most products in one solve, where a level's own solver is not for indefinite systems
+PRODUCTS = 1000
 
 
 class Unknowns(NamedTuple):

@@ -330,9 +330,8 @@ class Loop:
             and not self.window.streaming
         )
         self.reads_state = [not (watcher.exact and self.looks_back) for watcher in options.watchers]
-        self.before: tuple[Any, ...] | None = (
-            None  # what the last call was given, where its steps may have to be done again
-        )
+        # what the last call was given, where its steps may have to be done again
+        self.before: tuple[Any, ...] | None = None
 
     # ---- the parts of a round
 

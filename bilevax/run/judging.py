@@ -12,9 +12,8 @@ from bilevax import tree
 from bilevax.base import StepInfo
 from bilevax.results import RESULTS, first, unless, warning
 
-CAUGHT_UP = (
-    2.0  # an iterate may be kept whose inner gradient is at most so many times the typical one
-)
+# an iterate may be kept whose inner gradient is at most so many times the typical one
+CAUGHT_UP = 2.0
 FADE = 0.1  # weight of the newest step in the typical one
 EARLY = 10  # steps that say what size the run's numbers have
 FAR = 1e10  # times that size, and a run has diverged

@@ -29,9 +29,8 @@ from bilevax.run.lock import Lock
 from bilevax.run.state import Best
 
 FORMAT = 3  # 1 had no fingerprint, and up to 2 the digests of narrow entries were not packed
-LISTING = (
-    "bilevax_files.json"  # names and sizes of a checkpoint's files, written once it is complete
-)
+# names and sizes of a checkpoint's files, written once it is complete
+LISTING = "bilevax_files.json"
 _NAME = re.compile(r"^step_(\d+)$")
 
 
@@ -89,9 +88,8 @@ class Store:
         self.place: dict[
             str, np.ndarray
         ] = {}  # what loaders said of theirs, in the checkpoint that was read
-        self.saved: int | None = (
-            None  # the step of the newest checkpoint, which may still be in the writing
-        )
+        # the step of the newest checkpoint, which may still be in the writing
+        self.saved: int | None = None
         self.finished: int | None = None  # of the newest one that is whole
         self._unlisted: int | None = None
         self.seconds = 0.0  # for which saving kept the run waiting

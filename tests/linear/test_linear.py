@@ -41,9 +41,8 @@ class Entry(NamedTuple):
     solver: Bound
     indefinite: RESULTS = RESULTS.success
     general: bool = False  # needs no symmetry
-    warm: int | None = (
-        None  # matvecs from the solution: the one that finds it so; None where x0 is not used
-    )
+    # matvecs from the solution: the one that finds it so; None where x0 is not used
+    warm: int | None = None
 
 
 def _unequal(v):
