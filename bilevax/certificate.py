@@ -13,6 +13,7 @@ from jax import lax
 
 from bilevax import check, tree
 from bilevax._core import numbers
+from bilevax._core.spectrum import power, smallest_eigenpair
 from bilevax._core.types import Key
 from bilevax.base import Ctx, Problem, PyTree, Scalar, objective
 
@@ -336,7 +337,7 @@ def estimate_constants(
 
         def changes(key):
             u, v = (tree.normal_like(k, y) for k in jax.random.split(key))
-            u, v = _unit(u), _unit(v)
+            u, v = tree.unit(u), tree.unit(v)
             moved = jax.jvp(lambda y: grads(g, inner_ctx, y), (tree.axpy(reach, u, y),), (v,))[1]
             differences = tree.sub(moved, inner_products(v))
             return tree.norm(differences[0]) / reach, tree.norm(differences[1]) / reach
@@ -376,85 +377,8 @@ def probes(inner: PyTree) -> Probes:
     """First probes, from a fixed key: the run stays deterministic."""
     keys = jax.random.split(jax.random.key(0), 3)
     zero = jnp.zeros((), tree.norm(inner).dtype)
-    lowest, cross, outer = (_unit(tree.normal_like(key, inner)) for key in keys)
+    lowest, cross, outer = (tree.unit(tree.normal_like(key, inner)) for key in keys)
     return Probes(jnp.ones_like(zero), lowest, cross, outer, zero, jnp.zeros_like(zero))
-
-
-def _unit(v: PyTree) -> PyTree:
-    size = tree.norm(v)
-    return tree.scale(1 / jnp.where(size == 0, jnp.ones_like(size), size), v)
-
-
-def power(image: Callable[..., Any], start: PyTree, rounds: Any) -> tuple[Any, PyTree]:
-    """Power iteration: ``image(v) -> (what is measured at a unit v, where to go on)``; the last
-    measure, and the last direction.
-    """
-
-    def body(_, carry):
-        measured, moved = image(carry[1])
-        return measured, _unit(moved)
-
-    start = _unit(start)
-    measured = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), jax.eval_shape(image, start)[0])
-    return lax.fori_loop(0, rounds, body, (measured, start))
-
-
-def smallest_eigenpair(matvec: Any, start: PyTree, products: int = RITZ) -> tuple[Any, PyTree]:
-    """Ritz value and vector of the Krylov space of `start`: a lower estimate of the smallest
-    eigenvalue, and where to go on from.
-
-    The Ritz value θ is above the smallest eigenvalue; what is returned is ``max(θ − ‖Hw − θw‖,
-    θ/2)``, since an eigenvalue lies that near.
-
-    Args:
-      matvec: symmetric.
-      start: a vector, not zero.
-      products: dimension of the space.
-    """
-    dtype = tree.norm(start).dtype
-    basis = jax.tree.map(lambda a: jnp.zeros((products, *a.shape), a.dtype), start)
-    tiny = numbers.rounding_unit(dtype)
-
-    def body(i, carry):
-        basis, images, gram, v = carry
-        hv = matvec(v)
-        basis = jax.tree.map(lambda rows, a: rows.at[i].set(a), basis, v)
-        images = jax.tree.map(lambda rows, a: rows.at[i].set(a), images, hv)
-        column = tree.rows_dot(basis, hv).astype(dtype)
-        gram = gram.at[:, i].set(column)
-        rest = tree.sub(hv, tree.rows_sum(column, basis))
-        rest = tree.sub(
-            rest, tree.rows_sum(tree.rows_dot(basis, rest), basis)
-        )  # twice is enough (Kahan)
-        size = tree.norm(rest)
-        alive = size > 100 * tiny * tree.norm(hv)
-        return (
-            basis,
-            images,
-            gram,
-            tree.scale(
-                jnp.where(
-                    alive, 1 / jnp.where(alive, size, jnp.ones_like(size)), jnp.zeros_like(size)
-                ),
-                rest,
-            ),
-        )
-
-    start = _unit(start)
-    basis, images, gram, _ = lax.fori_loop(
-        0, products, body, (basis, basis, jnp.zeros((products, products), dtype), start)
-    )
-    gram = jnp.triu(gram) + jnp.triu(gram, 1).T
-    # Directions beyond an invariant space are zero rows: kept out of the minimum.
-    used = jax.vmap(tree.norm)(basis).astype(dtype) > 0.5
-    largest = jnp.max(jnp.abs(jnp.diagonal(gram))) + 1
-    gram = jnp.where(used[:, None] & used[None, :], gram, jnp.zeros_like(gram)) + jnp.diag(
-        jnp.where(used, jnp.zeros_like(largest), 1e3 * largest)
-    )
-    values, vectors = jnp.linalg.eigh(jnp.where(jnp.isfinite(gram), gram, jnp.zeros_like(gram)))
-    theta, vector = values[0], tree.rows_sum(vectors[:, 0], basis)
-    residual = tree.norm(tree.axpy(-theta, vector, tree.rows_sum(vectors[:, 0], images)))
-    return jnp.maximum(theta - residual, theta / 2), vector
 
 
 def estimate(
@@ -484,7 +408,7 @@ def estimate(
     if known.strong_convexity is None:
 
         def refine(_, carry):
-            return smallest_eigenpair(products.hessian, carry[1])
+            return smallest_eigenpair(products.hessian, carry[1], RITZ)
 
         value, lowest = lax.fori_loop(0, rounds, refine, (jnp.zeros((), dtype), p.lowest))
         out["strong_convexity"] = value
@@ -517,9 +441,9 @@ def estimate(
         # the gradient tells.
         def at(y):
             gradients = lambda y: jax.grad(problem.inner, (0, 1), has_aux=True)(y, x, inner_ctx)[0]
-            return jax.jvp(gradients, (y,), (_unit(q),))[1]
+            return jax.jvp(gradients, (y,), (tree.unit(q),))[1]
 
-        _, (hessian, cross) = jax.jvp(at, (y,), (_unit(products.grad),))
+        _, (hessian, cross) = jax.jvp(at, (y,), (tree.unit(products.grad),))
         hessian, cross = (jnp.nan_to_num(tree.norm(a).astype(dtype)) for a in (hessian, cross))
         p = p._replace(
             hessian_lipschitz=jnp.maximum(p.hessian_lipschitz, hessian),

@@ -97,6 +97,12 @@ def scale(s: Any, a: PyTree) -> PyTree:
     return jax.tree.map(leaf, a)
 
 
+def unit(a: PyTree) -> PyTree:
+    """``a / ‖a‖``; zero stays zero."""
+    size = norm(a)
+    return scale(1 / jnp.where(size == 0, jnp.ones_like(size), size), a)
+
+
 def axpy(s: Any, a: PyTree, b: PyTree) -> PyTree:
     """Leafwise ``s * a + b``, each leaf keeping the dtype of ``b``."""
 
@@ -230,5 +236,5 @@ def __dir__() -> list[str]:
 __all__ = [
     "accumulator", "add", "agreed", "all_finite", "axpy", "combine", "copy", "dot", "is_float",
     "nan_where", "neg", "norm", "normal_like", "partition", "rows_dot", "rows_sum", "scale",
-    "size", "strong", "sub", "where", "zeros_like",
+    "size", "strong", "sub", "unit", "where", "zeros_like",
 ]  # fmt: skip

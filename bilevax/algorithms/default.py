@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -14,14 +13,13 @@ from jax import lax
 
 from bilevax import hypergradient, inner, tree
 from bilevax._core.settings import join, split
+from bilevax._core.spectrum import NEGATIVE, krylov
 from bilevax.algorithms.double_loop import double_loop
 from bilevax.algorithms.maid import MaidState, maid
 from bilevax.base import Algorithm, Ctx, Feed, InnerState, Problem, PyTree
 from bilevax.data import same
 
 PRODUCTS = 10  # of the inner Hessian, at each of two points
-# a Ritz value below minus so much of the largest is negative curvature, and not rounding
-NEGATIVE = 1e-3
 BESIDE = 0.1  # how far the second point lies from the start, relative to it
 
 
@@ -129,42 +127,14 @@ def _grams(static: Any, dynamic: Any, feed: Feed, start: InnerState, outer: PyTr
     beside = tree.axpy(scale, tree.normal_like(first, y), y)
     points = jax.tree.map(lambda a, b: jnp.stack([a, b]), y, beside)
     return lax.map(
-        lambda y: _gram(lambda v: _product(problem, y, outer, v, ctx), tree.normal_like(second, y)),
+        lambda y: (
+            krylov(
+                lambda v: _product(problem, y, outer, v, ctx), tree.normal_like(second, y), PRODUCTS
+            ).gram
+        ),
         points,
     )
 
 
 def _product(problem: Problem, y: PyTree, x: PyTree, v: PyTree, ctx: Ctx) -> PyTree:
     return jax.jvp(lambda y: jax.grad(problem.inner, has_aux=True)(y, x, ctx)[0], (y,), (v,))[1]
-
-
-def _gram(matvec: Callable[[PyTree], PyTree], start: PyTree) -> jax.Array:
-    """``V'HV`` for an orthonormal basis V of the Krylov space of `start`; rows beyond an invariant
-    space are zero.
-    """
-    dtype = tree.norm(start).dtype
-    tiny = float(jnp.finfo(dtype).eps)
-    basis = jax.tree.map(lambda a: jnp.zeros((PRODUCTS, *a.shape), a.dtype), start)
-
-    def body(i, carry):
-        basis, gram, v = carry
-        image = matvec(v)
-        basis = jax.tree.map(lambda rows, a: rows.at[i].set(a), basis, v)
-        column = tree.rows_dot(basis, image).astype(dtype)
-        rest = tree.sub(image, tree.rows_sum(column, basis))
-        rest = tree.sub(
-            rest, tree.rows_sum(tree.rows_dot(basis, rest), basis)
-        )  # twice is enough (Kahan)
-        size = tree.norm(rest)
-        alive = size > 100 * tiny * tree.norm(image)
-        return (
-            basis,
-            gram.at[:, i].set(column),
-            tree.scale(jnp.where(alive, 1 / jnp.where(alive, size, 1.0), 0.0), rest),
-        )
-
-    start = tree.scale(1 / tree.norm(start), start)
-    _, gram, _ = lax.fori_loop(
-        0, PRODUCTS, body, (basis, jnp.zeros((PRODUCTS, PRODUCTS), dtype), start)
-    )
-    return jnp.triu(gram) + jnp.triu(gram, 1).T

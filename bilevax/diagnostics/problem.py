@@ -14,13 +14,12 @@ import numpy as np
 import optax
 
 from bilevax import check, inner, tree
+from bilevax._core.spectrum import NEGATIVE, krylov
 from bilevax.base import Objective, PyTree
 from bilevax.estimate import value_and_hypergrad
 from bilevax.hypergradient import unrolled
 
 PRODUCTS = 20  # with the inner Hessian, for its extreme eigenvalues
-# a Ritz value below minus so much of the largest is negative curvature, and not rounding
-NEGATIVE = 1e-3
 ILL = 1e4  # condition from which a linear solve wants damping or a preconditioner
 # change of a second difference between two small steps from which a function is not smooth there
 KINK = 0.1
@@ -201,26 +200,10 @@ def _leaf_scales(gradient: PyTree) -> Iterator[str]:
 
 
 def _ritz(matvec: Any, start: PyTree) -> np.ndarray:
-    """Eigenvalues of a symmetric operator on the Krylov space of `start`, by Lanczos with full
-    reorthogonalisation.
-    """
-    basis = [tree.scale(1 / tree.norm(start), start)]
-    diagonal, beside = [], []
-    for _ in range(min(PRODUCTS, tree.size(start))):
-        image = matvec(basis[-1])
-        diagonal.append(float(tree.dot(basis[-1], image)))
-        size = tree.norm(image)
-        for _ in range(2):
-            for vector in basis:
-                image = tree.axpy(-tree.dot(vector, image), vector, image)
-        rest = tree.norm(image)
-        if not float(rest) > 1e-5 * float(size):
-            break
-        beside.append(float(rest))
-        basis.append(tree.scale(1 / rest, image))
-    n = len(diagonal)
-    off = np.asarray(beside[: n - 1])
-    return np.linalg.eigvalsh(np.diag(diagonal) + np.diag(off, 1) + np.diag(off, -1))
+    """Eigenvalues of a symmetric operator on the Krylov space of `start`."""
+    found = jax.jit(lambda v: krylov(matvec, v, min(PRODUCTS, tree.size(start))))(start)
+    n = int(found.used.sum())
+    return np.linalg.eigvalsh(np.asarray(found.gram, np.float64)[:n, :n])
 
 
 def _smooth(gradient: Any, y: PyTree, direction: PyTree) -> bool:

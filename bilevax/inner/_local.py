@@ -4,13 +4,16 @@ point.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from bilevax.base import Ctx, Objective, PyTree
-from bilevax.inner._constraints import dense_dtype, unvector, vector
+from bilevax._core import numbers
+from bilevax._core.precision import under
+from bilevax.base import Bound, Ctx, InnerSolver, InnerState, Objective, PyTree
+from bilevax.inner._constraints import as_constraints, dense_dtype, unvector, vector
 from bilevax.inner._mapping import bound_like
 from bilevax.inner._quadratic import Program, violation
 from bilevax.results import RESULTS
@@ -99,3 +102,69 @@ def verdict(residual: Any, tol: Any) -> Any:
         residual <= allowed, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_not_converged)
     )
     return jnp.where(jnp.isfinite(residual), code, jnp.int32(RESULTS.inner_nonfinite))
+
+
+# ---- a solver made of a minimizer of such levels
+
+
+class Solved(NamedTuple):
+    """Where a minimizer ended, as vectors: the point, its multipliers, `left` of it, and the
+    iterations done.
+    """
+
+    y: Any
+    equality: Any
+    inequality: Any
+    residual: Any
+    iterations: Any
+
+
+def solver(
+    name: str,
+    step: Callable[..., Any],
+    equality: Any,
+    inequality: Any,
+    maxiter: int,
+    tol: float,
+) -> InnerSolver:
+    """The solver whose step is `step` with these settings."""
+    settings = dict(
+        constraints=as_constraints(equality, inequality),
+        maxiter=numbers.count(maxiter, "maxiter"),
+        tol=numbers.positive(tol, "tol", example=1e-8),
+    )
+    return InnerSolver(
+        init=Bound("init", _init),
+        step=Bound(name, step, **settings),
+        reversible=False,
+        constraints=settings["constraints"],
+    )
+
+
+def _init(params: PyTree) -> tuple[Any, ...]:
+    return ()
+
+
+def solve(
+    minimize: Callable[[Level, int, Any], Solved],
+    objective: Objective,
+    state: InnerState,
+    outer: PyTree,
+    ctx: Ctx,
+    *,
+    constraints: Any,
+    maxiter: int,
+    tol: Any,
+) -> tuple[InnerState, dict[str, Any]]:
+    """A step of the solver: the whole solve by `minimize`."""
+    value, (model, _) = objective(state.params, outer, ctx)
+    given = level(objective, constraints, state.params, outer, ctx)
+    end = under("highest", lambda: minimize(given, maxiter, tol))()
+    info = {
+        "value": value,
+        "grad_norm": end.residual,
+        "iterations": end.iterations,
+        "multipliers": given.multipliers(end.equality, end.inequality),
+        "code": verdict(end.residual, tol),
+    }
+    return InnerState(given.back(end.y), state.opt, model), info

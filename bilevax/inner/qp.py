@@ -7,12 +7,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from bilevax import base
-from bilevax._core import numbers
-from bilevax._core.precision import under
-from bilevax.base import Bound, InnerSolver, InnerState, Objective, PyTree
+from bilevax.base import InnerSolver
 from bilevax.inner import _local, _quadratic
-from bilevax.inner._constraints import as_constraints
 
 
 def qp(
@@ -67,52 +63,17 @@ def qp(
     Source: Mehrotra, "On the implementation of a primal-dual interior point method" (SIAM J.
     Optimization 1992); Nocedal and Wright, Numerical Optimization (2006), section 16.6.
     """
-    settings = dict(
-        constraints=as_constraints(equality, inequality),
-        maxiter=numbers.count(maxiter, "maxiter"),
-        tol=numbers.positive(tol, "tol", example=1e-8),
-    )
-    return InnerSolver(
-        init=Bound("init", _init),
-        step=Bound("qp", _solve, **settings),
-        reversible=False,
-        constraints=settings["constraints"],
-    )
+    return _local.solver("qp", _solve, equality, inequality, maxiter, tol)
 
 
-def _init(params: PyTree) -> tuple[Any, ...]:
-    return ()
+def _solve(*args: Any, **settings: Any) -> Any:
+    return _local.solve(_minimize, *args, **settings)
 
 
-def _solve(
-    objective: Objective,
-    state: InnerState,
-    outer: PyTree,
-    ctx: base.Ctx,
-    *,
-    constraints: Any,
-    maxiter: int,
-    tol: Any,
-) -> Any:
-    def solve():
-        given = _local.level(objective, constraints, state.params, outer, ctx)
-        zero = jnp.zeros_like(given.start)
-        bare = [jnp.zeros_like(limit) for limit in given.limits(given.start)]
-        program = _local.around(given, zero, *bare)
-        point = _quadratic.minimize(program, maxiter=maxiter, tol=tol)
-        return (
-            given,
-            point,
-            _local.left(given, point.y, point.equality, point.inequality, program.Q),
-        )
-
-    value, (model, _) = objective(state.params, outer, ctx)
-    given, point, residual = under("highest", solve)()
-    info = {
-        "value": value,
-        "grad_norm": residual,
-        "iterations": point.iterations,
-        "multipliers": given.multipliers(point.equality, point.inequality),
-        "code": _local.verdict(residual, tol),
-    }
-    return InnerState(given.back(point.y), state.opt, model), info
+def _minimize(given: _local.Level, maxiter: int, tol: Any) -> _local.Solved:
+    zero = jnp.zeros_like(given.start)
+    bare = [jnp.zeros_like(limit) for limit in given.limits(given.start)]
+    program = _local.around(given, zero, *bare)
+    point = _quadratic.minimize(program, maxiter=maxiter, tol=tol)
+    found = point.y, point.equality, point.inequality
+    return _local.Solved(*found, _local.left(given, *found, program.Q), point.iterations)

@@ -9,12 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import base
-from bilevax._core import numbers
-from bilevax._core.precision import under
-from bilevax.base import Bound, InnerSolver, InnerState, Objective, PyTree
+from bilevax.base import InnerSolver
 from bilevax.inner import _local, _quadratic
-from bilevax.inner._constraints import as_constraints
 
 HALVINGS = 25  # of a step, before the search gives up
 SUFFICIENT = 1e-4  # share of the promised decrease
@@ -74,21 +70,7 @@ def sqp(
     and Lucidi, "A nonmonotone line search technique for Newton's method" (SIAM J. Numerical
     Analysis 1986).
     """
-    settings = dict(
-        constraints=as_constraints(equality, inequality),
-        maxiter=numbers.count(maxiter, "maxiter"),
-        tol=numbers.positive(tol, "tol", example=1e-8),
-    )
-    return InnerSolver(
-        init=Bound("init", _init),
-        step=Bound("sqp", _solve, **settings),
-        reversible=False,
-        constraints=settings["constraints"],
-    )
-
-
-def _init(params: PyTree) -> tuple[Any, ...]:
-    return ()
+    return _local.solver("sqp", _solve, equality, inequality, maxiter, tol)
 
 
 class _Carry(NamedTuple):
@@ -123,31 +105,11 @@ def _violated(limits: Any) -> Any:
     return jnp.sum(jnp.abs(limits[0])) + jnp.sum(jnp.maximum(limits[1], 0))
 
 
-def _solve(
-    objective: Objective,
-    state: InnerState,
-    outer: PyTree,
-    ctx: base.Ctx,
-    *,
-    constraints: Any,
-    maxiter: int,
-    tol: Any,
-) -> Any:
-    value, (model, _) = objective(state.params, outer, ctx)
-    given = _local.level(objective, constraints, state.params, outer, ctx)
-    end = under("highest", lambda: _minimize(given, maxiter, tol))()
-    y, equality, inequality, residual = end.best
-    info = {
-        "value": value,
-        "grad_norm": residual,
-        "iterations": end.iterations,
-        "multipliers": given.multipliers(equality, inequality),
-        "code": _local.verdict(residual, tol),
-    }
-    return InnerState(given.back(y), state.opt, model), info
+def _solve(*args: Any, **settings: Any) -> Any:
+    return _local.solve(_minimize, *args, **settings)
 
 
-def _minimize(given: _local.Level, maxiter: int, tol: Any) -> _Carry:
+def _minimize(given: _local.Level, maxiter: int, tol: Any) -> _local.Solved:
     start, dtype = given.start, given.start.dtype
     floor = jnp.maximum(jnp.asarray(tol, dtype), 10 * jnp.finfo(dtype).eps)
     bare = [jnp.zeros_like(limit) for limit in given.limits(start)]
@@ -196,10 +158,12 @@ def _minimize(given: _local.Level, maxiter: int, tol: Any) -> _Carry:
     none, nothing = bare
     first = (start, none, nothing, jnp.asarray(jnp.inf, dtype))
     merits = jnp.full((MEMORY,), -jnp.inf, dtype)
-    return lax.while_loop(
+    end = lax.while_loop(
         going,
         body,
         _Carry(
             start, none, nothing, jnp.zeros((), dtype), merits, first, jnp.int32(0), jnp.int32(0)
         ),
     )
+    y, equality, inequality, residual = end.best
+    return _local.Solved(y, equality, inequality, residual, end.iterations)
