@@ -26,11 +26,10 @@ from bilevax.base import (
     objective,
 )
 from bilevax.checkpoint import Checkpointing
-from bilevax.data.episodes import numbered
-from bilevax.data.sources import as_source
 from bilevax.games.plays import Play, extragradient
 from bilevax.multilevel import Level
-from bilevax.multilevel.level import check_key, check_names, split_params
+from bilevax.multilevel.givens import givens
+from bilevax.multilevel.level import check_names
 from bilevax.results import RESULTS, first, unless
 from bilevax.run.chunk import drive
 from bilevax.run.driver import ready
@@ -39,7 +38,7 @@ from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
 from bilevax.run.state import RunState
 from bilevax.run.watch import Callback
-from bilevax.run.window import first_context, needs_key, refuse_one_pass, source_draw
+from bilevax.run.window import first_context, source_draw
 from bilevax.sharding import Sharding
 
 
@@ -233,32 +232,14 @@ def solve_game(
             f"sharding: got {got} for a game; expected data_parallel(), fsdp() or by_path(...) "
             "there."
         )
-    if state is not None and not isinstance(state, RunState):
-        raise TypeError(
-            f"state: got {check.describe(state)}; expected solution.state of an earlier run, or "
-            "None."
-        )
-    given, projections = check_names(data, names, "data"), check_names(project, names, "project")
+    projections = check_names(project, names, "project")
     for name, fn in projections.items():
         if not callable(fn):
             raise TypeError(
                 f"project[{name!r}]: got {check.describe(fn)}; expected a function of the player's "
                 "parameters."
             )
-    sources = dict(
-        zip(
-            names,
-            numbered(tuple(as_source(given.get(n), f"data[{n!r}]") for n in names)),
-            strict=True,
-        )
-    )
-    run_key = key if state is None else state.key
-    check_key(levels, run_key, [n for n, s in sources.items() if run_key is None and needs_key(s)])
-    floats, fixed = split_params(levels, params)
-    for name in names:
-        check.finite(floats[name], f"params[{name!r}]")
-    if state is not None:
-        refuse_one_pass(tuple(sources.values()))
+    sources, floats, fixed, run_key = givens(levels, params, data, key, state)
     contexts = {name: first_context(sources[name], run_key) for name in names}
     objectives = {}
     for level in levels:

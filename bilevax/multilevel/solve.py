@@ -15,11 +15,10 @@ from bilevax._estimate import told
 from bilevax.base import Algorithm, Bound, Feed, InnerState, PyTree, StepInfo, objective
 from bilevax.checkpoint import Checkpointing
 from bilevax.data.draws import level_windowed, with_number
-from bilevax.data.episodes import numbered
 from bilevax.data.loaders import Stream
-from bilevax.data.sources import as_source
 from bilevax.multilevel import joint
-from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
+from bilevax.multilevel.givens import givens
+from bilevax.multilevel.level import Level, check_names, checked
 from bilevax.multilevel.statistics import divided
 from bilevax.multilevel.sweep import sweep
 from bilevax.multilevel.system import System, as_solver, as_system
@@ -31,7 +30,7 @@ from bilevax.run.options import check_options
 from bilevax.run.solution import Solution
 from bilevax.run.state import RunState
 from bilevax.run.watch import Callback
-from bilevax.run.window import first_context, needs_key, refuse_one_pass, refuse_shared, source_draw
+from bilevax.run.window import first_context, source_draw
 from bilevax.sharding import Sharding
 
 
@@ -182,11 +181,6 @@ def solve_multilevel(
             "sharding: got mean=True for more than two levels; expected data_parallel() without "
             "it, fsdp(), tasks() or by_path(...)."
         )
-    if state is not None and not isinstance(state, RunState):
-        raise TypeError(
-            f"state: got {check.describe(state)}; expected solution.state of an earlier run, or "
-            "None."
-        )
     if project is not None and not callable(project):
         raise TypeError(
             f"project: got {check.describe(project)}; expected a function of the top level's "
@@ -196,28 +190,13 @@ def solve_multilevel(
         numbers.takes(project, "project", "(params) -> params")
     names = [level.name for level in levels]
     upper = names[-1]
-    given = check_names(data, names, "data")
-    sources = dict(
-        zip(
-            names,
-            numbered(tuple(as_source(given.get(n), f"data[{n!r}]") for n in names)),
-            strict=True,
-        )
-    )
-    refuse_shared(tuple(sources.values()))
+    sources, floats, fixed, run_key = givens(levels, params, data, key, state)
     models = {
         n: check.arrays(m, f"model_state[{n!r}]")
         for n, m in check_names(model_state, names, "model_state").items()
     }
     for name, model in models.items():
         check.finite(model, f"model_state[{name!r}]")
-    run_key = key if state is None else state.key
-    check_key(levels, run_key, [n for n, s in sources.items() if run_key is None and needs_key(s)])
-    floats, fixed = split_params(levels, params)
-    for name in names:
-        check.finite(floats[name], f"params[{name!r}]")
-    if state is not None:
-        refuse_one_pass(tuple(sources.values()))
     contexts = {
         level.name: with_number(
             objective(level.objective), first_context(sources[level.name], run_key)

@@ -230,6 +230,9 @@ def test_refusals():
         games.solve_game(two(0.1), {"x": np.ones(3)})
     with pytest.raises(TypeError, match=r"^project\['x'\]: got"):
         games.solve_game(two(0.1), START, project={"x": 3})
+    rows = iter([np.ones(2)] * 100)  # one iterator cannot feed two players
+    with pytest.raises(ValueError, match=r"data\['y'\]"):
+        games.solve_game(two(0.1), START, data={"x": rows, "y": rows})
     with pytest.raises(ValueError, match="^Level 'x': got every=2"):
         games.solve_game(
             [bx.Level("x", lambda p, b: bilinear(p), solver=optax.sgd(0.1), every=2), two(0.1)[1]],
