@@ -139,6 +139,7 @@ class InnerSolver(NamedTuple):
 
     def first(self, params: PyTree, outer: PyTree) -> PyTree:
         """The first optimizer state."""
+        # which of both signatures it has is what `sees_outer` says
         return self.init(params, outer) if self.sees_outer else self.init(params)  # type: ignore[call-arg]
 
     def __repr__(self) -> str:

@@ -177,6 +177,7 @@ def structure(
     settings = [False] * len(paths)
     if solver.sees_outer and solver.update is not None:
         zero, update = tree.zeros_like(params), solver.update
+        # what sees outer parameters takes them: `sees_outer`, which a type cannot say
         settings = reads(lambda x: update(zero, solver.first(params, x), params, outer=x)[0], outer)  # type: ignore[call-arg]
 
     if method.batches or method.sees_model:  # it differentiates the inner objective
@@ -197,7 +198,7 @@ def structure(
                 "every leaf to be read. A value that a function captured, or that an optimizer was "
                 "built with, is a "
                 "constant: use outer_params in the objective, or inner.optax(lambda outer: "
-                "optimizer, steps)."
+                "optimizer, steps); if every solve begins at it, give inner_init=."
             )
         if begun and not known and not method.sees_init:
             raise ValueError(

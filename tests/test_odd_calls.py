@@ -119,6 +119,21 @@ ROWS = {
     "csv over a file of another kind": (lambda: go(callbacks=[CB.csv(file("f.csv", "a,b\n1.5,x\n"))]), r"path: got .*f.csv.*expected"),
     "jsonl over a file of another kind": (lambda: go(callbacks=[CB.jsonl(file("f.jsonl", "what\never\n"))]), r"path: got .*f.jsonl.*expected"),
     "an iterator over keys": (lambda: go(inner_data=iter({"x": 1, "y": 2})), r"inner_data, batch 1: got str 'x'; expected"),
+    "a data function whose arguments are swapped": (
+        lambda: go(inner_data=lambda step, key: jax.random.normal(key, (2,)), key=jax.random.key(0)),
+        r"inner_data: raised this when called as \(key, step\) -> batch",
+    ),
+    "metrics whose arguments are swapped": (
+        lambda: go(metrics=bx.metrics(lambda d, y, x: {"m": d["a"]}, data={"a": T})),
+        r"metrics .*: raised this when called as \(inner_params, outer_params, data\)",
+    ),
+    "rows that eight devices cannot share": (
+        lambda: go(inner=on_rows, inner_data=(X, T), sharding=S.data_parallel()),
+        r"batch of on_rows: got \[6\] rows on 8 devices; expected a multiple of 8. Leave out",
+    ),
+    "a start that was forgotten": (
+        lambda: go(inner=lambda y, x, b: jnp.sum(y**2)), r"outer_params: .*give inner_init=",
+    ),
     "a data function of one argument": (lambda: go(inner_data=lambda key: X, key=jax.random.key(0)), r"inner_data: got a function of \(key\); expected"),
     "a data function that returns None": (lambda: go(inner=on_rows, inner_data=lambda key, step: None, key=jax.random.key(0)), (
         r"inner_objective.*raised this when called .*batch=None"

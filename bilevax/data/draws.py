@@ -250,8 +250,12 @@ def generated(feed: Feed, i: Any, *, fn: Callable[..., Any], argument: str = "da
     none.
     """
     key = draw_key(feed, i)
-    batch = fn(
-        jax.random.key(0) if key is None else jax.random.fold_in(key, 0), draw_number(feed, i)
-    )
+    try:
+        batch = fn(
+            jax.random.key(0) if key is None else jax.random.fold_in(key, 0), draw_number(feed, i)
+        )
+    except Exception as error:
+        error.add_note(f"{argument}: raised this when called as (key, step) -> batch.")
+        raise
     numbers.arrays(batch, f"{argument}'s batch")
     return Ctx(batch, None if key is None else jax.random.fold_in(key, 1))

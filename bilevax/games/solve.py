@@ -270,6 +270,7 @@ def solve_game(
     algorithm = Algorithm(
         Bound("game", _init, play=play),
         Bound("game", _step, play=play),
+        # a stream a player, where Draws names the three of two levels
         (1,) * len(names),  # type: ignore[arg-type]
     )
     functions = {

@@ -236,6 +236,7 @@ def solve_multilevel(
     )
     # The driver hands an algorithm whatever problem it was given, and as many streams as `draws`
     # has entries.
+    # as many entries as there are streams, where Draws names the three of two levels
     algorithm = Algorithm(_init, Bound("multilevel", _step, project=bound), counts)  # type: ignore[arg-type]
     leaves = ({n: fixed[n] for n in names[:-1]}, fixed[upper])
     functions = {

@@ -89,6 +89,7 @@ def divided(
             own[name] = None
         elif name in keyed:
             by_owner.append(name)
+            # a level in `keyed` was given a dict
             own[name] = {k: v for k, v in given.items() if k == name or k not in owners}  # type: ignore[union-attr]
         elif not given and owners and isinstance(given, dict | None):
             by_owner.append(name)

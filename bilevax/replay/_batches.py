@@ -99,6 +99,7 @@ class Batches:
         return found.result()
 
     def _read(self, step: int) -> PyTree:
+        # only a Reader is read step by step; a Source is here as a whole
         return self.put(jax.tree.map(jnp.asarray, self.source.fn(step)))  # type: ignore[union-attr]
 
     def close(self) -> None:

@@ -72,6 +72,7 @@ def _parts(leaf: Any) -> list[np.ndarray]:
 
 
 def _bytes(part: np.ndarray) -> memoryview:
+    # NumPy arrays have the buffer protocol, which its stubs leave out for views
     return memoryview(part.reshape(-1).view(np.uint8))  # type: ignore[arg-type]
 
 

@@ -94,6 +94,7 @@ class MetagradFn:
         """The compiled pieces for data that is read by `draw`."""
         training, outer = self.training, self.outer
         if self.sharding is not None:
+            # an Objective: `_check_sharding` refuses a user's own Gradients
             training = training._replace(objective=layout.wrap(self.sharding, training.objective))  # type: ignore[arg-type]
             outer = layout.wrap(self.sharding, outer)
         return Pieces(training._replace(draw=draw, placing=placing), outer)
@@ -314,6 +315,7 @@ def value_and_metagrad(
             "host's memory."
         )
     _check_sharding(sharding, inner)
+    # the draw is that of the data, which `_pieces` puts in
     training = Training(inner, factory, None, inner_init, parts, bool(save_gradients))  # type: ignore[arg-type]
     return MetagradFn(
         training,

@@ -520,6 +520,7 @@ class Loop:
         return self._again(done)
 
     def _again(self, done: int) -> RunState:
+        # called only where a call went past a look, which kept what it was given
         run, data, first = self.before  # type: ignore[misc]
         return run_chunk(
             self.static, self.capacity, tree.copy(run), self.dynamic, data, done - first

@@ -37,6 +37,7 @@ def attach(loop: Any, error: BaseException) -> None:
     """Give an error what the run has come to, as far as it is known."""
     result = loop.result if loop.over else RESULTS.stopped
     lost: Any = None
+    # any exception takes an attribute, which the type of exceptions does not say
     try:
         deleted = any(
             leaf.is_deleted() for leaf in jax.tree.leaves(loop.run) if isinstance(leaf, jax.Array)

@@ -160,6 +160,7 @@ def _value(value: Any) -> str:
     if isinstance(value, (np.ndarray, np.generic, jax.Array)):
         plain: Any = value
         if jnp.issubdtype(value.dtype, jax.dtypes.prng_key):
+            # checked one line above: it is a key array
             plain = jax.random.key_data(value)  # type: ignore[arg-type]
         content = hashlib.blake2b(np.asarray(plain).tobytes(), digest_size=8).hexdigest()
         return f"{plain.dtype}{list(plain.shape)}:{content}"

@@ -163,7 +163,7 @@ def rows_spec(sharding: Sharding, leaf: Any, axis: int = 0) -> tuple[Any, ...]:
     return (*[None] * axis, where)
 
 
-def _check_rows(sharding: Sharding, batch: PyTree, what: str) -> None:
+def _check_rows(sharding: Sharding, batch: PyTree, of: str) -> None:
     """Refuse a batch none of whose leaves can be split: it would be computed whole on every
     device.
     """
@@ -174,8 +174,9 @@ def _check_rows(sharding: Sharding, batch: PyTree, what: str) -> None:
         and all(length % sharding.row_devices for length in lengths)
     ):
         raise ValueError(
-            f"{what}: got {sorted(lengths)} rows on {sharding.row_devices} devices; expected a "
-            f"multiple of {sharding.row_devices}."
+            f"batch of {of}: got {sorted(lengths)} rows on {sharding.row_devices} devices; "
+            f"expected a multiple of {sharding.row_devices}. Leave out the last few rows, or fill "
+            "up with rows of weight zero."
         )
 
 
@@ -198,10 +199,11 @@ def _split_rows(
     *args: Any,
     fn: Callable[..., Any],
     sharding: Any,
+    of: str,
     **kwargs: Any,
 ) -> Any:
     """The objective with its batch's rows split, wherever the batch was drawn from."""
-    _check_rows(sharding, batch, "batch")
+    _check_rows(sharding, batch, of)
     batch = jax.tree.map(
         lambda a: lax.with_sharding_constraint(a, sharding.named(*rows_spec(sharding, a))), batch
     )
@@ -209,10 +211,10 @@ def _split_rows(
 
 
 def _own_rows(
-    inner: PyTree, outer: PyTree, batch: PyTree, *, fn: Callable[..., Any], sharding: Any
+    inner: PyTree, outer: PyTree, batch: PyTree, *, fn: Callable[..., Any], sharding: Any, of: str
 ) -> Any:
     """The mean over devices of the objective on each one's rows."""
-    _check_rows(sharding, batch, "batch")
+    _check_rows(sharding, batch, of)
     names = (sharding.rows,) if isinstance(sharding.rows, str) else tuple(sharding.rows)
     everywhere, rows = (
         PartitionSpec(),
@@ -234,7 +236,8 @@ def wrap(sharding: Sharding, objective: Objective) -> Objective:
     """The objective on batches whose rows are split over the devices."""
     fn = _own_rows if sharding.mean else _split_rows
     return dataclasses.replace(
-        objective, fn=Bound(objective.name, fn, fn=objective.fn, sharding=sharding)
+        objective,
+        fn=Bound(objective.name, fn, fn=objective.fn, sharding=sharding, of=objective.name),
     )
 
 

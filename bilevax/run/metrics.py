@@ -128,15 +128,18 @@ def check_metrics(
     their own.
     """
     name = getattr(value.fn, "__name__", repr(value.fn))
-    numbers.takes(
-        value.fn,
-        f"metrics ({name})",
+    form = (
         f"(inner_params, outer_params, data{', model_state' if value.stateful else ''}) -> dict of "
-        "scalars",
+        "scalars"
     )
-    out = jax.eval_shape(
-        lambda d: value.fn(inner, outer, d, *((model,) if value.stateful else ())), value.data
-    )
+    numbers.takes(value.fn, f"metrics ({name})", form)
+    try:
+        out = jax.eval_shape(
+            lambda d: value.fn(inner, outer, d, *((model,) if value.stateful else ())), value.data
+        )
+    except Exception as error:
+        error.add_note(f"metrics ({name}): raised this when called as {form}.")
+        raise
     if not isinstance(out, dict) or not out:
         raise TypeError(
             f"metrics ({name}): returned {check.describe(out)}; expected a dict of scalars by name."

@@ -254,6 +254,7 @@ def _step(
         everywhere,
         point,
         everywhere,
+        # a specification in place of each number of a StepInfo
         everywhere,  # type: ignore[arg-type]
         split_first,
         everywhere,
