@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any, NamedTuple, NoReturn
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +27,6 @@ from jax import lax
 
 from bilevax import linear, tree
 from bilevax._core import numbers
-from bilevax._core.jaxpr import evaluate
 from bilevax.argmin import attach
 from bilevax.base import (
     Bound,
@@ -39,12 +38,10 @@ from bilevax.base import (
     Lower,
     Objective,
     PyTree,
-    as_cotangent,
-    join,
-    split,
 )
 from bilevax.data.draws import draw_key, draw_number
 from bilevax.hypergradient.parts import verdict
+from bilevax.multilevel.guard import guarded_solve, message
 from bilevax.multilevel.starting import begun
 from bilevax.multilevel.statistics import constant, entered, floats_of
 from bilevax.multilevel.system import System
@@ -245,7 +242,7 @@ def _respond(
     given = given_to(system, name, system.graph[name].total, env)
     ctx = hyper_context(side, feed)
     if method.order < 2:
-        solution = _guarded_solve(
+        solution = guarded_solve(
             side, method, message(system, reader, name), start, given, feed, ctx
         )
     elif method.linear is None:
@@ -437,80 +434,3 @@ def joint_solver(system: System, name: str, u: Unknowns) -> Any:
     return linear.minres(
         PRODUCTS, 100 * numbers.rounding_unit(u) if given.tol is None else given.tol
     )
-
-
-# ---- first-order methods: once and no more
-
-
-def message(system: System, reader: str, name: str) -> str:
-    """Why a second derivative through this level's solution is refused."""
-    method = system.methods[name]
-    upper = f"level {reader!r}" + (
-        f" is differentiated by {system.methods[reader]!r}, which needs"
-        if reader in system.methods
-        else " asks for"
-    )
-    return (
-        f"hypergradient of level {name!r}: got {method!r}, whose derivative is right once only, "
-        f"but {upper} a second derivative through it; expected "
-        "a method of order 2 below, such as hypergradient.implicit(), or one above that takes "
-        "first derivatives only, such as hypergradient.finite_difference(), zeroth_order() or "
-        "sama(product='difference')."
-    )
-
-
-@partial(jax.custom_jvp, nondiff_argnums=(0,))
-def refused(why: str, value: PyTree, given: PyTree) -> PyTree:
-    """`value`, which depends on `given` in a way that must not be differentiated: doing so
-    raises.
-    """
-    return value
-
-
-@refused.defjvp
-def _refuse(why: str, primals: Any, tangents: Any) -> NoReturn:
-    raise ValueError(why)
-
-
-@jax.tree_util.register_static
-class _Code(NamedTuple):
-    """A pullback with nothing captured; rides along with the residuals without becoming an
-    array.
-    """
-
-    jaxpr: Any
-    structure: Any
-
-
-def _guarded_solve(
-    side: Any, method: Any, why: Any, start: Any, given: Any, feed: Feed, ctx: Ctx
-) -> InnerState:
-    static, dynamic = split((side, method, why))
-    return _guarded(static, given, (dynamic, start, feed, ctx))
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _guarded(static: Any, given: Any, rest: Any) -> Any:
-    return _guarded_fwd(static, given, rest)[0]
-
-
-def _guarded_fwd(static: Any, given: Any, rest: Any) -> Any:
-    dynamic, start, feed, ctx = rest
-    side, method, why = join(static, dynamic)
-    solution, pullback = method.vjp(side, start, given, feed, ctx, method.init(start.params))
-    still = tree.zeros_like(tree.partition(solution.model)[0])
-    closed, shape = jax.make_jaxpr(
-        lambda w: pullback(as_cotangent(method, w, still))[0], return_shape=True
-    )(solution.params)
-    residuals = (closed.consts, _Code(closed.jaxpr, jax.tree.structure(shape)), given, rest)
-    return refused(why, solution, given), residuals
-
-
-def _guarded_bwd(static: Any, residuals: Any, cotangent: PyTree) -> Any:
-    captured, code, given, rest = residuals
-    _, _, why = join(static, rest[0])
-    out = evaluate(code.jaxpr, captured, jax.tree.leaves(cotangent.params))
-    return refused(why, jax.tree.unflatten(code.structure, out), (given, cotangent.params)), None
-
-
-_guarded.defvjp(_guarded_fwd, _guarded_bwd)
