@@ -4,6 +4,7 @@ times.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Collection
 from functools import partial
 from typing import Any, NamedTuple
@@ -84,8 +85,8 @@ def argmin(
         As with ``jax.jit`` and ``jax.lax.scan``, what it captures is read when it is first traced:
         what changes from call to call is an argument, or captured by a function made anew.
       solver: an `InnerSolver`; it is run for its `steps` from `inner_init`, without batches. One
-        with constraints (`inner.qp`, `inner.sqp`) calls them as the objective, ``(inner, *args)``,
-        and the solution is differentiated through all conditions of optimality; where it has
+        with constraints (`inner.qp`, `inner.sqp`) or a residual calls them as the objective,
+        ``(inner, *args)``. Under constraints the solution is differentiated through all conditions of optimality; where it has
         one-sided derivatives only (an active constraint without a multiplier, dependent ones), its
         derivative is NaN, or with ``strict=False`` one of them.
       linear_solver: solver of the symmetric systems in the inner Hessian; default ``linear.cg``
@@ -328,9 +329,8 @@ class _Traceable(Traceable):
                 "jnp.sum or jnp.mean, and no aux."
             )
         if self._limits is None:
-            return _Traced(
-                Objective(Bound(self.name, _evaluate, jaxpr=closed.jaxpr)), params, outer
-            )
+            value = Bound(self.name, _evaluate, jaxpr=closed.jaxpr)
+            return _Traced(Objective(value, adapt=_of_arguments), params, outer)
         limits, _, read, form = self._limits.traced(inner, args)
         adapt = Bound("limits", _adapted, jaxpr=limits.jaxpr, form=jax.tree.structure(form))
         return _Traced(
@@ -342,6 +342,17 @@ class _Traceable(Traceable):
 
 def _evaluate(inner: PyTree, outer: Outer, batch: PyTree, *, jaxpr: Any) -> Any:
     return outputs(jaxpr, inner, outer)[0]
+
+
+def _of_arguments(mapping: Objective) -> Objective:
+    """A mapping of the solver (its residual, say), called as the objective is: ``(inner,
+    *args)``.
+    """
+    return dataclasses.replace(mapping, fn=Bound(mapping.name, _unpacked, fn=mapping.fn))
+
+
+def _unpacked(inner: PyTree, outer: Outer, batch: PyTree, *, fn: Callable[..., Any]) -> Any:
+    return fn(tree.combine(inner, outer.fixed), *outer.args)
 
 
 def _evaluate_own(inner: PyTree, outer: _Limited, batch: Any, *, jaxpr: Any) -> Any:
