@@ -86,9 +86,9 @@ def argmin(
         what changes from call to call is an argument, or captured by a function made anew.
       solver: an `InnerSolver`; it is run for its `steps` from `inner_init`, without batches. One
         with constraints (`inner.qp`, `inner.sqp`) or a residual calls them as the objective,
-        ``(inner, *args)``. Under constraints the solution is differentiated through all conditions of optimality; where it has
-        one-sided derivatives only (an active constraint without a multiplier, dependent ones), its
-        derivative is NaN, or with ``strict=False`` one of them.
+        ``(inner, *args)``. Under constraints the solution is differentiated through all conditions
+        of optimality; where it has one-sided derivatives only (an active constraint without a
+        multiplier, dependent ones), its derivative is NaN, or with ``strict=False`` one of them.
       linear_solver: solver of the symmetric systems in the inner Hessian; default ``linear.cg``
         close to the precision of the inner parameters. ``linear.minres()`` takes an indefinite
         Hessian, which a stationary point that is no minimum has.

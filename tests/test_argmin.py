@@ -3,7 +3,6 @@
 import equinox.internal
 import jax
 import jax.numpy as jnp
-import jaxopt
 import numpy as np
 import optax
 import pytest
@@ -170,19 +169,6 @@ def _nest(depth, solver, linear_solver=None):
         return jnp.sin(slope * x + offset)
 
     return lambda x: jnp.sin(top(x, x)), closed
-
-
-def test_a_solver_of_residuals_calls_them_as_the_objective():
-    """y = sin(x) by Gauss and Newton's method: cos(x), −sin(x)."""
-    residual = lambda y, x: y["a"] - jnp.sin(x)
-    square = lambda y, x: jnp.sum(residual(y, x) ** 2)
-    solver = bx.inner.jaxopt(jaxopt.GaussNewton, residual=residual, maxiter=20, tol=1e-12)
-    fn = lambda x: argmin(square, solver)({"a": jnp.zeros(2)}, x)["a"]
-    x = jnp.array([0.3, 0.7])
-    value, jacobian, second = jax.jit(lambda x: (fn(x), jax.jacfwd(fn)(x), jax.hessian(fn)(x)))(x)
-    np.testing.assert_allclose(value, np.sin(x), rtol=1e-10)
-    np.testing.assert_allclose(jacobian, np.diag(np.cos(x)), rtol=1e-8, atol=1e-12)
-    np.testing.assert_allclose(np.einsum("iii->i", second), -np.sin(x), rtol=1e-8)
 
 
 def test_five_levels():

@@ -640,6 +640,19 @@ def test_solvers_of_residuals(name):
     assert int(wrong.info["code"]) == RESULTS.not_stationary and np.all(np.isnan(wrong.grad))
 
 
+def test_a_solver_of_residuals_calls_them_as_the_objective():
+    """y = sin(x) by Gauss and Newton's method: cos(x), −sin(x)."""
+    residual = lambda y, x: y["a"] - jnp.sin(x)
+    square = lambda y, x: jnp.sum(residual(y, x) ** 2)
+    solver = inner.jaxopt(jaxopt.GaussNewton, residual=residual, maxiter=20, tol=1e-12)
+    fn = lambda x: bx.argmin(square, solver)({"a": jnp.zeros(2)}, x)["a"]
+    x = jnp.array([0.3, 0.7])
+    value, jacobian, second = jax.jit(lambda x: (fn(x), jax.jacfwd(fn)(x), jax.hessian(fn)(x)))(x)
+    np.testing.assert_allclose(value, np.sin(x), rtol=1e-10)
+    np.testing.assert_allclose(jacobian, np.diag(np.cos(x)), rtol=1e-8, atol=1e-12)
+    np.testing.assert_allclose(np.einsum("iii->i", second), -np.sin(x), rtol=1e-8)
+
+
 def test_mirror_descent_ends_at_a_fixed_point_of_its_step():
     """On the simplex, ``y = x / Σx`` minimises ``Σ y log(y / x)``; its derivative by the rule of
     that step."""
