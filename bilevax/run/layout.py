@@ -342,8 +342,7 @@ def _check_mean(
         if not jax.tree.leaves(batch):
             continue
         batch = jax.tree.map(lambda a: put_leaf(a, sharding.named(*rows_spec(sharding, a))), batch)
-        both = (objective.fn, Bound(objective.name, _own_rows, fn=objective.fn, sharding=sharding))
-        static, dynamic = split(both)
+        static, dynamic = split((objective.fn, wrap(sharding, objective).fn))
         for point in ((start.params, outer), _beside(start.params, outer)):
             whole, parts, gap, size = _compared(static, dynamic, *point, batch)
             if not gap > 1e-3 * size:  # as where beside the start there are no numbers
