@@ -659,7 +659,7 @@ def test_axis_mean_refuses_parameters_that_differ_by_device():
         (lambda: S.by_path(S.fsdp().mesh, {"w": P("model")}), ValueError, "got the axis str 'model'"),
         (lambda: run("soba", sharding=S.by_path(S.fsdp().mesh, {"w": P(None, "data")})), ValueError, r"rules: got .* for inner\['w'\]"),
         (lambda: run("soba", sharding=S.by_path(S.fsdp().mesh, {"no_such": P("data")})), ValueError, "rules: got 'no_such', which matches no"),
-        (lambda: run("soba", inner_data=jax.tree.map(lambda a: a[:15], TRAIN), sharding=S.data_parallel()), ValueError, r"batch of fit: got \[15\] rows on 8"),
+        (lambda: run("soba", inner_data=jax.tree.map(lambda a: a[:15], TRAIN), sharding=S.data_parallel()), ValueError, r"batch of inner: got \[15\] rows on 8"),
         (lambda: run_tasks("soba", objectives=(MEAN, MEAN), sharding=S.tasks()), ValueError, r"inner_objective.*expected bilevax\.tasks\(fn, 'sum'\)"),
         (lambda: run("soba", sharding=S.tasks()), ValueError, "inner_objective.*bilevax.tasks"),
         (lambda: run_tasks("soba", sharding=S.tasks(jax.devices()[:5])), ValueError, (
