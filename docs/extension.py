@@ -21,6 +21,11 @@ ROOT = Path(__file__).resolve().parent.parent
 _MATH = re.compile(
     r'<(?P<tag>span|div) class="arithmatex">\\[(\[](?P<tex>.*?)\\[)\]]</(?P=tag)>', re.DOTALL
 )
+_DIRECTIVE = re.compile(
+    r"^(?P<margin> *)\.\. math::\n\s*\n?(?P<tex>(?:(?P=margin) +\S.*\n|\n(?=(?P=margin) ))+)",
+    re.MULTILINE,
+)
+_ROLE = re.compile(r":math:`(?P<tex>[^`]*)`")
 _MARKER = re.compile(
     r"<!-- (?P<what>results|api|table|code|levels|recipes):? ?(?P<name>[^>]*?) ?-->"
 )
@@ -248,6 +253,17 @@ class _Pictures(Treeprocessor):
                     link.append(picture)
 
 
+class _Directives(Preprocessor):
+    """The formulas of docstrings, which are written for any reader of reStructuredText."""
+
+    def run(self, lines: list[str]) -> list[str]:
+        text = _DIRECTIVE.sub(
+            lambda found: f"{found['margin']}$$\n{found['tex'].rstrip()}\n{found['margin']}$$\n\n",
+            "\n".join(lines) + "\n",
+        )
+        return _ROLE.sub(r"$\g<tex>$", text).split("\n")
+
+
 class _Math(Postprocessor):
     """Formulas that ``pymdownx.arithmatex`` has marked."""
 
@@ -264,6 +280,7 @@ class _Math(Postprocessor):
 class _Pages(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
         md.preprocessors.register(_Written(md), "bilevax-written", 40)
+        md.preprocessors.register(_Directives(md), "bilevax-directives", 35)
         md.treeprocessors.register(_Pictures(md), "bilevax-pictures", 12)
         md.postprocessors.register(_Math(md), "bilevax-math", 0)
 
