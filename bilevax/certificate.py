@@ -165,7 +165,7 @@ def error_bound(
         of exact arithmetic.
 
     Returns:
-      An `ErrorBound`: guaranteed if the constants are and rounding is in it, otherwise an estimate,
+      An `ErrorBound`, guaranteed if the constants are and rounding is in it, otherwise an estimate,
       and labelled so.
 
     Raises:

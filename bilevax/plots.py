@@ -358,7 +358,7 @@ def comparison(found: Any, ax: Any = None) -> Any:
       ax: matplotlib axes to draw into; None makes new ones.
 
     Returns:
-      The axes. The dashed line is the error that the inner solve alone leaves: no implicit method
+      The axes. The dashed line is the error that the inner solve alone leaves; no implicit method
       does better.
 
     Raises:

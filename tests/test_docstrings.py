@@ -75,6 +75,9 @@ def test_sections(name):
     assert re.search(r"^Returns:|^Yields:|^Raises:", doc, re.MULTILINE), (
         f"{name} does not say what it returns"
     )
+    assert not re.search(r"^(?:Returns|Yields):\n .*:(?: |$)", doc, re.MULTILINE), (
+        f"{name}: the page would take what is before the colon of 'Returns' for a type"
+    )
     assert ">>>" in doc, f"{name} has no example"
     assert re.search(r"^Examples:\n +>>> ", doc, re.MULTILINE), (
         f"{name}: its example stands in no section Examples, which the page would show as code"

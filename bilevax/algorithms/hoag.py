@@ -77,7 +77,7 @@ def hoag(
       rate: its factor from step to step, at most 1.
 
     Returns:
-      An `Algorithm`. Its diagnostics: ``epsilon``, ``inner_grad_norm``, ``adjoint_residual``,
+      An `Algorithm`. Its diagnostics are ``epsilon``, ``inner_grad_norm``, ``adjoint_residual``,
       ``step_size`` (``1/L``), ``lower_steps``, ``adjoint_steps``.
 
     Raises:

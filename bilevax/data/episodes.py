@@ -92,7 +92,7 @@ def episodes(source: Any) -> Episodes:
         arrays.
 
     Returns:
-      `Episodes`: ``inner_data``, ``outer_data`` or a level's ``data``, as it is or mapped.
+      `Episodes`, for ``inner_data``, ``outer_data`` or a level's ``data``, as it is or mapped.
 
     Raises:
       TypeError, ValueError: for a source that is none.

@@ -71,7 +71,7 @@ def minibatches(arrays: PyTree, batch_size: int, *, replace: bool = False) -> So
         random order, of which the last ``N % batch_size`` are left out.
 
     Returns:
-      A `Source`: the same key gives the same batches, at any step, in any order.
+      A `Source`. The same key gives the same batches, at any step, in any order.
 
     Raises:
       ValueError: for arrays whose leading axes differ, or a batch size outside 1 to N.

@@ -198,7 +198,7 @@ def compare_hypergradients(
       key: PRNG key for keyed objectives and methods that draw.
 
     Returns:
-      A `HypergradientComparison`: print it, ``to_markdown()``, ``plot()``, or read its ``rows``.
+      A `HypergradientComparison`; print it, ``to_markdown()``, ``plot()``, or read its ``rows``.
 
     Raises:
       TypeError, ValueError: for arguments that cannot work, and a method's own refusals.

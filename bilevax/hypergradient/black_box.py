@@ -37,8 +37,8 @@ def black_box(
       host: as for ``inner.black_box``.
 
     Returns:
-      A `Hypergradient`. Its info has ``changed``, the distance ``‖y_λ − y‖`` (zero: no information
-      at this λ, try a larger one), and the cost.
+      A `Hypergradient`. Its info has ``changed``, the distance ``‖y_λ − y‖`` (zero is no
+      information at this λ, try a larger one), and the cost.
 
     Raises:
       TypeError, ValueError: for a minimizer that cannot be called, an interpolation that is not

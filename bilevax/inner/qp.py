@@ -40,7 +40,7 @@ def qp(
         point counts as solved (or what rounding allows).
 
     Returns:
-      An `InnerSolver` of one step, not reversible, with `constraints`: differentiate it by
+      An `InnerSolver` of one step, not reversible, with `constraints`. Differentiate it by
       ``hypergradient.kkt()`` (or ``implicit``, which then does the same), or call it through
       `argmin`. Its info has ``value`` (at the start), ``grad_norm`` (the relative violation at the
       end), ``iterations``, ``multipliers`` and ``code``.

@@ -45,7 +45,7 @@ def sqp(
       tol: relative violation of the conditions of optimality at which it stops.
 
     Returns:
-      An `InnerSolver` of one step, not reversible, with `constraints`: differentiate it by
+      An `InnerSolver` of one step, not reversible, with `constraints`. Differentiate it by
       ``hypergradient.kkt()`` (or ``implicit``, which then does the same), or call it through
       `argmin`. Its info has ``value`` (at the start), ``grad_norm`` (the relative violation at the
       end), ``iterations``, ``multipliers`` and ``code``.

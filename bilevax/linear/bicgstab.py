@@ -32,7 +32,7 @@ def bicgstab(maxiter: int = 100, tol: Numeric = 1e-6) -> Linear:
       tol: stop at ``‖Ax − b‖ <= tol ‖b‖``.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown`` (a
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes are ``adjoint_breakdown`` (a
       division by nearly zero that starting anew from the measured residual does not cure),
       ``adjoint_nonfinite``, ``adjoint_not_converged``.
 

@@ -48,7 +48,7 @@ def cg(
         whose sketch is then drawn anew in each solve, or a solver that holds one, such as `ekfac`.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``negative_curvature``
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes are ``negative_curvature``
       (``p'Ap <= 0``) and ``adjoint_breakdown`` (singular to rounding) with the iterate before that
       direction (zero if that is worse than zero), ``adjoint_nonfinite``, ``adjoint_not_converged``.
       Rows that are zero are left out where they are all that

@@ -30,10 +30,10 @@ def cholesky() -> Linear:
     factorised in float32. `x0` is what comes back on a failure.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``negative_curvature`` (not
-      positive definite), ``adjoint_breakdown`` (singular to rounding), ``adjoint_nonfinite``,
-      ``adjoint_not_converged`` (the residual is above the square root of the rounding unit, as for
-      a matrix without symmetry).
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes are ``negative_curvature``
+      (not positive definite), ``adjoint_breakdown`` (singular to rounding),
+      ``adjoint_nonfinite``, ``adjoint_not_converged`` (the residual is above the square root of the
+      rounding unit, as for a matrix without symmetry).
 
     Raises:
       ValueError: when called with more than 4,096 unknowns.
@@ -63,7 +63,7 @@ def lu() -> Linear:
     factorised in float32. `x0` is what comes back on a failure.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown``
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes are ``adjoint_breakdown``
       (singular to rounding), ``adjoint_nonfinite``, ``adjoint_not_converged`` (the residual is
       above the square root of the rounding unit).
 

@@ -34,7 +34,7 @@ def gmres(maxiter: int = 100, tol: Numeric = 1e-6, *, restart: int = 20) -> Line
       restart: the dimension k at which the space is dropped and begun anew.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown`` (a
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes are ``adjoint_breakdown`` (a
       singular matrix that cannot give b), ``adjoint_nonfinite``, ``adjoint_not_converged``.
 
     Raises:

@@ -40,7 +40,7 @@ def minres(
         definite; as for `cg`.
 
     Returns:
-      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes: ``adjoint_breakdown`` (a
+      A `LinearSolver`, ``(matvec, b, x0) -> (x, LinearInfo)``. Codes are ``adjoint_breakdown`` (a
       singular matrix that cannot give b), ``adjoint_nonfinite``, ``adjoint_not_converged``.
 
     Raises:

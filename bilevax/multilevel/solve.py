@@ -144,8 +144,8 @@ def solve_multilevel(
       throw: as in `solve_bilevel`.
 
     Returns:
-      A `Solution`: ``inner_params`` is a dict of the lower levels, ``outer_params`` the top level.
-      The history has each level's diagnostics as ``"name/entry"``.
+      A `Solution`, whose ``inner_params`` is a dict of the lower levels, its ``outer_params`` the
+      top level. The history has each level's diagnostics as ``"name/entry"``.
 
     Raises:
       TypeError, ValueError: for arguments that cannot work, before anything is compiled.

@@ -188,7 +188,7 @@ def mask(scores: PyTree, keep: float | None = None) -> PyTree:
         tree. None: those above zero.
 
     Returns:
-      A pytree of arrays of the scores' shapes. Multiply parameters by it:
+      A pytree of arrays of the scores' shapes. Multiply parameters by it,
       ``jax.tree.map(jnp.multiply, params, mask(scores, 0.1))``.
 
     Raises:

@@ -29,7 +29,7 @@ def constrained(
       **settings: further arguments of `projection` (``lower=``, ``upper=``, ``scale=``).
 
     Returns:
-      A ``GradientTransformation``. To be put last: ``optax.chain(optax.adam(1e-2),
+      A ``GradientTransformation``. To be put last, as in ``optax.chain(optax.adam(1e-2),
       nn.constrained(...))``.
 
     Raises:

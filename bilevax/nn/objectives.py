@@ -302,8 +302,8 @@ def bilevel(
         real inner steps only.
 
     Returns:
-      A `Bilevel`: ``problem.arguments`` for `solve_bilevel`, ``problem.merge(solution)`` for the
-      trained models.
+      A `Bilevel`, with ``problem.arguments`` for `solve_bilevel`, ``problem.merge(solution)`` for
+      the trained models.
 
     Raises:
       TypeError, ValueError: for arguments of another kind.

@@ -24,7 +24,7 @@ def going_on(training: Any) -> optax.GradientTransformation:
         with ``tx`` and ``opt_state``.
 
     Returns:
-      A ``GradientTransformation``: what `inner.optax` takes. Its first state is the training's; the
+      A ``GradientTransformation``, what `inner.optax` takes. Its first state is the training's; the
       numbers in it are leaves.
 
     Raises:
