@@ -1,7 +1,7 @@
 """Who earns above 50K (Adult): learn into which groups to divide people, with a model for each, so
 that predictions are accurate, or also fair.
 
-    python examples/learning_by_grouping.py
+    python examples/systems/learning_by_grouping.py
 
 After Hosseini et al., "Learning by grouping" (arXiv 2304.00486). Three levels in a chain.
 First level: the group model, a softmax regression from a person's features to the assignments of
@@ -28,17 +28,22 @@ settings were chosen on a part of the training set; test data chooses nothing.
 
 from __future__ import annotations
 
+import sys
 import time
+from pathlib import Path
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 from sklearn.cluster import KMeans
 
 import bilevax as bx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import report
 
 GROUPS, VALIDATION, L2 = 4, 0.25, 1e-5
 TARGET, PENALTY, SHARPNESS = (

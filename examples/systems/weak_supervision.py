@@ -1,7 +1,7 @@
 """Labels by rules alone, and a few checked ones: learn which of the rules' labels to trust, and
 what to put in place of the others.
 
-    python examples/weak_supervision.py
+    python examples/systems/weak_supervision.py
 
 TREC's 4,965 training questions of six kinds, labelled by the majority vote of 68 keyword rules (.53
 of these labels are right), and n of the validation set's questions with their true labels. Needs
@@ -25,20 +25,25 @@ What came out (5 seeds): .745 and .774 with 50 and 100 clean examples, which alo
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-import data
-import encoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 from flax import nnx
 
 import bilevax as bx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import encoder
+import report
 
 FEATURES, HIDDEN, FOLDS, CLEAN_ROWS, L2, INNER_STEPS, BATCH, EVERY = (
     384,

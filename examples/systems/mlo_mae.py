@@ -1,7 +1,7 @@
 """What should a masked autoencoder hide? Learn it from how well a classifier on the encoder does.
 Three levels, with a small vision transformer.
 
-    python examples/mlo_mae.py
+    python examples/systems/mlo_mae.py
 
 After Guo et al., "Downstream task guided masking learning in masked autoencoders using multi-level
 optimization" (TMLR 2025, arXiv 2402.18128). First level: a masked autoencoder; a masking network
@@ -24,20 +24,25 @@ planted problem, other seeds.
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 from jax import lax
 from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import report
 
 WIDTH, HEADS, LAYERS, CLASSES, BATCH = 64, 4, 2, 10, 64
 SIDE, PATCH, HIDDEN = 24, 4, 27  # images of 24 x 24, patches of 4 x 4, of which there are 36

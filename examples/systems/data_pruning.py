@@ -1,7 +1,7 @@
 """Which half of a training set can go? Learn a weight for each of 20,000 MNIST digits, and keep the
 largest; no clean example is needed.
 
-    python examples/data_pruning.py
+    python examples/systems/data_pruning.py
 
 Of the 20,000 rows 30 % repeat others and 20 % have a wrong label; nobody says which. After Choe et
 al., "Making scalable meta learning practical" (NeurIPS 2023, arXiv 2310.05674), section 4.3: data
@@ -26,20 +26,25 @@ weights are ahead.
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-import data
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 from jax import lax
 from sklearn.metrics import roc_auc_score
 
 import bilevax as bx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import report
 
 CLASSES, PIXELS, HIDDEN = 10, 784, 128
 REPEATED, WRONG = 0.3, 0.2

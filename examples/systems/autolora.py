@@ -1,7 +1,7 @@
 """How many components each adapter of a language model needs: learn which of a low-rank change to
 keep, on one half of the data.
 
-    python examples/autolora.py
+    python examples/systems/autolora.py
 
 The top two layers of MiniLM get low-rank adapters at all six matrices, on 2,000 examples each of
 SST-2 (sentiment) and TREC (kinds of questions). The four layers below are frozen, and their output
@@ -23,20 +23,25 @@ because of where the ranks are.
 
 from __future__ import annotations
 
+import sys
 import time
 from functools import partial
+from pathlib import Path
 from typing import NamedTuple
 
-import data
-import encoder
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import report
 from flax import nnx
 
 import bilevax as bx
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import data
+import encoder
+import report
 
 RANK, MOST, BATCH, INNER_STEPS = (
     8,
