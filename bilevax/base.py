@@ -372,6 +372,9 @@ class Algorithm(NamedTuple):
     None where it has none.
     `finite`: ``(problem, feeds, draws) -> bool``, whether what a failed step has read is finite;
     None for a step that finds that out itself.
+    `differentiates`: it moves the outer parameters along derivatives of both objectives, where what
+    goes through ``stop_gradient`` counts for nothing. False: by differences of values, or by what
+    only itself knows.
     """
 
     init: AlgorithmInit
@@ -380,6 +383,7 @@ class Algorithm(NamedTuple):
     undoes: bool = False
     finite: Callable[..., Any] | None = None
     around: Callable[[Callable[[Hypergradient], Hypergradient]], Algorithm] | None = None
+    differentiates: bool = True
 
     def __repr__(self) -> str:
         return repr(self.step)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
-from bilevax import check, tree
+from bilevax import check, starts, tree
 from bilevax import checkpoint as checkpoint_lib
 from bilevax._call import prepared
 from bilevax._core.transfers import by_intent
@@ -195,6 +195,9 @@ def solve_bilevel(
         algorithm = default_algorithm(
             problem, sources, start, outer, key, None if state is None else state.algorithm
         )
+    if algorithm.around is None and algorithm.differentiates:
+        # what has a hypergradient method looks for itself, with all that the method can see
+        starts.linked(problem, start, outer, (with_number(problem.inner, inner_ctx), outer_ctx))
     problem = reading(problem, algorithm.draws, sources)
     functions = {
         "inner_objective": (

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -10,7 +10,7 @@ import jax
 from bilevax import tree
 from bilevax._core.jaxpr import dependences, reads
 from bilevax._core.settings import parameters
-from bilevax.base import Bound, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
+from bilevax.base import Bound, Ctx, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
 
 _STREAM = 0x5354  # apart from the other uses of a step's own key
 
@@ -120,6 +120,141 @@ def started(
 # ---- what is read of the outer parameters
 
 
+class Dependence(NamedTuple):
+    """What the objectives take of each leaf of the outer parameters.
+
+    Attributes:
+      above: whether the outer objective reads it, and
+      direct: has a derivative in it.
+      solved: whether the outer objective has a derivative in the lower level's solution or model.
+      lower: whether what the lower level solves reads it, and
+      through: whether the solution can have a derivative in it.
+    """
+
+    above: list[bool]
+    direct: list[bool]
+    solved: bool
+    lower: list[bool]
+    through: list[bool]
+
+    @property
+    def read(self) -> list[bool]:
+        """Whether anything that is solved or minimized reads it."""
+        return _either(self.lower, self.above)
+
+
+def _either(*flags: list[bool]) -> list[bool]:
+    return list(map(any, zip(*flags, strict=True)))
+
+
+def _paths(outer: PyTree) -> list[str]:
+    return [
+        f"outer_params{jax.tree_util.keystr(path)}"
+        for path, _ in jax.tree_util.tree_leaves_with_path(outer)
+    ]
+
+
+def _dependence(
+    problem: Problem,
+    inner: InnerState,
+    outer: PyTree,
+    contexts: tuple[Ctx, Ctx],
+    mappings: Sequence[Any] = (),
+    steps: int = 1,
+    stationary: bool = True,
+) -> Dependence:
+    """Look at the objectives.
+
+    Args:
+      problem: both objectives.
+      inner: where the lower level stands.
+      outer: where the upper level stands.
+      contexts: of both objectives.
+      mappings: what else says which points are solutions, a constraint, say.
+      steps: of a solve, for an outer objective that reads them all.
+      stationary: its solutions are where the inner gradient is zero: terms without inner parameters
+        play no part in them.
+
+    Raises:
+      ValueError: for an outer objective of nothing.
+    """
+    inner_ctx, outer_ctx = (ctx._replace(model=None) for ctx in contexts)
+    params = shown = inner.params
+    if problem.outer.trajectory:
+        shown = jax.tree.map(lambda a: jax.ShapeDtypeStruct((steps, *a.shape), a.dtype), params)
+
+    def outer_value(read, ctx):
+        return problem.outer(read[1], read[0], ctx._replace(model=read[2]))[0]
+
+    above, differentiable = dependences(outer_value, (outer, shown, inner.model), outer_ctx)
+    if not any(above):
+        raise ValueError(
+            "outer_objective: it depends neither on inner_params nor on outer_params; expected a "
+            "function to be minimized. "
+            "A value that it captured is a constant: use the arguments."
+        )
+    count = len(jax.tree.leaves(outer))
+    functions = [
+        problem.inner,
+        *(m if problem.inner.adapt is None else problem.inner.adapt(m) for m in mappings),
+    ]
+    given, direct = (params, inner.model, inner_ctx), differentiable[:count]
+
+    def solved_by(outer, params, model, ctx):
+        return [fn(params, outer, ctx._replace(model=model))[0] for fn in functions]
+
+    def gradient(outer, *given):
+        return jax.grad(lambda params: solved_by(outer, params, *given[1:])[0])(given[0])
+
+    lower, through = dependences(solved_by, outer, *given)
+    if stationary and not mappings and not all(direct):
+        through = dependences(gradient, outer, *given)[1]
+    return Dependence(above[:count], direct, any(differentiable[count:]), lower, through)
+
+
+def _learned(outer: PyTree, found: Dependence, reacts: list[bool]) -> None:
+    """Refuse a leaf whose hypergradient is zero by construction; `reacts` says of each whether the
+    lower level's solution can move with it.
+    """
+    for path, own, reacting in zip(_paths(outer), found.direct, reacts, strict=True):
+        if own or (found.solved and reacting):
+            continue
+        why = (
+            "inner_objective: it reads"
+            if found.solved
+            else "outer_objective: it reads inner_params, and with them"
+        )
+        raise ValueError(
+            f"{why} {path}, through stop_gradient or not at all where derivatives are concerned (a "
+            "term without inner_params moves no solution); expected a dependence that can be "
+            "differentiated: the hypergradient would be zero. Leave out stop_gradient, use the "
+            "arguments in place of captured values, and let inner_params be in the term."
+        )
+
+
+def _unread(place: str) -> ValueError:
+    return ValueError(
+        f"{place}: neither objective reads it, nor the start of the solve, nor the inner solver; "
+        "expected every leaf to be read. A value that a function captured, or that an optimizer "
+        "was built with, is a constant: use outer_params in the objective, or inner.optax(lambda "
+        "outer: optimizer, steps); if every solve begins at it, give inner_init=."
+    )
+
+
+def linked(problem: Problem, inner: InnerState, outer: PyTree, contexts: tuple[Ctx, Ctx]) -> None:
+    """Name the leaves of the outer parameters that an algorithm cannot learn which moves along
+    derivatives of both objectives: nothing depends on them, or nothing that has a derivative.
+
+    Raises:
+      ValueError: naming the leaf.
+    """
+    found = _dependence(problem, inner, outer, contexts)
+    for place, read in zip(_paths(outer), found.read, strict=True):
+        if not read:
+            raise _unread(place)
+    _learned(outer, found, found.through)
+
+
 def structure(
     problem: Problem,
     solver: InnerSolver,
@@ -136,43 +271,29 @@ def structure(
     """
     ctx = problem.inner_draw(feeds.inner, 0)._replace(model=inner.model)
     outer_ctx = problem.outer_draw(feeds.outer, 0)._replace(model=inner.model)
-    paths = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(outer)]
-    params = shown = inner.params
-    if problem.outer.trajectory:
-        shown = jax.tree.map(lambda a: jax.numpy.broadcast_to(a, (solver.steps, *a.shape)), params)
-
-    def outer_value(given):
-        return problem.outer(given[1], given[0], outer_ctx._replace(model=given[2]))[0]
-
-    above, differentiable = dependences(outer_value, (outer, shown, inner.model))
-    direct, solved = differentiable[: len(paths)], any(differentiable[len(paths) :])
-    if not any(above):
-        raise ValueError(
-            "outer_objective: it depends neither on inner_params nor on outer_params; expected a "
-            "function to be minimized. "
-            "A value that it captured is a constant: use the arguments."
-        )
-    held = [mapping for mapping in (method.mapping, solver.constraints) if mapping is not None]
-    functions = [
-        problem.inner,
-        *(
-            mapping if problem.inner.adapt is None else problem.inner.adapt(mapping)
-            for mapping in held
-        ),
-    ]
-    lower, through = dependences(lambda x: [fn(params, x, ctx)[0] for fn in functions], outer)
-    objectives = list(map(max, zip(lower, above[: len(paths)], strict=True)))
+    paths, params = _paths(outer), inner.params
+    found = _dependence(
+        problem,
+        inner,
+        outer,
+        (ctx, outer_ctx),
+        [mapping for mapping in (method.mapping, solver.constraints) if mapping is not None],
+        solver.steps,
+        # what only compares values feels every term; a projected step may read what it likes
+        stationary=(method.batches > 0 or method.sees_model) and solver.optimality is None,
+    )
+    objectives = found.read
     start = [False] * len(paths)
     if problem.inner_init is not None:
         init, key = problem.inner_init, (ctx.key if takes_key(problem.inner_init) else None)
         start = reads(lambda x: init(x, key), outer)
+
+    def one_step(x):
+        state = inner._replace(opt=solver.first(params, x))
+        return solver.step(problem.inner, state, x, ctx)[0].params
+
     steps = [False] * len(paths)
-    if solver.sees_outer or not all(map(max, zip(objectives, start, strict=True))):
-
-        def one_step(x):
-            state = inner._replace(opt=solver.first(params, x))
-            return solver.step(problem.inner, state, x, ctx)[0].params
-
+    if solver.sees_outer or not all(_either(objectives, start)):
         steps = reads(one_step, outer)
     settings = [False] * len(paths)
     if solver.sees_outer and solver.update is not None:
@@ -180,26 +301,11 @@ def structure(
         # what sees outer parameters takes them: `sees_outer`, which a type cannot say
         settings = reads(lambda x: update(zero, solver.first(params, x), params, outer=x)[0], outer)  # type: ignore[call-arg]
 
-    if method.batches or method.sees_model:  # it differentiates the inner objective
-        lower = through
-    alone = [
-        stepped and not known for stepped, known in zip(steps, objectives, strict=True)
-    ]  # what only the solver reads
-    reacts = [max(flags) for flags in zip(lower, start, alone, settings, strict=True)]
-
-    for path, known, begun, stepped, setting in zip(
+    for place, known, begun, stepped, setting in zip(
         paths, objectives, start, steps, settings, strict=True
     ):
-        place = f"outer_params{path}"
         if not (known or begun or stepped):
-            raise ValueError(
-                f"{place}: neither objective reads it, nor the start of the solve, nor the inner "
-                "solver; expected "
-                "every leaf to be read. A value that a function captured, or that an optimizer was "
-                "built with, is a "
-                "constant: use outer_params in the objective, or inner.optax(lambda outer: "
-                "optimizer, steps); if every solve begins at it, give inner_init=."
-            )
+            raise _unread(place)
         if begun and not known and not method.sees_init:
             raise ValueError(
                 f"inner_init: the start depends on {place}, which no objective reads, with "
@@ -218,16 +324,13 @@ def structure(
                 "hypergradient.unrolled(), or "
                 "hypergradient.forward() for few outer parameters."
             )
-    for path, own, reacting in zip(paths, direct, reacts, strict=True):
-        if not (own or (solved and reacting)):
-            why = (
-                "inner_objective: it reads"
-                if solved
-                else "outer_objective: it reads inner_params, and with them"
-            )
-            raise ValueError(
-                f"{why} outer_params{path}, through stop_gradient or not at all; expected a "
-                "dependence that can be differentiated: the "
-                "hypergradient would be zero. Leave out stop_gradient, and use the arguments in "
-                "place of captured values."
-            )
+
+    # it differentiates the inner objective
+    reacts = found.through if method.batches or method.sees_model else found.lower
+    # what only the solver reads
+    alone = [stepped and not known for stepped, known in zip(steps, objectives, strict=True)]
+    reacts = _either(reacts, start, alone, settings)
+    if method.sees_settings and not all(_either(reacts, found.direct)):
+        # a line search, say, whose steps feel a term that has no inner parameters
+        reacts = _either(reacts, dependences(one_step, outer)[1])
+    _learned(outer, found, reacts)

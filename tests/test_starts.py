@@ -333,21 +333,65 @@ STOPPED = {
         lambda y, x, b: jnp.sum(y**2),
         "inner_objective: it reads",
     ),
+    "apart": (
+        lambda y, x, b: jnp.sum((y - 1.0) ** 2) + jnp.sum(x["a"] ** 2),
+        lambda y, x, b: jnp.sum(y**2),
+        "inner_objective: it reads",
+    ),
+}
+LEARNERS = {
+    "implicit": bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.1), 2), H.implicit(), optax.adam(0.1)
+    ),
+    "unrolled": bx.algorithms.double_loop(
+        bx.inner.optax(optax.sgd(0.1), 2), H.unrolled(), optax.adam(0.1)
+    ),
+    "soba": bx.algorithms.soba(0.1, 0.1),
+    "f2sa": bx.algorithms.f2sa(0.1, 0.1, steps=2),
+    "hoag": bx.algorithms.hoag(),
+    "default": None,
 }
 
 
+@pytest.mark.parametrize("learner", LEARNERS)
 @pytest.mark.parametrize("name", STOPPED)
-def test_a_hypergradient_that_is_zero_by_structure_is_named(name):
+def test_a_hypergradient_that_is_zero_by_structure_is_named(name, learner):
     inner, outer, words = STOPPED[name]
-    algorithm = bx.algorithms.double_loop(
-        bx.inner.optax(optax.sgd(0.1), 2), H.implicit(), optax.adam(0.1)
-    )
     with pytest.raises(
         ValueError, match=rf"{words}.* outer_params\['a'\], through stop_gradient or not at all"
     ):
         bx.solve_bilevel(
-            inner, outer, jnp.zeros(2), {"a": jnp.ones(2)}, algorithm=algorithm, num_steps=2
+            inner,
+            outer,
+            jnp.zeros(2),
+            {"a": jnp.ones(2)},
+            algorithm=LEARNERS[learner],
+            num_steps=2,
         )
+
+
+def test_a_leaf_that_nothing_reads_is_named_by_single_loops():
+    inner, outer = (lambda w, x, b: jnp.sum((w - x["a"]) ** 2)), (lambda w, x, b: jnp.sum(w**2))
+    x = {"a": jnp.ones(2), "rate": jnp.asarray(0.1)}
+    for algorithm in (bx.algorithms.soba(0.1, 0.1), None):
+        with pytest.raises(ValueError, match=r"outer_params\['rate'\]: neither objective reads it"):
+            bx.solve_bilevel(inner, outer, jnp.zeros(2), x, algorithm=algorithm, num_steps=2)
+
+
+def test_what_takes_differences_feels_what_is_stopped():
+    """``y* = x`` though the inner objective stops x: differences of solutions see it."""
+    inner = lambda y, x, b: 0.5 * jnp.sum((y - jax.lax.stop_gradient(x)) ** 2)
+    outer = lambda y, x, b: 0.5 * jnp.sum((y - 3.0) ** 2)
+    out = bx.solve_bilevel(
+        inner,
+        outer,
+        jnp.zeros(2),
+        jnp.zeros(2),
+        algorithm=bx.algorithms.pzobo(1.0, optax.sgd(0.2), steps=1, samples=8),
+        num_steps=100,
+        key=jax.random.key(0),
+    )
+    np.testing.assert_allclose(out.outer_params, 3.0, atol=0.05)
 
 
 def test_what_passes_beside_a_stopped_gradient_is_none():

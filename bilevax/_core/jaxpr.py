@@ -17,20 +17,21 @@ def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
     return list(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1])
 
 
-def dependences(fn: Callable[..., Any], argument: Any) -> tuple[list[bool], list[bool]]:
-    """Of one trace: what `reads` says, and the same where a dependence through ``stop_gradient``
-    counts for nothing.
+def dependences(
+    fn: Callable[..., Any], argument: Any, *given: Any
+) -> tuple[list[bool], list[bool]]:
+    """Of one trace of ``fn(argument, *given)``: what `reads` says of the leaves of `argument`, and
+    the same where a dependence through ``stop_gradient`` counts for nothing.
 
     Functions that bring a derivative of their own are not looked into.
     """
     import jax
     from jax.interpreters import partial_eval
 
-    jaxpr = jax.make_jaxpr(fn)(argument).jaxpr
-    wanted = [True] * len(jaxpr.outvars)
-    return list(partial_eval.dce_jaxpr(jaxpr, wanted)[1]), list(
-        partial_eval.dce_jaxpr(_cut(jaxpr), wanted)[1]
-    )
+    jaxpr = jax.make_jaxpr(fn)(argument, *given).jaxpr
+    wanted, count = [True] * len(jaxpr.outvars), len(jax.tree.leaves(argument))
+    used = lambda program: list(partial_eval.dce_jaxpr(program, wanted)[1])[:count]
+    return used(jaxpr), used(_cut(jaxpr))
 
 
 def _cut(jaxpr: Any) -> Any:

@@ -134,7 +134,7 @@ def persistent_es(
     )
     init = Bound("persistent_es", _init, **settings)
     step = Bound("persistent_es", _step, **settings, **moves)
-    return Algorithm(init, step, Draws(inner_solver.steps, 1, 1))
+    return Algorithm(init, step, Draws(inner_solver.steps, 1, 1), differentiates=False)
 
 
 def _copies(state: InnerState, samples: int) -> InnerState:

@@ -136,7 +136,8 @@ def value_function(
         Bound("value_function", _init, **settings),
         Bound("value_function", _step, **settings),
     )
-    return Algorithm(init, step, Draws(1, 0, 1), finite=drawn_finite)
+    # constraints may read outer parameters that no objective does
+    return Algorithm(init, step, Draws(1, 0, 1), finite=drawn_finite, differentiates=False)
 
 
 def _init(

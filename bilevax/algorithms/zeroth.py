@@ -83,6 +83,7 @@ def pzobo(
         Bound("pzobo", _step, **settings),
         Draws(steps, 0, 1),
         finite=drawn_finite,
+        differentiates=False,
     )
 
 
