@@ -18,12 +18,16 @@ os.environ.setdefault(
     "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 )  # compiled once, run once
 
+# batched factorizations from a pool of threads, each with a pool of its own, once stood still
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
 import jax
 
 jax.config.update("jax_enable_x64", True)
 
 import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
+from jax import lax  # noqa: E402
 
 import bilevax as bx  # noqa: E402
 
@@ -102,10 +106,10 @@ def run(kind: str, dtype: str, draws: int):
         error = jnp.linalg.norm(far.grad - grad) / jnp.linalg.norm(grad)
         return error, (far.info["code"] != 0) | (far.info["warnings"] != 0), condition, spent, near
 
-    over = jax.vmap(jax.vmap(jax.vmap(one, (0, None, None)), (None, 0, None)), (None, None, 0))
-    return jax.device_get(
-        jax.jit(over)(jax.random.split(jax.random.key(0), draws), scales, jnp.asarray(STARTS))
-    )
+    over = jax.vmap(jax.vmap(one, (None, 0, None)), (None, None, 0))
+    drawn = lambda keys: lax.map(lambda key: over(key, scales, jnp.asarray(STARTS)), keys)
+    found = jax.device_get(jax.jit(drawn)(jax.random.split(jax.random.key(0), draws)))
+    return [np.moveaxis(part, 0, -1) for part in found]  # by start, scale and draw
 
 
 def main(draws: int, only: str) -> int:
