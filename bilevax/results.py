@@ -150,8 +150,9 @@ _MESSAGES = {
         "damping, or linear.cg."
     ),
     RESULTS.difference_lost: (
-        "The finite difference moved the inner parameters by less than their dtype can hold, so "
-        "the hypergradient would be noise. Try a larger "
+        "The finite difference moved the inner parameters by less than their dtype can hold, or "
+        "the gradients that it compares by hardly more than their rounding, so the hypergradient "
+        "would be noise. Try a larger "
         "radius=, float32 inner parameters, or an exact mixed product (hypergradient.one_step, "
         "sama(product='exact'))."
     ),

@@ -18,6 +18,8 @@ from bilevax.results import RESULTS, first, warning
 
 # residual above which an adjoint is called rough where its solver has no tolerance of its own
 ROUGH = 0.1
+# rounding units above this are those of half precision
+HALF = 1e-4
 
 
 def check_settings(linear: Any, max_residual: Any, default: LinearSolver) -> tuple[Linear, Any]:
@@ -61,12 +63,12 @@ def point(objective: Objective, params: PyTree, outer: PyTree, ctx: Ctx, damping
 
 
 def report(
-    info: dict[str, Scalar], linear_info: LinearInfo, max_residual: Any, **entries: Any
+    info: dict[str, Scalar], linear_info: LinearInfo, max_residual: Any, w: PyTree, **entries: Any
 ) -> dict[str, Scalar]:
-    """The info of a pullback: a rough adjoint is a warning, and one that no number came of a
+    """The info of a pullback of `w`: a rough adjoint is a warning, and one that no number came of a
     failure.
     """
-    code, warnings = verdict(linear_info, max_residual)
+    code, warnings = verdict(linear_info, max_residual, w)
     iterations = jnp.asarray(linear_info.iterations, jnp.int32)
     given = {
         "adjoint_iterations": iterations,
@@ -99,11 +101,23 @@ def through_fixed_point(
     new, products = jax.vjp(image, solution, outer)
     q, linear_info = linear(lambda v: tree.sub(v, products(v)[0]), w, start)
     moved = tree.norm(tree.sub(new, solution))
-    return products(q)[1], q, report(info, linear_info, max_residual, inner_grad_norm=moved)
+    return products(q)[1], q, report(info, linear_info, max_residual, w, inner_grad_norm=moved)
 
 
-def verdict(linear_info: LinearInfo, max_residual: Any) -> tuple[Scalar, Scalar]:
-    """A linear solver's word as ``(code, warnings)``.
+def as_rounding_allows(linear_info: LinearInfo, w: PyTree) -> LinearInfo:
+    """A solver's word on a system with the right side `w`, where a tolerance that was missed by
+    rounding alone counts as met: that of the coarsest leaf, which finer ones beside it cannot mend.
+    """
+    unit = numbers.rounding_unit(w)
+    met = linear_info.residual <= (100 if unit < HALF else 20) * unit
+    missed = linear_info.code == RESULTS.adjoint_not_converged
+    return linear_info._replace(
+        code=jnp.where(missed & met, jnp.int32(RESULTS.success), linear_info.code)
+    )
+
+
+def verdict(linear_info: LinearInfo, max_residual: Any, w: PyTree) -> tuple[Scalar, Scalar]:
+    """A linear solver's word on a system with the right side `w`, as ``(code, warnings)``.
 
     Failures: a residual that is not finite, and a breakdown that left nothing better than a zero
     adjoint.
@@ -111,10 +125,9 @@ def verdict(linear_info: LinearInfo, max_residual: Any) -> tuple[Scalar, Scalar]
     ``max_residual=None`` the solver's own tolerance counts (down to what rounding allows), and
     `ROUGH` for solvers that have none.
     """
-    residual, said = linear_info.residual, linear_info.code
+    residual, said = linear_info.residual, as_rounding_allows(linear_info, w).code
     if max_residual is None:
-        floor = 100 * float(jnp.finfo(residual.dtype).eps)
-        rough = (said == RESULTS.adjoint_not_converged) & (residual > floor) | (residual > ROUGH)
+        rough = (said == RESULTS.adjoint_not_converged) | (residual > ROUGH)
     else:
         rough = residual > max_residual
     broken, negative = said == RESULTS.adjoint_breakdown, said == RESULTS.negative_curvature

@@ -102,7 +102,7 @@ def pull_back(
     warnings |= warning(away, RESULTS.off_constraint) | warning(moving, RESULTS.not_stationary)
     told = {**info, "warnings": info["warnings"] | warnings}
     return cotangent, _adjoint.report(
-        told, linear_info, max_residual, inner_grad_norm=left, constraint_norm=size
+        told, linear_info, max_residual, w, inner_grad_norm=left, constraint_norm=size
     )
 
 

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from bilevax import tree
+from bilevax._core import numbers
 from bilevax._core.apart import apart
 from bilevax.base import Ctx, Objective, PyTree, Scalar
 from bilevax.results import RESULTS, warning
@@ -37,10 +38,12 @@ def central_difference(
         return jax.grad(objective, 1, has_aux=True)(inner, outer, ctx)[0]
 
     up, down = tree.axpy(eps, q, inner), tree.axpy(-eps, q, inner)
-    product = tree.scale(
-        size / (2 * radius), tree.sub(apart(outer_gradient, up), apart(outer_gradient, down))
-    )
-    # In half precision a displacement may round away, and the difference with it.
+    above, below = apart(outer_gradient, up), apart(outer_gradient, down)
+    difference = tree.sub(above, below)
+    # In half precision a displacement may round away, and the difference with it; so does a
+    # difference of gradients that is hardly more than their rounding.
     error = tree.norm(tree.axpy(-2 * eps, q, tree.sub(up, down)))
-    lost = jnp.isfinite(size) & (error > 0.2 * radius)
-    return product, warning(lost, RESULTS.difference_lost)
+    unit, left = numbers.rounding_unit((inner, outer)), tree.norm(difference)
+    noise = (size > 0) & (left < 10 * unit * tree.norm(above))
+    lost = jnp.isfinite(size) & ((error > 0.2 * radius) | noise)
+    return tree.scale(size / (2 * radius), difference), warning(lost, RESULTS.difference_lost)

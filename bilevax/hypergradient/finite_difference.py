@@ -31,7 +31,7 @@ def finite_difference(scale: Numeric = 1.0, *, radius: Numeric = 0.01) -> Hyperg
       A first-order `Hypergradient` (``order=1``). Its info has the counters ``gradients``, ``hvps``
       and ``mixed_products``, and ``inner_grad_norm``, of the last gradient that the solver took; it
       warns of ``difference_lost`` where the displacement rounds away in the inner parameters'
-      dtype.
+      dtype, or leaves of the difference hardly more than rounding.
 
     Raises:
       TypeError, ValueError: if `scale` or `radius` is not a positive, finite number.

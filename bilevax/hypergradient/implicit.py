@@ -259,6 +259,7 @@ def _pullback(
     if (
         damping is not None
     ):  # what was solved is another system: say how far q is from the adjoint of this one
+        said = _adjoint.as_rounding_allows(said, w)
         said = said._replace(residual=_relative(tree.norm(tree.sub(hq, w)), tree.norm(w)))
     entries = {
         # here it is free; the solve then need not take the value at each of its steps
@@ -270,7 +271,7 @@ def _pullback(
     held_back = _held_back(lower.solver, solution, point.value, point.grad, outer)
     info = {**info, "warnings": info["warnings"] | held_back}
     after = ImplicitState(q if warm_start else None, sketch, state.calls + 1)
-    return tree.neg(mixed), None, after, _adjoint.report(info, said, max_residual, **entries)
+    return tree.neg(mixed), None, after, _adjoint.report(info, said, max_residual, w, **entries)
 
 
 class _Point(NamedTuple):
@@ -382,7 +383,7 @@ def _rows(
             tree.neg(mixed),
             None,
             state._replace(calls=state.calls + 1),
-            _adjoint.report(info, met, max_residual, **entries),
+            _adjoint.report(info, met, max_residual, w, **entries),
         )
 
     return solution, under(precision, pullback)

@@ -132,6 +132,7 @@ def _vjp(
             info,
             linear_info,
             max_residual,
+            w,
             inner_grad_norm=tree.norm(inner_grad),
             hvps=iterations + 1,
         )

@@ -84,6 +84,7 @@ def _vjp(
             info,
             linear_info,
             system.methods[name].max_residual,
+            w,
             inner_grad_norm=tree.norm(stationarity),
             cotangent_norm=tree.norm(w),
         )

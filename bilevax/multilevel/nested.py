@@ -407,7 +407,7 @@ def point(
             Multipliers(
                 info.residual,
                 ~(info.residual <= accepted(method)),
-                *verdict(info, method.max_residual),
+                *verdict(info, method.max_residual, right),
             )
         )
     return Unknowns(y, below), _together(told)

@@ -407,6 +407,21 @@ def test_a_difference_that_rounds_away_is_reported():
     np.testing.assert_allclose(np.asarray(kept.grad, np.float32), -600.0, rtol=0.1)
 
 
+def test_a_difference_of_gradients_that_is_their_rounding_is_reported():
+    """Two gradients of size 1e4 that differ by 2e-4, in float32: what is left is noise."""
+    inner = lambda y, x, b: jnp.sum((y - x) ** 2) / 2 + 1e4 * jnp.sum(x)
+    outer = lambda y, x, b: jnp.sum(y)
+    at = jnp.ones(2, jnp.float32)
+    for radius, said in ((1e-4, {RESULTS.difference_lost}), (1e3, set())):
+        fn = bx.value_and_hypergrad(
+            inner,
+            outer,
+            solver=bx.inner.optax(optax.sgd(0.5), 1),
+            hypergradient=finite_difference(radius=radius),
+        )
+        assert set(warnings_in(fn(at, at).info["warnings"])) == said
+
+
 def test_solvers_without_an_update_are_refused():
     form = PROBLEMS["ridge"]
     with pytest.raises(ValueError, match=r"no update to differentiate.*inner\.optax"):

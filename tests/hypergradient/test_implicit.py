@@ -178,6 +178,32 @@ def test_truncated_cg_reports_its_residual():
     assert int(est.info["hvps"]) in (2, 3)  # one more where the residual had to be measured
 
 
+def test_a_tolerance_below_the_coarsest_leafs_rounding_is_no_warning():
+    """A float32 leaf beside a float64 one holds its part of the adjoint to 6e-8: an answer as good
+    as that is not rough, and one that was cut short still is."""
+    scales = jnp.array([1.0, 2.0, 5.0])
+
+    def inner(y, x, b):
+        v = jnp.concatenate([y["wide"], y["single"].astype(jnp.float64)])
+        return jnp.sum(scales * v**2) / 2 - x @ v + 0.1 * jnp.sum(v) ** 2
+
+    outer = lambda y, x, b: jnp.sum(y["wide"] ** 2) + jnp.sum(y["single"].astype(jnp.float64))
+    y, x = {"wide": jnp.ones(2), "single": jnp.ones(1, jnp.float32)}, jnp.array([1.0, 2.0, 3.0])
+    for maxiter, said in ((50, set()), (1, {bx.RESULTS.adjoint_not_converged})):
+        method = bx.hypergradient.implicit(linear.cg(maxiter=maxiter, tol=1e-12))
+        est = bx.value_and_hypergrad(inner, outer, solver=STANDING, hypergradient=method)(y, x)
+        assert set(warnings_in(est.info["warnings"])) == said
+        if not said:
+            damped = bx.hypergradient.implicit(linear.cg(maxiter=50, tol=1e-12), damping=1e-3)
+            est_d = bx.value_and_hypergrad(inner, outer, solver=STANDING, hypergradient=damped)(
+                y, x
+            )
+            assert not warnings_in(est_d.info["warnings"])
+            hessian = jnp.diag(scales) + 0.2
+            w = jnp.array([2.0, 2.0, 1.0])
+            np.testing.assert_allclose(est.grad, jnp.linalg.solve(hessian, w), rtol=1e-6)
+
+
 def test_warm_adjoint():
     form = PROBLEMS["logistic_penalties"]
     warm = at_solution(form, bx.hypergradient.implicit(linear.cg(tol=1e-8)), calls=2)
