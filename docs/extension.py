@@ -165,6 +165,7 @@ _COLUMNS_OF = {
     "nested_argmin": {"norm": "log10 of the gradient, over the first"},
     "no_tuning": {"value": "outer value", "relative": "gradient over the first"},
     "multihost": {"first": "first loss", "last": "last loss"},
+    "omniglot": {"test": "accuracy, new characters"},
 }
 _ROWS_OF = {
     "nested_argmin": "method",

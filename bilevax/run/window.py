@@ -26,12 +26,12 @@ PATIENCE = 10.0  # seconds of passing over batches between two words about it
 
 
 class Step(NamedTuple):
-    """What was read for one outer step: a list of batches a stream, a stream's last one before it,
-    and its mark before its last one.
+    """What was read for one outer step: a list of batches a stream, a stream's last one before it
+    where its level stands still in some steps, and its mark before its last one.
     """
 
     batches: list[list[PyTree]]
-    before: list[PyTree]
+    before: list[PyTree | None]
     marks: list[bytes | None]
 
 
@@ -136,7 +136,11 @@ class Window:
     def _pull(self) -> Step | None:
         """What the next step reads, or None at the end of an iterator."""
         batches: list[list[PyTree]] = []
-        before = list(self._last)
+        # each of them is a batch that is held beside the window
+        before = [
+            last if stream.every > 1 else None
+            for stream, last in zip(self.streams, self._last, strict=True)
+        ]
         for place, stream in enumerate(self.streams):
             taken: list[PyTree] = []
             try:

@@ -72,43 +72,6 @@ def digits(sizes=(300, 300, 500), seed=0, noise=0.0):
     return [{name: jnp.asarray(a) for name, a in part.items()} for part in parts]
 
 
-def omniglot():
-    """Characters of two sets of alphabets, (characters, 20 drawings, 28, 28): to learn from, and
-    never seen."""
-    path = examples_data.local("omniglot_small_eval.npz")
-    if path is None:
-        raise examples_data.Unavailable(
-            "omniglot_small_eval.npz is not here; set BILEVAX_DATA to a folder that has it."
-        )
-    with np.load(path) as file:
-        return file["xe"].reshape(-1, 20, 28, 28), file["xb"].reshape(-1, 20, 28, 28)
-
-
-def characters(images, ways, queries, tasks):
-    """``(key, step) -> tasks``: characters, each turned by a multiple of 90 degrees, one image to
-    learn from and some to be asked."""
-
-    def turned(x, quarter):
-        return jax.lax.switch(
-            quarter, [lambda x, k=k: jnp.rot90(x, k, (1, 2)) for k in range(4)], x
-        )
-
-    def task(key):
-        which, turn, draw = jax.random.split(key, 3)
-        rows = jax.random.choice(which, len(images), (ways,), replace=False)
-        picked = jax.random.permutation(draw, 20)[: 1 + queries]
-        shots = images[rows][:, picked].astype(jnp.float32)[..., None] / 255
-        shots = jax.vmap(turned)(shots, jax.random.randint(turn, (ways,), 0, 4))
-        labels = jnp.repeat(jnp.arange(ways), 1 + queries).reshape(ways, 1 + queries)
-        part = lambda a, b: {
-            "x": shots[:, a:b].reshape(-1, 28, 28, 1),
-            "y": labels[:, a:b].reshape(-1),
-        }
-        return {"support": part(0, 1), "query": part(1, None)}
-
-    return lambda key, step: jax.vmap(task)(jax.random.split(key, tasks))
-
-
 class CNN(nnx.Module):
     """Two convolutions with BatchNorm, Dropout, a head."""
 

@@ -1,13 +1,22 @@
 """Every level trains on each batch of its loader once and in order, in all combinations: ``python
 -m tests.campaigns.run_loaders``.
 
-Inner steps K of 1, 3 and 10, two to four levels, levels that move in every, every 2nd and every 5th
-step, each method. ``--method`` takes one of them. The last line is the summary.
+Inner steps K of 1, 3 and 10, levels that move in every, every 2nd and every 5th step, two to four
+levels, each method. In one run the levels have a loader, a K and an `every` of their own, so that
+the nine pairs of them take nine runs with two levels, five with three and three with four; each
+method begins at another pair. ``--method`` takes one of them, ``--same`` gives all levels of a run
+the same pair: 27 runs a method. The last line is the summary.
 """
 
 import argparse
 import itertools
+import os
 import time
+from collections.abc import Iterator
+
+os.environ.setdefault(
+    "XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false"
+)  # compiled once, run once
 
 import jax
 import jax.numpy as jnp
@@ -16,18 +25,35 @@ import bilevax as bx
 from tests.data.test_loaders import METHODS, Numbers, chain, empty, expected, seen
 
 STEPS = 11
+PAIRS = list(itertools.product((1, 3, 10), (1, 2, 5)))  # K and every
+
+Pairs = tuple[tuple[int, int], ...]  # of each level below the top, lowest first
 
 
-def one(inner_steps: int, depth: int, every: int, method: str) -> str | None:
+def runs(method: str, same: bool) -> Iterator[Pairs]:
+    """The pairs of each run."""
+    first = list(METHODS).index(method)
+    for lower in (1, 2, 3):
+        if same:
+            yield from ((pair,) * lower for pair in PAIRS)
+            continue
+        for begin in range(first, first + len(PAIRS), lower):
+            yield tuple(PAIRS[k % len(PAIRS)] for k in range(begin, begin + lower))
+
+
+def one(pairs: Pairs, method: str) -> str | None:
     """What was wrong, or None."""
-    levels = chain(depth, (inner_steps,) * (depth - 1), (every,) * (depth - 1), METHODS[method])
+    levels = chain(len(pairs) + 1, *([pair[i] for pair in pairs] for i in (0, 1)), METHODS[method])
     loaders = {level.name: Numbers(5 + k) for k, level in enumerate(levels[:-1])}
     out = bx.solve_multilevel(
         levels, {level.name: jnp.zeros(()) for level in levels}, data=loaders, num_steps=STEPS,
         key=jax.random.key(0), keep="last",
-        model_state={name: empty(inner_steps * STEPS + 5) for name in loaders},
+        model_state={
+            name: empty(inner_steps * STEPS + 5)
+            for name, (inner_steps, _) in zip(loaders, pairs, strict=True)
+        },
     )  # fmt: skip
-    for name, loader in loaders.items():
+    for (name, loader), (inner_steps, every) in zip(loaders.items(), pairs, strict=True):
         trained = inner_steps * -(-STEPS // every)
         got = seen(out.model_state[name])
         if got != expected(trained, loader.rows) or loader.reads != trained:
@@ -35,17 +61,19 @@ def one(inner_steps: int, depth: int, every: int, method: str) -> str | None:
     return None
 
 
-def main(methods: list[str]) -> None:
-    cases = list(itertools.product((1, 3, 10), (2, 3, 4), (1, 2, 5), methods))
-    wrong, begin = 0, time.process_time()
-    for case in cases:
-        fault = one(*case)
-        wrong += fault is not None
-        if fault:
-            print("K={}, {} levels, every={}, {}: ".format(*case) + fault, flush=True)
-        jax.clear_caches()
+def main(methods: list[str], same: bool) -> None:
+    count = wrong = 0
+    begin = time.process_time()
+    for method in methods:
+        for pairs in runs(method, same):
+            fault = one(pairs, method)
+            count, wrong = count + 1, wrong + (fault is not None)
+            if fault:
+                print(f"(K, every) = {pairs}, {method}: {fault}", flush=True)
+            jax.clear_caches()
+        print(f"{method}: {count} runs so far, {wrong} wrong", flush=True)
     print(
-        f"{len(cases)} combinations of {', '.join(methods)}: {wrong} wrong, in "
+        f"{count} runs of {', '.join(methods)}: {wrong} wrong, in "
         f"{time.process_time() - begin:.0f} s of processor time"
     )
 
@@ -53,5 +81,6 @@ def main(methods: list[str]) -> None:
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--method", choices=list(METHODS))
-    given = parser.parse_args().method
-    main(list(METHODS) if given is None else [given])
+    parser.add_argument("--same", action="store_true", help="one pair in all levels of a run")
+    given = parser.parse_args()
+    main(list(METHODS) if given.method is None else [given.method], given.same)

@@ -3,6 +3,7 @@ named."""
 
 import collections
 import itertools
+import weakref
 
 import jax
 import jax.numpy as jnp
@@ -247,12 +248,20 @@ class Wide:
     """Batches of `size` bytes without end, that watch how far the reader is ahead of the steps."""
 
     def __init__(self, size):
-        self.size, self.reads = size, 0
+        self.size, self.reads, self.given = size, 0, []
 
     def __iter__(self):
         while True:
             self.reads += 1
-            yield np.zeros(self.size // 8)
+            batch = np.zeros(self.size // 8)
+            self.given.append(weakref.ref(batch))
+            yield batch
+            del batch
+
+    @property
+    def held(self):
+        """Of its batches, those that somebody still holds, beside their copies."""
+        return sum(batch() is not None for batch in self.given)
 
 
 @pytest.mark.parametrize(
@@ -274,6 +283,7 @@ def test_reading_ahead_is_bounded(size, read_ahead, most):
         _, steps = window.read(start, 100)
         window.prefetch(100, 1000)
         assert loader.reads / 2 <= start + most
+        assert loader.held <= 2  # the first, which says the shapes, and the last
         window.done(steps)
         start += steps
     assert loader.reads / 2 > start or most == 1
