@@ -5,7 +5,8 @@ Inner steps K of 1, 3 and 10, levels that move in every, every 2nd and every 5th
 levels, each method. In one run the levels have a loader, a K and an `every` of their own, so that
 the nine pairs of them take nine runs with two levels, five with three and three with four; each
 method begins at another pair. ``--method`` takes one of them, ``--same`` gives all levels of a run
-the same pair: 27 runs a method. The last line is the summary.
+the same pair: 27 runs a method. The last line is the summary: with nothing set, 136 runs in some
+190 s of processor time, none wrong when this was written.
 """
 
 import argparse
