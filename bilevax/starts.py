@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -9,7 +10,7 @@ import jax
 
 from bilevax import tree
 from bilevax._core.jaxpr import dependences, reads
-from bilevax._core.settings import parameters
+from bilevax._core.settings import Static, join, parameters, split
 from bilevax.base import Bound, Ctx, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
 
 _STREAM = 0x5354  # apart from the other uses of a step's own key
@@ -172,8 +173,8 @@ def _dependence(
       contexts: of both objectives.
       mappings: what else says which points are solutions, a constraint, say.
       steps: of a solve, for an outer objective that reads them all.
-      stationary: its solutions are where the inner gradient is zero: terms without inner parameters
-        play no part in them.
+      stationary: whether solutions are where the inner gradient is zero, so that terms without
+        inner parameters play no part in them.
 
     Raises:
       ValueError: for an outer objective of nothing.
@@ -184,9 +185,9 @@ def _dependence(
         shown = jax.tree.map(lambda a: jax.ShapeDtypeStruct((steps, *a.shape), a.dtype), params)
 
     def outer_value(read, ctx):
-        return problem.outer(read[1], read[0], ctx._replace(model=read[2]))[0]
+        return (problem.outer(read[1], read[0], ctx._replace(model=read[2]))[0],)
 
-    above, differentiable = dependences(outer_value, (outer, shown, inner.model), outer_ctx)
+    ((above, differentiable),) = dependences(outer_value, (outer, shown, inner.model), outer_ctx)
     if not any(above):
         raise ValueError(
             "outer_objective: it depends neither on inner_params nor on outer_params; expected a "
@@ -194,21 +195,19 @@ def _dependence(
             "A value that it captured is a constant: use the arguments."
         )
     count = len(jax.tree.leaves(outer))
-    functions = [
-        problem.inner,
-        *(m if problem.inner.adapt is None else problem.inner.adapt(m) for m in mappings),
-    ]
-    given, direct = (params, inner.model, inner_ctx), differentiable[:count]
+    direct = differentiable[:count]
+    stationary = stationary and not mappings and not all(direct)
 
-    def solved_by(outer, params, model, ctx):
-        return [fn(params, outer, ctx._replace(model=model))[0] for fn in functions]
+    def solved(outer, params, model, ctx):
+        ctx = ctx._replace(model=model)
+        if stationary:
+            return jax.value_and_grad(lambda params: problem.inner(params, outer, ctx)[0])(params)
+        adapt = problem.inner.adapt
+        held = (m if adapt is None else adapt(m) for m in mappings)
+        return ([fn(params, outer, ctx)[0] for fn in (problem.inner, *held)],)
 
-    def gradient(outer, *given):
-        return jax.grad(lambda params: solved_by(outer, params, *given[1:])[0])(given[0])
-
-    lower, through = dependences(solved_by, outer, *given)
-    if stationary and not mappings and not all(direct):
-        through = dependences(gradient, outer, *given)[1]
+    found = dependences(solved, outer, params, inner.model, inner_ctx)
+    lower, through = found[0].read, found[-1].moved
     return Dependence(above[:count], direct, any(differentiable[count:]), lower, through)
 
 
@@ -248,7 +247,17 @@ def linked(problem: Problem, inner: InnerState, outer: PyTree, contexts: tuple[C
     Raises:
       ValueError: naming the leaf.
     """
-    found = _dependence(problem, inner, outer, contexts)
+    static, dynamic = split(problem)
+    _linked.eval_shape(static, dynamic, inner, outer, contexts)
+
+
+@functools.partial(
+    jax.jit, static_argnums=0
+)  # for its cache: a second run on the same shapes traces nothing
+def _linked(
+    static: Static, dynamic: Any, inner: InnerState, outer: PyTree, contexts: tuple[Ctx, Ctx]
+) -> None:
+    found = _dependence(join(static, dynamic), inner, outer, contexts)
     for place, read in zip(_paths(outer), found.read, strict=True):
         if not read:
             raise _unread(place)
@@ -332,5 +341,5 @@ def structure(
     reacts = _either(reacts, start, alone, settings)
     if method.sees_settings and not all(_either(reacts, found.direct)):
         # a line search, say, whose steps feel a term that has no inner parameters
-        reacts = _either(reacts, dependences(one_step, outer)[1])
+        reacts = _either(reacts, dependences(lambda x: (one_step(x),), outer)[0].moved)
     _learned(outer, found, reacts)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 
 def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
@@ -17,21 +17,37 @@ def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
     return list(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1])
 
 
-def dependences(
-    fn: Callable[..., Any], argument: Any, *given: Any
-) -> tuple[list[bool], list[bool]]:
-    """Of one trace of ``fn(argument, *given)``: what `reads` says of the leaves of `argument`, and
-    the same where a dependence through ``stop_gradient`` counts for nothing.
+class Depends(NamedTuple):
+    """Of each leaf of an argument, what some outputs of a function take of it.
+
+    Attributes:
+      read: whether they depend on it.
+      moved: the same where a dependence through ``stop_gradient`` counts for nothing.
+    """
+
+    read: list[bool]
+    moved: list[bool]
+
+
+def dependences(fn: Callable[..., Any], argument: Any, *given: Any) -> list[Depends]:
+    """Of one trace of ``fn(argument, *given)``, which returns a sequence: what each of its parts
+    takes of the leaves of `argument`.
 
     Functions that bring a derivative of their own are not looked into.
     """
     import jax
     from jax.interpreters import partial_eval
 
-    jaxpr = jax.make_jaxpr(fn)(argument, *given).jaxpr
-    wanted, count = [True] * len(jaxpr.outvars), len(jax.tree.leaves(argument))
-    used = lambda program: list(partial_eval.dce_jaxpr(program, wanted)[1])[:count]
-    return used(jaxpr), used(_cut(jaxpr))
+    closed, shapes = jax.make_jaxpr(fn, return_shape=True)(argument, *given)
+    sizes = [len(jax.tree.leaves(part)) for part in shapes]
+    count, cut = len(jax.tree.leaves(argument)), _cut(closed.jaxpr)
+
+    def of(number: int) -> Depends:
+        wanted = [i == number for i, size in enumerate(sizes) for _ in range(size)]
+        used = lambda program: list(partial_eval.dce_jaxpr(program, wanted)[1])[:count]
+        return Depends(used(closed.jaxpr), used(cut))
+
+    return [of(number) for number in range(len(sizes))]
 
 
 def _cut(jaxpr: Any) -> Any:

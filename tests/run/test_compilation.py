@@ -132,6 +132,16 @@ def test_split_makes_numbers_leaves_and_functions_static():
     )
 
 
+def test_a_single_loop_looks_at_its_objectives_once():
+    inner, outer, traces = problem()
+    built = bx.algorithms.soba(0.1, 0.1)
+    seen = []
+    for _ in range(2):
+        bx.solve_bilevel(inner, outer, jnp.zeros(2), jnp.ones(2), algorithm=built, num_steps=2)
+        seen.append(len(traces))
+    assert seen[1] - seen[0] <= 1  # what an objective captures is looked for in each call
+
+
 def test_value_and_hypergrad_is_traced_once_when_a_state_is_given():
     inner, outer, traces = problem()
     fn = bx.value_and_hypergrad(
