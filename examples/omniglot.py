@@ -5,7 +5,12 @@
 A task is five characters with one drawing of each to learn from, and five others of each to be
 asked about. Inner level: a network a task, adapted by gradient steps. Outer level: where the steps
 begin, judged on the drawings asked about. Each meta-step draws eight tasks, which both levels see:
-`bx.data.episodes`.
+`bx.data.episodes`. Prototypes, which have no inner level, take as many meta-steps, each of which
+costs about as much.
+
+What came out (one seed): MAML .886 on characters of other alphabets after 4,000 meta-steps,
+prototypes .933, the nearest drawing by pixels .475. Settings were chosen on 110 of the characters
+to learn from. The other forms have not been measured at this length.
 """
 
 from __future__ import annotations
@@ -17,7 +22,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 import report
 from jax import lax
@@ -230,7 +234,6 @@ class Row(NamedTuple):
 
 
 PROTOTYPES, UNTRAINED, PIXELS = "prototypes", "no meta-learning", "nearest pixels"
-PROTOTYPE_STEPS = 1
 ROWS = (*FORMS, PROTOTYPES, UNTRAINED, PIXELS)
 
 
@@ -244,8 +247,7 @@ def row(name: str, seen, new, steps: int, batches: int) -> Row:
         return Row(0, still, tester(FORMS["MAML"], new, batches))
     if name == PIXELS:
         return Row(0, still, rule_tester(nearest, new, batches))
-    steps *= PROTOTYPE_STEPS
-    learn = rule_learner(prototypes, seen, steps)
+    learn = rule_learner(prototypes, seen, steps)  # a meta-step costs about what one of MAML does
     return Row(steps, learn, rule_tester(prototypes, new, batches))
 
 
@@ -254,23 +256,16 @@ def measured(row: Row, sizes, seed: int) -> dict[str, float]:
     w = network(jax.random.key(seed), ways=WAYS, width=sizes.width, layers=sizes.layers)
     begin = time.process_time()
     learned = jax.block_until_ready(row.learn(w, seed))
-    seconds = time.process_time() - begin
+    seconds = round(time.process_time() - begin, 1)
     accuracy = float(jnp.mean(row.test(learned)))
     return {"test": accuracy, "meta-steps": row.steps, "processor seconds": seconds}
 
 
 def draw(path, results):
     colors = dict.fromkeys(FORMS, report.BLUE) | {PROTOTYPES: report.GREEN}
-    with report.figure(path, 2, height=4.6) as (_, (left, right)):
-        report.bars(left, results, "test", colors, "accuracy on new characters")
-        left.set_title("Five characters, one drawing of each")
-        for name, cells in results.items():
-            if np.mean(cells["meta-steps"]) > 0:
-                place = np.mean(cells["processor seconds"]), np.mean(cells["test"])
-                right.plot(*place, "o", color=colors.get(name, "0.35"))
-                right.annotate(name, place, textcoords="offset points", xytext=(4, 4), fontsize=9)
-        right.set(xlabel="processor seconds of learning", ylabel="accuracy", title="Cost")
-        right.margins(x=0.25, y=0.15)
+    with report.figure(path, 1, width=8.0, squeeze=False) as (_, ((ax,),)):
+        report.bars(ax, results, "test", colors, "accuracy on new characters")
+        ax.set_title("Five characters, one drawing of each")
 
 
 class Sizes(NamedTuple):
