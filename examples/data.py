@@ -76,6 +76,23 @@ def mnist() -> Split:
     )
 
 
+def fashion() -> Split:
+    """Fashion-MNIST: 10,000 training and 2,000 test images of 28 x 28, one flat row each. Shuffle
+    them: they may come sorted by class."""
+    path = local("fashion_12k.npz")
+    if path is not None:
+        with np.load(path) as file:
+            arrays = [file[key] for key in Split._fields]
+    else:
+        x, y = openml("Fashion-MNIST")
+        y = y.astype(np.int32)
+        arrays = [x[:10_000], y[:10_000], x[60_000:62_000], y[60_000:62_000]]
+    x_train, y_train, x_test, y_test = arrays
+    return Split(
+        _images(x_train), y_train.astype(np.int32), _images(x_test), y_test.astype(np.int32)
+    )
+
+
 def _images(x: np.ndarray) -> np.ndarray:
     return (x.reshape(len(x), -1) / 255).astype(np.float32)
 
