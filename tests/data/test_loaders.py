@@ -606,7 +606,7 @@ def test_a_loader_that_knows_its_place_is_not_read_again(form, tmp_path):
 
 
 def test_a_function_that_ignores_its_key_needs_none():
-    g = lambda y, x, batch: 0.5 * (y - batch) ** 2 + 0 * x
+    g = lambda y, x, batch: 0.5 * (y - batch) ** 2 + 0 * x * y
     run = lambda fn: bx.solve_bilevel(
         g,
         outer,

@@ -484,7 +484,7 @@ def test_batches_of_an_iterable_arrive_in_order():
         optax.sgd(0.0),
     )
     out = bx.solve_bilevel(
-        lambda y, x, b: 0.5 * (y - b["n"]) ** 2 + 0.0 * x,
+        lambda y, x, b: 0.5 * (y - b["n"]) ** 2 + 0.0 * x * y,
         lambda y, x, b: y,
         jnp.asarray(0.0),
         jnp.asarray(0.0),
