@@ -83,7 +83,7 @@ def like(shapes, vector):
 
 
 def coefficients(key, n, m):
-    """One random problem: strongly convex, of condition 1 to 100, each term there or not."""
+    """One random problem: strongly convex, of condition 1 to 20, each term there or not."""
     k = iter(jax.random.split(key, 20))
     normal = lambda *shape: jax.random.normal(next(k), shape)
     there = lambda: jax.random.bernoulli(next(k), 0.7).astype(jnp.float64)
