@@ -239,6 +239,8 @@ WARNINGS = (
 
 
 _SMALL_WARNINGS = tuple(int(code) for code in WARNINGS if code < _FIRST_FAILURE)
+# the ends among and behind their numbers
+_ENDS = tuple(sorted(set(range(min(_SMALL_WARNINGS), _FIRST_FAILURE)) - set(_SMALL_WARNINGS)))
 
 
 class SolveError(RuntimeError):
@@ -304,9 +306,9 @@ def failed(code: Any) -> Any:
 
     A warning stands in a mask and not in a code; where it stands in a code, it was made a failure.
     """
-    out = code >= _FIRST_FAILURE
-    for warned in _SMALL_WARNINGS:
-        out = out | (code == warned)
+    out = code >= min(_SMALL_WARNINGS)
+    for end in _ENDS:
+        out = out & (code != end)
     return out
 
 
@@ -339,10 +341,11 @@ def as_warning(code: Any) -> Any:
     warning to those above.
     """
     code = jnp.asarray(code, jnp.int32)
-    mask, rough = jnp.int32(0), jnp.asarray(False)
+    mask = jnp.int32(0)
     for warned in _SMALL_WARNINGS:
-        mask, rough = mask | warning(code == warned, RESULTS(warned)), rough | (code == warned)
-    return jnp.where(rough, jnp.int32(RESULTS.success), code), mask
+        bit = jnp.int32(1 << WARNINGS.index(RESULTS(warned)))
+        mask = jnp.where(code == warned, bit, mask)
+    return jnp.where(mask != 0, jnp.int32(RESULTS.success), code), mask
 
 
 def strictness(strict: Any, argument: str = "strict") -> int:
@@ -374,6 +377,8 @@ def strictly(code: Any, warnings: Any, mask: int) -> Any:
     already.
     """
     found = jnp.asarray(code, jnp.int32)
+    if not mask:
+        return found
     chosen = jnp.int32(RESULTS.success)
     for bit in reversed(range(len(WARNINGS))):
         if (mask >> bit) & 1:

@@ -60,12 +60,10 @@ def norm(a: PyTree) -> jax.Array:
     largest = reduce(
         jnp.maximum, (jnp.max(jnp.abs(lax.stop_gradient(leaf))).astype(dtype) for leaf in leaves)
     )
-    # A power of two, so that nothing is rounded; one wherever squares do no harm, and where there
-    # is nothing to save.
+    # A power of two, so that nothing is rounded; one wherever squares do no harm.
     reach = 2.0 ** (3 * int(jnp.finfo(dtype).maxexp) // 8)
-    unit = jnp.where(
-        largest > reach, reach**-1, jnp.where((largest < 1 / reach) & (largest > 0), reach, 1.0)
-    ).astype(dtype)
+    large, small, one = (jnp.asarray(a, dtype) for a in (reach, 1 / reach, 1.0))
+    unit = lax.select(largest > large, small, lax.select(largest < small, large, one))
     scaled = jax.tree.map(lambda leaf: leaf.astype(dtype) * unit, leaves)
     return jnp.sqrt(dot(scaled, scaled)) / unit
 

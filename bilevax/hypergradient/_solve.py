@@ -10,7 +10,7 @@ from jax import lax
 
 from bilevax import tree
 from bilevax.base import Feed, Hypergradient, InnerSolver, InnerState, Lower, PyTree, Scalar
-from bilevax.results import RESULTS, as_warning, warning, worst
+from bilevax.results import RESULTS, as_warning, unless, warning, worst
 
 
 def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Scalar]:
@@ -31,12 +31,11 @@ def summary(inner_info: dict[str, Scalar], solution: InnerState) -> dict[str, Sc
             out[f"inner_{name}"] = jnp.sum(inner_info[name])
     if "aux" in inner_info:
         out["inner_aux"] = jax.tree.map(lambda a: a[-1], inner_info["aux"])
-    code = inner_info["code"][-1] if "code" in inner_info else jnp.int32(RESULTS.success)
-    finite = tree.all_finite(solution.params)
-    code, warnings = as_warning(code)
-    code = worst(
-        code, jnp.where(finite, jnp.int32(RESULTS.success), jnp.int32(RESULTS.inner_nonfinite))
-    )
+    code = unless(tree.all_finite(solution.params), RESULTS.inner_nonfinite)
+    warnings = jnp.int32(0)
+    if "code" in inner_info:
+        said, warnings = as_warning(inner_info["code"][-1])
+        code = worst(said, code)
     return {**out, "code": code, "warnings": warnings}
 
 

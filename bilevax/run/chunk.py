@@ -22,13 +22,13 @@ from bilevax._core.peers import Peers
 from bilevax._core.refusal import undifferentiable
 from bilevax._core.settings import name_of
 from bilevax.base import join
-from bilevax.results import RESULTS, SolveError, as_warning, first, strictly, warning
+from bilevax.results import RESULTS, SolveError, as_warning, strictly, warning
 from bilevax.run import store as store_lib
 from bilevax.run import watch
 from bilevax.run.ending import attach, closed, stats
 from bilevax.run.feeds import afterwards, feeds, orders
 from bilevax.run.history import History
-from bilevax.run.judging import diverging, improves, lost, settled, undone, watched
+from bilevax.run.judging import improves, lost, settled, undone, watched
 from bilevax.run.recovery import Recovery
 from bilevax.run.rows import packing, row_of, write
 from bilevax.run.signals import Signals
@@ -61,8 +61,11 @@ def one_step(
     )
     inner, outer = info.point
     code, warned = as_warning(info.code)
-    warnings = warned | info.warnings | diverging(state.watch, info, state.step)
-    code = first(strictly(code, warnings, plan.strict), lost(algorithm))
+    watch, diverged = watched(state.watch, info, state.step)
+    warnings = warned | info.warnings | diverged
+    code, gone = strictly(code, warnings, plan.strict), lost(algorithm)
+    stopped = results.failed(code)
+    code, failed = jnp.where(stopped | (gone == 0), code, gone), stopped | (gone != 0)
     row = {
         "value": info.value,
         "grad_norm": info.grad_norm,
@@ -89,9 +92,7 @@ def one_step(
     if info.aux is not None:
         row["aux"] = info.aux
 
-    failed = results.failed(code)
     grad_norm = jnp.asarray(info.grad_norm, state.first_norm.dtype)
-    watch = watched(state.watch, info, state.step)
     if plan.tol is None:
         first_norm, converged = (
             state.first_norm,

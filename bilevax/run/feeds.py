@@ -57,12 +57,10 @@ def afterwards(
     """What short steps would feel if each of them found it out: the first norm, where no tolerance
     asks for it, and what a failure came from.
     """
+    failed = results.failed(state.code)  # the last of the steps: a run ends at a failure
     if plan.tol is None:
-        counted = (
-            (jnp.arange(len(rows["code"]), dtype=count.dtype) < count)
-            & ~results.failed(rows["code"])
-            & (rows["grad_norm"] != 0)
-        )
+        fine = jnp.arange(len(rows["code"]), dtype=count.dtype) < count - failed.astype(count.dtype)
+        counted = fine & (rows["grad_norm"] != 0)
         found = rows["grad_norm"][jnp.argmax(counted)].astype(state.first_norm.dtype)
         state = state._replace(
             first_norm=jnp.where(
@@ -71,11 +69,7 @@ def afterwards(
         )
     look = plan.algorithm.finite
     if look is not None:
-        failed, last, draws = (
-            results.failed(state.code),
-            jnp.maximum(count - 1, 0),
-            plan.algorithm.draws,
-        )
+        last, draws = jnp.maximum(count - 1, 0), plan.algorithm.draws
         streams = feeds(plan, state, data)
         finite = lax.cond(
             failed, lambda: look(plan.problem, streams, draws), lambda: jnp.asarray(True)

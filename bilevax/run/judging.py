@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax.base import StepInfo
-from bilevax.results import RESULTS, first, unless, warning
+from bilevax.results import RESULTS, ladder, warning
 
 # an iterate may be kept whose inner gradient is at most so many times the typical one
 CAUGHT_UP = 2.0
@@ -42,22 +42,27 @@ def first_watch(zero: Any) -> Watch:
     return Watch(*(jnp.zeros_like(zero) for _ in Watch._fields))
 
 
-def watched(watch: Watch, info: StepInfo, step: Any) -> Watch:
-    """With this step's numbers."""
+def watched(watch: Watch, info: StepInfo, step: Any) -> tuple[Watch, Any]:
+    """With this step's numbers; and the mask of a run whose value and hypergradient are orders of
+    magnitude above what they were at first.
+    """
     dtype, early = watch.value.dtype, step < EARLY
-    value, grad_norm = (
-        jnp.where(early, jnp.fmax(old, _size(new, dtype)), old)
-        for old, new in ((watch.value, info.value), (watch.grad_norm, info.grad_norm))
+    value, grad_norm = _size(info.value, dtype), _size(info.grad_norm, dtype)
+    far = (value / FAR > watch.value) & (grad_norm / FAR > watch.grad_norm) & (watch.grad_norm > 0)
+    warned = warning(far & ~early, RESULTS.diverged)
+    watch = watch._replace(
+        value=jnp.where(early, jnp.fmax(watch.value, value), watch.value),
+        grad_norm=jnp.where(early, jnp.fmax(watch.grad_norm, grad_norm), watch.grad_norm),
     )
-    watch = watch._replace(value=value, grad_norm=grad_norm)
     if info.lag is None:
-        return watch
+        return watch, warned
     lag = jnp.maximum(_size(info.lag, dtype), jnp.finfo(dtype).tiny)
     begun = watch.typical > 0
     faded = jnp.exp(
         (1 - FADE) * jnp.log(jnp.where(begun, watch.typical, lag)) + FADE * jnp.log(lag)
     )
-    return watch._replace(typical=jnp.where(begun, faded, lag), most=jnp.fmax(watch.most, lag))
+    watch = watch._replace(typical=jnp.where(begun, faded, lag), most=jnp.fmax(watch.most, lag))
+    return watch, warned
 
 
 def _size(number: Any, dtype: Any) -> Any:
@@ -99,21 +104,10 @@ def improves(
     )
 
 
-def diverging(watch: Watch, info: StepInfo, step: Any) -> Any:
-    """The mask of a run whose value and hypergradient are orders of magnitude above what they were
-    at first.
-    """
-    dtype = watch.value.dtype
-    value, grad_norm = _size(info.value, dtype), _size(info.grad_norm, dtype)
-    far = (value / FAR > watch.value) & (grad_norm / FAR > watch.grad_norm) & (watch.grad_norm > 0)
-    return warning(far & (step >= EARLY), RESULTS.diverged)
-
-
 def lost(algorithm: Any) -> Any:
     """The code of a step that made outer parameters or model state non-finite."""
-    return first(
-        unless(tree.all_finite(algorithm.inner.model), RESULTS.inner_nonfinite),
-        unless(tree.all_finite(algorithm.outer), RESULTS.hypergradient_nonfinite),
+    return ladder(
+        inner=tree.all_finite(algorithm.inner.model), grad=tree.all_finite(algorithm.outer)
     )
 
 

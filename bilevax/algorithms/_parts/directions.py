@@ -108,8 +108,12 @@ def report(
       diagnostics: further columns of the history.
     """
     grad_norm, lag = tree.norm(d.x), tree.norm(d.y)
-    finite = dict(inner=lag, value=f.value, adjoint=tree.norm(d.v), grad=grad_norm)
-    code = ladder(**jax.tree.map(jnp.isfinite, finite))
+    code = ladder(
+        inner=jnp.isfinite(lag),
+        value=jnp.isfinite(f.value),
+        adjoint=tree.all_finite(d.v),
+        grad=jnp.isfinite(grad_norm),
+    )
     return StepInfo(
         f.value, grad_norm, (inner, outer), code, {**calls, **(diagnostics or {})}, f.aux, lag=lag
     )
@@ -123,12 +127,8 @@ def drawn_finite(problem: Problem, feeds: Feeds, draws: Draws) -> jax.Array:
     ):
         if not count:  # of a stream read on the host there is no batch then, not even to trace
             continue
-        ok &= lax.fori_loop(
-            0,
-            count,
-            lambda i, ok, draw=draw, feed=feed: ok & tree.all_finite(draw(feed, i).batch),
-            jnp.asarray(True),
-        )
+        fine = lambda i, ok, draw=draw, feed=feed: ok & tree.all_finite(draw(feed, i).batch)
+        ok = fine(0, ok) if count == 1 else lax.fori_loop(0, count, fine, ok)
     return ok
 
 
