@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv as csv_lib
 import io
 import json
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 import jax
 import numpy as np
@@ -17,15 +18,18 @@ import numpy as np
 from bilevax import check
 from bilevax._core import numbers
 from bilevax.run import logfile
-from bilevax.run.watch import Callback, Event
+from bilevax.run.watch import Callback, Event, of_one_run
 
 
 class Log(NamedTuple):
-    """An open log: ``write(steps, columns)`` takes new rows, by column."""
+    """An open log: ``write(steps, columns)`` takes new rows, by column; ``there()`` says whether
+    they are found where they are looked for.
+    """
 
     write: Callable[[list[int], dict[str, np.ndarray]], None]
     flush: Callable[[], None]
     close: Callable[[], None]
+    there: Callable[[], bool] = lambda: True
 
 
 def _new_rows(event: Event, written: int) -> tuple[list[int], dict[str, np.ndarray]]:
@@ -45,7 +49,7 @@ def logger(
     open_log: Callable[[int], Log],
     every_n: int,
     *,
-    begin: Callable[[], None] | None = None,
+    begin: Callable[[], Callable[[], None] | None] | None = None,
     restored: bool = True,
 ) -> Callback:
     """A callback that hands new rows to a log: ``open_log(step)`` opens one, with what it has from
@@ -53,15 +57,31 @@ def logger(
 
     A run that goes on from a state adds to its log, one that begins anew replaces it. One that
     resumes from a checkpoint writes the rows that came back with it anew, or, without `restored`,
-    goes on behind them.
+    goes on behind them. A log that somebody took away is written anew. What `begin` returns is
+    called at the end.
     """
     log: list[Log] = []
+    ends: list[Callable[[], None]] = []
     written = 0
+
+    def start() -> None:
+        end = None if begin is None else begin()
+        if end is not None:
+            ends.append(end)
 
     def call(event: Event) -> None:
         nonlocal written
         if not log and not restored:
             written = event.resumed
+        if log and not log[0].there():
+            warnings.warn(
+                "callbacks: the file of a log was moved or deleted while the run wrote to it; it "
+                "is written anew.",
+                RuntimeWarning,
+                stacklevel=2,
+            )
+            log.pop().close()
+            written = 0
         steps, columns = _new_rows(event, written)
         if not steps:
             return
@@ -73,16 +93,19 @@ def logger(
 
     def close() -> None:
         nonlocal written
-        open_now, written = log[:], 0
-        log.clear()  # first, since closing may fail, and the next run is to begin anew all the same
-        for one in open_now:
-            one.close()
+        closers, written = [*(one.close for one in log), *ends], 0
+        # first, since closing may fail, and the next run is to begin anew all the same
+        log.clear()
+        ends.clear()
+        with contextlib.ExitStack() as stack:
+            for one in reversed(closers):
+                stack.callback(one)
 
-    return Callback(call, every_n, close, begin, exact=False)
+    return of_one_run(Callback(call, every_n, close, start, exact=False))
 
 
 def as_path(path: str | os.PathLike[str], argument: str = "path") -> Path:
-    """A place on this machine's file system."""
+    """A place on this machine's file system, whatever becomes of the current folder."""
     if not isinstance(path, (str, os.PathLike)):
         raise TypeError(f"{argument}: got {check.describe(path)}; expected a file name.")
     place = os.fspath(path)
@@ -91,7 +114,7 @@ def as_path(path: str | os.PathLike[str], argument: str = "path") -> Path:
             f"{argument}: got {place!r}; expected a name on this machine's file system. Try a "
             "local file, and copy it afterwards."
         )
-    return Path(place)
+    return Path(os.path.abspath(place))
 
 
 def _target(path: str | os.PathLike[str]) -> Path:
@@ -126,14 +149,25 @@ def _replaceable(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def _checked(path: Path, read: Callable[[Path], logfile.Rows]) -> Callable[[], None]:
-    """Refuse, before the first step, a file that is no log."""
+def _checked(path: Path, read: Callable[[Path], logfile.Rows]) -> Callable[[], Callable[[], None]]:
+    """Refuse, before the first step, a file that is no log, or another's; returns what gives it
+    free.
+    """
 
-    def begin() -> None:
+    def begin() -> Callable[[], None]:
         if path.is_file():
             read(path)
+        return logfile.claim(path)
 
     return begin
+
+
+def _anew(path: Path, lines: Iterable[str]) -> TextIO:
+    """The file with these lines, open for more; pipes and devices are only written to."""
+    if _replaceable(path):
+        logfile.append(path).close()  # refused where another process has it
+        logfile.replace(path, lines)
+    return logfile.append(path)
 
 
 def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
@@ -176,9 +210,7 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
 
     def open_log(step: int) -> Log:
         kept = _kept(path, logfile.read_jsonl, step)
-        if _replaceable(path):
-            logfile.replace(path, (line for _, line, _ in kept.rows))
-        file = path.open("a", encoding="utf-8")
+        file = _anew(path, (line for _, line, _ in kept.rows))
 
         def write(steps, columns):
             names = (json.dumps(name).replace("%", "%%") for name in ("step", *columns))
@@ -186,7 +218,7 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
             texts = zip(map(str, steps), *map(_texts, columns.values()), strict=True)
             file.writelines(map(row.__mod__, texts))
 
-        return Log(write, file.flush, file.close)
+        return Log(write, file.flush, file.close, lambda: logfile.still_there(path, file))
 
     begin = _checked(path, logfile.read_jsonl)
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
@@ -244,11 +276,7 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
     def open_log(step: int) -> Log:
         kept = _kept(path, logfile.read_csv, step)
         header = kept.header if kept.rows else []
-        if _replaceable(path):
-            logfile.replace(
-                path, [_line(header), *(line for _, line, _ in kept.rows)] if header else []
-            )
-        file = path.open("a", encoding="utf-8", newline="")
+        file = _anew(path, [_line(header), *(line for _, line, _ in kept.rows)] if header else [])
 
         def write(steps, columns):
             nonlocal header, file
@@ -259,8 +287,7 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
                 header = header + new
                 before = logfile.read_csv(path).rows
                 lines = (_line([row.get(name, "") for name in header]) for _, _, row in before)
-                logfile.replace(path, [_line(header), *lines])
-                file = path.open("a", encoding="utf-8", newline="")
+                file = _anew(path, [_line(header), *lines])
             elif new:
                 header = new
                 file.write(_line(header) + "\n")
@@ -268,7 +295,12 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
             rows = zip(*(scalar.get(name, empty) for name in header), strict=True)
             csv_lib.writer(file, lineterminator="\n").writerows(rows)
 
-        return Log(write, lambda: file.flush(), lambda: file.close())
+        return Log(
+            write,
+            lambda: file.flush(),
+            lambda: file.close(),
+            lambda: logfile.still_there(path, file),
+        )
 
     begin = _checked(path, logfile.read_csv)
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)

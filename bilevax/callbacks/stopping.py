@@ -8,7 +8,7 @@ import numpy as np
 
 from bilevax import check
 from bilevax._core import numbers
-from bilevax.run.watch import Callback, Event
+from bilevax.run.watch import Callback, Event, of_one_run
 
 
 def every(n: int, fn: Callable[[Event], bool | None]) -> Callback:
@@ -97,4 +97,5 @@ def early_stopping(
         seen = len(column)
         return seen - 1 - best_row >= patience
 
-    return Callback(stop, numbers.count(check_every, "check_every"), again, again)
+    every_n = numbers.count(check_every, "check_every")
+    return of_one_run(Callback(stop, every_n, again, again))

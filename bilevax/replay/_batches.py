@@ -99,8 +99,9 @@ class Batches:
         return found.result()
 
     def _read(self, step: int) -> PyTree:
-        # only a Reader is read step by step; a Source is here as a whole
-        return self.put(jax.tree.map(jnp.asarray, self.source.fn(step)))  # type: ignore[union-attr]
+        # only a Reader is read step by step; a Source is here as a whole. A copy, since a reader
+        # may use one buffer for all steps
+        return self.put(jax.tree.map(jnp.array, self.source.fn(step)))  # type: ignore[union-attr]
 
     def close(self) -> None:
         """End the reading thread."""

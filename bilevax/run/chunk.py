@@ -8,6 +8,7 @@ import contextlib
 import functools
 import signal
 import time
+import warnings
 from collections.abc import Callable
 from typing import Any
 
@@ -322,6 +323,7 @@ class Loop:
         self.peers, self.result, self.done, self.resumed = Peers(), RESULTS.success, 0, self.start
         self.first = 0  # steps that were done before the last call
         self.called = [0] * len(options.watchers)  # steps done when each watcher was called last
+        self.begun: list[watch.Callback] = []  # those that are to be closed
         self.every = [w.every or min(self.capacity, CHUNK) for w in options.watchers]
         small = sum(leaf.nbytes for leaf in jax.tree.leaves(run)) <= LOOK_BACK
         self.looks_back = (
@@ -342,6 +344,7 @@ class Loop:
         for watcher in options.watchers:
             if watcher.begin is not None:
                 watcher.begin()
+            self.begun.append(watcher)
         if options.checkpoint is not None:
             self.store = store_lib.Store(options.checkpoint, self.start, self._fingerprint())
             if (found := self.store.restore(self.run, self.recovery.state(self.run))) is not None:
@@ -359,6 +362,15 @@ class Loop:
                 "expected at least as many. Give this run a directory of its own."
             )
         self.window.seek(self.resumed, self._place)
+        if self.store is not None and (others := self.window.differing(self.store.batches)):
+            warnings.warn(
+                f"{', '.join(others)}: gives other batches than when the checkpoint at step "
+                f"{self.resumed} was written; expected the same, in the same order, for the run to "
+                "end as if it had not been cut. It goes on with those that come. Try a fixed seed "
+                "for the shuffling.",
+                RuntimeWarning,
+                stacklevel=5,
+            )
 
     @property
     def over(self) -> bool:
@@ -549,6 +561,7 @@ class Loop:
                 self.history.flat(),
                 step,
                 self.window.places(),
+                self.window.digests(),
             )
 
     def finish(self, result: RESULTS) -> Solution:

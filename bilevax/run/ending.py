@@ -17,7 +17,7 @@ def closed(loop: Any, error: BaseException | None) -> BaseException | None:
     """Close all that is open, each whatever becomes of the others; the first error, with a note of
     those that followed.
     """
-    closers = [w.close for w in loop.options.watchers if w.close is not None]
+    closers = [w.close for w in loop.begun if w.close is not None]
     if error is not None:
         closers = [*loop.last_rows(), *closers]
     if loop.store is not None:

@@ -40,6 +40,9 @@ class Lock:
             return
         except FileExistsError:
             pass
+        except OSError:  # a full disk: half a lock would keep others out
+            self.path.unlink(missing_ok=True)
+            raise
         holder = self._read()
         if self._lives(holder):
             raise RuntimeError(

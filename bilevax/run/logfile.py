@@ -8,9 +8,14 @@ import contextlib
 import csv
 import json
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
+
+try:
+    import fcntl
+except ImportError:  # not on this system: a log is kept from other threads alone
+    fcntl = None  # type: ignore[assignment]
 
 
 class Rows(NamedTuple):
@@ -92,3 +97,50 @@ def replace(path: Path, lines: Iterable[str]) -> None:
     finally:
         with contextlib.suppress(FileNotFoundError):
             beside.unlink()
+
+
+_WRITTEN: set[str] = set()  # files that this process adds rows to
+
+
+def claim(path: Path) -> Callable[[], None]:
+    """Have a file for oneself, until what is returned is called; refused where another log has
+    it.
+    """
+    place = os.path.realpath(path)
+    if path.exists() and not path.is_file():  # a pipe or a device, which may be shared
+        return lambda: None
+    if place in _WRITTEN:
+        raise _taken(path)
+    if path.is_file():
+        append(path).close()
+    _WRITTEN.add(place)
+    return lambda: _WRITTEN.discard(place)
+
+
+def append(path: Path) -> TextIO:
+    """A file to add rows to; refused where another process does so."""
+    file = path.open("a", encoding="utf-8", newline="")
+    if fcntl is not None and path.is_file():
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except (BlockingIOError, PermissionError):
+            file.close()
+            raise _taken(path) from None
+        except OSError:  # a file system without locks
+            pass
+    return file
+
+
+def still_there(path: Path, file: TextIO) -> bool:
+    """Whether what is written to `file` is found under its name."""
+    try:
+        return os.path.samestat(path.stat(), os.fstat(file.fileno()))
+    except FileNotFoundError:
+        return False
+
+
+def _taken(path: Path) -> RuntimeError:
+    return RuntimeError(
+        f"path: {os.fspath(path)!r} is written to by another log, of a run that has not ended; "
+        "expected a file of one log alone. Give another file name."
+    )

@@ -70,12 +70,12 @@ class Store:
         if self.primary:
             try:
                 self.folder.mkdir(parents=True, exist_ok=True)
+                self._lock = Lock(spec.directory) if "://" not in spec.directory else None
             except OSError as error:
                 raise type(error)(
-                    f"checkpoint: got the directory {spec.directory!r}, which cannot be made "
-                    f"({error}); expected one that can."
+                    f"checkpoint: got the directory {spec.directory!r}, which cannot be made or "
+                    f"written to ({error}); expected one that can."
                 ) from error
-            self._lock = Lock(spec.directory) if "://" not in spec.directory else None
             for left in self.folder.glob(
                 "*.orbax-checkpoint-tmp*"
             ):  # what a killed process was writing
@@ -88,6 +88,7 @@ class Store:
         self.place: dict[
             str, np.ndarray
         ] = {}  # what loaders said of theirs, in the checkpoint that was read
+        self.batches: dict[str, str] = {}  # digests of their last batches before it, likewise
         # the step of the newest checkpoint, which may still be in the writing
         self.saved: int | None = None
         self.finished: int | None = None  # of the newest one that is whole
@@ -128,9 +129,10 @@ class Store:
         rows: dict[str, np.ndarray],
         step: int,
         place: dict[str, Any] | None = None,
+        batches: dict[str, str] | None = None,
     ) -> None:
         """Begin to write this state, what a failure may go back to, the history by path, the
-        loaders' place; waits only for the save before.
+        loaders' place and digests of the batches they gave last; waits only for the save before.
         """
         begin = time.perf_counter()
         if self._lock is not None:
@@ -160,6 +162,7 @@ class Store:
             "place": {name: mark.tobytes().hex() for name, mark in (place or {}).items()}
             if jax.process_count() == 1
             else {},
+            "batches": (batches or {}) if jax.process_count() == 1 else {},
         }
         text = json.dumps(manifest)
         metadata = {
@@ -252,6 +255,7 @@ class Store:
                 self._agree("restored")
                 self.saved = self.finished = step
                 said = {} if manifest is None else manifest.get("place", {})
+                self.batches = {} if manifest is None else manifest.get("batches", {})
                 self.place = {
                     name: np.frombuffer(bytes.fromhex(mark), np.uint8)
                     for name, mark in said.items()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -109,6 +110,37 @@ class Callback(NamedTuple):
     exact: bool = True
 
 
+def of_one_run(callback: Callback) -> Callback:
+    """A callback that keeps what it has seen, with a word to a second run that is given it before
+    the first has ended.
+    """
+    taken = threading.Lock()
+
+    def begin() -> None:
+        if not taken.acquire(blocking=False):
+            raise RuntimeError(
+                "callbacks: got one that is given twice, or that a run which has not ended was "
+                "given; expected one of this run's own, since it keeps what it has seen. Make a "
+                "second one."
+            )
+        try:
+            if callback.begin is not None:
+                callback.begin()
+        except BaseException:
+            taken.release()
+            raise
+
+    def close() -> None:
+        try:
+            if callback.close is not None:
+                callback.close()
+        finally:
+            if taken.locked():
+                taken.release()
+
+    return callback._replace(begin=begin, close=close)
+
+
 def as_callback(fn: Any, position: int) -> Callback:
     """A `Callback` of whatever was given."""
     if isinstance(fn, Callback):
@@ -163,4 +195,4 @@ def progress_bar() -> Callback:
         while bars:
             bars.pop().close()
 
-    return Callback(show, 32, close, exact=False)
+    return of_one_run(Callback(show, 32, close, exact=False))

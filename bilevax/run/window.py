@@ -19,6 +19,7 @@ from bilevax.base import Bound, Ctx, Draws, Feed, Problem, PyTree, join, split
 from bilevax.data.draws import count_steps, last_windowed, windowed
 from bilevax.data.episodes import Episodes, drawn, episode
 from bilevax.data.loaders import Stream
+from bilevax.run import digest
 
 MOST_BYTES = 2**28  # of batches read ahead
 MOST_STEPS = 16  # and of outer steps: a slow loader's first ones are waited for
@@ -80,6 +81,8 @@ class Window:
         self._done: list[bytes | None] = [None] * len(
             self.streams
         )  # and of those last used by a step that was done
+        # the last batch of each stream in the call that is done; None where it read none
+        self._latest: list[PyTree] = []
         self._back: list[Step] = []
         self._current: Staged | None = None
         self._staged: Staged | None = None
@@ -107,6 +110,22 @@ class Window:
         }
         return said or None
 
+    def digests(self) -> dict[str, str]:
+        """Digests of the batches that were used last, by argument."""
+        return {
+            stream.argument: _digest(batch)
+            for stream, batch in zip(self.streams, self._latest, strict=False)
+            if batch is not None
+        }
+
+    def differing(self, digests: dict[str, str]) -> list[str]:
+        """The arguments whose last batch before this place, just passed over, is none of these."""
+        return [
+            stream.argument
+            for stream, batch in zip(self.streams, self._last, strict=True)
+            if batch is not None and digests.get(stream.argument, _digest(batch)) != _digest(batch)
+        ]
+
     def seek(self, step: int, places: dict[str, Any] | None = None) -> None:
         """Pass over the batches of the steps before `step`, which an earlier run has taken; where
         `places` has what a stream said, it goes there.
@@ -120,11 +139,13 @@ class Window:
                 passed = 1  # the last one, which a level that stands still takes its products on
             for number in range(passed):
                 try:
-                    self._last[place] = stream.next()
+                    batch = stream.next()
                     self._marks[place] = self._done[place] = stream.mark
                 except StopIteration:
                     self._ended = stream
                     return
+                if number == passed - 1:  # a loader may use its buffer again
+                    self._last[place] = jax.tree.map(np.array, batch)
                 if time.perf_counter() - said > PATIENCE:
                     said = time.perf_counter()
                     logging.getLogger("bilevax").warning(
@@ -133,20 +154,22 @@ class Window:
                         stream.argument, number + 1, count, said - begin,
                     )  # fmt: skip
 
-    def _pull(self) -> Step | None:
-        """What the next step reads, or None at the end of an iterator."""
+    def _pull(self, windows: list[_Stack]) -> Step | None:
+        """What the next step reads, copied into `windows` batch by batch, since a loader may use
+        one buffer for all of them; or None at the end of an iterator.
+        """
         batches: list[list[PyTree]] = []
-        # each of them is a batch that is held beside the window
-        before = [
-            last if stream.every > 1 else None
-            for stream, last in zip(self.streams, self._last, strict=True)
-        ]
-        for place, stream in enumerate(self.streams):
+        before, filled = list(self._last), [window.filled for window in windows]
+        for place, (stream, window) in enumerate(zip(self.streams, windows, strict=True)):
             taken: list[PyTree] = []
             try:
                 while self._next % stream.every == 0 and len(taken) < stream.take:
-                    taken.append(stream.next())
-            except StopIteration:
+                    taken.append(window.add(stream.next()))
+            except Exception as error:
+                for one, rows in zip(windows, filled, strict=True):
+                    one.filled = rows
+                if not isinstance(error, StopIteration):
+                    raise
                 if self._next == 0:
                     raise ValueError(
                         f"{stream.argument}: got an iterator that ended after {len(taken)} "
@@ -158,7 +181,9 @@ class Window:
                 return None
             batches.append(taken)
             if taken:
-                self._last[place], self._marks[place] = taken[-1], stream.mark
+                # held, with its window, only for a level that stands still in some steps
+                self._last[place] = taken[-1] if stream.every > 1 else None
+                self._marks[place] = stream.mark
         self._next += 1
         return Step(batches, before, list(self._marks))
 
@@ -175,6 +200,8 @@ class Window:
         staged, self._staged, self._current = self._staged, None, self._staged
         if not staged.steps and self._error is not None:
             raise self._error
+        if staged.steps:
+            self._latest = []  # which holds what was read for an earlier call
         return self._arranged(staged.data), min(n, len(staged.steps))
 
     def prefetch(self, n: int, end: int) -> None:
@@ -195,9 +222,11 @@ class Window:
         """Of the steps handed out last, `count` were done; the others will be handed out again."""
         if self._current is None:
             return
-        left = self._current.steps[count:]
-        if count:
-            self._done = self._current.steps[count - 1].marks
+        used, left = self._current.steps[:count], self._current.steps[count:]
+        if used:
+            self._done = used[-1].marks
+            by_stream = zip(*(step.batches for step in reversed(used)), strict=True)
+            self._latest = [next((b[-1] for b in taken if b), None) for taken in by_stream]
         if left:
             ahead = [] if self._staged is None else self._staged.steps
             self._back, self._staged = [*left, *ahead, *self._back], None
@@ -206,32 +235,40 @@ class Window:
     def _stage(self, start: int, n: int) -> Staged:
         """Up to `n` steps, copied into one array a leaf as they are read."""
         steps: list[Step] = []
-        windows: list[_Stack | None] = [None] * len(self.streams)
+        windows: list[_Stack] = []
         while len(steps) < min(n, self.capacity):
-            step = self._back.pop(0) if self._back else self._pull_or_wait()
+            step = self._back.pop(0) if self._back else None
+            if not windows:
+                windows = self._stacks(start, self._last if step is None else step.before)
+            if step is None:
+                step = self._pull_or_wait(windows)
+            else:
+                pairs = zip(windows, step.batches, strict=True)
+                step = step._replace(batches=[[w.add(one) for one in taken] for w, taken in pairs])
             if step is None:
                 break
-            views: list[list[PyTree]] = []
-            for place, stream in enumerate(self.streams):
-                window = windows[place]
-                if window is None:
-                    standing = start % stream.every != 0
-                    number = start // stream.every * stream.take + (
-                        stream.take - 1 if standing else 0
-                    )
-                    rows = -(-self.capacity // stream.every) * stream.take + (stream.every > 1)
-                    window = windows[place] = _Stack(number, rows, stream.peek())
-                    if standing:
-                        window.add(step.before[place])
-                views.append([window.add(batch) for batch in step.batches[place]])
-            steps.append(step._replace(batches=views))
-        return Staged(start, steps, [None if w is None else w.placed(self.put) for w in windows])
+            steps.append(step)
+        return Staged(start, steps, [w.placed(self.put) for w in windows] if steps else [])
 
-    def _pull_or_wait(self) -> Step | None:
+    def _stacks(self, start: int, before: list[PyTree]) -> list[_Stack]:
+        """What the batches of the steps from `start` on are copied into, a stack a stream; of a
+        level that stands still at `start`, it begins with the last batch `before`.
+        """
+        stacks: list[_Stack] = []
+        for stream, last in zip(self.streams, before, strict=True):
+            standing = start % stream.every != 0
+            number = start // stream.every * stream.take + (stream.take - 1 if standing else 0)
+            rows = -(-self.capacity // stream.every) * stream.take + (stream.every > 1)
+            stacks.append(_Stack(number, rows, stream.peek()))
+            if standing:
+                stacks[-1].add(last)
+        return stacks
+
+    def _pull_or_wait(self, windows: list[_Stack]) -> Step | None:
         if self._ended is not None or self._error is not None:
             return None
         try:
-            return self._pull()
+            return self._pull(windows)
         except Exception as error:  # raised when its step is due, and not when it is read ahead
             self._error = error
             return None
@@ -284,6 +321,11 @@ def _aligned(shape: tuple[int, ...], dtype: Any) -> np.ndarray:
     memory = np.zeros(size + 64, np.uint8)
     begin = -memory.ctypes.data % 64
     return memory[begin : begin + size].view(dtype).reshape(shape)
+
+
+def _digest(batch: PyTree) -> str:
+    leaves = jax.tree_util.tree_leaves_with_path(batch)
+    return digest.of_columns({jax.tree_util.keystr(path): np.asarray(a) for path, a in leaves})
 
 
 def _bytes(batch: PyTree) -> int:

@@ -2,10 +2,13 @@
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 
 import bilevax as bx
+from bilevax.replay._batches import Batches, resolve
+from bilevax.run.window import _aligned
 from tests.replay import problem as trainings
 
 SCHEDULES = {
@@ -109,6 +112,20 @@ def test_equals_unrolled():
     for leaf in outer:
         assert trainings.distance(found.grad[leaf], unrolled.grad[leaf]) < 1e-12, leaf
     assert trainings.distance(found.inner_params, unrolled.inner_params) < 1e-14
+
+
+def test_a_reader_may_use_one_buffer():
+    """The next step's batch is read while this one's is used."""
+    buffer = _aligned((4,), np.dtype(np.float32))  # which JAX on the CPU would take as it lies
+
+    def read(step):
+        buffer[:] = step
+        return buffer
+
+    batches = Batches(resolve(bx.replay.reader(read)), 4, lambda batch: batch)
+    seen = [batches.at(step, step + 1) for step in range(4)]
+    batches.close()
+    assert [float(batch[0]) for batch in seen] == [0.0, 1.0, 2.0, 3.0]
 
 
 def test_several_checkpoints():

@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 import time
 import warnings
 
@@ -27,7 +29,7 @@ ALGORITHM = bx.algorithms.double_loop(
 )
 
 
-def run(callback, steps, state=None, **keywords):
+def run(callback, steps, state=None, also=(), **keywords):
     return bx.solve_bilevel(
         inner,
         outer,
@@ -36,7 +38,7 @@ def run(callback, steps, state=None, **keywords):
         algorithm=ALGORITHM,
         num_steps=steps,
         state=state,
-        callbacks=[callback],
+        callbacks=[callback, *also],
         **keywords,
     )
 
@@ -171,6 +173,68 @@ def test_a_file_that_is_no_log_is_left_alone(factory, text, tmp_path):
     ):
         run(factory(path), 2)
     assert path.read_text() == text
+
+
+FILES = [(bx.callbacks.jsonl, read_json), (bx.callbacks.csv, read_csv)]
+
+
+@pytest.mark.parametrize(("factory", "read"), FILES, ids=["jsonl", "csv"])
+def test_a_file_has_one_log_and_a_log_one_run(factory, read, tmp_path):
+    path = tmp_path / "run.log"
+    callback = factory(path, flush_every=3)
+    said = []
+
+    def another(event):
+        for log, where in ((callback, "callbacks"), (factory(path), "path")):
+            with pytest.raises(RuntimeError, match=f"{where}: .*expected .* own|{where}.* alone"):
+                run(log, 2)
+            said.append(where)
+
+    run(callback, 9, also=[bx.callbacks.every(6, another)])
+    assert said == ["callbacks", "path"] * 2
+    assert [int(row["step"]) for row in read(path)] == list(range(9))
+    run(factory(path), 4)  # both are free again
+    assert len(read(path)) == 4
+
+
+def test_a_file_that_another_process_writes_to(tmp_path):
+    path = tmp_path / "run.jsonl"
+    path.write_text("")
+    other = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import fcntl, sys; file = open(sys.argv[1], 'a'); fcntl.lockf(file, fcntl.LOCK_EX); "
+            "print('has it', flush=True); input()",
+            str(path),
+        ],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert other.stdout.readline() == b"has it\n"
+    with pytest.raises(RuntimeError, match="path: .*run.jsonl' is written to by another log"):
+        run(bx.callbacks.jsonl(path), 2)
+    other.communicate(b"\n")
+    run(bx.callbacks.jsonl(path), 2)
+    assert len(read_json(path)) == 2
+
+
+@pytest.mark.parametrize(("factory", "read"), FILES, ids=["jsonl", "csv"])
+def test_a_log_that_somebody_takes_away_is_written_anew(factory, read, tmp_path, monkeypatch):
+    """And stays where it was asked for, whatever becomes of the current folder."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    path = tmp_path / "run.log"
+
+    def take(event):
+        monkeypatch.chdir(tmp_path / "elsewhere")
+        if event.step == 6:
+            path.rename(tmp_path / "moved")
+
+    with pytest.warns(RuntimeWarning, match="moved or deleted while the run wrote"):
+        run(factory("run.log", flush_every=1), 300, also=[bx.callbacks.every(6, take)])
+    assert [int(row["step"]) for row in read(path)] == list(range(300))
+    assert not list((tmp_path / "elsewhere").iterdir())
 
 
 def test_rows_of_a_failed_run_have_their_steps(tmp_path):

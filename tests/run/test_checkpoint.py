@@ -74,8 +74,8 @@ def test_nothing_is_compiled_again_for_a_resumed_run(tmp_path):
 
 
 def test_iterables_resume_at_their_batch(tmp_path):
-    def loader():
-        rng = np.random.default_rng(5)
+    def loader(seed=5):
+        rng = np.random.default_rng(seed)
         while True:
             yield {
                 "x": rng.standard_normal((8, 4)).astype(np.float32),
@@ -87,6 +87,8 @@ def test_iterables_resume_at_their_batch(tmp_path):
     assert same(
         bits(solve(50, inner_data=loader(), checkpoint=every(tmp_path, 7))), bits(undisturbed)
     )
+    with pytest.warns(RuntimeWarning, match="inner_data: gives other batches than when .* 50 "):
+        solve(60, inner_data=loader(6), checkpoint=every(tmp_path, 7))  # shuffled without a seed
 
 
 def test_aux_keys_and_empty_leaves_come_back(tmp_path):

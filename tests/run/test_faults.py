@@ -2,6 +2,7 @@
 watches."""
 
 import contextlib
+import errno
 import json
 import os
 import pathlib
@@ -289,6 +290,20 @@ def test_a_full_disk(tmp_path):
     at_last, then, at_first, anew = out.stdout.split("\n")[:4]
     assert at_last == "40 success True" and int(then) in (20, 30), out.stderr[-3000:]
     assert at_first == "20 stopped True" and anew == "0", out.stderr[-3000:]
+
+
+def test_half_a_lock_keeps_nobody_out(tmp_path, monkeypatch):
+    """A disk that is full at the start."""
+
+    def full(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(json, "dump", full)
+        with pytest.raises(OSError, match=r"checkpoint: got the directory .*No space left"):
+            run(4, checkpoint=bx.checkpoint.every(2, tmp_path))
+    assert not list(tmp_path.iterdir())
+    assert run(4, checkpoint=bx.checkpoint.every(2, tmp_path)).stats["steps"] == 4
 
 
 def test_a_folder_that_vanishes(tmp_path):
