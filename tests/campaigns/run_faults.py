@@ -53,9 +53,10 @@ def meddle(fault: str, folder: pathlib.Path):
         elif fault == "read-only":
             folder.chmod(0o500)
         else:
-            shutil.rmtree(folder)
+            folder.rename(folder.with_name("gone"))  # at once, while a save is written into it
             if fault == "a file":
                 folder.write_text("")
+            shutil.rmtree(folder.with_name("gone"), ignore_errors=True)
 
     return bx.callbacks.every(AT, fn)
 
@@ -111,7 +112,11 @@ def main() -> None:
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()
-    import orbax.checkpoint  # noqa: F401 (before the forks)
+    # before the forks, and before the rights to read them are given up
+    import grp  # noqa: F401
+    import pwd  # noqa: F401
+
+    import orbax.checkpoint  # noqa: F401
 
     bad = 0
     with tempfile.TemporaryDirectory() as top:

@@ -173,6 +173,23 @@ def test_a_signal_is_heard_within_seconds(seconds, tmp_path):
     assert [p.name for p in tmp_path.iterdir()] == [f"step_{out.stats['steps']:09d}"]
 
 
+@pytest.mark.slow
+def test_an_interrupt_while_it_compiles():
+    """Is heard when that is done, after one step."""
+    sent = []
+
+    def interrupting(y, x, batch):
+        if signal.getsignal(signal.SIGINT) is not before and not sent:
+            sent.append(os.kill(os.getpid(), signal.SIGINT))
+        return inner(y, x, batch)
+
+    before = signal.getsignal(signal.SIGINT)
+    start = jnp.ones(2)
+    with pytest.raises(KeyboardInterrupt) as caught:
+        bx.solve_bilevel(interrupting, outer, start, start, algorithm=ALGORITHM, num_steps=10**6)
+    assert sent and caught.value.solution.stats["steps"] == 1
+
+
 CELL = """
 import jax.numpy as jnp, optax, bilevax as bx
 inner = lambda y, x, b: 0.5 * jnp.sum((y - x) ** 2)
