@@ -296,6 +296,8 @@ def estimate_constants(
 
     Source: von Mises and Pollaczek-Geiringer (1929), the power method.
     """
+    for name, fn in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
+        check.callable_objective(fn, name)
     g, f = objective(inner_objective), objective(outer_objective)
     iterations, radius = (
         numbers.count(iterations, "iterations"),
@@ -303,11 +305,14 @@ def estimate_constants(
     )
     if key is not None:
         numbers.key(key)
-    y, x, inner_batch, outer_batch = (
-        tree.strong(value) for value in (inner_params, outer_params, inner_batch, outer_batch)
+    y, x = check.arrays(inner_params, "inner_params"), check.arrays(outer_params, "outer_params")
+    for name, params in (("inner_params", y), ("outer_params", x)):
+        check.params(params, name)
+        check.finite(params, name)
+    inner_batch, outer_batch = (
+        tree.strong(check.batch(batch, name))
+        for name, batch in (("inner_batch", inner_batch), ("outer_batch", outer_batch))
     )
-    check.params(y, "inner_params")
-    check.params(x, "outer_params")
     inner_ctx, outer_ctx = Ctx(inner_batch), Ctx(outer_batch)
 
     def grads(of, ctx, y):

@@ -201,6 +201,15 @@ def seen_by_outer(problem: Problem, inner: PyTree, steps: int) -> PyTree:
 # ---- pieces
 
 
+def callable_objective(fn: Any, argument: str) -> None:
+    """A function, or `objective` of one."""
+    if not callable(fn):
+        raise TypeError(
+            f"{argument}: got {describe(fn)}; expected a function (inner_params, outer_params, "
+            "batch) -> scalar, or objective(...) of one."
+        )
+
+
 def problem(
     inner_objective: Callable[..., Any],
     outer_objective: Callable[..., Any],
@@ -212,11 +221,7 @@ def problem(
 ) -> Problem:
     """A `Problem` of these functions, each refused by name if it is none."""
     for name, fn in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
-        if not callable(fn):
-            raise TypeError(
-                f"{name}: got {describe(fn)}; expected a function (inner_params, outer_params, "
-                "batch) -> scalar, or objective(...) of one."
-            )
+        callable_objective(fn, name)
     for name, optional in (("inner_init", inner_init), ("project", project)):
         if optional is not None and not callable(optional):
             raise TypeError(
@@ -392,6 +397,7 @@ def evaluate(
         "(inner_params, outer_params, "
         f"batch{', model_state' if obj.stateful else ''}{', *' + named if named else ''})"
     )
+    numbers.no_type(obj.fn, name, form)
     try:
         inspect.signature(obj.fn).bind(*args, **kwargs)
     except TypeError as error:

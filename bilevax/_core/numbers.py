@@ -33,6 +33,7 @@ def takes(fn: Any, argument: str, form: str) -> None:
     """A function that can be called as `form` says, ``(inner_params, outer_params, data) ->
     dict``.
     """
+    no_type(fn, argument, form)
     names = form[form.index("(") + 1 : form.index(")")].split(",")
     try:
         inspect.signature(fn).bind(*[name for name in names if name.strip()])
@@ -42,6 +43,21 @@ def takes(fn: Any, argument: str, form: str) -> None:
         ) from error
     except ValueError:  # no signature to read (some builtins): the call itself will tell
         return
+
+
+def function(fn: Any, argument: str, form: str) -> None:
+    """A function that can be called as `form` says."""
+    if not callable(fn):
+        raise TypeError(f"{argument}: got {describe(fn)}; expected a function {form}.")
+    takes(fn, argument, form)
+
+
+def no_type(fn: Any, argument: str, form: str) -> None:
+    """Not ``float`` or the like, which can be called and is never meant; their signatures do not
+    tell.
+    """
+    if isinstance(fn, type) and fn.__module__ == "builtins":
+        raise TypeError(f"{argument}: got the type {fn.__name__}; expected a function {form}.")
 
 
 def shown(value: Any) -> str:

@@ -4,18 +4,21 @@ by one of its approximations.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from bilevax import check, replay, tree
 from bilevax._core import numbers
 from bilevax._core.showing import screenful
-from bilevax.attribution.training import Training
+from bilevax.attribution.training import Training, check_losses
 from bilevax.base import LinearSolver, PyTree, as_linear
+from bilevax.data.sources import check_arrays
 from bilevax.linear import Preconditioner, cg, precondition
 from bilevax.linear.preconditioner import Point, at
 
@@ -81,6 +84,8 @@ def metagradient(
     2504.16430).
     """
     _check_training(train)
+    numbers.function(measure, "measure", _MEASURE)
+    tokens, measured = numbers.flag(tokens, "tokens"), check.batch(measured, "measured")
     outer = lambda params, weights, batch: measure(params, batch)
     fn = replay.value_and_metagrad(
         train.objective, outer, train.optimizer, train.num_steps, **keywords
@@ -159,13 +164,16 @@ def implicit(
     2017).
     """
     rho = numbers.positive(damping, "damping", zero=True)
+    tokens = numbers.flag(tokens, "tokens")
+    if regularizer is not None:
+        numbers.function(regularizer, "regularizer", "(params) -> scalar")
     solver = cg(maxiter=100) if linear is None else linear
     if not callable(solver):
         raise TypeError(
             f"linear: got {check.describe(solver)}; expected a linear solver. Try "
             "linear.cg(maxiter=100)."
         )
-    params = check.arrays(params, "params")
+    params, data, measured = _checked(losses, measure, params, data, measured)
 
     @jax.jit
     def found(params, data, measured):
@@ -198,8 +206,25 @@ def implicit(
         value, gradients = _gradients(measure, params, measured)
         return (value, *(one(gradients) if value.ndim == 0 else lax.map(one, gradients)))
 
-    value, scores, info = found(params, jax.tree.map(jnp.asarray, data), measured)
+    value, scores, info = found(params, data, measured)
     return Influence(scores, value, info._asdict())
+
+
+_MEASURE = "(params, measured) -> scalar, or a vector"
+
+
+def _checked(
+    losses: Any, measure: Any, params: PyTree, data: PyTree, measured: PyTree, name: str = "params"
+) -> tuple[PyTree, PyTree, PyTree]:
+    """The arrays of an influence, each argument refused by its name."""
+    numbers.function(losses, "losses", "(params, rows) -> losses, one a row")
+    numbers.function(measure, "measure", _MEASURE)
+    params = check.arrays(params, name)
+    check.params(params, name)
+    check_arrays(data, "data")
+    data = jax.tree.map(jnp.asarray, data)
+    check_losses(losses, params, data)
+    return params, data, check.batch(measured, "measured")
 
 
 def _gradients(measure: Any, params: PyTree, measured: Any) -> tuple[jax.Array, PyTree]:
@@ -254,8 +279,23 @@ def tracin(
     Source: Pruthi et al., "Estimating training data influence by tracing gradient descent" (NeurIPS
     2020).
     """
-    points = list(checkpoints)
-    sizes = [1.0] * len(points) if step_sizes is None else [float(size) for size in step_sizes]
+    if not isinstance(checkpoints, (list, tuple)):
+        raise TypeError(
+            f"checkpoints: got {check.describe(checkpoints)}; expected a list of parameters."
+        )
+    points, given, tokens = list(checkpoints), step_sizes, numbers.flag(tokens, "tokens")
+    if not (
+        given is None
+        or isinstance(given, (list, tuple))
+        or (isinstance(given, (np.ndarray, jax.Array)) and given.ndim == 1)
+    ):
+        raise TypeError(
+            f"step_sizes: got {check.describe(given)}; expected numbers, one a checkpoint, or None."
+        )
+    numbers.arrays(given, "step_sizes")
+    sizes = [1.0] * len(points) if given is None else [float(size) for size in given]
+    if not all(map(math.isfinite, sizes)):
+        raise ValueError(f"step_sizes: got {sizes}; expected finite numbers.")
     if not points or len(sizes) != len(points):
         raise ValueError(
             f"checkpoints: got {len(points)} with {len(sizes)} step sizes; expected at least one, "
@@ -272,8 +312,11 @@ def tracin(
 
         return value, along(gradients) if value.ndim == 0 else lax.map(along, gradients)
 
-    data = jax.tree.map(jnp.asarray, data)
-    found = [one(check.arrays(params, "checkpoints"), data, measured) for params in points]
+    checked = [
+        _checked(losses, measure, params, data, measured, f"checkpoints[{i}]")
+        for i, params in enumerate(points)
+    ]
+    found = [one(*arrays) for arrays in checked]
     scores = -sum(size * scores for size, (_, scores) in zip(sizes, found, strict=True))
     return Influence(scores, found[-1][0], {})
 
@@ -340,7 +383,7 @@ def similarity(
 
         return value, -lax.map(one, data, batch_size=size).T
 
-    value, scores = found(check.arrays(params, "params"), jax.tree.map(jnp.asarray, data), measured)
+    value, scores = found(*_checked(losses, measure, params, data, measured))
     return Influence(scores, value, {})
 
 
@@ -364,7 +407,13 @@ def grouped(scores: jax.Array, groups: Any, num_groups: int | None = None) -> ja
       >>> bx.attribution.grouped(jnp.array([1.0, 2.0, 4.0]), jnp.array([0, 1, 0])).tolist()
       [5.0, 2.0]
     """
+    for name, given in (("scores", scores), ("groups", groups)):
+        if given is None or isinstance(given, dict):
+            raise TypeError(f"{name}: got {check.describe(given)}; expected an array.")
+        numbers.arrays(given, name)
     groups, scores = jnp.asarray(groups), jnp.asarray(scores)
+    if scores.ndim == 0:
+        raise ValueError(f"scores: got {check.describe(scores)}; expected one an example.")
     if (
         groups.ndim != 1
         or not jnp.issubdtype(groups.dtype, jnp.integer)
@@ -374,7 +423,8 @@ def grouped(scores: jax.Array, groups: Any, num_groups: int | None = None) -> ja
             f"groups: got {check.describe(groups)} for scores {list(scores.shape)}; expected an "
             "integer an example."
         )
-    count = int(groups.max()) + 1 if num_groups is None else num_groups
+    most = int(groups.max(initial=-1)) + 1
+    count = most if num_groups is None else numbers.count(num_groups, "num_groups", least=most)
     total = jax.ops.segment_sum(jnp.moveaxis(scores, -1, 0), groups, count)
     return jnp.moveaxis(total, 0, -1)
 

@@ -86,7 +86,15 @@ def linear_datamodeling_score(
     numbers.key(key)
     count = numbers.count(subsets, "subsets", least=4)
     part = numbers.positive(fraction, "fraction", upper=1.0)
+    numbers.function(retrain, "retrain", "(weights) -> measured")
     named = scores if isinstance(scores, dict) else {"": scores}
+    for name, value in named.items():
+        given = getattr(value, "scores", value)
+        if given is None or isinstance(given, dict):
+            raise TypeError(
+                f"scores: got {check.describe(given)}; expected an Influence or arrays."
+            )
+        numbers.arrays(given, f"scores[{name!r}]" if name else "scores")
     arrays = {
         name: np.asarray(getattr(value, "scores", value), np.float64)
         for name, value in named.items()
@@ -97,11 +105,6 @@ def linear_datamodeling_score(
         raise ValueError(
             f"scores: got shapes {shapes}; expected [examples] or [queries, examples], the same "
             "examples in all."
-        )
-    if not callable(retrain):
-        raise TypeError(
-            f"retrain: got {check.describe(retrain)}; expected a function from weights to the "
-            "measured quantity."
         )
     examples = lengths.pop()
     left_out = max(1, round(part * examples))

@@ -87,11 +87,13 @@ def metasmoothness(
     Source: Engstrom et al., "Optimizing ML training with metagradient descent" (arXiv 2503.13751),
     definition 1.
     """
-    if not callable(train):
+    numbers.function(train, "train", "(varied) -> trained parameters")
+    if variants is not None and not isinstance(variants, Mapping):
         raise TypeError(
-            f"train: got {check.describe(train)}; expected a function from what is varied to "
-            "trained parameters."
+            f"variants: got {check.describe(variants)}; expected functions by name, or None."
         )
+    for name, other in (variants or {}).items():
+        numbers.function(other, f"variants[{name!r}]", "(varied) -> trained parameters")
     h = numbers.positive(step, "step")
     at, direction = check.arrays(at, "at"), check.arrays(direction, "direction")
     check.same_structure(direction, at, "direction", "at")

@@ -15,6 +15,7 @@ import optax
 from jax import lax
 
 from bilevax import check, tree
+from bilevax._core import numbers
 from bilevax._core import optimizer as updates_of
 from bilevax.base import PyTree
 from bilevax.data.sources import check_arrays
@@ -171,19 +172,21 @@ def training(
       ... )
       training(2 examples, 20 steps of 2)
     """
-    if not callable(losses):
-        raise TypeError(
-            f"losses: got {check.describe(losses)}; expected a function (params, rows) -> losses, "
-            "one a row."
-        )
+    numbers.function(losses, "losses", "(params, rows) -> losses, one a row")
+    if regularizer is not None:
+        numbers.function(regularizer, "regularizer", "(params) -> scalar")
     check.transformation(optimizer, "optimizer")
     params = check.arrays(params, "params")
     check.params(params, "params")
+    check.finite(params, "params")
     check_arrays(data, "data")
     data = jax.tree.map(jnp.asarray, data)
+    if order is None or isinstance(order, dict):
+        raise TypeError(f"order: got {check.describe(order)}; expected integers.")
+    numbers.arrays(order, "order")
     rows = jnp.asarray(order)
     examples = int(jax.tree.leaves(data)[0].shape[0])
-    if rows.ndim != 2 or not jnp.issubdtype(rows.dtype, jnp.integer):
+    if rows.ndim != 2 or not rows.size or not jnp.issubdtype(rows.dtype, jnp.integer):
         raise ValueError(
             f"order: got {check.describe(rows)}; expected integers [steps, batch_size], the rows "
             "of each step."
@@ -193,13 +196,20 @@ def training(
             f"order: got rows {int(rows.min())} to {int(rows.max())}; expected 0 to "
             f"{examples - 1}, the examples."
         )
-    one = jax.eval_shape(losses, params, jax.tree.map(lambda a: a[rows[0]], data))
-    if not hasattr(one, "shape") or one.shape[:1] != (rows.shape[1],):
-        raise ValueError(
-            f"losses: returned {one}; expected an array with an entry a row, [{rows.shape[1]}] or "
-            f"[{rows.shape[1]}, tokens]."
-        )
+    check_losses(losses, params, jax.tree.map(lambda a: a[rows[0]], data))
     return Training(losses, optimizer, tree.strong(params), data, rows, regularizer)
+
+
+def check_losses(
+    losses: Callable[[PyTree, PyTree], jax.Array], params: PyTree, rows: PyTree
+) -> None:
+    """Refuse what has no entry for each of these rows."""
+    one, count = jax.eval_shape(losses, params, rows), jax.tree.leaves(rows)[0].shape[0]
+    if not hasattr(one, "shape") or one.shape[:1] != (count,):
+        raise ValueError(
+            f"losses: returned {check.describe(one)}; expected an array with an entry a row, "
+            f"[{count}] or [{count}, tokens]."
+        )
 
 
 __all__ = ["Training", "training"]

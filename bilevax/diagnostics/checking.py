@@ -268,11 +268,7 @@ def prepare(
 
 def reference_kind(reference: str, size: int) -> str:
     """Which reference is meant, for so many inner unknowns."""
-    if reference not in ("auto", *_reference.KINDS):
-        raise ValueError(
-            f"reference: got {reference!r}; expected one of 'auto', "
-            f"{', '.join(map(repr, _reference.KINDS))}."
-        )
+    numbers.choice(reference, "reference", ("auto", *_reference.KINDS))
     if reference == "auto":
         return "dense" if size <= _reference.SMALL else "finite_difference"
     if reference == "dense" and size > _reference.LARGEST:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable, Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from bilevax import check, tree
@@ -74,8 +75,7 @@ class Level:
     freeze: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.name, str) or not self.name:
-            raise TypeError(f"name: got {self.name!r}; expected a non-empty string.")
+        numbers.word(self.name, "name", "head")
         where = f"Level {self.name!r}"
         if not callable(self.objective):
             raise TypeError(
@@ -97,14 +97,13 @@ class Level:
                 f"Hypergradient.{hint}"
             )
         if self.reads is not None:
-            if (
-                isinstance(self.reads, str)
-                or not isinstance(self.reads, Iterable)
-                or not all(isinstance(name, str) for name in self.reads)
+            if not isinstance(self.reads, (list, tuple, set, frozenset)) or not all(
+                isinstance(name, str) for name in self.reads
             ):
+                example = self.reads if isinstance(self.reads, str) else "head"
                 raise TypeError(
-                    f"{where}, reads: got {self.reads!r}; expected a sequence of level names. Try "
-                    f"reads=({self.reads!r},)."
+                    f"{where}, reads: got {check.describe(self.reads)}; expected a sequence of "
+                    f"level names. Try reads=({example!r},)."
                 )
             object.__setattr__(self, "reads", tuple(self.reads))
         numbers.count(self.every, f"{where}, every")
@@ -114,6 +113,13 @@ class Level:
             raise TypeError(
                 f"{where}, start: got {check.describe(self.start)}; expected a function params -> "
                 f"params[{self.name!r}], or None."
+            )
+        if self.start is not None:
+            keyed = takes_key(self.start)
+            numbers.takes(
+                functools.partial(self.start, key=None) if keyed else self.start,
+                f"{where}, start",
+                f"(params) -> params[{self.name!r}], or (params, key) -> params[{self.name!r}]",
             )
         if self.start is not None and (self.every > 1 or self.look_ahead or self.freeze):
             got = f"every={self.every}, look_ahead={self.look_ahead}, freeze={self.freeze}"

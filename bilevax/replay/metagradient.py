@@ -140,7 +140,8 @@ def gradients(fn: Callable[..., Any], *, stateful: bool = False, keyed: bool = F
             f"fn: got {check.describe(fn)}; expected a function (inner_params, outer_params, "
             "batch) -> grads."
         )
-    return Gradients(fn, stateful, keyed)
+    numbers.no_type(fn, "fn", "(inner_params, outer_params, batch) -> grads")
+    return Gradients(fn, numbers.flag(stateful, "stateful"), numbers.flag(keyed, "keyed"))
 
 
 def _check_concrete(**arguments: PyTree) -> None:
@@ -274,12 +275,18 @@ def value_and_metagrad(
     2505.00793), proposition 3.1.
     """
     steps = numbers.count(num_steps, "num_steps")
+    for name, fn in (("inner_objective", inner_objective), ("outer_objective", outer_objective)):
+        if not isinstance(fn, Gradients):
+            check.callable_objective(fn, name)
+    if inner_init is not None:
+        numbers.function(inner_init, "inner_init", "(outer_params) -> inner_params")
     inner = (
         inner_objective if isinstance(inner_objective, Gradients) else objective(inner_objective)
     )
     if isinstance(optimizer, tuple) and hasattr(optimizer, "update"):
         factory: Callable[..., Any] = Bound("optimizer", _constant, transformation=optimizer)
     elif callable(optimizer):
+        numbers.takes(optimizer, "optimizer", "(outer_params) -> transformation")
         factory = optimizer
     else:
         check.transformation(optimizer, "optimizer")
@@ -292,6 +299,8 @@ def value_and_metagrad(
             else " Try replay.segments()."
         )
         raise TypeError(f"schedule: got {check.describe(schedule)}; expected a Schedule.{hint}")
+    if not (at is None or isinstance(at, (list, tuple))):
+        raise TypeError(f"at: got {check.describe(at)}; expected steps, or None.")
     points = (steps,) if at is None else tuple(at)
     if not points or any(
         isinstance(t, bool) or not isinstance(t, (int, np.integer)) or not 1 <= t <= steps
@@ -309,14 +318,19 @@ def value_and_metagrad(
             f"checkpoint: got {check.describe(checkpoint)}; expected checkpoint.every(n, "
             "directory), or None."
         )
+    if isinstance(states, str) and (not states or "\0" in states or "://" in states):
+        raise ValueError(
+            f"states: got {states!r}; expected a folder on this machine's file system."
+        )
     if states is not None and not isinstance(states, (str, os.PathLike)):
         raise TypeError(
             f"states: got {check.describe(states)}; expected a folder's path, or None for the "
             "host's memory."
         )
     _check_sharding(sharding, inner)
+    save = numbers.flag(save_gradients, "save_gradients")
     # the draw is that of the data, which `_pieces` puts in
-    training = Training(inner, factory, None, inner_init, parts, bool(save_gradients))  # type: ignore[arg-type]
+    training = Training(inner, factory, None, inner_init, parts, save)  # type: ignore[arg-type]
     return MetagradFn(
         training,
         objective(outer_objective),
@@ -326,8 +340,8 @@ def value_and_metagrad(
         sharding=sharding,
         checkpoint=checkpoint,
         states=None if states is None else os.path.abspath(states),
-        verify=verify,
-        throw=throw,
+        verify=numbers.flag(verify, "verify"),
+        throw=numbers.flag(throw, "throw"),
     )
 
 

@@ -64,7 +64,7 @@ def check_options(
     if tol is not None:
         tol = numbers.positive(tol, "tol", example=1e-3)
     progress, throw = numbers.flag(progress, "progress"), numbers.flag(throw, "throw")
-    if callable(callbacks) or not isinstance(callbacks, Sequence):
+    if isinstance(callbacks, (str, bytes)) or not isinstance(callbacks, Sequence):
         raise TypeError(
             f"callbacks: got {check.describe(callbacks)}; expected a sequence of functions. Try "
             "callbacks=[fn]."
