@@ -79,8 +79,11 @@ def quadratic(
     if numbers.count(inner_size, "inner_size") < 2:
         raise ValueError(f"inner_size: got {inner_size}; expected at least 2.")
     numbers.count(outer_size, "outer_size")
-    if not condition >= 1:
-        raise ValueError(f"condition: got {condition!r}; expected at least 1.")
+    condition = numbers.positive(condition, "condition", example=3.0)
+    if condition < 1:
+        raise ValueError(f"condition: got {condition}; expected at least 1.")
+    numbers.key(key)
+    dtype = numbers.floating(dtype, "dtype")
     keys = jax.random.split(key, 6)
     basis, _ = jnp.linalg.qr(jax.random.normal(keys[0], (inner_size, inner_size), dtype))
     hessian = (basis * jnp.linspace(1, condition, inner_size, dtype=basis.dtype)[None, :]) @ basis.T
@@ -151,6 +154,9 @@ def check_method(
       >>> import bilevax as bx
       >>> bx.testing.check_method(bx.hypergradient.implicit())
     """
+    if not isinstance(method, Hypergradient):
+        raise TypeError(f"method: got {check.describe(method)}; expected a Hypergradient.")
+    exact, rtol = numbers.flag(exact, "exact"), numbers.positive(rtol, "rtol", example=1e-3)
     problem = quadratic(jax.random.key(0))
     solver = optax_solver(optax.sgd(1 / problem.largest), 200) if solver is None else solver
     check.pieces(solver, method)

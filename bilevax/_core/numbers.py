@@ -107,6 +107,19 @@ def positive(
     return number
 
 
+def real(value: Any, name: str, example: float) -> float:
+    """A finite number of either sign."""
+    if not _is_number(value):
+        raise TypeError(
+            f"{name}: got {shown(value)}; expected a finite number. Try {name}={example}."
+        )
+    if not math.isfinite(float(value)):
+        raise ValueError(
+            f"{name}: got {float(value)}; expected a finite number. Try {name}={example}."
+        )
+    return float(value)
+
+
 def _is_number(value: Any) -> bool:
     """A real number: of Python, of NumPy, or an array without axes, traced or not. Booleans are
     none.
@@ -207,6 +220,19 @@ def key(value: Any, name: str = "key") -> Any:
         raise ValueError(
             f"{name}: got keys of shape {list(value.shape)}; expected one key. Try {name}[0], or "
             "jax.vmap over them."
+        )
+    return value
+
+
+def floating(value: Any, name: str) -> Any:
+    """A floating-point dtype, as given."""
+    try:
+        good = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+    except (TypeError, ValueError):
+        good = False
+    if not good:
+        raise TypeError(
+            f"{name}: got {describe(value)}; expected a floating-point dtype. Try jnp.float32."
         )
     return value
 

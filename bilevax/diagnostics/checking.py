@@ -169,6 +169,7 @@ def check_hypergradient(
     Source: the exact adjoint is that of Pedregosa, "Hyperparameter optimization with approximate
     gradient" (ICML 2016), equation 3.
     """
+    numbers.choice(reference, "reference", ("auto", *_reference.KINDS))
     if directions is not None:
         directions = numbers.count(directions, "directions")
     tol = numbers.positive(tol, "tol", example=1e-3)

@@ -222,6 +222,9 @@ def compare_hypergradients(
     for the comparison of unrolled and implicit.
     """
     repeats = numbers.count(repeats, "repeats")
+    numbers.choice(reference, "reference", ("auto", *_reference.KINDS))
+    if directions is not None:
+        directions = numbers.count(directions, "directions")
     if methods is None and not isinstance(solver, InnerSolver):
         raise TypeError(
             f"solver: got {numbers.shown(solver)}; expected an InnerSolver. Try "
@@ -234,8 +237,8 @@ def compare_hypergradients(
     )
     if not isinstance(chosen, Mapping) or not chosen:
         raise TypeError(
-            f"methods: got {chosen!r}; expected a mapping from names to Hypergradient methods, or "
-            "None."
+            f"methods: got {numbers.describe(chosen)}; expected a mapping from names to "
+            "Hypergradient methods, or None."
         )
     # By type: a Hypergradient is itself a named tuple.
     pairs: dict[str, Any] = {

@@ -72,8 +72,8 @@ def jaxopt(
         hasattr(solver, "init_state") and hasattr(solver, "run")
     ):
         raise TypeError(
-            f"solver: got {solver!r}; expected a jaxopt class and its keyword arguments. Try "
-            "inner.jaxopt(jaxopt.LBFGS, maxiter=100)."
+            f"solver: got {numbers.describe(solver)}; expected a jaxopt class and its keyword "
+            "arguments. Try inner.jaxopt(jaxopt.LBFGS, maxiter=100)."
         )
     taken = inspect.signature(solver).parameters
     solves_residuals = _takes_residuals(solver)
@@ -128,10 +128,9 @@ def _refused(solver: Any) -> None:
     """The jaxopt classes that are no minimiser of ``fun(params)`` in compiled code, each with what
     takes its place.
     """
-    name, taken = (
-        getattr(solver, "__name__", ""),
-        inspect.signature(solver).parameters if inspect.isclass(solver) else {},
-    )
+    a_class = inspect.isclass(solver) and solver.__module__ != "builtins"
+    name = getattr(solver, "__name__", "")
+    taken = inspect.signature(solver).parameters if a_class else {}
     if name.startswith("Scipy"):
         raise TypeError(
             f"solver: got jaxopt.{name}, which runs SciPy on the host; expected a solver in JAX. "

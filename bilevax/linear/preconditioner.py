@@ -137,7 +137,7 @@ def precondition(solver: Linear, state: PyTree) -> Linear:
     held = solver.preconditioner if isinstance(solver, Linear) else None
     if not isinstance(held, Preconditioner):
         raise TypeError(
-            f"solver: got {solver!r}; expected one with a Preconditioner. Try "
+            f"solver: got {numbers.describe(solver)}; expected one with a Preconditioner. Try "
             "linear.cg(preconditioner=linear.nystrom_preconditioner())."
         )
     return solver._replace(preconditioner=applied(held, state))

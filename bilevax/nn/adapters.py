@@ -11,7 +11,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from bilevax import check
 from bilevax._core import numbers
+from bilevax.nn._streams import streams
 from bilevax.nn.net import Paths
 
 
@@ -56,7 +58,14 @@ class LoRALinear(nnx.Module):
         gate: Callable[..., Any] = jax.nn.softmax,
         rngs: nnx.Rngs,
     ):
-        inputs, outputs = features
+        numbers.function(base, "base", "(x) -> x")
+        numbers.function(gate, "gate", "(logits) -> gates")
+        if not (isinstance(features, (list, tuple)) and len(features) == 2):
+            raise TypeError(
+                f"features: got {check.describe(features)}; expected two sizes, (inputs, outputs)."
+            )
+        inputs, outputs = (numbers.count(one, f"features[{i}]") for i, one in enumerate(features))
+        rank, rngs = numbers.count(rank, "rank"), streams(rngs)
         self.base, self.gate = base, gate
         self.a = nnx.LoRAParam(
             jax.random.normal(rngs.params(), (inputs, rank), jnp.float32) * inputs**-0.5
@@ -108,7 +117,11 @@ def add_lora(
       >>> nn.from_nnx(model, wrt=(nnx.LoRAParam, nn.GateParam))
       Net(30 learned numbers)
     """
-    rank = numbers.count(rank, "rank")
+    if not isinstance(model, nnx.Module):
+        raise TypeError(f"model: got {check.describe(model)}; expected an nnx.Module.")
+    numbers.function(chosen, "chosen", "(path, layer) -> bool")
+    numbers.function(gate, "gate", "(logits) -> gates")
+    rank, rngs = numbers.count(rank, "rank"), streams(rngs)
     found = [
         (path, layer)
         for path, layer in nnx.iter_graph(model)
@@ -158,6 +171,8 @@ class Prompt(nnx.Module):
     """
 
     def __init__(self, length: int, features: int, *, scale: float = 0.02, rngs: nnx.Rngs):
+        length, features = numbers.count(length, "length"), numbers.count(features, "features")
+        scale, rngs = numbers.positive(scale, "scale", zero=True, example=0.02), streams(rngs)
         self.vectors = nnx.Param(
             scale * jax.random.normal(rngs.params(), (length, features), jnp.float32)
         )

@@ -13,6 +13,7 @@ from flax import nnx
 from bilevax._core import numbers
 from bilevax._core.types import Key
 from bilevax.base import PyTree
+from bilevax.nn._streams import streams
 
 
 def soft_choice(
@@ -111,6 +112,17 @@ class SoftChoice(nnx.Module):
         hard: bool = False,
         rngs: nnx.Rngs | None = None,
     ):
+        if not isinstance(operations, Sequence) or isinstance(operations, (str, bytes)):
+            raise TypeError(
+                f"operations: got {numbers.describe(operations)}; expected a list of functions."
+            )
+        if not operations:
+            raise ValueError("operations: got none; expected at least one function.")
+        for i, operation in enumerate(operations):
+            numbers.function(operation, f"operations[{i}]", "(x) -> x")
+        temperature = numbers.positive(temperature, "temperature", example=1.0)
+        gumbel, hard = numbers.flag(gumbel, "gumbel"), numbers.flag(hard, "hard")
+        rngs = None if rngs is None else streams(rngs)
         if gumbel and rngs is None:
             raise ValueError("rngs: got None with gumbel=True, which draws; expected nnx.Rngs.")
         self.operations = nnx.List(operations)

@@ -70,6 +70,7 @@ def objective(
       >>> value.shape
       ()
     """
+    check.callable_objective(loss, "loss")
     wrapped = base.objective(loss)
     if wrapped.stateful:
         raise TypeError(
@@ -340,8 +341,11 @@ def bilevel(
     """
     if not (isinstance(train, tuple) and len(train) == 2):
         raise TypeError(
-            f"train: got {train!r}; expected a pair of booleans, for the inner and the outer loss."
+            f"train: got {check.describe(train)}; expected a pair of booleans, for the inner and "
+            "the outer loss."
         )
+    check.callable_objective(inner_loss, "inner_loss")
+    check.callable_objective(outer_loss, "outer_loss")
     if model is not None:
         if inner is not None or outer is not None:
             raise TypeError("model: got it beside inner or outer; expected one of the two ways.")

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from bilevax._core import numbers
+from bilevax.nn._streams import streams
 
 
 class WeightNet(nnx.Module):
@@ -35,8 +36,7 @@ class WeightNet(nnx.Module):
     """
 
     def __init__(self, features: int = 0, hidden: int = 32, *, rngs: nnx.Rngs):
-        if features != 0:
-            features = numbers.count(features, "features")
+        features, rngs = numbers.count(features, "features", least=0), streams(rngs)
         self.hidden = nnx.Linear(1 + features, numbers.count(hidden, "hidden"), rngs=rngs)
         self.out = nnx.Linear(hidden, 1, kernel_init=nnx.initializers.zeros, rngs=rngs)
 
@@ -82,7 +82,9 @@ class LabelNet(nnx.Module):
     def __init__(
         self, features: int, classes: int, hidden: int = 64, *, trust: float = 4.0, rngs: nnx.Rngs
     ):
-        self.classes = classes
+        features, rngs = numbers.count(features, "features"), streams(rngs)
+        classes, hidden = numbers.count(classes, "classes"), numbers.count(hidden, "hidden")
+        self.classes, trust = classes, numbers.real(trust, "trust", 4.0)
         self.trust = nnx.Param(jnp.full((), trust, jnp.float32))
         self.hidden = nnx.Linear(features + classes, hidden, rngs=rngs)
         self.out = nnx.Linear(hidden, classes, kernel_init=nnx.initializers.zeros, rngs=rngs)

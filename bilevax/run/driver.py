@@ -17,6 +17,7 @@ from bilevax.base import Algorithm, InnerState, PyTree, join, split
 from bilevax.run import fingerprint, layout
 from bilevax.run.chunk import one_step
 from bilevax.run.judging import first_watch
+from bilevax.run.metrics import Metrics
 from bilevax.run.options import Options
 from bilevax.run.solution import Solution
 from bilevax.run.state import Best, Plan, Ready, RunState
@@ -53,6 +54,7 @@ def ready(
         state,
         score_dtype_of(value_dtype),
         functions,
+        options.metrics,
     )
     sources = tuple(named.values())
     print_of = functools.cache(lambda: _fingerprint(*given))
@@ -180,6 +182,7 @@ def _fingerprint(
     state: Any,
     score_dtype: Any,
     functions: Any,
+    metrics: Metrics | None,
 ) -> dict[str, Any]:
     """The parts that make this problem, before anything of it is placed on devices: how a run lies
     there is no part of it.
@@ -220,7 +223,22 @@ def _fingerprint(
         "parts": parts,
         "traced": list(traced),
         "shown": shown,
+        "score": _score(metrics, start, outer),
     }
+
+
+def _score(metrics: Metrics | None, start: InnerState, outer: PyTree) -> str:
+    """What iterates are kept by: no part of the problem, but scores of two kinds do not compare."""
+    if metrics is None or metrics.select is None:
+        return "value"
+
+    chosen, name = metrics, metrics.select
+
+    def score(inner, outer, model):
+        return chosen.fn(inner, outer, chosen.data, *((model,) if chosen.stateful else ()))[name]
+
+    traced = fingerprint.of_function(score, start.params, outer, start.model)
+    return f"{name}, {chosen.mode}, {traced}"
 
 
 def _first_state(

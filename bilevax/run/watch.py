@@ -143,19 +143,27 @@ def of_one_run(callback: Callback) -> Callback:
 
 def as_callback(fn: Any, position: int) -> Callback:
     """A `Callback` of whatever was given."""
+    where = f"callbacks[{position}]"
     if isinstance(fn, Callback):
+        numbers.function(fn.fn, f"{where}, fn", "(event)")
+        for name, hook in (("close", fn.close), ("begin", fn.begin)):
+            if hook is not None:
+                numbers.function(hook, f"{where}, {name}", "()")
+        if fn.every is not None:
+            numbers.count(fn.every, f"{where}, every")
+        numbers.flag(fn.exact, f"{where}, exact")
         return fn
     if not callable(fn):
         raise TypeError(
-            f"callbacks[{position}]: got {check.describe(fn)}; expected a function of an Event, or "
+            f"{where}: got {check.describe(fn)}; expected a function of an Event, or "
             "callbacks.every(n, fn)."
         )
     if getattr(fn, "__annotations__", {}).get("return") in ("Callback", Callback):
         raise TypeError(
-            f"callbacks[{position}]: got the factory {fn.__name__}; expected what it returns. Try "
+            f"{where}: got the factory {fn.__name__}; expected what it returns. Try "
             f"callbacks.{fn.__name__}(...)."
         )
-    numbers.takes(fn, f"callbacks[{position}]", "(event)")
+    numbers.takes(fn, where, "(event)")
     return Callback(fn)
 
 

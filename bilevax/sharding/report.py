@@ -241,6 +241,8 @@ def collectives(text: str | None) -> tuple[Collective, ...]:
       >>> sharding.collectives(jax.jit(jnp.sin).lower(1.0).compile().as_text())
       ()
     """
+    if not (text is None or isinstance(text, str)):
+        raise TypeError(f"text: got {numbers.describe(text)}; expected a compiled program's text.")
     bodies: dict[str, list[str]] = {}
     entry = name = None
     for line in (text or "").splitlines():

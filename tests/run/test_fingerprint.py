@@ -114,6 +114,18 @@ def test_what_may_change(tmp_path):
     assert out.stats["resumed_from"] == 20 and out.stats["best_step"] >= 20
 
 
+def test_iterates_that_were_kept_by_another_score_are_forgotten(tmp_path):
+    """The distance to 1, where the run starts, is never smaller again; that to 3 is at the end."""
+    by = lambda target, **keywords: bx.metrics(
+        lambda y, x, d: {"far": jnp.sum((x - target) ** 2)}, select="far", **keywords
+    )
+    assert solve(tmp_path, metrics=by(1.0)).stats["best_step"] == 0
+    assert solve(tmp_path, num_steps=30, metrics=by(1.0, every=2)).stats["best_step"] == 0
+    with pytest.warns(RuntimeWarning, match="kept its iterate by another score"):
+        out = solve(tmp_path, num_steps=40, metrics=by(3.0))
+    assert out.stats["best_step"] >= 30 and jnp.allclose(out.outer_params, 3.0, atol=1e-3)
+
+
 def test_a_run_goes_on_from_the_parameters_of_another(tmp_path):
     first = solve(tmp_path, num_steps=10)
     out = solve(tmp_path, resume="continue", outer=outer_to(-7.0), num_steps=40)
