@@ -102,7 +102,7 @@ class Level:
             ):
                 example = self.reads if isinstance(self.reads, str) else "head"
                 raise TypeError(
-                    f"{where}, reads: got {check.describe(self.reads)}; expected a sequence of "
+                    f"{where}, reads: got {numbers.shown(self.reads)}; expected a sequence of "
                     f"level names. Try reads=({example!r},)."
                 )
             object.__setattr__(self, "reads", tuple(self.reads))
