@@ -408,7 +408,7 @@ def evaluate(
     except ValueError:  # no signature to read (some builtins): the call itself will tell
         pass
     try:
-        out = _shape(obj.fn, name, args, kwargs)
+        out = shape(obj.fn, name, args, kwargs)
     except Exception as error:
         shapes = [_shapes(given) for given in args[:3]]
         missing = " No data was given for this level." if ctx.batch is None else ""
@@ -461,15 +461,17 @@ def evaluate(
     return value.dtype, (rest[0] if obj.has_aux else rest) if obj.stateful else None
 
 
-def _shape(fn: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+def shape(
+    fn: Callable[..., Any], name: str, args: tuple[Any, ...], kwargs: dict[str, Any] | None = None
+) -> Any:
     """What `fn` returns, as shapes. JAX remembers the trace by the user's own function, so that a
     second call of the driver costs none; only what JAX refuses is traced again, for its words.
     """
     try:
-        return jax.eval_shape(fn, *args, **kwargs)
+        return jax.eval_shape(fn, *args, **(kwargs or {}))
     except TypeError:
         pass
-    return jax.eval_shape(Bound("returned", _called, fn=fn, name=name), *args, **kwargs)
+    return jax.eval_shape(Bound("returned", _called, fn=fn, name=name), *args, **(kwargs or {}))
 
 
 def _called(*args: Any, fn: Callable[..., Any], name: str, **kwargs: Any) -> Any:

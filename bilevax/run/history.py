@@ -79,7 +79,7 @@ class History:
 
     def names(self) -> tuple[list[str], list[str]]:
         """The columns that begin and those that end where this process goes on."""
-        plain = lambda paths: sorted("/".join(re.findall(r"\w+", path)) for path in paths)
+        plain = lambda paths: sorted("/".join(_keys(path)) for path in paths)
         return plain(self.begun), plain(self.ended)
 
     def _room(self, path: str, total: int) -> np.ndarray:
@@ -128,13 +128,23 @@ def _with_nan(dtype: np.dtype) -> np.dtype:
     return dtype if jax.numpy.issubdtype(dtype, np.inexact) else np.dtype(np.float64)
 
 
+_KEY = re.compile(r"""\[(?:'((?:[^'\\]|\\.)*)'|"((?:[^"\\]|\\.)*)")\]""")
+
+
+def _keys(path: str) -> list[str]:
+    """The names that a path is made of: ``aux, a, 0`` of ``['aux']['a'][0]``."""
+    keys, at = [], 0
+    while found := _KEY.match(path, at):
+        keys.append(re.sub(r"\\(.)", r"\1", found[1] if found[2] is None else found[2]))
+        at = found.end()
+    return [*keys, *re.findall(r"\w+", path[at:])]
+
+
 def _nested(rows: dict[str, np.ndarray]) -> dict[str, Any]:
     """Columns by path as nested dicts, as far as the paths tell."""
     out: dict[Any, Any] = {}
     for path, column in rows.items():
-        keys = re.findall(r"\['([^']*)'\]", path)
-        if "".join(f"['{key}']" for key in keys) != path:  # not dicts all the way
-            keys = [keys[0], path]
+        keys = _keys(path)
         inner = out
         for key in keys[:-1]:
             inner = inner.setdefault(key, {})

@@ -35,6 +35,18 @@ class Lock:
         }
         self._renewed = time.monotonic()
         try:
+            self._folder: int | None = os.open(folder, os.O_RDONLY)
+        except OSError:  # a system that opens no folders
+            self._folder = None
+        try:
+            self._take()
+        except BaseException:
+            if self._folder is not None:
+                os.close(self._folder)
+            raise
+
+    def _take(self) -> None:
+        try:
             with self.path.open("x") as file:
                 json.dump(self.me, file)
             return
@@ -87,9 +99,26 @@ class Lock:
             self._renewed = time.monotonic()
 
     def release(self) -> None:
-        """Let others write."""
+        """Let others write, also where the folder was renamed meanwhile."""
+        try:
+            self._unlock()
+        finally:
+            if self._folder is not None:
+                os.close(self._folder)
+                self._folder = None
+
+    def _unlock(self) -> None:
         if self._read().get("token") == self.me["token"]:
             self.path.unlink(missing_ok=True)
+        elif self._folder is not None:
+            try:
+                here = os.open(NAME, os.O_RDONLY, dir_fd=self._folder)
+                with open(here) as file:
+                    mine = json.load(file).get("token") == self.me["token"]
+                if mine:
+                    os.unlink(NAME, dir_fd=self._folder)
+            except (OSError, ValueError, AttributeError):  # not there, or another's
+                return
 
     def _read(self) -> dict[str, Any]:
         try:

@@ -134,9 +134,8 @@ def check_metrics(
     )
     numbers.takes(value.fn, f"metrics ({name})", form)
     try:
-        out = jax.eval_shape(
-            lambda d: value.fn(inner, outer, d, *((model,) if value.stateful else ())), value.data
-        )
+        given = (inner, outer, value.data, *((model,) if value.stateful else ()))
+        out = check.shape(value.fn, f"metrics ({name})", given)
     except Exception as error:
         error.add_note(f"metrics ({name}): raised this when called as {form}.")
         raise
@@ -145,12 +144,14 @@ def check_metrics(
             f"metrics ({name}): returned {check.describe(out)}; expected a dict of scalars by name."
         )
     for key, leaf in out.items():
+        if not isinstance(key, str) or not key:
+            raise TypeError(f"metrics ({name}): got the name {key!r}; expected a text.")
         if getattr(leaf, "shape", None) != () or not jnp.issubdtype(leaf.dtype, jnp.floating):
             raise TypeError(
                 f"metrics ({name})[{key!r}]: got {check.describe(leaf)}; expected a floating-point "
                 "scalar. Try jnp.mean(...)."
             )
-        if key in taken:
+        if key in {*taken, "step"}:  # which logs call their rows by
             raise ValueError(
                 f"metrics ({name}): got the name {key!r}, which is a column of the history "
                 f"already; expected another one than {sorted(taken)}."

@@ -13,6 +13,7 @@ import json
 import logging
 import os
 import re
+import threading
 import time
 import warnings
 from typing import Any
@@ -32,6 +33,8 @@ FORMAT = 3  # 1 had no fingerprint, and up to 2 the digests of narrow entries we
 # names and sizes of a checkpoint's files, written once it is complete
 LISTING = "bilevax_files.json"
 _NAME = re.compile(r"^step_(\d+)$")
+# orbax numbers the saves of a process, and two that begin at once wait for each other's signals
+_BEGINNING = threading.Lock()
 
 
 class Store:
@@ -169,7 +172,10 @@ class Store:
             "manifest": text,
             "digest": hashlib.blake2b(text.encode(), digest_size=16).hexdigest(),
         }
-        self._writer.save(self.path(step), stored.numbered(leaves, rows), custom_metadata=metadata)
+        with _BEGINNING:
+            self._writer.save(
+                self.path(step), stored.numbered(leaves, rows), custom_metadata=metadata
+            )
         self.saved = self._unlisted = step
         self.seconds += time.perf_counter() - begin
 

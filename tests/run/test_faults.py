@@ -339,6 +339,22 @@ def test_a_folder_that_vanishes(tmp_path):
         )
     assert "run" in str(caught.value)
     assert caught.value.solution.stats["steps"] >= 40
+    moved = bx.checkpoint.every(20, tmp_path / "elsewhere")  # which the run has let go
+    assert run(90, checkpoint=moved).stats["resumed_from"] >= 20
+
+
+def test_runs_in_threads_save_beside_each_other(tmp_path):
+    whole, out = run(40), {}
+
+    def one(i):
+        out[i] = run(40, checkpoint=bx.checkpoint.every(4, tmp_path / str(i)))
+
+    threads = [threading.Thread(target=one, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert [np.array_equal(out[i].outer_params, whole.outer_params) for i in range(3)] == [True] * 3
 
 
 def test_a_log_on_a_full_disk(tmp_path):
@@ -419,13 +435,14 @@ def test_metrics_may_begin_and_end(tmp_path, caplog):
     measure = lambda name: bx.metrics(lambda y, x, d: {name: jnp.sum(y)})
     aux = bx.objective(lambda y, x, b: (outer(y, x, b), {"a": y, "n": jnp.int32(3)}), has_aux=True)
     go(tmp_path, 10)
-    out = go(tmp_path, 20, metrics=measure("m"))
-    assert out.stats["columns"] == {"begun": ["m"], "ended": []}
-    assert np.isnan(out.history["m"][:10]).all() and np.isfinite(out.history["m"][10:]).all()
+    odd = "it's ['m']"  # a name is any text
+    out = go(tmp_path, 20, metrics=measure(odd))
+    assert out.stats["columns"] == {"begun": [odd], "ended": []}
+    assert np.isnan(out.history[odd][:10]).all() and np.isfinite(out.history[odd][10:]).all()
     out = go(tmp_path, 30, metrics=measure("k"))
-    assert out.stats["columns"] == {"begun": ["k"], "ended": ["m"]}
-    assert "columns ['k'] begin at row 20, and ['m'] end there" in caplog.text
-    assert np.isnan(out.history["m"][20:]).all() and np.isfinite(out.history["m"][10:20]).all()
+    assert out.stats["columns"] == {"begun": ["k"], "ended": [odd]}
+    assert f"columns ['k'] begin at row 20, and {[odd]} end there" in caplog.text
+    assert np.isnan(out.history[odd][20:]).all() and np.isfinite(out.history[odd][10:20]).all()
     assert np.isnan(out.history["k"][:20]).all() and np.isfinite(out.history["k"][20:]).all()
     assert [len(column) for column in out.history.values()] == [30] * len(out.history)
     keywords = dict(
