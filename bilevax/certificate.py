@@ -314,6 +314,8 @@ def estimate_constants(
         for name, batch in (("inner_batch", inner_batch), ("outer_batch", outer_batch))
     )
     inner_ctx, outer_ctx = Ctx(inner_batch), Ctx(outer_batch)
+    check.evaluate(g, "inner_objective", y, x, inner_ctx)
+    check.evaluate(f, "outer_objective", y, x, outer_ctx)
 
     def grads(of, ctx, y):
         return jax.grad(of, (0, 1), has_aux=True)(y, x, ctx)[0]

@@ -4,10 +4,11 @@ what was expected, and what to try.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
@@ -257,8 +258,10 @@ def problem(
     )
 
 
-def pieces(solver: Any, method: Any, argument: str = "solver") -> None:
-    """An inner solver and a hypergradient method."""
+def pieces(
+    solver: Any, method: Any, argument: str = "solver", second: str = "hypergradient"
+) -> None:
+    """An inner solver and a hypergradient method, by the names of both arguments."""
     if not isinstance(solver, InnerSolver):
         hint = (
             " Try inner.optax(optimizer, steps)."
@@ -273,7 +276,7 @@ def pieces(solver: Any, method: Any, argument: str = "solver") -> None:
             if callable(method)
             else " Try hypergradient.implicit()."
         )
-        raise TypeError(f"hypergradient: got {describe(method)}; expected a Hypergradient.{hint}")
+        raise TypeError(f"{second}: got {describe(method)}; expected a Hypergradient.{hint}")
 
 
 def transformation(optimizer: Any, argument: str) -> None:
@@ -459,6 +462,17 @@ def evaluate(
             "differentiated."
         )
     return value.dtype, (rest[0] if obj.has_aux else rest) if obj.stateful else None
+
+
+@contextlib.contextmanager
+def told(name: str, form: str, **given: PyTree) -> Iterator[None]:
+    """What a user's function raises, with how it was called."""
+    try:
+        yield
+    except Exception as error:
+        values = ", ".join(f"{key}={_shapes(value)}" for key, value in given.items())
+        error.add_note(f"{name}: raised this when called as {form} with {values}.")
+        raise
 
 
 def shape(

@@ -13,6 +13,8 @@ import pytest
 from flax import nnx
 
 import bilevax as bx
+from bilevax import certificate, testing
+from bilevax.attribution import influence
 from bilevax.diagnostics.checking import Prepared
 from bilevax.run import chunk
 
@@ -150,13 +152,12 @@ MORE = {
         "projection": lambda: lambda tree: tree, "inner": lambda: NET, "outer": lambda: jnp.zeros(2), "inner_loss": lambda: inner, "outer_loss": lambda: outer,
         "loss": lambda: inner,
     },
-    "diagnostics": {"info": dict, "constants": bx.diagnostics.Constants},
 }  # fmt: skip
 GIVEN = {("nn.bilevel", "inner"), ("nn.bilevel", "outer"), ("nn.objective", "inner")}
 OWN |= {
     ("nn.LoRALinear", "features"): lambda: (2, 2), ("nn.bilevel", "model"): lambda: None, ("nn.objective", "model"): lambda: None,
     ("nn.from_nnx", "model"): lambda: nnx.Linear(2, 1, rngs=nnx.Rngs(0)), ("Level", "objective"): lambda: lambda params, batch: jnp.sum(params["y"]),
-    ("replay.reader", "fn"): lambda: lambda step: X, ("error_bound", "info"): dict, ("error_bound", "constants"): bx.diagnostics.Constants,
+    ("replay.reader", "fn"): lambda: lambda step: X, ("error_bound", "info"): lambda: dict.fromkeys(("inner_grad_norm", "adjoint_residual", "cotangent_norm"), 0.1), ("error_bound", "constants"): bx.diagnostics.Constants,
 }  # fmt: skip
 
 # Functions that are not walked, and why.
@@ -182,12 +183,39 @@ LEFT_OUT["plots.comparison"] = "takes what compare_hypergradients found"
 
 # What is right after all, by value: for which parameters, and why.
 LATER = "what a function takes is told when the shapes are known, before the first step"
-FUNCTIONS = {"equation", "network", "loss", "relabel", "regularizer",
+FUNCTIONS = {"inner_loss", "outer_loss", "equation", "network", "loss", "relabel", "regularizer",
              "fn", "objective", "inner_objective", "outer_objective", "inner_draw", "mapping", "minimizer", "smooth", "prox", "linear", "linear_solver",
              "preconditioner", "constraint", "equality", "inequality", "projection", "source"}  # fmt: skip
+ALSO = {
+    ("trust", "-1"): "a number of either sign",
+    ("checkpoints", "a list"): "one checkpoint, of parameters without axes",
+    ("step_sizes", "a list"): "one size for the one checkpoint",
+    ("wrt", "True"): "a filter of nnx",
+}
 INFINITE = {"max_residual", "tol"}  # infinity accepts anything, and says so
-TEXTS = {"axis", "axis_name", "name", "path", "directory", "title", "run_id", "select"}
-ARRAYS = {"arrays", "data", "scores", "value", "surrogate", "logits"}
+TEXTS = {
+    "states",
+    "text",
+    "axis",
+    "axis_name",
+    "name",
+    "path",
+    "directory",
+    "title",
+    "run_id",
+    "select",
+}
+ARRAYS = {
+    "inner_batch",
+    "outer_batch",
+    "measured",
+    "arrays",
+    "data",
+    "scores",
+    "value",
+    "surrogate",
+    "logits",
+}
 
 
 def allowed(full, fn, parameter, kind):
@@ -199,6 +227,10 @@ def allowed(full, fn, parameter, kind):
         return "a pytree without leaves"
     if kind == "True" and isinstance(default, bool):
         return "a flag"
+    if (name, kind) in ALSO:
+        return ALSO[name, kind]
+    if full == "nn.bilevel" and name == "outer":
+        return "parameters, which solve_bilevel looks at"
     words = set(re.findall(r"\w+", str(parameter.annotation)))
     whole = "int" in words and not words & {"float", "Any", "Number"}
     if (kind == "0" or (kind == "1.5" and not whole)) and name not in FUNCTIONS | TEXTS:
@@ -302,7 +334,7 @@ def outcome(full, fn, parameter, make):
         named = (
             re.search(rf"(^|\W){word}(\W|$)", text)
             and isinstance(error, (TypeError, ValueError, OSError, KeyError))
-            and ("got" in text or "returned" in text)
+            and any(word in text for word in ("got", "returned", "raised this when called"))
         )
         return "named" if named else f"{type(error).__name__}: {' '.join(text.split())[:110]}"
     except Reached:
@@ -315,6 +347,9 @@ def test_wrong_values_are_refused_by_name(full, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(chunk, "run_chunk", reached)
     monkeypatch.setattr(Prepared, "run", reached)
+    monkeypatch.setattr(certificate, "power", reached)
+    monkeypatch.setattr(influence, "_gradients", reached)
+    monkeypatch.setattr(testing, "value_and_hypergrad", reached)
     fn, wrong = dict(public())[full], []
     for parameter in signature(fn).parameters.values():
         if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):

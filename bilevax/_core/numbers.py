@@ -227,7 +227,8 @@ def key(value: Any, name: str = "key") -> Any:
 def floating(value: Any, name: str) -> Any:
     """A floating-point dtype, as given."""
     try:
-        good = value is not None and jnp.issubdtype(jnp.dtype(value), jnp.floating)
+        array = value is None or isinstance(value, (jax.Array, np.ndarray))
+        good = not array and jnp.issubdtype(jnp.dtype(value), jnp.floating)
     except (TypeError, ValueError):
         good = False
     if not good:

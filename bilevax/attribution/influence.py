@@ -173,6 +173,7 @@ def implicit(
             f"linear: got {check.describe(solver)}; expected a linear solver. Try "
             "linear.cg(maxiter=100)."
         )
+    numbers.takes(solver, "linear", "(matvec, b, x0) -> (x, info)")
     params, data, measured = _checked(losses, measure, params, data, measured)
 
     @jax.jit
@@ -221,10 +222,14 @@ def _checked(
     numbers.function(measure, "measure", _MEASURE)
     params = check.arrays(params, name)
     check.params(params, name)
+    check.finite(params, name)
     check_arrays(data, "data")
     data = jax.tree.map(jnp.asarray, data)
     check_losses(losses, params, data)
-    return params, data, check.batch(measured, "measured")
+    measured = check.batch(measured, "measured")
+    with check.told("measure", "(params, measured)", params=params, measured=measured):
+        jax.eval_shape(measure, params, measured)
+    return params, data, measured
 
 
 def _gradients(measure: Any, params: PyTree, measured: Any) -> tuple[jax.Array, PyTree]:
@@ -296,10 +301,11 @@ def tracin(
     sizes = [1.0] * len(points) if given is None else [float(size) for size in given]
     if not all(map(math.isfinite, sizes)):
         raise ValueError(f"step_sizes: got {sizes}; expected finite numbers.")
-    if not points or len(sizes) != len(points):
+    if not points:
+        raise ValueError("checkpoints: got 0; expected at least one.")
+    if len(sizes) != len(points):
         raise ValueError(
-            f"checkpoints: got {len(points)} with {len(sizes)} step sizes; expected at least one, "
-            "and a size for each."
+            f"step_sizes: got {len(sizes)} for {len(points)} checkpoints; expected a size for each."
         )
 
     @jax.jit

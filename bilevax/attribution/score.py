@@ -94,7 +94,10 @@ def linear_datamodeling_score(
             raise TypeError(
                 f"scores: got {check.describe(given)}; expected an Influence or arrays."
             )
-        numbers.arrays(given, f"scores[{name!r}]" if name else "scores")
+        place = f"scores[{name!r}]" if name else "scores"
+        numbers.arrays(given, place)
+        if np.iscomplexobj(given):
+            raise TypeError(f"{place}: got {check.describe(given)}; expected real numbers.")
     arrays = {
         name: np.asarray(getattr(value, "scores", value), np.float64)
         for name, value in named.items()

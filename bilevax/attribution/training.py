@@ -204,7 +204,9 @@ def check_losses(
     losses: Callable[[PyTree, PyTree], jax.Array], params: PyTree, rows: PyTree
 ) -> None:
     """Refuse what has no entry for each of these rows."""
-    one, count = jax.eval_shape(losses, params, rows), jax.tree.leaves(rows)[0].shape[0]
+    count = jax.tree.leaves(rows)[0].shape[0]
+    with check.told("losses", "(params, rows)", params=params, rows=rows):
+        one = jax.eval_shape(losses, params, rows)
     if not hasattr(one, "shape") or one.shape[:1] != (count,):
         raise ValueError(
             f"losses: returned {check.describe(one)}; expected an array with an entry a row, "

@@ -245,7 +245,7 @@ def compare_hypergradients(
         name: value if type(value) is tuple else (solver, value) for name, value in chosen.items()
     }
     for name, (own, method) in pairs.items():
-        check.pieces(own, method, f"methods[{name!r}]")
+        check.pieces(own, method, f"methods[{name!r}]", f"methods[{name!r}]")
     if reference == "solver":
         raise ValueError(
             "reference: got 'solver'; expected 'dense', 'finite_difference' or 'auto', since "

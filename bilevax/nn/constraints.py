@@ -9,6 +9,7 @@ import jax
 import optax
 
 from bilevax import check
+from bilevax._core import numbers
 from bilevax.base import Bound, PyTree
 
 
@@ -52,6 +53,8 @@ def constrained(
             f"projection: got {check.describe(projection)}; expected a function tree -> tree. Try "
             "optax.projections.projection_box."
         )
+    if wrt is not None:
+        numbers.function(wrt, "wrt", "(path, leaf) -> bool")
     return optax.GradientTransformation(
         Bound("constrained", _init, projection=projection),
         Bound("constrained", _update, projection=projection, wrt=wrt, settings=settings),

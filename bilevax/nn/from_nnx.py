@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 from flax import nnx
+from flax.nnx import filterlib
 
 from bilevax import check
+from bilevax._core import numbers
 from bilevax._core.types import Key
 from bilevax.base import Bound, PyTree
 from bilevax.nn.net import Form, Net, check_groups, divided, pack, unpack
@@ -59,6 +61,16 @@ def from_nnx(model: Any, wrt: Any = nnx.Param) -> Net:
             "of them. For linen, try nn.from_linen."
         )
     filters, form = divided(wrt)
+    for chosen in filters:
+        try:
+            filterlib.to_predicate(chosen)
+        except Exception as error:
+            raise TypeError(
+                f"wrt: got {check.describe(chosen)}; expected an nnx filter. Try nnx.Param, or "
+                "nn.paths('head')."
+            ) from error
+        if not isinstance(chosen, type) and callable(chosen):
+            numbers.takes(chosen, "wrt", "(path, value) -> bool")
     model = nnx.clone(model)
     nnx.pop(model, nnx.Intermediate)
     graphdef, draws, *parts = nnx.split(

@@ -151,7 +151,7 @@ def check_groups(groups: tuple[Any, ...], filters: tuple[Any, ...], names: list[
         if not any(tree.is_float(leaf) for leaf in jax.tree.leaves(group)):
             shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
             raise ValueError(
-                f"wrt: {chosen!r} takes no floating-point parameter, after the filters before it; "
+                f"wrt: got {chosen!r}, which takes no floating-point parameter after those before; "
                 "expected at least one. The model has "
                 f"{shown or 'none'}. Try nn.paths('part/of/a/path')."
             )

@@ -87,7 +87,11 @@ def objective(
             )
         given = dict(levels)
     elif (model is None) == (inner is None and outer is None):
-        raise TypeError("inner, outer, model: expected inner or outer or both, or model alone.")
+        names = [name for name, value in given.items() if value is not None]
+        raise TypeError(
+            f"inner, outer, model: got {' and '.join(names) or 'none of them'}; expected inner or "
+            "outer or both, or model alone."
+        )
     nets = {role: as_net(value, role) for role, value in given.items() if value is not None}
     for role, net in nets.items():
         _check_form(role, net.form, net)

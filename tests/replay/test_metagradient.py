@@ -410,7 +410,7 @@ def test_what_is_not_finite_is_named():
         (dict(at=(65,)), "at: got"),
         (dict(microbatches=0), "microbatches: got 0"),
         (dict(optimizer=3), "optimizer: got"),
-        (dict(inner_objective=3), "fn: got int"),
+        (dict(inner_objective=3), "inner_objective: got int"),
     ],
 )
 def test_refusals(change, match):
