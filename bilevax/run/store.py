@@ -96,6 +96,7 @@ class Store:
         self.saved: int | None = None
         self.finished: int | None = None  # of the newest one that is whole
         self._unlisted: int | None = None
+        self._alike = True  # what was kept there was chosen by the score that this run goes by
         self.seconds = 0.0  # for which saving kept the run waiting
 
     def _agree(self, what: str) -> None:
@@ -353,6 +354,16 @@ class Store:
             and stored.part(path) != ".best"  # whether one is kept is this call's to say
         ]
         saved = manifest.get("fingerprint")
+        score = (saved or {}).get("score", self.fingerprint["score"])
+        self._alike = score == self.fingerprint["score"]
+        if not self._alike and any(stored.part(path) == ".best" for path in want.keys() & got):
+            warnings.warn(
+                f"checkpoint: {self.path(step)} kept its iterate by another score than this run "
+                "does (metrics, select or mode differ); it is forgotten, and one is chosen anew "
+                "from here on.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
         if saved is None or saved["versions"] != self.fingerprint["versions"]:
             theirs = (
                 "a version of bilevax that kept no fingerprint"
@@ -429,27 +440,13 @@ class Store:
             return self._continued(run, leaves, saved), {}, rows
         own = {path: leaf for path, leaf in wanted.items() if stored.part(path) == ".best"}
         kept = all(stored.describes(leaf, saved.get(path, "")) for path, leaf in own.items())
-        kept = kept and self._scored_alike(manifest, step, bool(own))
+        kept = kept and self._alike
         out = stored.filled(run, leaves if kept else {**leaves, **own})
         return (
             out if kept else _kept_anew(out),
             stored.filled(recovery, leaves, stored.RECOVERY) if same else {},
             rows,
         )
-
-    def _scored_alike(self, manifest: dict[str, Any], step: int, keeps: bool) -> bool:
-        """Whether the kept iterate was chosen by the score that this run goes by."""
-        before, now = (manifest.get("fingerprint") or {}).get("score"), self.fingerprint["score"]
-        if before is None or before == now or not keeps:
-            return True
-        warnings.warn(
-            f"checkpoint: {self.path(step)} kept its iterate by another score than this run does "
-            "(metrics, select or mode differ); the kept iterate is forgotten, and chosen anew from "
-            "here on.",
-            RuntimeWarning,
-            stacklevel=8,
-        )
-        return False
 
     def _bound(self, texts: list[str], step: int) -> None:
         """Refuse what claims more memory than its files can hold: a file of zeros packs a few
