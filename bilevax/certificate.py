@@ -224,13 +224,16 @@ def error_bound(
         if name != "guaranteed":
             numbers.positive(value, f"constants.{name}", zero=name != "strong_convexity")
     w, sizes = info["cotangent_norm"], None
-    if inner_params is not None and "grad_norm" in info:
+    if inner_params is not None:
         inner_params = check.arrays(inner_params, "inner_params")
         check.params(inner_params, "inner_params")
+        check.finite(inner_params, "inner_params")
+    if inner_params is not None and "grad_norm" in info:
+        floats = tree.partition(inner_params)[0]
         sizes = Sizes(
-            tree.norm(inner_params).astype(jnp.asarray(w).dtype),
+            tree.norm(floats).astype(jnp.asarray(w).dtype),
             info["grad_norm"],
-            numbers.rounding_unit(inner_params),
+            numbers.rounding_unit(floats),
         )
     return bound(
         constants,

@@ -130,7 +130,7 @@ NET = bx.nn.from_nnx(nnx.Linear(2, 1, rngs=nnx.Rngs(0)))
 
 
 def losses(params, rows):
-    return jnp.sum((rows - params) ** 2, -1)
+    return jnp.sum((rows - params[None]) ** 2, -1)
 
 
 def measure(params, measured):
@@ -157,7 +157,7 @@ GIVEN = {("nn.bilevel", "inner"), ("nn.bilevel", "outer"), ("nn.objective", "inn
 OWN |= {
     ("nn.LoRALinear", "features"): lambda: (2, 2), ("nn.bilevel", "model"): lambda: None, ("nn.objective", "model"): lambda: None,
     ("nn.from_nnx", "model"): lambda: nnx.Linear(2, 1, rngs=nnx.Rngs(0)), ("Level", "objective"): lambda: lambda params, batch: jnp.sum(params["y"]),
-    ("replay.reader", "fn"): lambda: lambda step: X, ("error_bound", "info"): lambda: dict.fromkeys(("inner_grad_norm", "adjoint_residual", "cotangent_norm"), 0.1), ("error_bound", "constants"): bx.diagnostics.Constants,
+    ("replay.reader", "fn"): lambda: lambda step: X, ("error_bound", "info"): lambda: dict.fromkeys(("inner_grad_norm", "adjoint_residual", "cotangent_norm", "grad_norm"), 0.1), ("error_bound", "constants"): lambda: bx.diagnostics.Constants(*[0.5] * 6, smoothness=1.0),
 }  # fmt: skip
 
 # Functions that are not walked, and why.
@@ -191,6 +191,8 @@ ALSO = {
     ("checkpoints", "a list"): "one checkpoint, of parameters without axes",
     ("step_sizes", "a list"): "one size for the one checkpoint",
     ("wrt", "True"): "a filter of nnx",
+    ("text", "None"): "a compiler that says nothing",
+    ("text", "no text"): "likewise",
 }
 INFINITE = {"max_residual", "tol"}  # infinity accepts anything, and says so
 TEXTS = {
