@@ -190,6 +190,7 @@ ALSO = {
     ("trust", "-1"): "a number of either sign",
     ("checkpoints", "a list"): "one checkpoint, of parameters without axes",
     ("step_sizes", "a list"): "one size for the one checkpoint",
+    ("inner_params", "a list"): "parameters without axes",
     ("wrt", "True"): "a filter of nnx",
     ("text", "None"): "a compiler that says nothing",
     ("text", "no text"): "likewise",

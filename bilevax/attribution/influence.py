@@ -225,9 +225,9 @@ def _checked(
     check.finite(params, name)
     check_arrays(data, "data")
     data = jax.tree.map(jnp.asarray, data)
-    check_losses(losses, params, data)
+    check_losses(losses, params, data, name)
     measured = check.batch(measured, "measured")
-    with check.told("measure", "(params, measured)", params=params, measured=measured):
+    with check.told("measure", "(params, measured)", **{name: params}, measured=measured):
         jax.eval_shape(measure, params, measured)
     return params, data, measured
 

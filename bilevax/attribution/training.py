@@ -201,11 +201,14 @@ def training(
 
 
 def check_losses(
-    losses: Callable[[PyTree, PyTree], jax.Array], params: PyTree, rows: PyTree
+    losses: Callable[[PyTree, PyTree], jax.Array],
+    params: PyTree,
+    rows: PyTree,
+    argument: str = "params",
 ) -> None:
     """Refuse what has no entry for each of these rows."""
     count = jax.tree.leaves(rows)[0].shape[0]
-    with check.told("losses", "(params, rows)", params=params, rows=rows):
+    with check.told("losses", "(params, rows)", **{argument: params}, rows=rows):
         one = jax.eval_shape(losses, params, rows)
     if not hasattr(one, "shape") or one.shape[:1] != (count,):
         raise ValueError(
