@@ -149,6 +149,7 @@ def main() -> None:
     import orbax.checkpoint  # noqa: F401 (before the forks)
 
     rng, done, inside, different, lost, torn = random.Random(given.seed), 0, 0, 0, 0, 0
+    summary = ""
     with tempfile.TemporaryDirectory() as top:
         if (
             jax.config.jax_compilation_cache_dir is None
@@ -190,6 +191,7 @@ def main() -> None:
                     break
             if not (folder / "end.npz").exists() and life(kind, folder).wait() != 0:
                 lost += 1
+                summary = f"{done} kills, {lost} lost"
                 print(kind, (folder / "words").read_text()[-2000:])
                 continue
             different += ends(folder) != ends(whole)
@@ -199,11 +201,12 @@ def main() -> None:
             rows = (folder / "log.csv").read_text().splitlines()
             with np.load(folder / "end.npz") as file:
                 torn += steps != list(range(len(file["value"]))) or len(rows) != len(steps) + 1
-            print(f"{kind}: {done} kills, {inside} inside a save", flush=True)
-    print(
-        f"{done} kills, {inside} inside a save: {different} runs with different bits, {lost} lost, "
-        f"{torn} logs with errors"
-    )
+            summary = (
+                f"{done} kills, {inside} inside a save: {different} runs with different bits, "
+                f"{lost} lost, {torn} logs with errors"
+            )
+            print(f"{kind}: {summary}", flush=True)
+    print(summary)
 
 
 if __name__ == "__main__":
