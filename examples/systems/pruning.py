@@ -397,7 +397,8 @@ def main(argv=None):
     seconds = time.perf_counter() - begin
     print(f"\n{seconds:.0f} s in all.")
     draw(args.out / "pruning.png", results)
-    report.save(args.out / "pruning.json", {**vars(args), **settings}, results, seconds, left=left)
+    rows = results if len(results) > 1 else results[sparsity]
+    report.save(args.out / "pruning.json", {**vars(args), **settings}, rows, seconds, left=left)
 
 
 if __name__ == "__main__":
