@@ -72,6 +72,7 @@ def prepared(
     )
     model_state = None if model_state is None else check.arrays(model_state, "model_state")
     for value, name in ((inner_params, "inner_params"), (outer_params, "outer_params")):
+        check.module(value, name)
         check.params(value, name)
     if finite:
         for value, name in (

@@ -8,6 +8,7 @@ import contextlib
 import dataclasses
 import functools
 import inspect
+import sys
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -87,6 +88,24 @@ def arrays(value: PyTree, argument: str) -> PyTree:
             )
     numbers.arrays(value, argument)
     return tree.strong(value)
+
+
+def module(value: PyTree, argument: str) -> None:
+    """No Flax module (or its state) with more than parameters in it: as a pytree its statistics and
+    random streams would stand still, and nobody would switch its modes.
+    """
+    nnx = sys.modules.get("flax.nnx")
+    if nnx is None:
+        return
+    moving = (nnx.BatchStat, nnx.RngState, nnx.Cache, nnx.Intermediate)
+    leaves = jax.tree.leaves(value, is_leaf=lambda leaf: isinstance(leaf, nnx.Variable))
+    found = sorted({type(leaf).__name__ for leaf in leaves if isinstance(leaf, moving)})
+    if found:
+        raise TypeError(
+            f"{argument}: got {describe(value)} with {', '.join(found)} in it, which would stand "
+            "still; expected parameters alone. Try bx.nn.bilevel(inner, outer, model, ...), which "
+            "keeps statistics and random streams and switches the modes."
+        )
 
 
 def batch(value: PyTree, argument: str) -> PyTree:
@@ -285,7 +304,9 @@ def transformation(optimizer: Any, argument: str) -> None:
         callable(getattr(optimizer, "init", None)) and callable(getattr(optimizer, "update", None))
     ):
         hint = (
-            " Call it first, as in optax.adam(1e-2)."
+            " Try its .tx."
+            if hasattr(optimizer, "tx")
+            else " Call it first, as in optax.adam(1e-2)."
             if callable(optimizer)
             else " Try optax.adam(1e-2)."
         )
@@ -417,8 +438,8 @@ def evaluate(
         missing = " No data was given for this level." if ctx.batch is None else ""
         error.add_note(
             f"{name}: raised this when called as {form} with inner_params={shapes[0]}, "
-            f"outer_params={shapes[1]}, batch={shapes[2]}; expected a "
-            f"function that takes them in this order.{missing}"
+            f"outer_params={shapes[1]}, batch={shapes[2]}; expected a function that takes these."
+            f"{missing}{_by_example(outer, ctx.batch)}"
         )
         raise
     if obj.has_aux or obj.stateful:
@@ -462,6 +483,21 @@ def evaluate(
             "differentiated."
         )
     return value.dtype, (rest[0] if obj.has_aux else rest) if obj.stateful else None
+
+
+def _by_example(outer: PyTree, batch: PyTree) -> str:
+    """What to try where outer parameters may have an entry an example, and the batch has fewer."""
+    rows = {jnp.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if jnp.ndim(leaf)}
+    longer = any(
+        jnp.ndim(leaf) == 1 and jnp.shape(leaf)[0] > max(rows, default=0)
+        for leaf in jax.tree.leaves(outer)
+    )
+    if not (longer and len(rows) == 1):
+        return ""
+    return (
+        " If outer parameters have an entry an example, let the batch hold the examples' numbers: "
+        'scores[batch["i"]].'
+    )
 
 
 @contextlib.contextmanager

@@ -95,6 +95,11 @@ def gone(shape=(2,)):
     return a
 
 
+class Normed(nnx.Module):
+    def __init__(self, rngs):
+        self.norm = nnx.BatchNorm(2, rngs=rngs)
+
+
 NUMBERS = {"text": "0.1", "complex": 1j, "None": None, "a list": [0.1], "a flag": True}
 ROWS = {
     "aux of text": (lambda: go(outer=bx.objective(lambda y, x, b: (outer(y, x, b), {"a": "text"}), has_aux=True)), r"outer_objective.*str.*expected"),
@@ -130,6 +135,31 @@ ROWS = {
     "rows that eight devices cannot share": (
         lambda: go(inner=on_rows, inner_data=(X, T), sharding=S.data_parallel()),
         r"batch of on_rows: got \[6\] rows on 8 devices; expected a multiple of 8. Leave out",
+    ),
+    "a network as it is": (
+        lambda: go(y=Normed(nnx.Rngs(0))),
+        r"inner_params: got .*Normed.* with BatchStat in it, which would stand still; expected .*bx.nn.bilevel",
+    ),
+    "a network's state with streams": (
+        lambda: go(x=nnx.state(nnx.Dropout(0.1, rngs=nnx.Rngs(0)))),
+        r"outer_params: got .* with RngCount, RngKey in it.*expected",
+    ),
+    "an optimizer that holds a model": (
+        lambda: IN.optax(nnx.Optimizer(Normed(nnx.Rngs(0)), optax.adam(0.1), wrt=nnx.Param), 2),
+        r"opt: got .*; expected .*bx.nn.going_on",
+    ),
+    "scores of all, a batch of some": (
+        lambda: go(
+            inner=lambda y, x, b: jnp.mean(x * (y[0] - b) ** 2),
+            x=jnp.ones(6),
+            inner_data=bx.data.minibatches(T, 2),
+            key=jax.random.key(0),
+        ),
+        r"inner_objective.*batch=.*let the batch hold the examples' numbers",
+    ),
+    "a source where a batch is due": (
+        lambda: bx.explain(levels(), {"y": X[0], "x": X[0]}, {"y": bx.data.minibatches(T, 2)}),
+        r"batches\['y'\]: got a data source.*expected one batch",
     ),
     "a start that was forgotten": (
         lambda: go(inner=lambda y, x, b: jnp.sum(y**2)), r"outer_params: .*give inner_init=",

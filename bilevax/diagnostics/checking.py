@@ -73,12 +73,16 @@ class HypergradientReport(NamedTuple):
     precision: str
     tol: float
 
+    def _verdict(self) -> str:
+        decided = self.ok or np.all(np.isfinite(flat(self.reference)))
+        return "ok" if self.ok else "WRONG" if decided else "NOT DECIDED"
+
     def __repr__(self) -> str:
         adjoint = (
             "none reported" if math.isnan(self.adjoint_residual) else f"{self.adjoint_residual:.2e}"
         )
         lines = [
-            f"hypergradient {'ok' if self.ok else 'WRONG'}: relative error "
+            f"hypergradient {self._verdict()}: relative error "
             f"{self.relative_error:.2e} (tol {self.tol:.0e}), cosine {self.cosine:.6f}",
             f"  reference           {self.kind}, {self.precision}",
             f"  outer value         {self.value:.6g}",
@@ -346,7 +350,10 @@ def _report(
     return HypergradientReport(
         ok, total.relative_error, total.cosine, float(est.value), est.grad, reference,
         ref.inner_grad_norm, residual,
-        _advice(method, ok, total, ref, residual, method_error, solve_error, tol, constant),
+        _advice(
+            method, ok, total, ref, residual, method_error, solve_error, tol, constant,
+            bool(np.all(np.isfinite(grad))),
+        ),
         ref.inner_distance, method_error, solve_error, ref.kind,
         ref.precision, tol,
     )  # fmt: skip
@@ -390,9 +397,17 @@ def _advice(
     solve_error: Any,
     tol: Any,
     constant: Any,
+    finite: bool,
 ) -> str:
     """Causes in the order in which to cure them."""
     if not math.isfinite(total.relative_error):
+        if finite and ref.kind != "solver":
+            return (
+                "The hypergradient is finite where the solver stopped; the reference, at what was "
+                "found for a solution of the inner objective, is not. Networks have no such "
+                "solution, or many: try reference='solver', the derivative of the solver's own "
+                "steps by differences."
+            )
         return (
             "The hypergradient or its reference is not finite: look at both objectives, and at the "
             "inner solve, at this point."

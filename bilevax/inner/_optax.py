@@ -60,9 +60,14 @@ def optax(
       DeepMind et al., The DeepMind JAX Ecosystem, 2020 (optax).
     """
     if not _is_transformation(opt) and not callable(opt):
+        under_way = hasattr(opt, "tx") and hasattr(opt, "opt_state")
         raise TypeError(
             f"opt: got {numbers.describe(opt)}; expected an optax.GradientTransformation. Try "
-            "optax.adam(1e-2)."
+            + (
+                "bx.nn.going_on(...) of it, which starts from its moments, or its .tx."
+                if under_way
+                else "optax.adam(1e-2)."
+            )
         )
     if not _is_transformation(opt) and getattr(opt, "__module__", "").startswith("optax."):
         raise TypeError(

@@ -10,7 +10,7 @@ from bilevax._core.settings import name_of
 from bilevax.base import PyTree
 from bilevax.multilevel import joint
 from bilevax.multilevel.gradient import MultilevelGradFn
-from bilevax.multilevel.level import Level, check_names, split_params
+from bilevax.multilevel.level import Level, check_batches, check_names, split_params
 from bilevax.multilevel.system import System
 
 GRADIENTS, HVPS = "gradients", "hvps"
@@ -236,7 +236,7 @@ def explain(
     system = fn.system(
         floats,
         fixed,
-        check_names(batches, names, "batches"),
+        check_batches(batches, names),
         key,
         check_names(model_state, names, "model_state"),
     )

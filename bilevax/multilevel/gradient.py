@@ -18,7 +18,14 @@ from bilevax.base import Ctx, Estimate, Feed, InnerState, PyTree, objective
 from bilevax.data import same
 from bilevax.data.draws import with_number
 from bilevax.multilevel.derivative import differentiable
-from bilevax.multilevel.level import Level, check_key, check_names, checked, split_params
+from bilevax.multilevel.level import (
+    Level,
+    check_batches,
+    check_key,
+    check_names,
+    checked,
+    split_params,
+)
 from bilevax.multilevel.statistics import Division, divided
 from bilevax.multilevel.system import System, as_solver, as_system, method_of
 from bilevax.results import RESULTS, strictness
@@ -85,8 +92,7 @@ class MultilevelGradFn:
         floats, fixed = split_params(self.levels, params)
         names = [level.name for level in self.levels]
         batches = {
-            n: check.batch(b, f"batches[{n!r}]")
-            for n, b in check_names(batches, names, "batches").items()
+            n: check.batch(b, f"batches[{n!r}]") for n, b in check_batches(batches, names).items()
         }
         models = self._completed({} if state is None else state.model)
         system = self.system(floats, fixed, batches, key, models)

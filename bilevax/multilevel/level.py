@@ -11,6 +11,8 @@ from bilevax import check, tree
 from bilevax._core import numbers
 from bilevax._core.settings import name_of
 from bilevax.base import Hypergradient, InnerSolver, Objective, PyTree, objective
+from bilevax.data.episodes import Episodes
+from bilevax.data.sources import Source
 from bilevax.starts import takes_key
 
 
@@ -250,6 +252,17 @@ def check_names(given: Any, names: Sequence[str], argument: str) -> dict[Any, An
                 f"{argument}: got the key {name!r}; expected level names: {list(names)}."
             )
     return given
+
+
+def check_batches(given: Any, names: Sequence[str]) -> dict[Any, Any]:
+    """One batch of each level that has data, by name."""
+    for name, value in check_names(given, names, "batches").items():
+        if isinstance(value, (Source, Episodes)):
+            raise TypeError(
+                f"batches[{name!r}]: got a data source, from which a run draws; expected one "
+                "batch of it. Try its first rows, jax.tree.map(lambda a: a[:32], arrays)."
+            )
+    return given or {}
 
 
 def check_key(levels: Sequence[Level], key: Any, sampled: list[str]) -> None:

@@ -32,11 +32,9 @@ def summary(solution: Any) -> str:
     ]
     values = _seen(history, "value")
     if values is not None:
-        lines.append(
-            _line(
-                "value", f"{values[0]:.4g} -> {values[-1]:.4g}, best at step {stats['best_step']}"
-            )
-        )
+        kept = stats["best_step"]
+        returned = f"that of step {kept}" if 0 <= kept < stats["total_steps"] else "the last"
+        lines.append(_line("value", f"{values[0]:.4g} -> {values[-1]:.4g}; returned is {returned}"))
     norms = _seen(history, "grad_norm")
     if norms is not None:
         ratio = f", {norms[-1] / norms[0]:.1e} of the first" if norms[0] > 0 else ""
@@ -58,6 +56,9 @@ def summary(solution: Any) -> str:
                 f"{_first_sentence(code.message)}",
             )
         )
+        advice = _advice(code.message)
+        if advice:
+            lines.append(_line("", advice))
     if stats.get("failed_steps"):
         lines.append(_line("failed steps", str(stats["failed_steps"])))
     if solution.result.failed:
@@ -76,6 +77,11 @@ def _seen(history: dict[str, Any], column: str) -> np.ndarray | None:
     values = np.asarray(history[column], np.float64)
     values = values[np.isfinite(values)]
     return values if len(values) else None
+
+
+def _advice(message: str) -> str:
+    """The sentence that says what to try."""
+    return next((f"Try {part.rstrip('.')}." for part in message.split(" Try ")[1:]), "")
 
 
 def _first_sentence(message: str) -> str:

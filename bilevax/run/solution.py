@@ -69,7 +69,7 @@ class Solution(NamedTuple):
           ...     inner, outer, jnp.zeros(2), jnp.ones(2), algorithm=algorithm, num_steps=5
           ... )
           >>> print(solution.summary().splitlines()[1])
-          value               1 -> 0.003906, best at step 4
+          value               1 -> 0.003906; returned is that of step 4
         """
         if isinstance(self.result, jax.Array):
             raise TypeError(

@@ -503,3 +503,20 @@ def test_comparison_refusals():
         bx.compare_hypergradients(*args, solver=SOLVER, repeats=0)
     with pytest.raises(ValueError, match="^reference: got 'solver'"):
         bx.compare_hypergradients(*args, solver=SOLVER, reference="solver")
+
+
+def test_a_reference_that_is_not_finite_decides_nothing():
+    """At the solution y = x the outer objective is the root of a negative number; after a small
+    step from zero it is none."""
+    report = bx.check_hypergradient(
+        lambda y, x, b: jnp.sum((y - x) ** 2) / 2,
+        lambda y, x, b: jnp.sum(jnp.sqrt(3.0 - y)),
+        jnp.zeros(2),
+        jnp.array([1.0, 4.0]),
+        solver=bx.inner.optax(optax.sgd(0.1), 1),
+        hypergradient=bx.hypergradient.unrolled(),
+    )
+    want = -0.05 / np.sqrt(3.0 - 0.1 * np.array([1.0, 4.0]))
+    np.testing.assert_allclose(report.grad, want, rtol=1e-6)
+    assert not report.ok and not np.isfinite(report.relative_error)
+    assert repr(report).startswith("hypergradient NOT DECIDED") and "'solver'" in report.advice
