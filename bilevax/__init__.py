@@ -43,7 +43,7 @@ def __getattr__(name: str) -> _Any:
     """The names that are imported when they are first used."""
     if name not in _LATER:
         raise AttributeError(f"module 'bilevax' has no attribute {name!r}")
-    module = tidy(importlib.import_module(f"bilevax.{_LATER[name] or name}"))
+    module = importlib.import_module(f"bilevax.{_LATER[name] or name}")
     return getattr(module, name) if _LATER[name] else module
 
 

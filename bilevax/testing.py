@@ -4,6 +4,7 @@ library passes.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ import optax
 
 from bilevax import check
 from bilevax._core import numbers
+from bilevax._core.showing import tidy
 from bilevax._core.types import Key
 from bilevax.base import Hypergradient, InnerSolver, PyTree
 from bilevax.estimate import value_and_hypergrad
@@ -233,3 +235,5 @@ def __dir__() -> list[str]:
 
 
 __all__ = ["Quadratic", "check_method", "quadratic"]
+
+tidy(sys.modules[__name__])

@@ -1,5 +1,6 @@
 """Importing bilevax is quiet, light and quick."""
 
+import os
 import subprocess
 import sys
 import tomllib
@@ -24,7 +25,11 @@ LAZY = [
 
 def _python(code: str) -> subprocess.CompletedProcess:
     done = subprocess.run(
-        [sys.executable, "-W", "always", "-c", code], capture_output=True, text=True, timeout=300
+        [sys.executable, "-W", "always", "-c", code],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | {"PYTHONDONTWRITEBYTECODE": ""},  # or each would compile the sources anew
     )
     assert done.returncode == 0, done.stderr
     return done

@@ -1,5 +1,8 @@
 """Algorithms: what moves both levels."""
 
+import sys
+
+from bilevax._core.showing import tidy
 from bilevax.algorithms.adaptive import d_tfbo, s_tfbo
 from bilevax.algorithms.double_loop import double_loop
 from bilevax.algorithms.evolution import persistent_es
@@ -26,3 +29,5 @@ __all__ = [
     "persistent_es", "pzobo", "s_tfbo", "saba", "soba", "spaba", "srba", "stocbio", "sustain",
     "ttsa", "value_function", "vrbo",
 ]  # fmt: skip
+
+tidy(sys.modules[__name__])

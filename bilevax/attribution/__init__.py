@@ -2,6 +2,9 @@
 it can be trusted.
 """
 
+import sys
+
+from bilevax._core.showing import tidy
 from bilevax.attribution.influence import (
     Influence,
     grouped,
@@ -33,3 +36,5 @@ __all__ = [
     "tracin",
     "training",
 ]
+
+tidy(sys.modules[__name__])

@@ -144,6 +144,23 @@ def _kept(path: Path, read: Callable[[Path], logfile.Rows], step: int) -> logfil
     return found._replace(rows=[row for row in found.rows if row[0] is None or row[0] < step])
 
 
+def _once(read: Callable[[Path], logfile.Rows]) -> Callable[[Path], logfile.Rows]:
+    """`read`, whose answer is handed out a second time where the file has not changed since: a long
+    log is looked at before the first step, and read for its rows when that step is written.
+    """
+    before: list[tuple[Any, logfile.Rows]] = []
+
+    def again(path: Path) -> logfile.Rows:
+        there = path.stat()
+        now = (there.st_ino, there.st_mtime_ns, there.st_size)
+        if before and before[0][0] == now:
+            return before.pop()[1]
+        before[:] = [(now, read(path))]
+        return before[0][1]
+
+    return again
+
+
 def _replaceable(path: Path) -> bool:
     """Whether this is an ordinary file, or none yet; pipes and devices are only written to."""
     return path.is_file() or not path.exists()
@@ -207,9 +224,10 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
       3
     """
     path = _target(path)
+    read = _once(logfile.read_jsonl)
 
     def open_log(step: int) -> Log:
-        kept = _kept(path, logfile.read_jsonl, step)
+        kept = _kept(path, read, step)
         file = _anew(path, (line for _, line, _ in kept.rows))
 
         def write(steps, columns):
@@ -220,7 +238,7 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
 
         return Log(write, file.flush, file.close, lambda: logfile.still_there(path, file))
 
-    begin = _checked(path, logfile.read_jsonl)
+    begin = _checked(path, read)
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
 
 
@@ -272,9 +290,10 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
       32
     """
     path = _target(path)
+    read = _once(logfile.read_csv)
 
     def open_log(step: int) -> Log:
-        kept = _kept(path, logfile.read_csv, step)
+        kept = _kept(path, read, step)
         header = kept.header if kept.rows else []
         file = _anew(path, [_line(header), *(line for _, line, _ in kept.rows)] if header else [])
 
@@ -302,7 +321,7 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
             lambda: logfile.still_there(path, file),
         )
 
-    begin = _checked(path, logfile.read_csv)
+    begin = _checked(path, read)
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
 
 

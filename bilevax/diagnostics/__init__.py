@@ -1,5 +1,8 @@
 """How wrong a hypergradient is: against a reference, against other methods, and by a bound."""
 
+import sys
+
+from bilevax._core.showing import tidy
 from bilevax.certificate import Constants, ErrorBound, error_bound, estimate_constants
 from bilevax.diagnostics.checking import HypergradientReport, check_hypergradient
 from bilevax.diagnostics.compare import (
@@ -24,3 +27,5 @@ __all__ = [
     "error_bound",
     "estimate_constants",
 ]
+
+tidy(sys.modules[__name__])

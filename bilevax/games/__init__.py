@@ -14,6 +14,9 @@ at once.
 the lower one's answer.
 """
 
+import sys
+
+from bilevax._core.showing import tidy
 from bilevax.games.mirror import mirror
 from bilevax.games.plays import Play, consensus, extragradient, optimistic, simultaneous, symplectic
 from bilevax.games.solve import solve_game
@@ -33,3 +36,5 @@ __all__ = [
     "solve_game",
     "symplectic",
 ]
+
+tidy(sys.modules[__name__])

@@ -1,5 +1,8 @@
 """Problems of any number of levels."""
 
+import sys
+
+from bilevax._core.showing import tidy
 from bilevax.multilevel.explain import Edge, Explanation, explain
 from bilevax.multilevel.gradient import value_and_multilevel_grad
 from bilevax.multilevel.level import Level
@@ -18,3 +21,5 @@ __all__ = [
     "solve_multilevel",
     "value_and_multilevel_grad",
 ]
+
+tidy(sys.modules[__name__])

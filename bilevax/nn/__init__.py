@@ -4,6 +4,9 @@ blocks that outer levels are made of.
 Imported on first use of ``bilevax.nn``, and Flax with it.
 """
 
+import sys
+
+from bilevax._core.showing import tidy
 from bilevax.nn import bert
 from bilevax.nn.adapters import GateParam, LoRALinear, Prompt, add_lora
 from bilevax.nn.choice import ArchParam, SoftChoice, mask, soft_choice, straight_through
@@ -44,3 +47,5 @@ __all__ = [
     "soft_choice",
     "straight_through",
 ]
+
+tidy(sys.modules[__name__])

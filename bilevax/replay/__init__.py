@@ -1,5 +1,8 @@
 """Metagradients: derivatives through a whole training, as a loop of the host over one step."""
 
+import sys
+
+from bilevax._core.showing import tidy
 from bilevax.replay._batches import Reader, reader
 from bilevax.replay.metagradient import Metagradient, gradients, value_and_metagrad
 from bilevax.replay.schedules import Action, Counts, Schedule, everything, segments, tree
@@ -22,3 +25,5 @@ __all__ = [
     "tree",
     "value_and_metagrad",
 ]
+
+tidy(sys.modules[__name__])

@@ -235,6 +235,9 @@ def collectives(text: str | None) -> tuple[Collective, ...]:
     Returns:
       A `Collective` for each.
 
+    Raises:
+      TypeError: for what is no text.
+
     Examples:
       >>> import jax, jax.numpy as jnp
       >>> from bilevax import sharding

@@ -734,7 +734,7 @@ def test_lineax_that_is_not_there_is_named(monkeypatch):
             "solver: got str; expected a lineax solver",
             marks=needs_lineax,
         ),
-        (lambda: linear.precondition(linear.cg(), None), TypeError, "solver: got cg"),
+        (lambda: linear.precondition(linear.cg(), None), TypeError, "solver: got Linear cg"),
     ],
 )
 def test_bad_arguments_are_refused_at_once(make, error, match):

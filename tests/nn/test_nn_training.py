@@ -280,12 +280,12 @@ def as_float32(loss):
         (
             lambda: nn.from_nnx(nnx_net(), nn.paths("nowhere")),
             ValueError,
-            r"wrt: Paths.*takes no floating-point parameter.*head/kernel",
+            r"wrt: got Paths.*takes no floating-point parameter.*head/kernel",
         ),
         (
             lambda: nn.from_nnx(nnx_net(), (nnx.Param, nn.paths("head"))),
             ValueError,
-            "after the filters before it",
+            "takes no floating-point parameter after those before",
         ),
         (lambda: nn.from_nnx(nnx_net(), (nnx.Param,)), ValueError, "a tuple of at least two"),
         (lambda: nn.from_nnx(nnx_net(), {0: nnx.Param}), TypeError, "level names as keys"),

@@ -660,7 +660,7 @@ def test_axis_mean_refuses_parameters_that_differ_by_device():
         (lambda: run("soba", sharding=S.by_path(S.fsdp().mesh, {"w": P(None, "data")})), ValueError, r"rules: got .* for inner\['w'\]"),
         (lambda: run("soba", sharding=S.by_path(S.fsdp().mesh, {"no_such": P("data")})), ValueError, "rules: got 'no_such', which matches no"),
         (lambda: run("soba", inner_data=jax.tree.map(lambda a: a[:15], TRAIN), sharding=S.data_parallel()), ValueError, r"batch of inner: got \[15\] rows on 8"),
-        (lambda: run_tasks("soba", objectives=(MEAN, MEAN), sharding=S.tasks()), ValueError, r"inner_objective.*expected bilevax\.tasks\(fn, 'sum'\)"),
+        (lambda: run_tasks("soba", objectives=(bx.tasks(task_inner), MEAN), sharding=S.tasks()), ValueError, r"inner_objective.*expected bilevax\.tasks\(fn, 'sum'\)"),
         (lambda: run("soba", sharding=S.tasks()), ValueError, "inner_objective.*bilevax.tasks"),
         (lambda: run_tasks("soba", sharding=S.tasks(jax.devices()[:5])), ValueError, (
             "inner_params: got shapes .* for tasks on 5 devices"
@@ -677,7 +677,7 @@ def test_refusals(make, error, match):
 
 def test_a_sum_is_not_taken_for_a_mean():
     def summed(y, x, batch):
-        return jnp.sum((batch[0] @ y["w"] - batch[1]) ** 2)
+        return jnp.sum((batch[0] @ y["w"] * jnp.exp(jnp.mean(x["scale"])) - batch[1]) ** 2)
 
     solve = lambda **k: bx.solve_bilevel(
         summed,
