@@ -68,6 +68,21 @@ def test_import_leaves_configuration_alone():
     assert _python(code).stdout.strip() == "True"
 
 
+def test_nothing_of_jax_is_imported_by_the_first_call():
+    """What a part of jax adds to its configuration makes every program compiled before compile
+    again."""
+    code = (
+        "import sys, jax.numpy as jnp, bilevax as bx\n"
+        "f = lambda y, x, b: jnp.sum((y - x) ** 2)\n"
+        "fn = bx.value_and_hypergrad(f, f, solver=bx.inner.lbfgs(), "
+        "hypergradient=bx.hypergradient.implicit())\n"
+        "before = set(sys.modules)\n"
+        "fn(jnp.zeros(2), jnp.ones(2))\n"
+        "print(sorted(m for m in set(sys.modules) - before if m.startswith('jax.e')))"
+    )
+    assert _python(code).stdout.strip() == "[]"
+
+
 def test_import_costs_little():
     """Under 0.3 s more than importing jax and optax: the least of five fresh processes, since other
     work on the machine only adds.

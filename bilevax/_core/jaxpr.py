@@ -5,6 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
+# With the package and not in the first call, though it takes a tenth of a second: from jax 0.12 on
+# it adds to jax's configuration, after which every program is traced and compiled again.
+import jax.extend.core as jex
+
 
 def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
     """Of each leaf of `argument`, whether the outputs of ``fn(argument)`` depend on it: what is
@@ -52,7 +56,6 @@ def dependences(fn: Callable[..., Any], argument: Any, *given: Any) -> list[Depe
 
 def _cut(jaxpr: Any) -> Any:
     """`jaxpr`, for its dependences only, whose stopped gradients are of nothing."""
-    import jax.extend.core as jex
 
     def inside(value):
         if isinstance(value, jex.ClosedJaxpr):
@@ -76,9 +79,6 @@ def evaluate(jaxpr: Any, captured: Sequence[Any], leaves: Sequence[Any]) -> list
     """The outputs of `jaxpr`, flat, with what it `captured` given anew as values: nothing is closed
     over, so no tracer leaks.
     """
-    # not above: it takes a tenth of a second, which importing the package should not
-    import jax.extend.core as jex
-
     return jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, captured))(*leaves)
 
 
@@ -86,8 +86,6 @@ def has_rule_of_its_own(jaxpr: Any) -> bool:
     """Whether something in a program brings its own reverse-mode rule, which need not be
     differentiable backwards again.
     """
-    import jax.extend.core as jex
-
     if any(eqn.primitive.name.startswith("custom_vjp_call") for eqn in jaxpr.eqns):
         return True
     inside = [
