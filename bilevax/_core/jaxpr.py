@@ -5,18 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# With the package and not in the first call, though it takes a tenth of a second: from jax 0.12 on
+# jax.extend with the package and not in the first call, though it takes a tenth of a second: from jax 0.12 on
 # it adds to jax's configuration, after which every program is traced and compiled again.
+import jax
 import jax.extend.core as jex
+from jax.interpreters import partial_eval
 
 
 def reads(fn: Callable[..., Any], argument: Any) -> list[bool]:
     """Of each leaf of `argument`, whether the outputs of ``fn(argument)`` depend on it: what is
     left when dead code is dropped.
     """
-    import jax
-    from jax.interpreters import partial_eval
-
     closed = jax.make_jaxpr(fn)(argument)
     return list(partial_eval.dce_jaxpr(closed.jaxpr, [True] * len(closed.jaxpr.outvars))[1])
 
@@ -39,9 +38,6 @@ def dependences(fn: Callable[..., Any], argument: Any, *given: Any) -> list[Depe
 
     Functions that bring a derivative of their own are not looked into.
     """
-    import jax
-    from jax.interpreters import partial_eval
-
     closed, shapes = jax.make_jaxpr(fn, return_shape=True)(argument, *given)
     sizes = [len(jax.tree.leaves(part)) for part in shapes]
     count, cut = len(jax.tree.leaves(argument)), _cut(closed.jaxpr)

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.extend.core import Primitive
 
 from bilevax._core.types import PyTree
 
@@ -71,9 +72,6 @@ def _is_zero(tangent: PyTree) -> bool:
 
 @lru_cache(maxsize=1)
 def _primitive() -> Any:
-    from jax.extend.core import (
-        Primitive,
-    )  # here: a tenth of a second that importing the package should not take
     from jax.interpreters import ad, batching, mlir
 
     primitive = Primitive("known_backwards")

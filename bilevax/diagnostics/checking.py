@@ -273,7 +273,6 @@ def prepare(
 
 def reference_kind(reference: str, size: int) -> str:
     """Which reference is meant, for so many inner unknowns."""
-    numbers.choice(reference, "reference", ("auto", *_reference.KINDS))
     if reference == "auto":
         return "dense" if size <= _reference.SMALL else "finite_difference"
     if reference == "dense" and size > _reference.LARGEST:

@@ -15,6 +15,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.extend.core as jex
 import jax.numpy as jnp
 from jax import lax
 
@@ -110,8 +111,6 @@ class Walk:
         """The program's outputs. `added` is None in the first walk, which fills `uses`; later it is
         what remains to be added, in order.
         """
-        import jax.extend.core as jex
-
         env: dict[Any, Any] = dict(zip(closed.jaxpr.constvars, closed.consts, strict=True))
         tag: dict[Any, Tag | None] = {}
         alive: dict[Any, bool] = {}
@@ -235,8 +234,6 @@ def _called(eqn: Any) -> Any:
     """The program that an equation calls, with as many inputs as it has; None where it calls
     none.
     """
-    import jax.extend.core as jex
-
     for name in ("jaxpr", "call_jaxpr", "fun_jaxpr"):
         inner = eqn.params.get(name)
         if inner is not None:

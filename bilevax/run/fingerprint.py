@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.extend import core
 
 from bilevax._core.version import __version__
 from bilevax.base import PyTree
@@ -125,8 +126,6 @@ def text(jaxpr: Any) -> str:
     """A jaxpr with its variables numbered in order, functions by their names, arrays by their bits;
     no addresses, no lines of source.
     """
-    from jax.extend import core  # not above: importing the package should not take its time
-
     names: dict[Any, str] = {}
 
     def var(v) -> str:
@@ -151,8 +150,6 @@ def text(jaxpr: Any) -> str:
 
 def _value(value: Any) -> str:
     """A parameter of an equation, or a literal."""
-    from jax.extend import core
-
     if isinstance(value, core.ClosedJaxpr):
         return f"{{{text(value.jaxpr)}|{' '.join(_value(c) for c in value.consts)}}}"
     if isinstance(value, core.Jaxpr):
