@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-# jax.extend with the package and not in the first call, though it takes a tenth of a second: from jax 0.12 on
-# it adds to jax's configuration, after which every program is traced and compiled again.
+# jax.extend with the package and not in the first call, though it takes a tenth of a second: from
+# jax 0.12 on it adds to jax's configuration, after which every program is traced and compiled anew.
 import jax
 import jax.extend.core as jex
 from jax.interpreters import partial_eval
