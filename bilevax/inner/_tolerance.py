@@ -17,6 +17,12 @@ and no new best gradient norm. The code then says success if the gradient is at 
 solver met) and the estimated distance is at most ``eps^REACH ‖y‖``: no solver does better in this
 precision, whatever was asked for. Otherwise, where rounding times condition leaves more than that,
 or no rounding explains the stall, it says inner_not_converged.
+
+The curvature `L` may be one that only a far start had (down an exponential it falls by decades),
+where every later gradient would count as rounding. `gradient_descent` and `agd` therefore ask,
+before they end, where the last curvatures are a hundredth of the largest: by one gradient beside
+the point, and go on with what it tells. `lbfgs` drops a memory that its search shows to be out of
+date.
 """
 
 from __future__ import annotations
@@ -120,20 +126,23 @@ def size(params: PyTree, reach: Scalar) -> Scalar:
 
 
 class Bend(NamedTuple):
-    """Curvatures along the steps of a solve: the largest, and the smallest of the last ones
-    (infinite before any).
+    """Curvatures along the steps of a solve: the largest, the smallest of the last ones (infinite
+    before any), and the largest of the last ones.
     """
 
     largest: Any
     smallest: Any
+    recent: Any
 
 
 FORGET = 1.1  # a step: growth of the smallest curvature until a step meets a smaller one
+FADE = 4.0  # a step: how the largest of the last curvatures falls until a step meets a larger one
+DOUBT = 100.0  # the largest curvature over that of the last ones: is it still met here?
 
 
 def no_bend(params: PyTree) -> Bend:
     zero = jnp.zeros((), scalar_dtype(params))
-    return Bend(zero, zero + jnp.inf)
+    return Bend(zero, zero + jnp.inf, jnp.zeros_like(zero))
 
 
 def update_bend(
@@ -152,8 +161,50 @@ def update_bend(
     counts = counts & (ss > 0)
     long = counts & (jnp.sqrt(ss) > unit**0.5 * point_norm)
     largest = jnp.where(long, jnp.maximum(bend.largest, met), bend.largest)
+    recent = jnp.where(counts, bend.recent / FADE, bend.recent)
+    recent = jnp.where(long, jnp.maximum(recent, met), recent)
     clear = counts & (su > 0) & (jnp.sqrt(uu) > 10 * unit * largest * point_norm)
-    return Bend(largest, jnp.where(clear, jnp.minimum(FORGET * bend.smallest, met), bend.smallest))
+    smallest = jnp.where(clear, jnp.minimum(FORGET * bend.smallest, met), bend.smallest)
+    return Bend(largest, smallest, recent)
+
+
+def doubtful(bend: Bend) -> Scalar:
+    """Whether the largest curvature, of which rounding is a part, was met long ago: there, or
+    nowhere near this point, as after steps down an exponential. One gradient beside the point
+    tells.
+    """
+    return bend.largest > DOUBT * bend.recent
+
+
+def beside(params: PyTree, reach: Scalar) -> PyTree:
+    """A point ``√eps`` of the norm from `params`, in no direction of the problem's own."""
+
+    def mixed(number: int, leaf: Any) -> Any:
+        phase = jnp.asarray(number + 1.0, scalar_dtype(leaf))
+        for axis in range(leaf.ndim):
+            count = jax.lax.broadcasted_iota(phase.dtype, leaf.shape, axis)
+            phase = phase * 1.7 + (12.9898 + 7.31 * axis) * count
+        hashed = jnp.sin(phase) * 43758.5453
+        return jnp.where(hashed - jnp.floor(hashed) < 0.5, -1.0, 1.0).astype(leaf.dtype)
+
+    leaves, structure = jax.tree.flatten(params)
+    signs = jax.tree.unflatten(structure, [mixed(i, leaf) for i, leaf in enumerate(leaves)])
+    length = numbers.rounding_unit(params) ** 0.5 * size(params, reach)
+    return tree.axpy(length / tree.norm(signs), signs, params)
+
+
+def asked(
+    bend: Bend, params: PyTree, finite: Scalar, length: Scalar, turn: Scalar
+) -> tuple[Bend, Scalar]:
+    """`bend` after a gradient that is `turn` other, `length` beside the point, and whether the
+    largest curvature turned out to be of long ago. Along random signs a curvature ``L`` in one
+    direction of n is met as ``L / √n``.
+    """
+    count = sum(leaf.size for leaf in jax.tree.leaves(params))
+    here = count**0.5 * turn / length
+    fell = finite & (here > 0) & (10 * here < bend.largest)
+    known, new = bend._replace(recent=bend.largest), Bend(here, jnp.full_like(here, jnp.inf), here)
+    return tree.where(fell, new, known), fell
 
 
 ROW = 2  # accepted iterates in a row
@@ -196,11 +247,16 @@ def at_rounding(point: Point, bend: Bend) -> tuple[Scalar, Scalar]:
     return point.grad_norm <= ROUNDING * unit * bend.largest * norm, distance <= unit**REACH * norm
 
 
-def verdict(point: Point, converged: Scalar, bend: Bend, diverged: Any = False) -> Scalar:
-    """The `RESULTS` code of the returned point."""
+def verdict(
+    point: Point, converged: Scalar, stopped: Scalar, bend: Bend, diverged: Any = False
+) -> Scalar:
+    """The `RESULTS` code of the returned point; `stopped`: by itself, not by the limit on its
+    iterations, where a gradient below rounding tells nothing: the curvature that makes it so may be
+    that of a far start.
+    """
     level, near = at_rounding(point, bend)
     code = jnp.where(
-        jnp.where(level, near, converged),
+        jnp.where(level, near & stopped, converged),
         jnp.int32(RESULTS.success),
         jnp.int32(RESULTS.inner_not_converged),
     )

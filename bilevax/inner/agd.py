@@ -102,6 +102,7 @@ class _Carry(NamedTuple):
     iterations: Any
     evaluations: Any
     near: Any  # accepted iterates in a row that the tolerance lets pass
+    asking: Any  # the next evaluation tells the curvature at the point
     stop: Any
 
 
@@ -122,7 +123,7 @@ def _solve(
     zero, one = jnp.zeros((), dtype), jnp.ones((), dtype)
 
     def body(carry: _Carry) -> _Carry:
-        point, t = carry.point, carry.opt.step_size
+        point, t, asking = carry.point, carry.opt.step_size, carry.asking
         first = (
             carry.evaluations == 0
         )  # the start is evaluated by the loop too, at gradient zero: one copy of the objective
@@ -131,14 +132,16 @@ def _solve(
         restart = tree.dot(point.grads, move) > 0
         theta = (1 + jnp.sqrt(1 + 4 * carry.theta**2)) / 2
         momentum = jnp.where(restart | first, zero, (carry.theta - 1) / theta)
-        trial = tolerance.evaluate(objective, tree.axpy(momentum, move, y), outer, ctx)
+        aside = tolerance.beside(point.params, carry.reach)
+        at = tree.where(asking, aside, tree.axpy(momentum, move, y))
+        trial = tolerance.evaluate(objective, at, outer, ctx)
         finite = tolerance.is_finite(trial)
 
         move_z, change = tree.sub(trial.params, point.params), tree.sub(trial.grads, point.grads)
         length, turn = tree.norm(move_z), tree.norm(change)
         noise = 10 * unit * carry.bend.largest * tree.norm(point.params)
         smooth = turn * t <= length + noise * t
-        accepted = finite & (first | smooth)
+        accepted = finite & ~asking & (first | smooth)
         measured = 0.9 * length / jnp.where(turn > 0, turn, one)
         shorter = jnp.where(finite, jnp.clip(measured, 0.1 * t, 0.8 * t), 0.1 * t)
         growing = carry.growing & (first | accepted)
@@ -147,7 +150,7 @@ def _solve(
         next_t = jnp.where(first, begin, jnp.where(accepted, longer, shorter))
 
         new = tree.where(accepted, trial, point)
-        su, counts = tree.dot(move_z, change), finite & ~first
+        su, counts = tree.dot(move_z, change), finite & ~first & ~asking
         bend = tolerance.update_bend(
             carry.bend, su, length**2, turn**2, tree.norm(point.params), unit, counts
         )
@@ -157,21 +160,30 @@ def _solve(
         lost = (rejected >= SEARCH) | (first & ~finite)
         moved = accepted & ~first
         near = tolerance.near(carry.near, new, tol, reach, bend, accepted, first)
+        done = (near >= tolerance.ROW) | (best.age >= tolerance.PATIENCE) | lost
+        # What it would end by may rest on a curvature of long ago: asked once, it goes on if so,
+        # with the step and without the momentum that the point has.
+        told, fell = tolerance.asked(carry.bend, point.params, finite, length, turn)
+        fell = asking & fell
+        bend = tree.where(asking, told, bend)
+        ask = done & ~asking & ~first & tolerance.doubtful(bend)
+        theta = jnp.where(moved, jnp.where(restart, one, theta), carry.theta)
         return _Carry(
             tree.where(first, trial, new),
-            tree.where(moved, y, carry.last),
-            jnp.where(moved, jnp.where(restart, one, theta), carry.theta),
-            AgdState(next_t),
-            best,
+            tree.where(fell, point.params, tree.where(moved, y, carry.last)),
+            jnp.where(fell, one, theta),
+            AgdState(jnp.where(fell, 1 / bend.largest, jnp.where(asking, t, next_t))),
+            best._replace(age=jnp.where(fell, 0, best.age)),
             bend,
             reach,
-            growing,
-            rejected,
+            fell | jnp.where(asking, carry.growing, growing),
+            jnp.where(fell, 0, rejected),
             jnp.where(first, trial.value, carry.first_value),
             carry.iterations + moved.astype(jnp.int32),
             carry.evaluations + 1,
-            near,
-            (near >= tolerance.ROW) | (best.age >= tolerance.PATIENCE) | lost,
+            jnp.where(fell, 0, near),
+            ask,
+            jnp.where(asking, ~fell, done & ~ask),
         )
 
     start = _Carry(
@@ -188,6 +200,7 @@ def _solve(
         iterations=jnp.int32(0),
         evaluations=jnp.int32(0),
         near=jnp.int32(0),
+        asking=jnp.asarray(False),
         stop=jnp.asarray(False),
     )
     end = lax.while_loop(lambda carry: ~carry.stop & (carry.iterations < maxiter), body, start)
@@ -196,6 +209,6 @@ def _solve(
         "grad_norm": end.point.grad_norm,
         "iterations": end.iterations,
         "evaluations": end.evaluations,
-        "code": tolerance.verdict(end.point, end.near >= tolerance.ROW, end.bend),
+        "code": tolerance.verdict(end.point, end.near >= tolerance.ROW, end.stop, end.bend),
     }
     return base.InnerState(end.point.params, end.opt, end.point.model), info

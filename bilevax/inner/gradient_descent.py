@@ -107,6 +107,7 @@ class _Carry(NamedTuple):
     evaluations: Any
     near: Any  # accepted iterates in a row that the tolerance lets pass
     diverged: Any
+    asking: Any  # the next evaluation tells the curvature at the point
     stop: Any
 
 
@@ -128,11 +129,13 @@ def _solve(
     zero = jnp.zeros((), dtype)
 
     def body(carry: _Carry) -> _Carry:
-        point, t = carry.point, carry.opt.step_size
+        point, t, asking = carry.point, carry.opt.step_size, carry.asking
         first = (
             carry.evaluations == 0
         )  # the start is evaluated by the loop too, at gradient zero: one copy of the objective
-        trial = tolerance.evaluate(objective, tree.axpy(-t, point.grads, point.params), outer, ctx)
+        aside = tolerance.beside(point.params, carry.reach)
+        at = tree.where(asking, aside, tree.axpy(-t, point.grads, point.params))
+        trial = tolerance.evaluate(objective, at, outer, ctx)
         finite = tolerance.is_finite(trial)
         drop = jnp.where(first, zero, point.grad_norm**2)
         slope = -tree.dot(trial.grads, point.grads)
@@ -148,9 +151,10 @@ def _solve(
             accepted = finite
             next_t = jnp.broadcast_to(jnp.asarray(step_size).astype(dtype), ())
 
+        accepted = accepted & ~asking
         new = tree.where(accepted, trial, point)
         length = t * jnp.sqrt(drop)
-        norm, counts = tree.norm(point.params), finite & ~first
+        norm, counts = tree.norm(point.params), finite & ~first & ~asking
         turned = jnp.maximum(
             trial.grad_norm**2 + 2 * slope + drop, 0.0
         )  # the squared norm of the gradient's change
@@ -161,26 +165,36 @@ def _solve(
         near = tolerance.near(carry.near, new, tol, reach, bend, accepted, first)
         best = tolerance.update_best(carry.best, trial, accepted)
         # A step so small that it no longer moves the point has nothing left to halve.
-        lost = ~first & ~accepted & (length <= 0.1 * unit * (norm + length))
-        diverged = ~finite & (first | (step_size is not None))
+        lost = ~first & ~asking & ~accepted & (length <= 0.1 * unit * (norm + length))
+        diverged = ~finite & ~asking & (first | (step_size is not None))
+        done = (near >= tolerance.ROW) | (best.age >= tolerance.PATIENCE) | lost | diverged
+        # What it would end by may rest on a curvature of long ago: asked once, it goes on if so.
+        far = tree.norm(tree.sub(trial.params, point.params))
+        change = tree.norm(tree.sub(trial.grads, point.grads))
+        told, fell = tolerance.asked(carry.bend, point.params, finite, far, change)
+        fell = asking & fell
+        bend = tree.where(asking, told, bend)
+        ask = done & ~asking & ~first & ~diverged & tolerance.doubtful(bend)
         return _Carry(
             tree.where(first, trial, new),
-            DescentState(next_t),
-            best,
+            DescentState(jnp.where(asking, t, next_t)),
+            best._replace(age=jnp.where(fell, 0, best.age)),
             bend,
             reach,
             jnp.where(first, trial.value, carry.first_value),
             carry.iterations + (accepted & ~first).astype(jnp.int32),
             carry.evaluations + 1,
-            near,
+            jnp.where(fell, 0, near),
             diverged,
-            (near >= tolerance.ROW) | (best.age >= tolerance.PATIENCE) | lost | diverged,
+            ask,
+            jnp.where(asking, ~fell, done & ~ask),
         )
 
     first_step, bend = state.opt.step_size, tolerance.no_bend(params)
     if step_size is not None:
         first_step = jnp.asarray(step_size).astype(dtype)
-        bend = bend._replace(largest=1 / first_step)  # a fixed step that works is at most about 1/L
+        # a fixed step that works is at most about 1/L
+        bend = bend._replace(largest=1 / first_step, recent=1 / first_step)
     start = _Carry(
         point=tolerance.unevaluated(params, state.model),
         opt=DescentState(first_step),
@@ -192,6 +206,7 @@ def _solve(
         evaluations=jnp.int32(0),
         near=jnp.int32(0),
         diverged=jnp.asarray(False),
+        asking=jnp.asarray(False),
         stop=jnp.asarray(False),
     )
     end = lax.while_loop(lambda carry: ~carry.stop & (carry.iterations < maxiter), body, start)
@@ -200,6 +215,8 @@ def _solve(
         "grad_norm": end.point.grad_norm,
         "iterations": end.iterations,
         "evaluations": end.evaluations,
-        "code": tolerance.verdict(end.point, end.near >= tolerance.ROW, end.bend, end.diverged),
+        "code": tolerance.verdict(
+            end.point, end.near >= tolerance.ROW, end.stop, end.bend, end.diverged
+        ),
     }
     return base.InnerState(end.point.params, end.opt, end.point.model), info

@@ -16,6 +16,7 @@ from bilevax.inner import _tolerance as tolerance
 
 SUFFICIENT, CURVATURE = 1e-4, 0.9  # weak Wolfe conditions
 SEARCH = 20  # evaluations in one line search before the memory is dropped, or the solve given up
+FURTHER = 1e4  # times the unit step
 # trials in a row that rounding hides, with a step below the tolerance, before the solve is done
 LOST = 3
 
@@ -317,13 +318,17 @@ def _solve(
         kept = remember(carry.memory, step, change, su, accepted & ~first & convex)
 
         # A search that finds nothing drops the memory once; without any memory there is nothing
-        # left to try.
+        # left to try. One that slopes send `FURTHER` than the memory says drops it at once, with
+        # its scale: a step down an exponential leaves curvatures of before, many decades too large.
         count = jnp.where(accepted, 0, search.count + 1)
-        failed = ~accepted & ~first & (count >= SEARCH)
+        narrowed = _narrow(search._replace(count=count.astype(jnp.int32)), slope, enough, finite)
         bare = ~jnp.any(kept.diagonal > 0)
+        far = ~bare & jnp.isinf(narrowed.high) & (narrowed.t > FURTHER)
+        failed = ~accepted & ~first & (far | (count >= SEARCH))
         kept = kept._replace(
             inverse=jnp.where(failed, jnp.zeros_like(kept.inverse), kept.inverse),
             diagonal=jnp.where(failed, jnp.zeros_like(kept.diagonal), kept.diagonal),
+            gamma=jnp.where(failed & far, jnp.zeros_like(kept.gamma), kept.gamma),
         )
         restart = accepted | failed
 
@@ -339,7 +344,6 @@ def _solve(
         fresh = _Search(
             direction, length, down, jnp.ones_like(zero), zero, down, infinite, jnp.int32(0)
         )
-        narrowed = _narrow(search._replace(count=count.astype(jnp.int32)), slope, enough, finite)
 
         best = tolerance.update_best(carry.best, trial, accepted)
         best = best._replace(
@@ -352,7 +356,9 @@ def _solve(
         arrived = accepted & ~first & (length <= target) & (was <= target)
         converged = arrived | (finite & accepted & (new.grad_norm == 0))
         known = bend._replace(largest=jnp.where(bend.largest > 0, bend.largest, memory.curvature))
+        # A search that slopes send further out has lost nothing: its memory is out of date.
         lost = ~accepted & ~first & blurred & (count >= LOST) & (search.length <= target)
+        lost = lost & jnp.isfinite(narrowed.high)
         lost = lost & jnp.all(jnp.stack(tolerance.at_rounding(point, known)))
         done = converged | lost | (best.age >= 2 * SEARCH) | (failed & bare) | (first & ~finite)
         return _Carry(
@@ -391,7 +397,9 @@ def _solve(
         "grad_norm": end.point.grad_norm,
         "iterations": end.iterations,
         "evaluations": end.evaluations,
-        "code": tolerance.verdict(end.point, end.converged, end.bend._replace(largest=met)),
+        "code": tolerance.verdict(
+            end.point, end.converged, end.stop, end.bend._replace(largest=met)
+        ),
     }
     return base.InnerState(
         end.point.params, end.memory._replace(curvature=met), end.point.model

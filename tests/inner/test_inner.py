@@ -197,6 +197,81 @@ def test_a_poor_start_does_not_loosen_the_tolerance(name, start):
     assert int(info["code"]) == RESULTS.success
 
 
+ROWS = np.asarray([[1.0, 0.2], [-0.4, 1.0], [0.3, -0.9], [-1.0, -0.5]])
+COUNTS = np.asarray([2.0, 1.0, 3.0, 0.5])
+
+
+def counts(y, x, batch):
+    """A Poisson regression: its curvature at a far start is 1e80 times that of the end."""
+    scores = jnp.asarray(ROWS, y.dtype) @ y
+    return jnp.sum(jnp.exp(scores) - jnp.asarray(COUNTS, y.dtype) * scores)
+
+
+def counts_solution():
+    y = np.zeros(2)
+    for _ in range(50):
+        rates = np.exp(ROWS @ y)
+        y = y - np.linalg.solve((ROWS.T * rates) @ ROWS, ROWS.T @ (rates - COUNTS))
+    return y
+
+
+@each_search
+@pytest.mark.parametrize(
+    ("dtype", "far", "goal"), [("float32", 12.0, 2e-2), ("float64", 60.0, 1e-5)]
+)
+def test_far_starts_of_exponentials_are_solved(name, dtype, far, goal):
+    """A curvature of long ago once made every gradient count as rounding, so success was said at
+    any point; and steps in its scale led nowhere. Where the start overflows, that is said."""
+    solver, g = DESCENT[name](), base.objective(counts)
+
+    def solved(y):
+        state = base.InnerState(y, solver.init(y))
+        end, info = solver.step(g, state, jnp.ones((), dtype), base.Ctx())
+        return end.params, info["code"], counts(y, None, None)
+
+    starts = jnp.asarray(far * np.random.default_rng(1).normal(size=(40, 2)), dtype)
+    found, codes, values = map(np.asarray, jax.jit(jax.vmap(solved))(starts))
+    finite = np.isfinite(values)
+    assert np.all(codes[~finite] == RESULTS.inner_nonfinite) and np.sum(finite) > 30
+    assert np.max(np.linalg.norm(found - counts_solution(), axis=1)[finite]) <= goal
+    assert np.all(codes[finite] == RESULTS.success)
+
+
+@pytest.mark.parametrize(("maxiter", "code"), [(500, "success"), (40, "inner_not_converged")])
+def test_lbfgs_from_far_off_in_raw_units(maxiter, code):
+    """Values of 1e100 and more at the start: one step leaves a memory that is decades out of date,
+    and with it once a success of five evaluations, anywhere."""
+    rng = np.random.default_rng(0)
+    rows, starts = 100 * rng.normal(size=(30, DIM)), 0.5 * rng.normal(size=(40, DIM))
+    seen = rng.poisson(2.0, size=30) + 0.5
+
+    def fn(y, x, batch):
+        scores = jnp.asarray(rows) @ y
+        return jnp.mean(jnp.exp(scores) - jnp.asarray(seen) * scores)
+
+    exact = np.zeros(DIM)
+    for _ in range(60):
+        rates = np.exp(rows @ exact)
+        exact = exact - np.linalg.solve((rows.T * rates) @ rows, rows.T @ (rates - seen))
+    solver, g = inner.lbfgs(maxiter=maxiter), base.objective(fn)
+
+    def solved(y):
+        end, info = solver.step(g, base.InnerState(y, solver.init(y)), jnp.ones(()), base.Ctx())
+        return end.params, info["code"]
+
+    found, codes = map(np.asarray, jax.jit(jax.vmap(solved))(jnp.asarray(starts)))
+    near = np.linalg.norm(found - exact, axis=1) <= 1e-4 * np.linalg.norm(exact)
+    assert np.all(codes == RESULTS[code]) and np.all(near == (code == "success"))
+
+
+@each_search
+def test_a_far_start_that_runs_out_of_iterations_is_said(name):
+    limited = inner.gradient_descent if name == "gradient_descent" else getattr(inner, name)
+    state, info = solve(limited(maxiter=25), counts, jnp.asarray([200.0, 30.0]), 1.0)
+    assert np.linalg.norm(np.asarray(state.params) - counts_solution()) > 1.0
+    assert int(info["code"]) == RESULTS.inner_not_converged
+
+
 @each_descent
 def test_an_earlier_solve_from_far_off_does_not_loosen_the_tolerance(name):
     x = jnp.arange(1.0, DIM + 1)
@@ -210,6 +285,7 @@ def test_an_earlier_solve_from_far_off_does_not_loosen_the_tolerance(name):
     assert int(info["code"]) == RESULTS.success
 
 
+@pytest.mark.turns
 @each_search
 @pytest.mark.parametrize(("unit", "scale"), [(1.0, 1e-8), (1.0, 1e8), (1e-5, 1.0), (1e5, 1.0)])
 def test_units_and_scales_change_nothing(name, unit, scale):
@@ -329,6 +405,7 @@ def test_a_fixed_step_that_diverges_is_nonfinite_and_keeps_the_last_finite_point
     assert bool(jnp.all(jnp.isfinite(state.params)))
 
 
+@pytest.mark.turns
 @each_descent
 def test_vmap_is_a_loop(name):
     solver = DESCENT[name](tol=1e-10)
@@ -530,6 +607,7 @@ def soft_threshold(y, amount, scaling=1.0):
     return jnp.sign(y) * jnp.maximum(jnp.abs(y) - amount * scaling, 0.0)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("solver", ["LBFGS", "BFGS", "NonlinearCG", "GradientDescent"])
 def test_jaxopt_solvers(solver):
     x = np.arange(1.0, DIM + 1)
@@ -609,6 +687,7 @@ BY_RESIDUALS = {
 QUICK = ("jaxopt.LevenbergMarquardt", "optimistix.Newton")
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name", [n if n in QUICK else pytest.param(n, marks=pytest.mark.slow) for n in BY_RESIDUALS]
 )
