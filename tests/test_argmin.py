@@ -281,6 +281,7 @@ def test_pytrees_and_leaves_that_are_not_numbers_to_learn():
     close(grad, {"x": jnp.array([0.0, 0.0, 4.0]), "scale": noise})
 
 
+@pytest.mark.turns
 def test_an_argument_that_reaches_one_leaf_only():
     """JAX's transposition of a linear solve wants every leaf of the right side to move, or none."""
 
@@ -479,6 +480,7 @@ _counted_power.defvjp(
 )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "power, inside",
     [

@@ -60,6 +60,7 @@ def close(found, exact, tol=1e-8):
     chex.assert_trees_all_close(found, exact, rtol=tol, atol=tol)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", quick(METHODS, ["implicit", "unrolled", "fixed point"]))
 def test_the_value_in_everything_that_it_reads(name):
     fn = make(name)
@@ -68,6 +69,7 @@ def test_the_value_in_everything_that_it_reads(name):
     close(fn(START, X, INNER, OUTER).grad, found[0], 1e-12)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name",
     quick(
@@ -91,6 +93,7 @@ def test_the_value_forwards_and_over_lanes(name):
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", quick(METHODS, ["implicit", "unrolled", "fixed point", "neumann"]))
 def test_the_gradient_again_or_refused(name):
     fn = make(name)
@@ -128,6 +131,7 @@ def test_products_from_both_sides_agree_where_the_hessian_is_indefinite():
     close(jax.vjp(grad, X)[1](v)[0], v @ exact)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", ["implicit", "fixed point", "mixed"])
 def test_a_captured_array_is_an_argument_like_any_other(name):
     solver, method = METHODS[name]
@@ -156,6 +160,7 @@ def test_a_captured_array_is_an_argument_like_any_other(name):
     close(jax.jit(jax.grad(value, (0, 1, 2)))(CAPTURED, 1.1, X), exact)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", ["implicit", "fixed point", "neumann"])
 def test_in_the_carry_and_the_outputs_of_a_scan(name):
     fn = make(name)
@@ -183,6 +188,7 @@ def test_in_the_carry_and_the_outputs_of_a_scan(name):
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name",
     quick(
@@ -254,6 +260,7 @@ def test_methods_without_a_rule_for_batches_refuse_by_name():
         jax.grad(value, 1)(X, INNER)
 
 
+@pytest.mark.turns
 def test_a_cut_solve_is_nan_in_the_second_derivative():
     wide = lambda y, x, b: (
         0.5 * jnp.sum(jnp.logspace(0, 4, 30) * (y - jnp.sum(x)) ** 2) + 0.1 * jnp.sum(y**4)
@@ -269,6 +276,7 @@ def test_a_cut_solve_is_nan_in_the_second_derivative():
 # ---- more levels
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "again",
     [jax.jacfwd, pytest.param(lambda f: jax.jit(jax.jacrev(f)), marks=pytest.mark.slow)],
@@ -325,6 +333,7 @@ def test_levels_alike(again):
 # ---- a whole run
 
 
+@pytest.mark.turns
 def test_a_run_is_refused_by_name():
     loop = bx.algorithms.double_loop(
         bx.inner.optax(optax.sgd(0.5), 5), H.implicit(), optax.sgd(0.5)

@@ -74,6 +74,7 @@ def _id(path: Path) -> str:
     return str(path.relative_to(ROOT))
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_page(page, tmp_path):
     text = page.read_text()

@@ -16,6 +16,7 @@ MODULES = [
 OPTIONS = doctest.ELLIPSIS | doctest.NORMALIZE_WHITESPACE
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", MODULES)
 def test_module(name, tmp_path):
     module = importlib.import_module(name)

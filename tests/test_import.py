@@ -6,6 +6,8 @@ import sys
 import tomllib
 from pathlib import Path
 
+import pytest
+
 import bilevax
 
 # Heavy or optional: imported by the one module that needs each, when it is first used.
@@ -83,6 +85,7 @@ def test_nothing_of_jax_is_imported_by_the_first_call():
     assert _python(code).stdout.strip() == "[]"
 
 
+@pytest.mark.turns
 def test_import_costs_little():
     """Under 0.3 s more than importing jax and optax: the least of five fresh processes, since other
     work on the machine only adds.

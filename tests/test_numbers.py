@@ -14,6 +14,7 @@ from bilevax import tree
 H = bx.hypergradient
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 def test_argmin_in_half_precision(dtype):
     rng = np.random.default_rng(0)
@@ -28,6 +29,7 @@ def test_argmin_in_half_precision(dtype):
     assert float(jnp.linalg.norm(found - want) / jnp.linalg.norm(want)) < 0.02
 
 
+@pytest.mark.turns
 def test_complex_arguments_of_argmin_and_complex_batches():
     """Real unknowns, complex measurements: both carry derivatives, as a dense solve has them."""
     rng = np.random.default_rng(3)
@@ -120,6 +122,7 @@ SWITCHES = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name", ["solve_bilevel", "solve_multilevel", "value_and_hypergrad", "argmin"]
 )

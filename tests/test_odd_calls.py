@@ -291,6 +291,7 @@ GOOD = {
 }  # fmt: skip
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", list(ROWS))
 def test_what_is_wrong_is_said_by_name(name, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

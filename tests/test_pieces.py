@@ -182,6 +182,7 @@ LEVELS = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("case", list(LEVELS))
 def test_levels(case):
     make, z, y, want = LEVELS[case]
@@ -220,6 +221,7 @@ def test_argmin():
     np.testing.assert_allclose(jax.jacobian(lambda x: fn(Y, x))(X), np.eye(2), atol=1e-6)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("pair", list(PAIRS))
 def test_diagnosis(pair):
     solver, method = PAIRS[pair]
@@ -236,6 +238,7 @@ def test_diagnosis(pair):
         ]
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("pair", list(PAIRS))
 def test_tasks_on_devices(pair):
     """Eight tasks, a device each, and all tasks on one device: the same numbers."""
@@ -291,6 +294,7 @@ def second(p, b):
     return 0.5 * (p["y"] - p["x"]) ** 2 + 0.5 * p["z"] ** 2
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "method, derivative",
     [

@@ -30,6 +30,7 @@ def moved(form):
     )
 
 
+@pytest.mark.turns
 @forms
 def test_matches_dense_implicit_differentiation(form):
     to_y, to_x = ravel_pytree(form.inner_params)[1], ravel_pytree(form.outer_params)[1]
@@ -84,6 +85,7 @@ def test_matches_finite_differences(form):
     assert np.linalg.norm(grad) > 1e-3  # a stationary point would hide errors
 
 
+@pytest.mark.turns
 @forms
 def test_objectives_keep_single_precision_and_average_over_rows(form):
     single = jax.tree.map(

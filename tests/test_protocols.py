@@ -95,6 +95,7 @@ some = pytest.mark.parametrize(
 )
 
 
+@pytest.mark.turns
 @every
 def test_shapes_info_and_state(name):
     estimate = evaluate(name)
@@ -106,6 +107,7 @@ def test_shapes_info_and_state(name):
     assert abs(float(estimate.info["grad_norm"]) - np.linalg.norm(flatten(estimate.grad))) < 1e-10
 
 
+@pytest.mark.turns
 @every
 def test_exact_where_it_says_so(name):
     if METHODS[name][2]:
@@ -117,6 +119,7 @@ def test_exact_where_it_says_so(name):
         assert cosine > 0
 
 
+@pytest.mark.turns
 @every
 def test_a_state_goes_around_without_a_second_trace(name):
     estimate = evaluate(name)
@@ -126,6 +129,7 @@ def test_a_state_goes_around_without_a_second_trace(name):
     assert int(again.info["code"]) < 10
 
 
+@pytest.mark.turns
 @some
 def test_vmap_equals_a_loop(name):
     fn = function(name)
@@ -139,6 +143,7 @@ def test_vmap_equals_a_loop(name):
         )
 
 
+@pytest.mark.turns
 @some
 def test_a_zero_cotangent_gives_zero(name):
     """The outer objective ignores the inner parameters: no method may divide by the norm of
@@ -151,6 +156,7 @@ def test_a_zero_cotangent_gives_zero(name):
     assert close(estimate.grad, FORM.outer_params, 1e-12) and int(estimate.info["code"]) < 10
 
 
+@pytest.mark.turns
 @some
 def test_float32_stays_float32(name):
     down = functools.partial(
@@ -170,6 +176,7 @@ def test_float32_stays_float32(name):
         assert close(estimate.grad, FORM.hypergradient(FORM.outer_params), 2e-3)
 
 
+@pytest.mark.turns
 @some
 def test_sharded_data_equals_one_device(name):
     mesh = jax.make_mesh((8,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
@@ -237,6 +244,7 @@ def solve(name, num_steps=20, **kwargs):
     )  # fmt: skip
 
 
+@pytest.mark.turns
 @each
 def test_an_algorithm_runs_resumes_and_descends(name):
     whole = solve(name, 40)

@@ -60,6 +60,7 @@ def reference():
     return jax.jit(lambda: (unrolled(W, X), jax.jacfwd(unrolled)(W, X), jax.hessian(measure)(X)))()
 
 
+@pytest.mark.turns
 @each
 def test_values_and_derivatives_are_the_dense_ones(name):
     z, jacobian, hessian = reference()
@@ -95,6 +96,7 @@ def test_lanes_and_devices_are_the_single_call(name):
     np.testing.assert_allclose(jax.jit(grads)(sharded), together, atol=1e-12)
 
 
+@pytest.mark.turns
 def test_what_is_captured_is_differentiated_and_solutions_nest():
     """y = 2 z with z = sqrt(a), inside an equation for u = y + a: du/da = 1 / sqrt(a) + 1, d2u/da2
     = -a^(-3/2) / 2."""
@@ -130,6 +132,7 @@ def test_newton_ends_where_the_solution_is(case):
     )
 
 
+@pytest.mark.turns
 def test_no_solution_is_said():
     fn = lambda y: y**2 + 1.0
     assert np.isnan(bx.root(fn)(3.0))

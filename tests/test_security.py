@@ -70,6 +70,7 @@ def run(folder, n):
     )
 
 
+@pytest.mark.turns
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_shape_that_a_file_claims_takes_no_memory(tmp_path):
     """A manifest with a column of a terabyte, its digest right, is damaged and no attempt at a

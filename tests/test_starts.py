@@ -28,6 +28,7 @@ STARTS = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", STARTS)
 @pytest.mark.parametrize(
     "method", [H.implicit(), H.one_step(0.1), H.sama()], ids=["implicit", "one_step", "sama"]
@@ -205,6 +206,7 @@ def multi_step_by_hand(meta):
     return total
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "method",
     [H.unrolled(), H.unrolled(checkpoint="sqrt"), H.unrolled(checkpoint="none"), H.forward()],

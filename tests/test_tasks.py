@@ -200,6 +200,7 @@ def fit(model, meta, batch):
     return jnp.mean((model(batch[0]) - batch[1]) ** 2)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("transductive", [True, False])
 def test_networks_with_batchnorm_as_tasks(transductive, lenient):
     """Batch statistics at both levels, or running ones of each task's own in the outer loss:

@@ -32,6 +32,7 @@ def test_refusals(arguments):
         bx.testing.check_method(lambda: None)
 
 
+@pytest.mark.turns
 def test_ours_pass():
     bx.testing.check_method(bx.hypergradient.implicit(), rtol=1e-5)
     bx.testing.check_method(bx.hypergradient.one_step(), exact=False)
@@ -53,6 +54,7 @@ def method(pull, finish=lambda grad: grad, info=None):
     return Hypergradient(inherited.init, Bound("changed", vjp))
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     ("broken", "message"),
     [

@@ -345,6 +345,7 @@ def outcome(full, fn, parameter, make):
     return "accepted"
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("full", [full for full, _ in public()])
 def test_wrong_values_are_refused_by_name(full, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)

@@ -21,6 +21,7 @@ def _run(algorithm, steps):
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("certificate", [False, True])
 def test_maid_follows_its_rule(certificate):
     A, C, F, K = (SUM.mean(*place, None) for place in ((0, "A"), (0, "C"), (1, "F"), (1, "K")))

@@ -248,6 +248,7 @@ CASES = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", CASES)
 def test_iterates_follow_the_papers_rule(name):
     algorithm, (y, x) = CASES[name]()
@@ -257,6 +258,7 @@ def test_iterates_follow_the_papers_rule(name):
     np.testing.assert_allclose(solution.inner_params, y, rtol=0, atol=1e-10)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "order",
     [1, 2, pytest.param(3, marks=pytest.mark.slow), pytest.param(4, marks=pytest.mark.slow)],
@@ -490,6 +492,7 @@ def _norm(grad):
 SOME = ("quadratic_tree",)  # the others take their compile time, a few seconds each
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name", [n if n in SOME else pytest.param(n, marks=pytest.mark.slow) for n in PROBLEMS]
 )
@@ -521,6 +524,7 @@ def _upper_residual(y, x, b):
     return jnp.sum(r * r) / 2
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("known", [True, pytest.param(False, marks=pytest.mark.slow)])
 def test_maid_on_random_least_squares(known):
     """The gap is relative to the one at the start; steps are inner gradients and products with
@@ -571,6 +575,7 @@ def test_maid_on_random_least_squares(known):
     np.testing.assert_allclose(history["strong_convexity"][-1], moduli[0], rtol=1e-6)
 
 
+@pytest.mark.turns
 def test_the_certificate_bounds_the_error_of_each_hypergradient():
     """At the point that a step reports, with the constants known: the error itself, not only that
     of the norm."""
@@ -627,6 +632,7 @@ def test_maid_and_hoag_take_any_solver_to_a_tolerance(solver):
         assert _norm(form.hypergradient(np.asarray(solution.outer_params))) < 1e-3 * start
 
 
+@pytest.mark.turns
 def test_maid_in_float32_on_a_pytree():
     form = PROBLEMS["quadratic_tree"]
     y, x, inner_batch, outer_batch = jax.tree.map(

@@ -89,6 +89,7 @@ def test_the_first_move_finds_its_scale(scale):
     np.testing.assert_allclose(solution.outer_params, target, rtol=1e-4)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("outer_scale", [1.0, 1e-6, 1e6])
 def test_the_outer_objective_may_have_any_scale(outer_scale):
     """The same steps, whatever the outer objective is multiplied by."""
@@ -122,6 +123,7 @@ def test_the_outer_objective_may_have_any_scale(outer_scale):
     np.testing.assert_allclose(value.min(), best.fun, rtol=1e-3)
 
 
+@pytest.mark.turns
 def test_a_flat_direction_stops_nothing():
     """Multinomial regression with intercepts: the inner Hessian is nearly singular along their
     common shift."""
@@ -158,6 +160,7 @@ BOX_Q = np.array([[1.0, 0.9, 0.0], [0.9, 1.5, 0.5], [0.0, 0.5, 1.0]])
 BOX_C = np.array([-1.0, 2.0, 0.5])
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("memory", [0, 10])
 def test_a_projected_run_ends_at_the_solution(memory):
     """The minimiser over ``x >= 0`` by enumeration of active sets; a projected quasi-Newton step
@@ -285,6 +288,7 @@ def looks(inner, start, outer):
     )
 
 
+@pytest.mark.turns
 def test_the_probe_tells_convex_from_other_lower_levels():
     square = lambda w, t, b: jnp.mean((b[0] @ w - b[1]) ** 2)
     assert looks(square, jnp.zeros(4), 0.0)
@@ -299,6 +303,7 @@ def test_the_probe_tells_convex_from_other_lower_levels():
     assert not looks(lambda w, t, b: square(w, t, b) * jnp.nan, jnp.zeros(4), 0.0)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("act", [nnx.relu, nnx.tanh])
 def test_minibatched_networks_run_and_improve(act):
     keys = jax.random.split(jax.random.key(0), 2)

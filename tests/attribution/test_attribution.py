@@ -53,6 +53,7 @@ def close(a, b, tolerance):
 # ---- each method
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("what", [measure, queries])
 def test_metagradient_is_the_derivative_of_the_training(problem, what):
     train, _, held = problem
@@ -201,6 +202,7 @@ def test_float32(problem):
     close(found.scores, bx.attribution.metagradient(train, measure, held).scores, 1e-4)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("sharding", [bx.sharding.data_parallel, bx.sharding.fsdp])
 def test_eight_devices(problem, sharding):
     _, data, held = problem

@@ -61,6 +61,7 @@ def branches(jaxpr) -> int:
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", METHODS)
 def test_same_numbers_in_a_branch_and_outside(name, monkeypatch):
     method, count = METHODS[name]

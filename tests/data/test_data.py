@@ -115,6 +115,7 @@ def test_evaluations_of_one_draw_share_a_key_and_draws_do_not():
     assert first == again != second
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("replace", [False, True])
 @pytest.mark.parametrize("total", [2, 5, pytest.param(16, marks=pytest.mark.slow)])
 def test_an_order_found_at_once_is_that_of_the_draws(total, replace):

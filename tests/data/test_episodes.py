@@ -54,6 +54,7 @@ SOURCES = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", SOURCES)
 def test_the_tasks_adapted_to_are_those_asked_about(name):
     episodes = bx.data.episodes(SOURCES[name]())
@@ -82,6 +83,7 @@ def test_a_second_parent_draws_for_itself():
     assert not np.array_equal(adapted, asked)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", ["minibatches", "iterable"])
 def test_episodes_resume_to_the_bit(name, tmp_path):
     pytest.importorskip("orbax.checkpoint")
@@ -150,6 +152,7 @@ def test_levels_share_an_episode(nested):
     assert np.allclose(out.history["value"], wanted, rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.turns
 def test_a_run_of_episodes_under_vmap():
     episodes = bx.data.episodes(bx.data.minibatches(TASKS, 4))
     out = jax.vmap(lambda key: solve(episodes, episodes, key=key).history["value"])(
@@ -158,6 +161,7 @@ def test_a_run_of_episodes_under_vmap():
     assert (out == 0).all()
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", ["minibatches", "iterable"])
 @pytest.mark.parametrize("sharding", [bx.sharding.data_parallel, bx.sharding.tasks])
 def test_episodes_on_several_devices(name, sharding):

@@ -86,6 +86,7 @@ CASES = [(name, (1, 3, 10)[i % 3]) for i, name in enumerate(METHODS)] + [
 ]
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name, steps", CASES)
 def test_every_batch_is_trained_on_once_and_in_order(name, steps):
     loader, num = Numbers(), 7
@@ -203,6 +204,7 @@ LEVELS = [
 ]
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("depth, steps, every, name", LEVELS)
 def test_every_level_trains_on_each_batch_once_and_stands_still_without_reading(
     depth, steps, every, name
@@ -589,6 +591,7 @@ def through(loader, num, steps=4, **keywords):
     )  # fmt: skip
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("form", ["bytes", pytest.param("json", marks=pytest.mark.slow)])
 def test_a_loader_that_knows_its_place_is_not_read_again(form, tmp_path):
     """By ``state=`` and by a checkpoint: the same batches, to the bit, and none before them but the

@@ -132,6 +132,7 @@ def bounded():
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("kind", [0, 1], ids=["residuals", "solutions"])
 def test_error_bound_holds(bounded, kind):
     error, bound, distance, distance_true, size = (column[kind] for column in bounded)
@@ -195,6 +196,7 @@ def test_error_bound_refusals():
         bx.error_bound(info, Constants(1.0, 1.0, 1.0, 0.0))
 
 
+@pytest.mark.turns
 def test_there_is_one_set_of_constants():
     """What is measured or known serves the bound and the algorithm alike, and both bounds are one
     formula."""
@@ -267,6 +269,7 @@ def checked(hypergradient, solver=None, **settings):
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("reference", ["dense", "finite_difference"])
 def test_right_is_found_right(reference):
     report = checked(bx.hypergradient.implicit(linear.cg(tol=1e-12)), reference=reference, tol=1e-6)

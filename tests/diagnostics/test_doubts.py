@@ -18,6 +18,7 @@ TIGHT, STILL = bx.inner.lbfgs(tol=1e-12), bx.inner.optax(optax.sgd(1e-9), 1)
 X = jnp.asarray([1.0, 2.0])
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     ("inner", "start", "x", "method", "solver", "cause"),
     [

@@ -53,6 +53,7 @@ def test_every_recipe_is_here():
     assert names == {name.split("/")[0] for name in RECIPES}
 
 
+@pytest.mark.turns
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
     "name",

@@ -35,6 +35,7 @@ def bounded(jaxopt):
     }
 
 
+@pytest.mark.turns
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("name", ["LBFGSB", "ProjectedGradient", "ProximalGradient", "fixed_point"])
 def test_implicit_over_a_bounded_solver_holds_what_is_held(name):

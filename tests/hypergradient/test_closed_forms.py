@@ -134,6 +134,7 @@ def value_and_grads(form, kind):
     return run(y, x, inner_batch, outer_batch)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(("name", "kind"), everywhere)
 def test_exact_methods(name, kind):
     form = PROBLEMS[name]
@@ -175,6 +176,7 @@ def test_truncated(name):
         ), last
 
 
+@pytest.mark.turns
 @quadratics
 def test_neumann_damping_and_identity(name):
     form, rho, y = PROBLEMS[name], 0.3, prepared(PROBLEMS[name])[0]
@@ -213,6 +215,7 @@ def test_neumann_damping_and_identity(name):
         assert relative(grads[key], want) <= 1e-8, key
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", textbook_first)
 def test_first_order_methods(name):
     """One step, finite differences to their truncation order, and SAMA through Adam, against dense
@@ -270,6 +273,7 @@ def test_first_order_methods(name):
 # ---- stochastic methods
 
 
+@pytest.mark.turns
 @quadratics
 @pytest.mark.parametrize("antithetic", [True, False])
 def test_smoothing_is_unbiased(name, antithetic):
@@ -340,6 +344,7 @@ def test_minibatches_of_products_are_unbiased(name, method):
 # ---- what every estimate says of itself
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     ("method", "solver"),
     [

@@ -158,6 +158,7 @@ def model_problem():
     return jax.tree.map(jnp.asarray, (y, x, *batches))
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name",
     quick(OPTIMIZERS, ["momentum", "adamw", "clip_adam_schedule", "multi_transform", "tunable"]),
@@ -444,6 +445,7 @@ def dropout(y, x, batch, *, key):
     return jnp.sum(jnp.exp(x) * (2 * mask * y - batch) ** 2) + 0.5 * jnp.sum(y * y)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "method",
     [finite_difference(), sama(), sama(product="difference")],

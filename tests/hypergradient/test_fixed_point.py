@@ -73,6 +73,7 @@ CASES = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", CASES)
 def test_against_finite_differences(name):
     case = CASES[name]

@@ -83,6 +83,7 @@ SOLVERS = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("solver", SOLVERS)
 def test_every_linear_solver(solver):
     form = PROBLEMS["logistic_penalties"]

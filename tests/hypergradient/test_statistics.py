@@ -171,6 +171,7 @@ def held_out(model, images, batch):
     return jnp.mean((model(XV) - YV) ** 2)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 @pytest.mark.parametrize("steps", [1, 5])
 def test_distilled_images_see_batchnorm(style, steps):

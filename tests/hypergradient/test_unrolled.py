@@ -109,6 +109,7 @@ OPTIMIZERS = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_equals_grad_of_a_hand_loop(name):
     form, opt, steps = PROBLEMS["ridge"], OPTIMIZERS[name](), 6
@@ -122,6 +123,7 @@ def test_equals_grad_of_a_hand_loop(name):
         close(out.grad, grad, 1e-12)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", quick(PROBLEMS, ["quadratic_tree", "logistic_penalties", "cosh"]))
 def test_modes_equal_each_other(name):
     form = PROBLEMS[name]
@@ -162,6 +164,7 @@ def test_adam_at_inputs_that_no_data_reaches(method):
     assert float(outs[1e-12].grad[1]) == 0.0 and np.linalg.norm(outs[1e-12].grad) > 1e-6
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("steps", [1, 2, 3, 12])
 def test_every_number_of_steps(steps):
     """√K segments with and without a remainder, and no loop at all for one step."""
@@ -203,6 +206,7 @@ def running_mean(y, x, batch, model, *, key):
     return value, ({"mean": center, "count": model["count"] + 1}, {"norm": jnp.sum(y * y)})
 
 
+@pytest.mark.turns
 def test_stateful_keyed_integer_objective_equals_a_hand_loop():
     rng, steps = np.random.default_rng(0), 5
     y0, x0 = jnp.asarray(rng.standard_normal(3)), jnp.asarray(0.1 * rng.standard_normal(3))
@@ -303,6 +307,7 @@ def test_mixed_objective_is_the_objective():
 # ---- second derivatives
 
 
+@pytest.mark.turns
 @modes
 def test_second_derivatives(checkpoint):
     form = PROBLEMS["logistic"] if "logistic" in PROBLEMS else PROBLEMS["ridge"]

@@ -244,6 +244,7 @@ def plain(opt, fn, params, steps, **extra):
     return params
 
 
+@pytest.mark.turns
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", names(QUICK))
 @lenient
@@ -276,6 +277,7 @@ def best_response(x):
     return outer(x, None, None)
 
 
+@pytest.mark.turns
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", names(QUICK_OUTSIDE, without=("contrib.sam",)))
 @lenient

@@ -66,6 +66,7 @@ def hand(make, outer, steps, w=W):
     return loss(w, outer, 0.3)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("method", ["unrolled", "none", "forward"])
 def test_learned_settings_equal_the_loop_by_hand(name, method):

@@ -144,6 +144,7 @@ def captured(network, params, batch):
     return {n: (a, b) for n, a, b in zip(names, found, jax.tree.leaves(direct), strict=True)}
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name",
     [
@@ -295,6 +296,7 @@ EXACT = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "case", [c if "at a time" in c else pytest.param(c, marks=pytest.mark.slow) for c in EXACT]
 )
@@ -462,6 +464,7 @@ def test_layers_say_what_they_are():
     assert bx.linear.layers(objective, SMALL, WEIGHTS, ROWS) == FOUND
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "solver", [bx.linear.cg, pytest.param(bx.linear.minres, marks=pytest.mark.slow)]
 )

@@ -146,6 +146,7 @@ def relative(a, b):
 # ---- the common suite
 
 
+@pytest.mark.turns
 @every
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_equals_dense_solve(name, dtype):
@@ -267,6 +268,7 @@ def test_a_start_worse_than_zero_is_dropped(name):
     assert int(info.iterations) == int(cold.iterations) + 1
 
 
+@pytest.mark.turns
 @every
 def test_vmap_equals_loop(name):
     static, dynamic = split(SOLVERS[name].solver)
@@ -294,6 +296,7 @@ def mesh(kind):
     return jax.make_mesh((8,), ("d",), axis_types=(kind,))
 
 
+@pytest.mark.turns
 @every
 def test_sharded_equals_single(name):
     b, on = vector(RHS), NamedSharding(mesh(AxisType.Auto), P("d"))
@@ -303,6 +306,7 @@ def test_sharded_equals_single(name):
     assert code(sharded_info) == code(info) == RESULTS.success
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"])
 @pytest.mark.parametrize(
     "name", [name for name in SOLVERS if name not in ("cholesky", "lu") and "lineax" not in name]
@@ -328,6 +332,7 @@ def test_vectors_keep_their_sharding(name, kind):
     assert code(info) == RESULTS.success
 
 
+@pytest.mark.turns
 @every
 def test_no_retrace_when_a_number_changes(name):
     count = []

@@ -58,6 +58,7 @@ def test_damping_is_that_of_its_own_level(linear):
     np.testing.assert_allclose(est.grad, (1 + a) * at_w * (1 + by_w) * by_x, rtol=1e-9)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "accepted",
     [np.inf, pytest.param(None, marks=pytest.mark.slow)],

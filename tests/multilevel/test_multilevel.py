@@ -68,6 +68,7 @@ def some_slow(names, slow):
     )
 
 
+@pytest.mark.turns
 @some_slow(CASES, {"nested4", "shared_child"})
 def test_exact_against_unrolled_descent_differentiated_as_it_stands(name):
     estimate = gradient(CASES[name])
@@ -77,6 +78,7 @@ def test_exact_against_unrolled_descent_differentiated_as_it_stands(name):
     assert int(estimate.info["code"]) == RESULTS.success
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", MULTILEVEL)
 def test_exact_against_closed_forms(name):
     form = MULTILEVEL[name]
@@ -91,6 +93,7 @@ def test_exact_against_closed_forms(name):
             assert abs(float(y) - float(answer[level])) < 1e-9
 
 
+@pytest.mark.turns
 def test_four_nested_levels_against_the_rule_of_the_chain():
     """``l_{k-1} = r_k l_k`` for quadratic followers: rates by recursion, the gradient their
     product."""
@@ -147,6 +150,7 @@ def test_every_exact_method_in_the_middle_of_a_chain(name):
     )
 
 
+@pytest.mark.turns
 @some_slow(EXACT_METHODS, set(EXACT_METHODS) - {"implicit_cholesky", "unrolled"})
 def test_every_exact_method_in_the_middle_of_a_nest(name):
     assert (
@@ -165,6 +169,7 @@ MIXED = {
 }
 
 
+@pytest.mark.turns
 @some_slow(MIXED, set(MIXED) - {"implicit_cholesky over unrolled", "unrolled over implicit_minres"})
 def test_mixed_methods_across_nested_levels(name):
     above, below = MIXED[name]
@@ -270,6 +275,7 @@ def test_float32_stays_float32():
 # ---- the four wrong ways, none of which can be written
 
 
+@pytest.mark.turns
 def test_wrong_way_1_pulling_from_the_top_down():
     """Which level is pulled first follows from who reads whom: the order in which levels are listed
     does not matter."""
@@ -468,6 +474,7 @@ def ladder_flops(rungs):
     return compiled.cost_analysis()["flops"]
 
 
+@pytest.mark.turns
 def test_a_ladder_of_diamonds_costs_as_much_as_its_edges():
     two, four = ladder_flops(2), ladder_flops(4)
     assert four / two < 2.2

@@ -100,6 +100,7 @@ def test_frequency():
     )
 
 
+@pytest.mark.turns
 def test_frequency_of_a_level_inside_another():
     """A nested level counts its own solves: those that its reader asks for."""
     nest = {"objective": lambda p, batch: middle(p, batch) + 0.1 * p["z"] ** 2}

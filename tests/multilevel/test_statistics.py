@@ -158,6 +158,7 @@ def plain(p, batch):
     return jnp.mean((p["w"](X) - Y) ** 2)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("given", ["owner", "both"])
 def test_the_top_level_evaluates_a_network_with_its_current_statistics(given):
     """The same as the two-level driver's, to rounding."""

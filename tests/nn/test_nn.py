@@ -61,6 +61,7 @@ METHODS = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "style, name",
     [*(("nnx", name) for name in METHODS), ("linen", "implicit"), ("linen", "unrolled")],
@@ -148,6 +149,7 @@ def test_the_user_s_model_is_not_touched():
     assert same_bits(nnx.state(model, nnx.Param), nnx.state(trained, nnx.Param))
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_modes_by_level(style):
     """An evaluated level normalises by the running statistics, a trained one by the batch's."""
@@ -211,6 +213,7 @@ def test_layers_and_calls_draw_masks_of_their_own():
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_differenced_evaluations_share_their_masks(style):
     """Two gradients at y ± εw with different masks would be off by their difference over 2ε, a
@@ -253,6 +256,7 @@ def penalised(model, scores, batch):
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("norm", [False, True], ids=["", "batchnorm"])
 @pytest.mark.parametrize("name", ["implicit", "unrolled", "sama"])
 def test_nnx_and_linen_give_the_same_hypergradient(name, norm):
@@ -264,6 +268,7 @@ def test_nnx_and_linen_give_the_same_hypergradient(name, norm):
     np.testing.assert_allclose(grads["nnx"].grad, grads["linen"].grad, rtol=1e-6, atol=1e-12)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_against_a_dense_solve(style):
     """Learn the head (10 numbers) with its penalty: solved to the end by Newton, differentiated by
@@ -391,6 +396,7 @@ def test_one_model_divided_between_the_levels(style):
         np.testing.assert_allclose(got, want, rtol=1e-9, atol=1e-13)
 
 
+@pytest.mark.turns
 def test_several_models_at_one_level_and_a_model_at_each():
     """Teacher and student in a dict below, a weighting network above; nnx above linen as well."""
     pair = {"student": nnx_net(1, norm=False), "teacher": nnx_net(2)}
@@ -470,6 +476,7 @@ def test_levels_of_one_model_and_of_several():
 # ---- traces
 
 
+@pytest.mark.turns
 def test_nothing_is_traced_beyond_hand_split_functions():
     def count(make):
         seen = []
@@ -518,6 +525,7 @@ def test_nothing_is_traced_beyond_hand_split_functions():
     assert ours[0] <= theirs[0] and ours[1:] == theirs[1:] == (1, 0, 1), (ours, theirs)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_another_model_of_the_same_architecture_compiles_nothing(style):
     def solve(seed):
@@ -544,6 +552,7 @@ ALGORITHM = bx.algorithms.double_loop(
 )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 def test_metrics_see_models_in_evaluation_mode(style):
     problem = nn.bilevel(weighted, plain, both_styles()[style], SCORES)

@@ -174,6 +174,7 @@ WRAPPERS = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", WRAPPERS)
 def test_wrappers_train_as_they_do_alone(name):
     opt, net = WRAPPERS[name], nn.from_nnx(nnx_net(norm=False))
@@ -222,6 +223,7 @@ def test_an_average_of_the_parameters_rides_in_the_optimizer_s_state():
 # ---- dtypes
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("style", ["nnx", "linen"])
 @pytest.mark.parametrize(
     "policy",

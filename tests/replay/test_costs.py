@@ -22,6 +22,7 @@ def pieces(loss, params, weights, batch, save=True):
     return training, given, state
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "problem, bound",
     [(costs.transformer, 2.8), (costs.perceptron, 2.5)],
@@ -55,6 +56,7 @@ def test_a_step_back(problem, bound):
         )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "problem, bound",
     [(costs.transformer, 2.8), (costs.perceptron, 2.5)],

@@ -26,6 +26,7 @@ def exact():
     return problem, trainings.by_scan(problem)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("save", [True, False])
 @pytest.mark.parametrize("name", SCHEDULES)
 def test_equals_the_scan(exact, name, save):
@@ -69,6 +70,7 @@ def run(problem, *args, **keywords):
     )
 
 
+@pytest.mark.turns
 def test_float32():
     problem = trainings.make(dtype=jnp.float32)
     _, (outer, init) = trainings.by_scan(problem)
@@ -79,6 +81,7 @@ def test_float32():
     assert trainings.distance(found.init_grad, init) < 1e-5
 
 
+@pytest.mark.turns
 def test_equals_unrolled():
     """The same numbers as the compiled solve, through its own interface, with leaves that are read
     a part a step."""
@@ -136,6 +139,7 @@ def test_several_checkpoints():
     assert trainings.distance((found.grad, found.init_grad), (outer, init)) < 1e-12
 
 
+@pytest.mark.turns
 def test_queries_share_the_way_back():
     problem = trainings.make(20)
     rows = lambda params, outer, batch: (
@@ -151,6 +155,7 @@ def test_queries_share_the_way_back():
         assert trainings.distance((pick(found.grad), pick(found.init_grad)), (outer, init)) < 1e-12
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "optimizer",
     [
@@ -171,6 +176,7 @@ def test_optimizer_settings(optimizer):
     )
 
 
+@pytest.mark.turns
 def test_an_optimizer_that_reads_the_value():
     """Polyak's rule: the step's length is the value over the gradient's square."""
     problem = trainings.make(6)
@@ -217,6 +223,7 @@ def test_microbatches():
     )
 
 
+@pytest.mark.turns
 def test_a_gradient_of_ones_own():
     """Clipped a row each, which has no objective: against reverse mode by hand."""
     problem = trainings.make(6)
@@ -271,6 +278,7 @@ def judged(params, outer, batch, stats):
     return jnp.mean((jnp.tanh(hidden) @ params["out"] - batch[1]) ** 2), stats
 
 
+@pytest.mark.turns
 def test_statistics_are_differentiated():
     problem = trainings.make(10)
     stats = {"mean": jnp.zeros(5), "square": jnp.ones(5), "count": jnp.int32(0)}

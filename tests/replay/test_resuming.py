@@ -152,6 +152,7 @@ def test_states_that_leave_the_device(name, monkeypatch):
     assert kinds and set(kinds) == {"pinned_host"}
 
 
+@pytest.mark.turns
 def test_killed_processes(tmp_path):
     """Without a word, on the way there, on the way back, and to the end in a fourth process: the
     undisturbed bits."""

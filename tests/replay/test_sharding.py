@@ -52,6 +52,7 @@ def call(params, outer, data, batch, quality=quality, **keywords):
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", ["data_parallel", "fsdp"])
 def test_eight_devices(name):
     sharding = (

@@ -47,6 +47,7 @@ def found(folder):
     return sorted(p.name for p in pathlib.Path(folder).iterdir())
 
 
+@pytest.mark.turns
 def test_a_run_in_pieces_is_the_run(whole, tmp_path):
     plain = solve(checkpoint=every(tmp_path / "plain"))
     assert same(bits(plain), whole) and plain.stats["resumed_from"] == 0
@@ -91,6 +92,7 @@ def test_iterables_resume_at_their_batch(tmp_path):
         solve(60, inner_data=loader(6), checkpoint=every(tmp_path, 7))  # shuffled without a seed
 
 
+@pytest.mark.turns
 def test_aux_keys_and_empty_leaves_come_back(tmp_path):
     aux = bx.objective(
         lambda y, x, b: (jnp.sum((y["w"] - 1.0) ** 2), {"a": [y["w"][0], (jnp.ones(2) * x,)]}),
@@ -146,6 +148,7 @@ def test_multilevel_runs_are_saved_too(tmp_path):
 # ---- other devices
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("devices", [4, 1])
 def test_another_number_of_devices(whole, tmp_path, devices):
     """Saved on eight devices, gone on with on fewer: equal to rounding."""
@@ -226,6 +229,7 @@ class Forks:
             return dict(file)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
 def test_kill_at_random_moments(tmp_path, kills):
     """SIGKILL again and again while one run is going on; the end is that of an undisturbed one, to
@@ -350,6 +354,7 @@ def reported(folder, **keywords):
     return out, [str(w.message) for w in seen if "is damaged" in str(w.message)]
 
 
+@pytest.mark.turns
 @abandoned
 @pytest.mark.parametrize("kind", DAMAGE)
 def test_damage_is_noticed_and_the_one_before_used(saved, whole, tmp_path, kind):

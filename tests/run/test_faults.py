@@ -296,6 +296,7 @@ for full_at in (40, 10):
 """
 
 
+@pytest.mark.turns
 def test_a_full_disk(tmp_path):
     """At the last save, and at the first: what was saved before is sound, and the run is in the
     error."""
@@ -454,6 +455,7 @@ def test_metrics_may_begin_and_end(tmp_path, caplog):
     assert out.history["aux"]["n"][10:].tolist() == [3.0] * 10
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("policy", ["skip", "rollback"])
 @pytest.mark.parametrize(
     "kill", [64, pytest.param(31, marks=pytest.mark.slow), pytest.param(75, marks=pytest.mark.slow)]

@@ -77,6 +77,7 @@ OTHERS = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("what", OTHERS)
 def test_a_checkpoint_of_another_problem_is_refused_by_name(what, tmp_path):
     changes, part = OTHERS[what]
@@ -88,6 +89,7 @@ def test_a_checkpoint_of_another_problem_is_refused_by_name(what, tmp_path):
     assert solve(tmp_path).stats["resumed_from"] == 10  # and still there for its own
 
 
+@pytest.mark.turns
 def test_a_number_that_is_a_leaf_and_data_that_is_held_are_told_too(tmp_path):
     here = dict(algorithm=algorithm(make=tuned), outer_data=DATA)
     solve(tmp_path, num_steps=10, **here)
@@ -99,6 +101,7 @@ def test_a_number_that_is_a_leaf_and_data_that_is_held_are_told_too(tmp_path):
     assert solve(tmp_path, **here).stats["resumed_from"] == 10
 
 
+@pytest.mark.turns
 def test_what_may_change(tmp_path):
     """How a run is watched, kept and laid out is no part of its problem, nor is who built its
     pieces."""
@@ -114,6 +117,7 @@ def test_what_may_change(tmp_path):
     assert out.stats["resumed_from"] == 20 and out.stats["best_step"] >= 20
 
 
+@pytest.mark.turns
 def test_iterates_that_were_kept_by_another_score_are_forgotten(tmp_path):
     """The distance to 1, where the run starts, is never smaller again; that to 3 is at the end."""
     by = lambda target, **keywords: bx.metrics(
@@ -234,6 +238,7 @@ def test_checkpoints_of_other_versions(tmp_path):
         solve(tmp_path)
 
 
+@pytest.mark.turns
 def test_another_process_finds_the_same_digests():
     """Nothing of a process is in them: no addresses, no order of a set, no counter of
     compilations."""

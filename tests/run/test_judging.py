@@ -29,6 +29,7 @@ each_single = pytest.mark.parametrize("name", SINGLE)
 # ---- what is kept
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", [*SINGLE, "one inner step"])
 def test_an_unsolved_inner_point_is_not_the_best(name):
     """``y* = x`` and ``f = ½‖y‖²``: at the start y = 0 has the least f of all, and says nothing of
@@ -50,6 +51,7 @@ def test_an_unsolved_inner_point_is_not_the_best(name):
     assert np.abs(last.outer_params).max() <= 0.02
 
 
+@pytest.mark.turns
 def test_a_start_that_fits_the_held_out_data_by_chance_is_not_the_best():
     """A second kind: ridge regression by SOBA, from inner parameters that were fitted to the
     validation data themselves."""
@@ -277,6 +279,7 @@ def test_rows_between_measurements_are_no_fault(problem):
     assert solution.stats["best_step"] == 6
 
 
+@pytest.mark.turns
 def test_rows_between_measurements_go_on_where_a_run_was_left():
     """Two runs of four and three steps measure at steps 0, 3 and 6, as one of seven does; so does a
     run inside another program."""

@@ -78,6 +78,7 @@ def alone(tmp_path_factory):
     return here(tmp_path_factory.mktemp("one"), 12)
 
 
+@pytest.mark.turns
 def test_two_processes_equal_one(alone, tmp_path):
     first, second = run(2, tmp_path, 12)
     for case in CASES:

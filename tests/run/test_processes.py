@@ -72,6 +72,7 @@ def together(tmp_path_factory):
     return (*run([*DIFFERING, "stop", "raise", "kill"], folder), folder / "kill", time.time())
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("mode", list(DIFFERING))
 def test_what_differs_is_named_on_both(mode, together):
     for said in together[:2]:

@@ -66,6 +66,7 @@ def values(state):
     return state._replace(key=None if state.key is None else jax.random.key_data(state.key))
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "data",
     [TRAIN, bx.data.minibatches(TRAIN, 5), bx.data.minibatches(TRAIN, 5, replace=True)],
@@ -515,6 +516,7 @@ def test_vmap_over_step_sizes_equals_a_loop():
     )
 
 
+@pytest.mark.turns
 def test_vmap_over_keys_and_problems():
     def final(key, shift):
         data = jax.tree.map(jnp.asarray, TRAIN)
@@ -556,6 +558,7 @@ def test_float32_and_bfloat16_params_keep_their_dtypes():
         )
 
 
+@pytest.mark.turns
 def test_algorithm_none():
     solution = run(200, algorithm=None)
     assert abs(solution.history["value"][-1] - run(400).history["value"][-1]) < 1e-5

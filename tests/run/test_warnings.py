@@ -62,6 +62,7 @@ def stiff(condition):
     )
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("solver", [None, linear.minres()], ids=["cg", "minres"])
 @pytest.mark.parametrize("condition", [1e2, 1e4, 1e6])
 def test_an_adjoint_above_its_tolerance_is_said(solver, condition):
@@ -159,6 +160,7 @@ def network(key=0):
     return dict(inner_data=(x[:32], y[:32]), outer_data=(x[32:], y[32:])), inner, loss, start
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "solver", [linear.cg(maxiter=5), linear.neumann(5)], ids=["cg5", "neumann5"]
 )
@@ -197,6 +199,7 @@ ROUGH = bx.algorithms.double_loop(
 )
 
 
+@pytest.mark.turns
 def test_strict_makes_a_failure_of_what_is_named_and_undoes_the_step():
     go = lambda **kw: bx.solve_bilevel(
         curved, fit, jnp.zeros(2), jnp.zeros(2), algorithm=ROUGH, num_steps=4, throw=False, **kw
@@ -251,6 +254,7 @@ def test_a_step_with_a_warning_is_never_converged():
     assert go(algorithm=crude).result is RESULTS.tolerance_not_met
 
 
+@pytest.mark.turns
 def test_lanes_have_their_own_warnings():
     def run(scale):
         inner = lambda y, x, batch: 0.5 * jnp.sum(batch * (y - x) ** 2)
@@ -264,6 +268,7 @@ def test_lanes_have_their_own_warnings():
     assert [bool(n) for n in counts] == [False, True, False, True]
 
 
+@pytest.mark.turns
 def test_levels_say_what_is_rough_of_each():
     levels = [
         bx.Level(
@@ -310,6 +315,7 @@ def test_a_failure_is_nan_in_the_gradient_and_leaves_the_state():
     assert out.state.step.tolist() == [1, 1, 0, 1]
 
 
+@pytest.mark.turns
 def test_statistics_that_matter_and_are_held_constant_are_said():
     inner = bx.objective(
         lambda y, x, batch, model: (jnp.sum((y - x) ** 2), {"mean": 0.9 * model["mean"] + 0.1 * y}),

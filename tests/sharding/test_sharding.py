@@ -93,6 +93,7 @@ def equal(a, b, tol=1e-10):
 # ---- equal to one device
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name",
     [
@@ -135,6 +136,7 @@ def test_what_is_a_mean_at_zero_alone_is_not_taken_for_one(term):
     assert equal(solve(sharding=S.data_parallel()), solve())
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name", [n if n == "sama" else pytest.param(n, marks=pytest.mark.slow) for n in MAIN]
 )
@@ -142,6 +144,7 @@ def test_means_of_own_rows_equal_one_device(name):
     assert equal(run(name, sharding=S.data_parallel(mean=True)), alone(name))
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name",
     [n if n in ("implicit", "soba") else pytest.param(n, marks=pytest.mark.slow) for n in MAIN],
@@ -184,6 +187,7 @@ SLOW_DATA = [
 ]
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("data", ["epoch", "stream", *SLOW_DATA])
 def test_drawn_batches_are_the_same_ones(data):
     made = {
@@ -304,6 +308,7 @@ def total(pairs):
     return sum(count * size for count, size in pairs)
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize(
     "name, entries, loop, count",
     [
@@ -428,6 +433,7 @@ QUICK_TASKS = [
 ]
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("name", QUICK_TASKS)
 def test_tasks_equal_one_device_two_on_each(name):
     out, one = run_tasks(name, sharding=S.tasks()), run_tasks(name)
@@ -455,6 +461,7 @@ def test_no_collective_in_a_task_s_loops(name):
     )  # sums, largest integers, largest floats (the inner gradient of single loops)
 
 
+@pytest.mark.turns
 def test_initialisations_and_drawn_tasks():
     """MAML on drawn tasks: the starting points come from the outer parameters, the batches from a
     function."""
@@ -516,6 +523,7 @@ def test_keyed_tasks_draw_the_keys_of_one_device(key):
     assert not equal(one, run_tasks("soba", objectives=objectives, key=jax.random.key(99)))
 
 
+@pytest.mark.turns
 def test_tasks_of_three_levels():
     """A head and a step size a task, and what all of them share: as on one device, with the tasks'
     state split."""
@@ -562,6 +570,7 @@ def test_tasks_of_three_levels():
 # ---- steps inside shard_map and pmap
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("where", ["check_vma", "no check_vma", "pmap"])
 @pytest.mark.parametrize(
     "name", [n if n == "sama" else pytest.param(n, marks=pytest.mark.slow) for n in METHODS]

@@ -50,6 +50,7 @@ WRAPS = {
 }
 
 
+@pytest.mark.turns
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize(
     "name",
@@ -65,6 +66,7 @@ def test_wrapped_objectives_have_the_same_derivatives(name, wrap):
     assert near(gradient(name, WRAPS[wrap]), plain(name))
 
 
+@pytest.mark.turns
 def test_accumulation_on_eight_devices():
     run = lambda wrap, **keywords: bx.solve_bilevel(
         wrap(FORM.inner), wrap(FORM.outer), FORM.inner_params, FORM.outer_params,
