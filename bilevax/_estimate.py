@@ -11,7 +11,6 @@ from jax import lax
 
 from bilevax import starts, tree
 from bilevax._core.apart import apart
-from bilevax._core.jaxpr import reads
 from bilevax._core.precision import under
 from bilevax.base import (
     Ctx,
@@ -29,7 +28,7 @@ from bilevax.base import (
     StepInfo,
     as_cotangent,
 )
-from bilevax.results import RESULTS, as_warning, failed, ladder, strictly, warning
+from bilevax.results import RESULTS, as_warning, failed, ladder, strictly
 
 
 class Call(NamedTuple):
@@ -134,7 +133,11 @@ def pulled(
     warnings = (
         warned
         | info.get("warnings", 0)
-        | _constant_statistics(problem, method, solution, outer, outer_ctx)
+        | (
+            0
+            if method.sees_model
+            else starts.constant_statistics(problem, solution, outer, outer_ctx)
+        )
     )
     code = ladder(
         said,
@@ -145,24 +148,6 @@ def pulled(
     )
     info = {**info, "grad_norm": grad_norm, "code": code, "warnings": warnings}
     return solution, Estimate(value, grad, solution.params, state, info, aux)
-
-
-def _constant_statistics(
-    problem: Problem, method: Hypergradient, solution: InnerState, outer: PyTree, ctx: Ctx
-) -> Any:
-    """The warning that a method leaves out the path through the model's state, where the outer
-    objective takes it.
-    """
-    floats, rest = tree.partition(solution.model)
-    if method.sees_model or not problem.inner.stateful or not jax.tree.leaves(floats):
-        return jnp.int32(0)
-
-    def value(floats):
-        return problem.outer(
-            solution.params, outer, ctx._replace(model=tree.combine(floats, rest))
-        )[0]
-
-    return warning(any(reads(value, floats)), RESULTS.statistics_constant)
 
 
 _NONFINITE = (

@@ -255,6 +255,11 @@ def problem(
         )
     if project is not None:
         numbers.takes(project, "project", "(outer_params) -> outer_params")
+    if objective(inner_objective).trajectory:
+        raise TypeError(
+            "inner_objective: got objective(..., trajectory=True); expected it at the outer level "
+            "only, which reads the inner level's steps."
+        )
     if objective(outer_objective).indexed:
         raise TypeError(
             "outer_objective: got objective(..., indexed=True); expected it at the inner level "

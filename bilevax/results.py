@@ -316,7 +316,12 @@ def warning(condition: Any, code: RESULTS) -> Any:
     """The bit mask of one warning: `code`'s bit where `condition` (a traced scalar) holds, else
     0.
     """
-    return jnp.where(condition, jnp.int32(1 << WARNINGS.index(code)), jnp.int32(0))
+    return jnp.where(condition, jnp.int32(mask_of(code)), jnp.int32(0))
+
+
+def mask_of(code: RESULTS) -> int:
+    """The bit of one warning."""
+    return 1 << WARNINGS.index(code)
 
 
 def warnings_in(masks: Any) -> dict[RESULTS, Any]:

@@ -12,7 +12,7 @@ from bilevax._core.transfers import by_intent
 from bilevax._core.types import Key
 from bilevax.base import Algorithm, InnerState, PyTree
 from bilevax.data.draws import with_number
-from bilevax.data.episodes import numbered
+from bilevax.data.episodes import numbered, refuse_other_tasks
 from bilevax.data.sources import as_source
 from bilevax.results import RESULTS
 from bilevax.run.chunk import drive
@@ -86,7 +86,8 @@ def solve_bilevel(
       key: PRNG key; needed where data is sampled or an objective is keyed.
       inner_init: ``outer_params -> inner_params``, where every solve starts from a function of the
         outer parameters; ``(outer_params, key) -> inner_params``, whose second argument is named
-        `key`, where each outer step begins at a new draw.
+        `key`, where each outer step begins at a new draw. It may return ``(inner_params,
+        model_state)``; otherwise statistics go on from where the last solve left them.
       project: ``outer_params -> outer_params``, applied after every outer step.
       model_state: initial model state of a stateful inner objective.
       metrics: `bilevax.metrics` of a function of held-out data, or the function itself.
@@ -168,6 +169,7 @@ def solve_bilevel(
     problem = check.problem(
         inner_objective, outer_objective, inner_draw, hyper_draw, outer_draw, inner_init, project
     )
+    refuse_other_tasks(problem, inner_source, outer_source)
     run_key = key if state is None else state.key
     sampled = run_key is None and any(map(needs_key, sources))
     call = prepared(problem, inner_params, outer_params, model_state, run_key, sampled=sampled)
@@ -195,9 +197,11 @@ def solve_bilevel(
         algorithm = default_algorithm(
             problem, sources, start, outer, key, None if state is None else state.algorithm
         )
+    warnings = 0
     if algorithm.around is None and algorithm.differentiates:
         # what has a hypergradient method looks for itself, with all that the method can see
         starts.linked(problem, start, outer, (with_number(problem.inner, inner_ctx), outer_ctx))
+        warnings = starts.constant_statistics(problem, start, outer, outer_ctx)
     problem = reading(problem, algorithm.draws, sources)
     functions = {
         "inner_objective": (
@@ -221,5 +225,6 @@ def solve_bilevel(
             value_dtype,
             options,
             functions,
+            warnings,
         )
     )

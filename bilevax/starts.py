@@ -12,6 +12,7 @@ from bilevax import tree
 from bilevax._core.jaxpr import dependences, reads
 from bilevax._core.settings import Static, join, parameters, split
 from bilevax.base import Bound, Ctx, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
+from bilevax.results import RESULTS, mask_of
 
 _STREAM = 0x5354  # apart from the other uses of a step's own key
 
@@ -237,6 +238,24 @@ def _unread(place: str) -> ValueError:
         "expected every leaf to be read. A value that a function captured, or that an optimizer "
         "was built with, is a constant: use outer_params in the objective, or inner.optax(lambda "
         "outer: optimizer, steps); if every solve begins at it, give inner_init=."
+    )
+
+
+def constant_statistics(problem: Problem, inner: InnerState, outer: PyTree, ctx: Ctx) -> int:
+    """Whether the outer objective depends on statistics that the lower level moves, for what takes
+    them as constants: the mask of the warning, or zero. `ctx` is of the outer objective.
+    """
+    if not problem.inner.stateful:
+        return 0
+    floats, rest = tree.partition(inner.model)
+
+    def value(given):
+        floats, rest, params, outer, ctx = given
+        return problem.outer(params, outer, ctx._replace(model=tree.combine(floats, rest)))[0]
+
+    given = (floats, rest, inner.params, outer, ctx._replace(model=None))
+    return mask_of(RESULTS.statistics_constant) * any(
+        reads(value, given)[: len(jax.tree.leaves(floats))]
     )
 
 

@@ -27,7 +27,8 @@ def tasks(fn: Callable[..., Any], reduce: str = "mean") -> Objective:
     Args:
       fn: ``(inner_params, outer_params, batch) -> scalar`` for one task, or `objective` of one
         (`has_aux`; `keyed`: a key of its own each; `stateful`: a model state of its own each, with
-        the task axis in front, as ``task_copies(n)(state)`` makes it).
+        the task axis in front, as ``task_copies(n)(state)`` makes it; `trajectory`: its own steps
+        each).
       reduce: "mean" or "sum".
 
     Returns:
@@ -58,7 +59,12 @@ def tasks(fn: Callable[..., Any], reduce: str = "mean") -> Objective:
     one = objective(fn)
     numbers.choice(reduce, "reduce", ("mean", "sum"))
     settings = dict(
-        fn=one.fn, has_aux=one.has_aux, stateful=one.stateful, keyed=one.keyed, reduce=reduce
+        fn=one.fn,
+        has_aux=one.has_aux,
+        stateful=one.stateful,
+        keyed=one.keyed,
+        reduce=reduce,
+        axis=1 if one.trajectory else 0,  # of the tasks, behind that of the steps
     )
     return Objective(
         Bound(f"tasks({one.name})", _over_tasks, **settings),
@@ -66,6 +72,7 @@ def tasks(fn: Callable[..., Any], reduce: str = "mean") -> Objective:
         one.stateful,
         one.keyed,
         one.indexed,
+        one.trajectory,
         tasks=reduce,
     )
 
@@ -80,10 +87,12 @@ def _over_tasks(
     stateful: bool,
     keyed: bool,
     reduce: Any,
+    axis: int,
     key: Any = None,
     **number: Any,
 ) -> Any:
-    lengths = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((inner, batch, model))}
+    lengths = {jnp.shape(leaf)[axis : axis + 1] for leaf in jax.tree.leaves(inner)}
+    lengths |= {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves((batch, model))}
     if len(lengths) != 1 or () in lengths:
         shapes = [list(jnp.shape(leaf)) for leaf in jax.tree.leaves((inner, batch))]
         states = (
@@ -102,7 +111,7 @@ def _over_tasks(
         out = fn(inner, outer, batch, *model, **({"key": key} if keyed else {}), **number)
         return out if has_aux or stateful else (out, None)
 
-    values, rest = jax.vmap(one)(inner, batch, model, keys)
+    values, rest = jax.vmap(one, in_axes=(axis, 0, 0, 0))(inner, batch, model, keys)
     value = jnp.mean(values) if reduce == "mean" else jnp.sum(values)
     return (value, rest) if has_aux or stateful else value
 

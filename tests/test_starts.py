@@ -274,6 +274,15 @@ def test_methods_of_the_last_point_refuse_the_steps():
         )  # fmt: skip
 
 
+def test_only_an_outer_objective_reads_the_steps():
+    steps = bx.objective(multi_step, trajectory=True)
+    solver = bx.inner.optax(optax.sgd(0.1), 3)
+    with pytest.raises(TypeError, match="inner_objective: got objective.*at the outer level only"):
+        bx.value_and_hypergrad(steps, query, solver=solver, hypergradient=H.unrolled())
+    with pytest.raises(TypeError, match="Level 'w', objective: got objective.*trajectory=True"):
+        bx.Level("w", steps, solver=solver, hypergradient=H.unrolled())
+
+
 # ---- what cannot be learned
 
 

@@ -61,6 +61,112 @@ def test_maml_is_the_gradient_by_hand():
     assert all(np.linalg.norm(leaf) > 1e-3 for leaf in jax.tree.leaves(want))
 
 
+def adapted(w, task, rates, heads=False):
+    for _ in range(3):
+        gradient = jax.grad(regression)(w, None, (SUPPORT[0][task], SUPPORT[1][task]))
+        moved = jax.tree.map(lambda p, r, g: p - r * g, w, rates, gradient)
+        w = {"first": w["first"], "second": moved["second"]} if heads else moved
+    return w
+
+
+def asked(w, task):
+    return regression(w, None, (QUERY[0][task], QUERY[1][task]))
+
+
+RATES = {"first": jnp.full((2, 3), 0.2), "second": jnp.array([0.1, 0.2, 0.3])}
+EQUAL = jax.tree.map(lambda a: jnp.full_like(a, 0.2), START)
+
+
+def meta_sgd():
+    """A learned rate for each parameter."""
+    rates = lambda outer: optax.stateless(
+        lambda g, w: jax.tree.map(lambda r, a: -r[None] * a, outer["rates"], g)
+    )
+    arguments = bx.tasks(regression, "sum"), bx.tasks(regression)
+    start = lambda outer: bx.task_copies(T)(outer["start"])
+    by_hand = lambda outer, task: asked(adapted(outer["start"], task, outer["rates"]), task)
+    outer = {"start": START, "rates": RATES}
+    return arguments, bx.inner.optax(rates, 3), bx.hypergradient.unrolled(), start, outer, by_hand
+
+
+def anil():
+    """The head alone adapts."""
+    whole = lambda w, outer, batch: regression({**outer, **w}, outer, batch)
+    start = lambda outer: bx.task_copies(T)({"second": outer["second"]})
+    by_hand = lambda outer, task: asked(adapted(outer, task, EQUAL, heads=True), task)
+    sgd, exact = bx.inner.optax(optax.sgd(0.2), 3), bx.hypergradient.unrolled()
+    return (bx.tasks(whole, "sum"), bx.tasks(whole)), sgd, exact, start, START, by_hand
+
+
+def first_order():
+    """The query's gradient where adaptation has led."""
+    stop = jax.lax.stop_gradient
+    along = lambda w, outer, batch: regression(
+        jax.tree.map(lambda a, b: stop(a - b) + b, w, outer), outer, batch
+    )
+
+    def by_hand(outer, task):
+        moved = jax.tree.map(lambda a, b: a - b, adapted(outer, task, EQUAL), outer)
+        return asked(jax.tree.map(lambda a, b: stop(a) + b, moved, outer), task)
+
+    sgd, none = bx.inner.optax(optax.sgd(0.2), 3), bx.hypergradient.one_step()
+    arguments = bx.tasks(regression, "sum"), bx.tasks(along)
+    return arguments, sgd, none, bx.task_copies(T), START, by_hand
+
+
+def reptile():
+    """Towards where adaptation has led."""
+    square = lambda w, outer: optax.tree.norm(optax.tree.sub(w, outer), squared=True)
+    towards = lambda w, outer, batch: 0.5 * square(jax.lax.stop_gradient(w), outer)
+    by_hand = lambda outer, task: (
+        0.5 * square(jax.lax.stop_gradient(adapted(outer, task, EQUAL)), outer)
+    )
+    sgd, none = bx.inner.optax(optax.sgd(0.2), 3), bx.hypergradient.one_step()
+    arguments = bx.tasks(regression, "sum"), bx.tasks(towards)
+    return arguments, sgd, none, bx.task_copies(T), START, by_hand
+
+
+@pytest.mark.parametrize("form", [meta_sgd, anil, first_order, reptile])
+def test_forms_of_maml_are_the_gradient_by_hand(form):
+    arguments, solver, method, start, outer, by_hand = form()
+    fn = bx.value_and_hypergrad(*arguments, solver=solver, hypergradient=method, inner_init=start)
+    est = jax.jit(fn)(start(outer), outer, SUPPORT, QUERY)
+    mean = lambda outer: sum(by_hand(outer, task) for task in range(T)) / T
+    value, want = jax.jit(jax.value_and_grad(mean))(outer)
+    np.testing.assert_allclose(est.value, value, rtol=1e-12)
+    chex.assert_trees_all_close(est.grad, want, rtol=1e-10, atol=1e-14)
+
+
+def test_every_step_of_every_task_is_seen():
+    """MAML++ with the objective of one task: its own steps, and its own batch."""
+    weights = jnp.array([0.2, 0.3, 0.5])
+
+    def each_step(path, outer, batch):
+        return jnp.sum(weights * jax.vmap(lambda w: regression(w, outer, batch))(path))
+
+    def by_hand(start):
+        total = 0.0
+        for t in range(T):
+            params = start
+            for weight in weights:
+                gradient = jax.grad(regression)(params, None, (SUPPORT[0][t], SUPPORT[1][t]))
+                params = jax.tree.map(lambda p, g: p - 0.2 * g, params, gradient)
+                total += weight * regression(params, None, (QUERY[0][t], QUERY[1][t]))
+        return total / T
+
+    fn = bx.value_and_hypergrad(
+        bx.tasks(regression, "sum"),
+        bx.tasks(bx.objective(each_step, trajectory=True)),
+        solver=bx.inner.optax(optax.sgd(0.2), 3),
+        hypergradient=bx.hypergradient.unrolled(),
+        inner_init=bx.task_copies(T),
+    )
+    est = jax.jit(fn)(bx.task_copies(T)(START), START, SUPPORT, QUERY)
+    value, want = jax.jit(jax.value_and_grad(by_hand))(START)
+    np.testing.assert_allclose(est.value, value, rtol=1e-12)
+    chex.assert_trees_all_close(est.grad, want, rtol=1e-10, atol=1e-14)
+
+
 def test_vmapped_estimates_average_to_it():
     one = bx.value_and_hypergrad(
         regression,

@@ -249,8 +249,10 @@ def _step(
         )
         return aux, value
 
+    still = 0
     if not method.sees_model:
         floats = jax.lax.stop_gradient(floats)
+        still = starts.constant_statistics(problem, solution, outer, outer_ctx)
     values, back, value = under(method.precision, lambda *a: jax.vjp(values_of, *a, has_aux=True))(
         solution.params, outer, floats
     )
@@ -294,7 +296,13 @@ def _step(
         else solution._replace(params=jax.tree.map(lambda a: a[-1], solution.params))
     )
     info = StepInfo(
-        value, norm, (last, outer), code, diagnostics, values, warned | info.get("warnings", 0)
+        value,
+        norm,
+        (last, outer),
+        code,
+        diagnostics,
+        values,
+        warned | info.get("warnings", 0) | still,
     )
     return MultiObjectiveState(last, moved, outer_opt, held), info
 

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import jax
 
-from bilevax.base import Ctx, Feed, PyTree, join, split
+from bilevax.base import Ctx, Feed, Problem, PyTree, join, split
 from bilevax.data.draws import draw_key, windowed
 from bilevax.data.loaders import Stream
 from bilevax.data.sources import Source, as_source
@@ -137,6 +137,23 @@ def numbered(sources: tuple[Any, ...]) -> tuple[Any, ...]:
             source = source._replace(number=known[0] if known else len(parents) - 1)
         out.append(source)
     return tuple(out)
+
+
+def refuse_other_tasks(problem: Problem, inner: Any, outer: Any) -> None:
+    """Tasks drawn from arrays anew at every inner step, or for the outer level, are not those that
+    were adapted to.
+    """
+    if not problem.inner.tasks:
+        return
+    levels = [("inner_data", inner)] + ([("outer_data", outer)] if problem.outer.tasks else [])
+    for argument, source in levels:
+        if isinstance(source, Source) and source.keyed and source.data is not None:
+            raise ValueError(
+                f"{argument}: got a sample of tasks, {source.draw!r}, for an objective of tasks; "
+                "expected one draw an outer step for both levels: each inner step would adapt to "
+                "other tasks, and the outer level judge still others. Try tasks = "
+                "bx.data.episodes(...) of it, with tasks.map(...) for each level's part."
+            )
 
 
 @jax.tree_util.register_dataclass

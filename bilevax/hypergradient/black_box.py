@@ -30,6 +30,9 @@ def black_box(
     The true derivative is zero almost everywhere; this one points to where the answer changes. One
     solve more.
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       minimizer: as for ``inner.black_box``.
       interpolation: λ > 0, about as large as the changes of the costs that change the answer:

@@ -23,6 +23,9 @@ def finite_difference(scale: Numeric = 1.0, *, radius: Numeric = 0.01) -> Hyperg
     evaluated with one key, one batch and one model state, so that dropout masks and samples cancel.
     A zero cotangent gives zero.
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       scale: positive; the inner step size gives DARTS.
       radius: positive.

@@ -47,6 +47,9 @@ def fixed_point(
     held. Right wherever T is differentiable at the solution, that is, off the kinks where the
     active set changes. The step size in T cancels.
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       mapping: ``T(inner_params, outer_params, batch) -> inner_params``, or `objective` of one
         (keyed, stateful). It need not be what the inner

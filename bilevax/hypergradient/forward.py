@@ -20,8 +20,8 @@ def forward() -> Hypergradient:
     """Forward-mode differentiation through the inner solver's steps, for few outer parameters.
 
     ``J_{t+1} = (∂y_{t+1}/∂y_t) J_t + ∂y_{t+1}/∂x`` beside the solve, then ``dx = J_K' w``. Exact
-    for the K-step map, whatever the optimizer, and
-    whatever the loop: a solver that runs until a tolerance is differentiated as it ran.
+    for the K-step map, whatever the optimizer, and whatever the loop: a solver that runs until a
+    tolerance is differentiated as it ran. The model's state is differentiated along.
 
     Time is that of K steps for each outer parameter, all of them batched; memory is flat in K, one
     copy of inner parameters, optimizer state and activations for each outer parameter. Beyond a

@@ -79,6 +79,9 @@ def implicit(
     constraints (`inner.qp`, `inner.sqp`) that of `kkt`. An optimizer that holds parameters at a
     bound (``optax.keep_params_nonnegative``) gives the warning ``not_stationary``.
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       linear: solver of the adjoint system, ``(matvec, b, x0) -> (x, info)``; default
         ``linear.cg()``. One with a `Preconditioner` (such as

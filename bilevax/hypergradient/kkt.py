@@ -52,6 +52,9 @@ def kkt(
     of its size) or ``not_stationary`` (as far from the minimum on them, or held by a multiplier of
     the wrong sign).
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       equality: ``c(inner_params, outer_params, batch)``, a pytree of floating-point arrays that the
         solution makes zero; or `objective` of such a function (keyed, stateful).

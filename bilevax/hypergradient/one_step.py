@@ -21,6 +21,9 @@ def one_step(scale: Numeric = 1.0) -> Hypergradient:
     of the Neumann series. Its error does not go away with more inner steps; it is small where
     ``scale · ∇²_yy g`` is close to the identity. One mixed product, whatever the solver.
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       scale: positive; the inner step size gives T1-T2, a bound on ``1 / λ_max`` of the inner
         Hessian the safest direction.

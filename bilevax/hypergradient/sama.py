@@ -55,6 +55,9 @@ def sama(*, product: str = "exact", nudge: bool = False, radius: Numeric = 0.01)
     - Transformations that ask for ``value``, ``grad`` or ``value_fn`` get them, as constants. One
       that searches in a loop is refused.
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       product: ``"exact"``, one forward sweep over ``∇_x g``; or ``"difference"``, two gradients at
         ``y ± εq``, ``ε = radius / ‖q‖``, with one key and batch, which never differentiates twice

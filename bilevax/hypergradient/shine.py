@@ -41,6 +41,9 @@ def shine(
     the mixed one), and `refine` iterations of CG, started from ``B w`` and preconditioned by B,
     repair what is missing.
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       refine: iterations of CG from there; 0 takes ``B w`` as it is.
       tol: relative residual at which the refinement stops.

@@ -29,6 +29,9 @@ def zeroth_order(
     a variance that grows with the number of outer parameters. Each solve sees the same batches, the
     same keys and the same start.
 
+    A network's statistics (its model state) are taken as constants: the warning
+    ``statistics_constant`` stands where the outer objective reads them.
+
     Args:
       samples: directions Q. Each costs two solves, one if not antithetic.
       scale: μ, the width of the smoothing. Large values (evolution strategies) see over small

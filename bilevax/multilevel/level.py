@@ -36,8 +36,9 @@ class Level:
         differentiated.
       start: ``params -> params[name]``, where each of its solves begins: a function of the other
         levels' variables (another level's solution, the top level's initialisation, a constant),
-        with ``key=`` where it draws. It may return ``(params[name], model_state)``. Optimizer state
-        and schedules begin anew; ``params[name]`` then only says the structure.
+        with ``key=`` where it draws. It may return ``(params[name], model_state)``; otherwise
+        statistics go on from where the last solve left them. Optimizer state and schedules begin
+        anew; ``params[name]`` then only says the structure.
         `hypergradient.unrolled` differentiates it.
         None: where the last solve ended.
       every: solve it in every n-th step only; it stands still in between.
@@ -86,6 +87,12 @@ class Level:
             )
         if not isinstance(self.objective, Objective):
             numbers.takes(self.objective, f"{where}, objective", "(params, batch) -> scalar")
+        if objective(self.objective).trajectory:
+            raise TypeError(
+                f"{where}, objective: got objective(..., trajectory=True); expected one of single "
+                "points: what reads the steps of the level below is an outer objective of "
+                "solve_bilevel."
+            )
         if not isinstance(self.solver, InnerSolver):
             check.transformation(self.solver, f"{where}, solver")
         if self.hypergradient is not None and not isinstance(self.hypergradient, Hypergradient):

@@ -150,7 +150,7 @@ def _report(
         jnp.where(code == RESULTS.adjoint_nonfinite, jnp.int32(_blame(system, name)), code)
         for name, (code, _) in zip(order, said, strict=True)
     ]
-    warnings = jnp.int32(0)
+    warnings = jnp.int32(system.warnings)
     for name, (_, warned) in zip(order, said, strict=True):
         warnings |= warned | infos[name].get("warnings", 0)
     norms = {

@@ -15,6 +15,7 @@ from jax import lax
 from bilevax import check, tree
 from bilevax import inner as inner_solvers
 from bilevax._captured import hoisted
+from bilevax._core.jaxpr import reads
 from bilevax.base import (
     Bound,
     Ctx,
@@ -32,6 +33,7 @@ from bilevax.multilevel import statistics
 from bilevax.multilevel.graph import Graph, find
 from bilevax.multilevel.level import Level
 from bilevax.multilevel.starting import refuse_unread, starts_of
+from bilevax.results import RESULTS, mask_of
 from bilevax.starts import Start
 
 
@@ -51,6 +53,7 @@ class System(NamedTuple):
     seen: tuple[str, ...]  # those among them whose statistics are differentiated
     still: PyTree  # the top level's own model state, which no step moves
     starts: dict[str, Start]  # of the levels that begin each solve anew
+    warnings: int = 0  # the mask of those that stand at every step
 
     @property
     def separable(self) -> bool:
@@ -138,7 +141,37 @@ def as_system(
         ),
         division.own[top.name],
         starts,
+        mask_of(RESULTS.statistics_constant)
+        * any(
+            _read_elsewhere(name, division, objectives, params, given)
+            for name in division.owners
+            if name in methods and not methods[name].sees_model and name not in frozen
+        ),
     )
+
+
+def _read_elsewhere(
+    owner: str,
+    division: statistics.Division,
+    objectives: dict[str, Objective],
+    params: dict[Any, Any],
+    contexts: dict[Any, Any],
+) -> bool:
+    """Whether another level's objective depends on the statistics that `owner` moves."""
+
+    def read_by(name):
+        ctx = contexts[name]
+        floats, rest = tree.partition(ctx.model[owner])
+
+        def value(given):
+            floats, rest, params, ctx = given
+            model = {**ctx.model, owner: tree.combine(floats, rest)}
+            return objectives[name](params, None, ctx._replace(model=model))[0]
+
+        read = reads(value, (floats, rest, params, ctx))
+        return any(read[: len(jax.tree.leaves(floats))])
+
+    return any(read_by(name) for name in division.by_owner if name != owner)
 
 
 def method_of(level: Level) -> Hypergradient:

@@ -77,6 +77,13 @@ def objective(
             f"loss: got {wrapped!r}; expected one that is not stateful: the models' states are "
             "kept for it."
         )
+    if wrapped.trajectory:
+        raise TypeError(
+            f"loss: got {wrapped!r}; expected one of a single model: the parameters after every "
+            "step are no model. Try bx.objective(lambda path, outer, batch: jnp.mean(jax.vmap("
+            "lambda params: loss(net.merge(params, net.state), outer, batch))(path)), "
+            "trajectory=True)."
+        )
     train = numbers.flag(train, "train")
     given = {"inner": inner, "outer": outer, "model": model}
     if levels is not None:

@@ -63,7 +63,7 @@ def one_step(
     inner, outer = info.point
     code, warned = as_warning(info.code)
     watch, diverged = watched(state.watch, info, state.step)
-    warnings = warned | info.warnings | diverged
+    warnings = warned | info.warnings | diverged | plan.warnings
     code, gone = strictly(code, warnings, plan.strict), lost(algorithm)
     stopped = results.failed(code)
     code, failed = jnp.where(stopped | (gone == 0), code, gone), stopped | (gone != 0)

@@ -36,12 +36,14 @@ def ready(
     value_dtype: Any,
     options: Options,
     functions: dict[str, tuple[Any, ...]],
+    warnings: int = 0,
 ) -> Ready:
     """`algorithm` on `problem`, about to begin at `start`, or to go on from `state`.
 
     All parameters are floating-point leaves; `fixed` holds the others, of the inner and of the
     outer ones. `named` are the sources by argument. `functions` are those that the problem is made
-    of, each with arguments to trace it on: what a checkpoint tells other problems by.
+    of, each with arguments to trace it on: what a checkpoint tells other problems by. `warnings` is
+    the mask of those that stand at every step.
     """
     given = (
         problem,
@@ -62,7 +64,14 @@ def ready(
         _agree(options, print_of()["parts"])
     inner_fixed, outer_fixed = fixed
     score_dtype = score_dtype_of(value_dtype)
-    plan = Plan(problem, algorithm, options.metrics, options.tol, strict=options.strict)
+    plan = Plan(
+        problem,
+        algorithm,
+        options.metrics,
+        options.tol,
+        strict=options.strict,
+        warnings=warnings,
+    )
     if options.sharding is not None:
         key = key if state is None else state.key
         sharding = layout.of_problem(options.sharding, problem, start)

@@ -63,6 +63,7 @@ class Plan(NamedTuple):
     tol: float | None
     layout: Any = None  # where the state lives on several devices: the `Layout` of a sharding
     strict: int = 0  # the mask of the warnings that end the run
+    warnings: int = 0  # of those that stand at every step
 
 
 class Ready(NamedTuple):

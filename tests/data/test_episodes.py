@@ -182,3 +182,14 @@ def test_refusals():
     episodes = bx.data.episodes(bx.data.minibatches(TASKS, 4))
     with pytest.raises(ValueError, match="key: got None although the data is sampled"):
         solve(episodes, episodes, key=None)
+
+
+@pytest.mark.parametrize("name", ["minibatches", "partitioned"])
+def test_tasks_drawn_apart_are_refused(name):
+    """Sampled for each level by itself, tasks adapted to are none of those asked about."""
+    apart, episodes = SOURCES[name](), bx.data.episodes(SOURCES[name]())
+    with pytest.raises(ValueError, match=r"inner_data: got a sample of tasks.*bx\.data\.episodes"):
+        solve(apart, apart)
+    arguments = bx.tasks(adapt, "sum"), bx.tasks(adapt), jnp.zeros(4), jnp.zeros(())
+    with pytest.raises(ValueError, match="outer_data: got a sample of tasks"):
+        bx.solve_bilevel(*arguments, inner_data=episodes, outer_data=apart, key=KEY)

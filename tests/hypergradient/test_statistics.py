@@ -71,6 +71,23 @@ def test_a_method_that_takes_them_as_constants_says_so():
     assert not report.ok and "statistics" in str(report)
 
 
+@pytest.mark.parametrize("name", [n for n in H.__all__ if n not in ("unrolled", "forward")])
+def test_the_docs_of_a_method_say_what_it_does_with_them(name):
+    assert "statistics (its model state) are taken as constants" in getattr(H, name).__doc__
+
+
+@pytest.mark.parametrize("reads", [True, False])
+def test_algorithms_without_a_method_say_so_too(reads):
+    """Where the outer objective reads them, and not where it does not."""
+    judged = outer if reads else (lambda w, x, batch, mean: (w * x, mean))
+    out = bx.solve_bilevel(
+        bx.objective(inner, stateful=True), bx.objective(judged, stateful=True), jnp.zeros(()),
+        jnp.ones(()),
+        algorithm=bx.algorithms.soba(0.1, 0.1), num_steps=2, model_state=jnp.zeros(()),
+    )  # fmt: skip
+    assert out.warnings.get(RESULTS.statistics_constant, 0) == (2 if reads else 0)
+
+
 def test_check_hypergradient_knows_the_right_one():
     report = bx.check_hypergradient(
         bx.objective(inner, stateful=True), bx.objective(outer, stateful=True), jnp.zeros(()),
@@ -201,6 +218,36 @@ def test_distilled_images_see_batchnorm(style, steps):
             rtol=1e-9,
             atol=1e-12,
         )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("depth", [2, 3])
+@pytest.mark.parametrize("steps", [1, 5])
+@pytest.mark.parametrize("style", ["nnx", "linen"])
+@pytest.mark.parametrize("name", ["unrolled", "forward"])
+def test_levels_differentiate_a_network_s_statistics(name, style, steps, depth):
+    """A distilled network, a scale of its scores in evaluation mode, and the images above both: a
+    difference of the estimate's own value."""
+    net, method = network(style), getattr(H, name)()
+    solver = lambda rate: bx.inner.optax(optax.sgd(rate), steps)
+    scores = lambda p: (p["s"] if depth == 3 else 1.0) * p["w"](XV)
+    judged = bx.nn.objective(
+        lambda p, batch: jnp.mean((scores(p) - YV) ** 2), levels={"w": net}, train=False
+    )
+    learned = bx.nn.objective(
+        lambda p, batch: jnp.mean((p["w"](p["x"]) - LABELS) ** 2), levels={"w": net}
+    )
+    levels = [bx.Level("w", learned, solver=solver(0.1), hypergradient=method)]
+    if depth == 3:
+        levels += [bx.Level("s", judged, solver=solver(0.2), hypergradient=method)]
+    fn = bx.value_and_multilevel_grad([*levels, bx.Level("x", judged, solver=optax.sgd(0.1))])
+    start = {"w": net.params, "s": jnp.asarray(0.5), "x": IMAGES}
+    start = {n: v for n, v in start.items() if n != "s" or depth == 3}
+    state = fn.init(start, model_state={"w": {"w": net.state}})
+    at = jax.jit(lambda images: fn({**start, "x": images}, state=state))
+    ends = [at(IMAGES + sign * 1e-5 * DIRECTION).value for sign in (1, -1)]
+    slope = (ends[0] - ends[1]) / 2e-5
+    assert abs(jnp.sum(at(IMAGES).grad * DIRECTION) - slope) < 1e-6 * abs(slope)
 
 
 def test_flax_s_values_are_kept():

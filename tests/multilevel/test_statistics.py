@@ -9,6 +9,7 @@ import pytest
 from flax import nnx
 
 import bilevax as bx
+from bilevax import RESULTS, results
 from bilevax import hypergradient as H
 from tests.selection import quick
 
@@ -66,6 +67,7 @@ def test_statistics_are_part_of_the_gradient_through_levels(name, steps, depth):
     out = fn(start, state=fn.init(start, model_state={"w": {"w": jnp.asarray(0.2)}}))
     value, grad = jax.value_and_grad(by_hand)(1.2, steps, depth)
     assert np.allclose([out.value, out.grad], [value, grad], rtol=1e-10)
+    assert not out.info["warnings"]
 
 
 def test_a_method_that_sees_none_takes_them_as_constants():
@@ -76,6 +78,7 @@ def test_a_method_that_sees_none_takes_them_as_constants():
     for _ in range(3):
         w, mean = w - 0.5 * (w - x), 0.5 * mean + 0.5 * x * w
     assert np.allclose(out.grad, 2 * x + 0.5 * mean, rtol=1e-10)
+    assert RESULTS.statistics_constant in results.warnings_in(out.info["warnings"])
 
 
 def test_a_nested_level_s_reader_sees_its_statistics():

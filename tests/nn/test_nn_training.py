@@ -325,6 +325,11 @@ def as_float32(loss):
             "not stateful",
         ),
         (
+            lambda: nn.objective(bx.objective(weighted, trajectory=True), inner=nnx_net()),
+            TypeError,
+            "parameters after every step are no model.*net.merge",
+        ),
+        (
             lambda: nn.objective(weighted, model=nnx_net()),
             ValueError,
             r"not divided; expected wrt=\(inner filter, outer filter\)",
