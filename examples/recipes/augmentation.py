@@ -32,31 +32,22 @@ def valid_loss(model, policy, batch):
 
 def main(steps=150):
     train, valid, _ = recipes.digits((100, 400, 1))
-    values = {}
-    for name, start, optimizer in (
-        ("learned", -2.0, optax.adam(0.05)),
-        ("none", -20.0, optax.set_to_zero()),
-    ):
+
+    def run(start, optimizer):
         policy = {"noise": jnp.asarray(start), "shift": jnp.asarray(start)}
-        problem = bx.nn.bilevel(
-            bx.objective(train_loss, keyed=True),
-            valid_loss,
-            recipes.CNN(nnx.Rngs(0), rate=0.0),
-            policy,
-        )
+        model, inner_loss = recipes.CNN(nnx.Rngs(0), rate=0.0), bx.objective(train_loss, keyed=True)
+        problem = bx.nn.bilevel(inner_loss, valid_loss, model, policy)
         inner = bx.inner.optax(optax.adam(2e-3, eps_root=1e-8), 5)
         out = bx.solve_bilevel(
             **problem.arguments, inner_data=bx.data.minibatches(train, 50), outer_data=valid,
-            num_steps=steps,
             algorithm=bx.algorithms.double_loop(inner, bx.hypergradient.unrolled(), optimizer),
-            key=jax.random.key(0),
+            num_steps=steps, key=jax.random.key(0),
         )  # fmt: skip
-        values[name] = float(out.history["value"].min())
-    print(
-        f"validation loss {values['learned']:.3f} with the learned policy, {values['none']:.3f} "
-        "without augmentation"
-    )
-    return values["learned"]
+        return float(out.history["value"].min())
+
+    learned, none = run(-2.0, optax.adam(0.05)), run(-20.0, optax.set_to_zero())
+    print(f"validation loss {learned:.3f} with the learned policy, {none:.3f} without augmentation")
+    return learned
 
 
 if __name__ == "__main__":

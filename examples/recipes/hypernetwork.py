@@ -1,5 +1,4 @@
-"""Self-tuning networks: a linear response of the weights to the penalty, trained at random
-penalties near the current one, stands for the best response.
+"""Self-tuning networks: a linear response of the weights to the penalty, for the best response.
 `python examples/recipes/hypernetwork.py`
 
 Number at the end: the learned log penalty, beside that of an exact implicit gradient.
@@ -31,10 +30,9 @@ def response(net, penalty, centre):
 
 def inner(net, penalty, batch, *, key):
     """The response's own loss, over penalties around the current one."""
-    near = jax.lax.stop_gradient(penalty) + SPREAD * jax.random.normal(key, (8,))
-    return jnp.mean(
-        jax.vmap(lambda p: ridge(response(net, p, jax.lax.stop_gradient(penalty)), p, batch))(near)
-    )
+    centre = jax.lax.stop_gradient(penalty)
+    near = centre + SPREAD * jax.random.normal(key, (8,))
+    return jnp.mean(jax.vmap(lambda p: ridge(response(net, p, centre), p, batch))(near))
 
 
 def outer(net, penalty, batch):
@@ -42,26 +40,19 @@ def outer(net, penalty, batch):
 
 
 def main(steps=400):
-    net = {"w": jnp.zeros(10), "slope": jnp.zeros(10)}
-    loop = bx.algorithms.double_loop(
-        bx.inner.optax(optax.adam(2e-2), 5), bx.hypergradient.one_step(), optax.adam(2e-2)
-    )
-    out = bx.solve_bilevel(
-        bx.objective(inner, keyed=True), outer, net, jnp.asarray(-3.0), inner_data=TRAIN,
-        outer_data=VALID, algorithm=loop,
+    shared = dict(
+        outer_params=jnp.asarray(-3.0), inner_data=TRAIN, outer_data=VALID,
         num_steps=steps, key=jax.random.key(3), keep="last",
     )  # fmt: skip
-    exact = bx.algorithms.double_loop(
-        bx.inner.lbfgs(), bx.hypergradient.implicit(), optax.adam(2e-2)
-    )
-    right = bx.solve_bilevel(ridge, fit, jnp.zeros(10), jnp.asarray(-3.0), inner_data=TRAIN,
-    outer_data=VALID, algorithm=exact,
-                             num_steps=steps, keep="last")  # fmt: skip
-    print(
-        f"log penalty {float(out.outer_params):.2f} by the response, "
-        f"{float(right.outer_params):.2f} by the implicit gradient"
-    )
-    return float(out.outer_params - right.outer_params)
+    net, adam = {"w": jnp.zeros(10), "slope": jnp.zeros(10)}, optax.adam(2e-2)
+    solver = bx.inner.optax(adam, 5)
+    loop = bx.algorithms.double_loop(solver, bx.hypergradient.one_step(), adam)
+    out = bx.solve_bilevel(bx.objective(inner, keyed=True), outer, net, algorithm=loop, **shared)
+    exact = bx.algorithms.double_loop(bx.inner.lbfgs(), bx.hypergradient.implicit(), adam)
+    right = bx.solve_bilevel(ridge, fit, jnp.zeros(10), algorithm=exact, **shared)
+    learned, wanted = float(out.outer_params), float(right.outer_params)
+    print(f"log penalty {learned:.2f} by the response, {wanted:.2f} by the implicit gradient")
+    return learned - wanted
 
 
 if __name__ == "__main__":

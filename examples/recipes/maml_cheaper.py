@@ -22,10 +22,7 @@ def fit(w, meta, batch):
 
 
 def distance(w, meta):
-    return 0.5 * sum(
-        jnp.sum((a - b) ** 2)
-        for a, b in zip(jax.tree.leaves(w), jax.tree.leaves(meta), strict=True)
-    )
+    return 0.5 * optax.tree.norm(optax.tree.sub(w, meta), squared=True)
 
 
 def moved_along(w, meta, batch):
@@ -42,23 +39,13 @@ def near(w, meta, batch):
 
 
 ROUGH = H.implicit(bx.linear.cg(maxiter=5), max_residual=jnp.inf)
+LONG = bx.inner.optax(optax.sgd(RATE), 4 * STEPS)
+SUM, MEAN = bx.tasks(fit, "sum"), bx.tasks(fit)
 FORMS = {
-    "plain": (
-        bx.tasks(fit, "sum"),
-        bx.tasks(fit),
-        SGD,
-        H.unrolled(),
-        COPIES,
-    ),  # how the first two adapt
-    "first_order": (bx.tasks(fit, "sum"), bx.tasks(moved_along), SGD, H.one_step(), COPIES),
-    "reptile": (bx.tasks(fit, "sum"), bx.tasks(towards), SGD, H.one_step(), COPIES),
-    "imaml": (
-        bx.tasks(near, "sum"),
-        bx.tasks(fit),
-        bx.inner.optax(optax.sgd(RATE), 4 * STEPS),
-        ROUGH,
-        COPIES,
-    ),
+    "plain": (SUM, MEAN, SGD, H.unrolled(), COPIES),  # how the first two adapt
+    "first_order": (SUM, bx.tasks(moved_along), SGD, H.one_step(), COPIES),
+    "reptile": (SUM, bx.tasks(towards), SGD, H.one_step(), COPIES),
+    "imaml": (bx.tasks(near, "sum"), MEAN, LONG, ROUGH, COPIES),
 }
 
 

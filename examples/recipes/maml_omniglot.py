@@ -10,25 +10,11 @@ import numpy as np
 import optax
 import recipes
 from flax import nnx
-from omniglot_tasks import characters, convolution, judged, sampler, turned
+from omniglot_tasks import characters, judged, sampler, turned
 
 import bilevax as bx
 
-TASKS, RATE, WIDTH = 8, 0.4, 32
-
-
-class Net(nnx.Module):
-    def __init__(self, rngs):
-        sizes = ((1, WIDTH), (WIDTH, WIDTH), (WIDTH, WIDTH))
-        self.convs = nnx.List([nnx.Linear(9 * a, b, use_bias=False, rngs=rngs) for a, b in sizes])
-        norm = lambda: nnx.BatchNorm(WIDTH, use_running_average=False, rngs=rngs)
-        self.norms = nnx.List([norm() for _ in sizes])
-        self.head = nnx.Linear(4 * WIDTH, 5, rngs=rngs)
-
-    def __call__(self, x):
-        for conv, norm in zip(self.convs, self.norms, strict=True):
-            x = nnx.relu(norm(convolution(conv.kernel[...], x)))
-        return self.head(x.reshape(len(x), -1))
+TASKS, RATE = 8, 0.4
 
 
 def fit(model, meta, task):
@@ -41,7 +27,7 @@ def query(model, meta, task):
 
 def main(steps=3000, test=50):
     seen, new = characters()
-    net = bx.nn.from_nnx(Net(nnx.Rngs(0)))
+    net = bx.nn.from_nnx(recipes.CharacterCNN(nnx.Rngs(0)))
     inner = bx.tasks(bx.nn.objective(fit, inner=net), "sum")
     outer = bx.tasks(bx.nn.objective(bx.objective(query, has_aux=True), inner=net))
     begin = bx.task_copies(TASKS, {"inner": net.state})  # both levels on statistics of the batch
@@ -62,10 +48,8 @@ def main(steps=3000, test=50):
     trained = run(turned(seen), net.params, optimizer, steps, 0)
     tested = run(new, trained.outer_params, optax.set_to_zero(), test, 1)
     accuracy = float(np.mean(tested.history["aux"]))
-    print(
-        f"accuracy on new characters {accuracy:.3f} after {steps} meta-steps "
-        f"in {trained.stats['seconds']:.0f} s."
-    )
+    seconds = trained.stats["seconds"]
+    print(f"accuracy on new characters {accuracy:.3f} after {steps} meta-steps in {seconds:.0f} s.")
     return accuracy
 
 

@@ -26,38 +26,23 @@ def head(w, meta, batch):
 
 
 def every_step(path, meta, batch):
-    """`path` has the parameters after each inner step, of each task."""
-    tasks = jax.vmap(lambda w, b: fit(w, meta, b))
-    return jnp.mean(jax.vmap(lambda w: jnp.mean(tasks(w, batch)))(path))
+    """`path` has the parameters after each inner step."""
+    return jnp.mean(jax.vmap(lambda w: fit(w, meta, batch))(path))
 
 
 def rates(meta):
     return optax.stateless(lambda g, w: jax.tree.map(lambda r, g: -r[None] * g, meta["rates"], g))
 
 
+heads = lambda meta: COPIES({"e": meta["e"]})
+starts = lambda meta: COPIES(meta["start"])
+SUM, MEAN = bx.tasks(fit, "sum"), bx.tasks(fit)
+EVERY = bx.tasks(bx.objective(every_step, trajectory=True))
 FORMS = {
-    "maml": (bx.tasks(fit, "sum"), bx.tasks(fit), SGD, EXACT, COPIES),
-    "maml_plus_plus": (
-        bx.tasks(fit, "sum"),
-        bx.objective(every_step, trajectory=True),
-        SGD,
-        EXACT,
-        COPIES,
-    ),
-    "anil": (
-        bx.tasks(head, "sum"),
-        bx.tasks(head),
-        SGD,
-        EXACT,
-        lambda meta: COPIES({"e": meta["e"]}),
-    ),
-    "meta_sgd": (
-        bx.tasks(fit, "sum"),
-        bx.tasks(fit),
-        bx.inner.optax(rates, STEPS),
-        EXACT,
-        lambda meta: COPIES(meta["start"]),
-    ),
+    "maml": (SUM, MEAN, SGD, EXACT, COPIES),
+    "maml_plus_plus": (SUM, EVERY, SGD, EXACT, COPIES),
+    "anil": (bx.tasks(head, "sum"), bx.tasks(head), SGD, EXACT, heads),
+    "meta_sgd": (SUM, MEAN, bx.inner.optax(rates, STEPS), EXACT, starts),
 }
 
 
@@ -65,9 +50,8 @@ def main(form="maml", steps=600, test=30):
     meta = recipes.sine_start(jax.random.key(0))
     if form == "meta_sgd":
         meta = {"start": meta, "rates": jax.tree.map(lambda a: jnp.full_like(a, RATE), meta)}
-    return recipes.compared(
-        form, FORMS, meta, steps, test, "maml" if form == "maml_plus_plus" else None
-    )
+    how = "maml" if form == "maml_plus_plus" else form
+    return recipes.compared(form, FORMS, meta, steps, test, how)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,9 @@ START = {"conv": jnp.asarray(-8.0), "head": jnp.asarray(-8.0), "smooth": jnp.asa
 def train_loss(model, x, batch):
     labels = optax.smooth_labels(jax.nn.one_hot(batch["y"], 10), jax.nn.sigmoid(x["smooth"]))
     loss = jnp.mean(optax.softmax_cross_entropy(model(batch["x"]), labels))
-    sizes = jnp.sum(model.first.kernel[...] ** 2) + jnp.sum(model.second.kernel[...] ** 2)
-    return (
-        loss
-        + jnp.exp(x["conv"]) * sizes
-        + jnp.exp(x["head"]) * jnp.sum(model.head.kernel[...] ** 2)
-    )
+    size = lambda layer: jnp.sum(layer.kernel[...] ** 2)
+    convolutions = jnp.exp(x["conv"]) * (size(model.first) + size(model.second))
+    return loss + convolutions + jnp.exp(x["head"]) * size(model.head)
 
 
 def valid_loss(model, x, batch):
@@ -47,14 +44,11 @@ def main(steps=120):
     train, valid, test = recipes.digits((300, 300, 800))
     _, learned = run(train, valid, START, optax.adam(0.1), steps, 0)
     both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), train, valid)
-    model, _ = run(
-        both, valid, learned, optax.set_to_zero(), steps, 1
-    )  # an outer level that stands still: plain training
+    # an outer level that stands still: plain training
+    model, _ = run(both, valid, learned, optax.set_to_zero(), steps, 1)
     score = recipes.accuracy(model, test)
-    print(
-        f"test accuracy {score:.3f}; learned "
-        f"{ ({name: round(float(v), 2) for name, v in learned.items()}) }"
-    )
+    found = {name: round(float(v), 2) for name, v in learned.items()}
+    print(f"test accuracy {score:.3f}; learned {found}")
     return score
 
 

@@ -1,4 +1,4 @@
-"""What the recipes share: small data sets, and a convolutional network that trains in seconds."""
+"""What the recipes share: small data sets, and convolutional networks that train in seconds."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ import bilevax as bx
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data as examples_data
+import omniglot_tasks
 
 
 def script(main: Callable[..., float], steps: int, **small) -> None:
@@ -85,6 +86,28 @@ class CNN(nnx.Module):
     def __call__(self, x):
         x = nnx.relu(self.second(nnx.relu(self.norm(self.first(x)))))
         return self.head(self.drop(x.reshape(len(x), -1)))
+
+
+class CharacterCNN(nnx.Module):
+    """Three convolutions with BatchNorm on the statistics of the batch, a head of five classes.
+    Kernels are matrices: each task has its own."""
+
+    def __init__(self, rngs, width=32):
+        sizes = ((1, width), (width, width), (width, width))
+        self.convs = nnx.List([nnx.Linear(9 * a, b, use_bias=False, rngs=rngs) for a, b in sizes])
+        norm = lambda: nnx.BatchNorm(width, use_running_average=False, rngs=rngs)
+        self.norms = nnx.List([norm() for _ in sizes])
+        self.head = nnx.Linear(4 * width, 5, rngs=rngs)
+
+    def __call__(self, x):
+        for conv, norm in zip(self.convs, self.norms, strict=True):
+            x = nnx.relu(norm(omniglot_tasks.convolution(conv.kernel[...], x)))
+        return self.head(x.reshape(len(x), -1))
+
+
+def dense(w, x):
+    """Scores of one hidden layer."""
+    return jnp.tanh(x.reshape(len(x), -1) @ w["a"]) @ w["b"]
 
 
 def cross_entropy(scores, labels):

@@ -37,9 +37,8 @@ def main(steps=600):
         params, state = carry
         rows = jax.random.choice(key, 600, (64,), replace=False)
         batch = jax.tree.map(lambda a: a[rows], noisy)
-        look = fn(
-            params, jnp.zeros(64), batch, clean, state=state, key=key
-        )  # a step with weights of zero moves nothing
+        # a step with weights of zero moves nothing
+        look = fn(params, jnp.zeros(64), batch, clean, state=state, key=key)
         weights = jnp.maximum(-look.grad, 0)
         weights = weights / jnp.maximum(jnp.sum(weights), 1e-8)
         real = fn(params, weights, batch, clean, state=state, key=key)
@@ -51,9 +50,7 @@ def main(steps=600):
     )
     model = problem.nets["inner"].merge(params, state.model["inner"])
     score = recipes.accuracy(model, test)
-    print(
-        f"test accuracy {score:.3f}, clean loss {float(values[0]):.2f} -> {float(values[-1]):.2f}"
-    )
+    print(f"test accuracy {score:.3f}, clean loss {values[0]:.2f} -> {values[-1]:.2f}")
     return score
 
 

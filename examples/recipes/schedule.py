@@ -15,12 +15,8 @@ import bilevax as bx
 STEPS = 20
 
 
-def network(w, x):
-    return jnp.tanh(x.reshape(len(x), -1) @ w["a"]) @ w["b"]
-
-
 def loss(w, outer, batch):
-    return jnp.mean(recipes.cross_entropy(network(w, batch["x"]), batch["y"]))
+    return jnp.mean(recipes.cross_entropy(recipes.dense(w, batch["x"]), batch["y"]))
 
 
 def schedule(outer):
@@ -31,21 +27,12 @@ def main(steps=60):
     train, valid, _ = recipes.digits((300, 300, 1))
     one, two = jax.random.split(jax.random.key(0))
     start = {"a": jax.random.normal(one, (64, 32)) / 8, "b": jax.random.normal(two, (32, 10)) / 6}
-    value = bx.value_and_hypergrad(
-        loss,
-        loss,
-        solver=bx.inner.optax(schedule, STEPS),
-        hypergradient=bx.hypergradient.unrolled(),
-    )
-    constant = jax.jit(
-        lambda rate: value(start, {"log_rates": jnp.full(STEPS, rate)}, train, valid).value
-    )
-    best = min(
-        jnp.log(jnp.array([0.03, 0.1, 0.2, 0.4, 0.8])), key=lambda rate: float(constant(rate))
-    )
-    loop = bx.algorithms.double_loop(
-        bx.inner.optax(schedule, STEPS), bx.hypergradient.unrolled(), optax.adam(0.1)
-    )
+    solver, method = bx.inner.optax(schedule, STEPS), bx.hypergradient.unrolled()
+    value = bx.value_and_hypergrad(loss, loss, solver=solver, hypergradient=method)
+    at_rate = lambda rate: value(start, {"log_rates": jnp.full(STEPS, rate)}, train, valid).value
+    constant = jax.jit(at_rate)
+    best = min(jnp.log(jnp.array([0.03, 0.1, 0.2, 0.4, 0.8])), key=constant)
+    loop = bx.algorithms.double_loop(solver, method, optax.adam(0.1))
     out = bx.solve_bilevel(
         loss, loss, start, {"log_rates": jnp.full(STEPS, best)}, inner_data=train, outer_data=valid,
         inner_init=lambda outer: start, algorithm=loop, num_steps=steps,

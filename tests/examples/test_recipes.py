@@ -53,6 +53,12 @@ def test_every_recipe_is_here():
     assert names == {name.split("/")[0] for name in RECIPES}
 
 
+def test_recipes_are_short():
+    longer = {"recipes", "dispatch", "fairness", "groups", "svm"}  # data and baselines of their own
+    lines = {path.stem: len(path.read_text().splitlines()) for path in FOLDER.glob("*.py")}
+    assert {name for name, count in lines.items() if count >= 60} <= longer
+
+
 @pytest.mark.turns
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize(
