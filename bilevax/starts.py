@@ -10,7 +10,7 @@ import jax
 
 from bilevax import tree
 from bilevax._core.jaxpr import dependences, reads
-from bilevax._core.settings import Static, join, parameters, split
+from bilevax._core.settings import Static, asks, join, split
 from bilevax.base import Bound, Ctx, Feeds, Hypergradient, InnerSolver, InnerState, Problem, PyTree
 from bilevax.results import RESULTS, mask_of
 
@@ -21,18 +21,24 @@ _STREAM = 0x5354  # apart from the other uses of a step's own key
 
 
 class Start(NamedTuple):
-    """A user's start on floating-point leaves: ``(outer, key) -> (inner params, model state or
-    None)``; `keyed`: it draws.
+    """A user's start on floating-point leaves: ``(outer, key, states) -> (inner params, model state
+    or None)``; `keyed`: it draws; `owners`: of a level's, whose model states it is given.
     """
 
-    run: Callable[[PyTree, Any], tuple[PyTree, PyTree]]
+    run: Callable[..., tuple[PyTree, PyTree]]
     keyed: bool
+    owners: tuple[str, ...] = ()
 
-    def __call__(self, outer: PyTree, key: Any = None) -> tuple[PyTree, PyTree]:
-        return self.run(outer, key)
+    def __call__(self, outer: PyTree, key: Any = None, states: Any = None) -> tuple[PyTree, PyTree]:
+        return self.run(outer, key, states) if self.owners else self.run(outer, key)
 
 
-def as_start(fn: Callable[..., Any], outer_fixed: PyTree, inner_fixed: PyTree) -> Start:
+def as_start(
+    fn: Callable[..., Any],
+    outer_fixed: PyTree,
+    inner_fixed: PyTree,
+    owners: tuple[str, ...] = (),
+) -> Start:
     """The start that a user's function makes."""
     keyed = takes_key(fn)
     return Start(
@@ -45,15 +51,23 @@ def as_start(fn: Callable[..., Any], outer_fixed: PyTree, inner_fixed: PyTree) -
             like=_structure(inner_fixed),
         ),
         keyed,
+        owners,
     )
 
 
 def takes_key(fn: Callable[..., Any] | None) -> bool:
     """Whether a start draws: a user's function has a parameter named ``key``."""
-    if fn is None or isinstance(fn, Start):
-        return fn is not None and fn.keyed
+    return fn.keyed if isinstance(fn, Start) else _takes(fn, "key")
+
+
+def takes_states(fn: Callable[..., Any] | None) -> bool:
+    """Whether a level's start asks for model states: a parameter named ``model_state``."""
+    return _takes(fn, "model_state")
+
+
+def _takes(fn: Callable[..., Any] | None, name: str) -> bool:
     try:
-        return "key" in parameters(fn)
+        return fn is not None and asks(fn, name)
     except (TypeError, ValueError):  # no signature to read
         return False
 
@@ -65,6 +79,7 @@ def _structure(value: PyTree) -> Any:
 def _start(
     outer: PyTree,
     key: Any = None,
+    states: Any = None,
     *,
     fn: Callable[..., Any],
     keyed: bool,
@@ -72,7 +87,8 @@ def _start(
     like: Any,
 ) -> Any:
     given = tree.combine(outer, outer_fixed)
-    out = fn(given, key=key) if keyed else fn(given)
+    asked = ({"key": key} if keyed else {}) | ({} if states is None else {"model_state": states})
+    out = fn(given, **asked)
     model = None
     if (
         _structure(out) != like

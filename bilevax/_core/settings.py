@@ -95,6 +95,11 @@ def parameters(fn: Any) -> Any:
     return inspect.signature(fn.fn if isinstance(fn, Bound) else fn).parameters
 
 
+def asks(fn: Any, name: str) -> bool:
+    """Whether a function has a parameter of this name which nothing is bound to."""
+    return name in parameters(fn) and not (isinstance(fn, Bound) and name in fn.settings)
+
+
 class _Same:
     """A callable without a hash (an instance of a dataclass, say), which is equal to itself
     alone.

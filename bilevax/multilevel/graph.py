@@ -101,7 +101,7 @@ def find(
     contexts: dict[Any, Any],
     declared: Mapping[str, Sequence[str] | None],
     frozen: Sequence[str] = (),
-    starts: Mapping[str, Any] | None = None,
+    starts: Mapping[str, set[str]] | None = None,
 ) -> Graph:
     """The graph of these levels, lowest first.
 
@@ -111,8 +111,8 @@ def find(
       contexts: what each objective is given besides.
       declared: a level's own word on what it reads, or None.
       frozen: levels that stand still: constants, whoever reads them.
-      starts: of levels whose solves begin at ``start(other variables, key)``: what that depends on,
-        the solution does.
+      starts: of levels whose solves begin at a function of others, those that it depends on: the
+        solution does, too.
 
     Raises:
       ValueError: naming a level that declares a read that is not there, or one that nobody reads.
@@ -140,8 +140,7 @@ def find(
     def start_reads(name: str) -> set[str]:
         if not starts or name not in starts:
             return set()
-        others = {n: value for n, value in params.items() if n != name}
-        found = set(dependencies(starts[name], others, contexts[name].key)) - set(frozen)
+        found = starts[name] - set(frozen)
         said = declared[name]
         return found if said is None else found & set(said)
 

@@ -13,7 +13,7 @@ from bilevax._core.settings import name_of
 from bilevax.base import Hypergradient, InnerSolver, Objective, PyTree, objective
 from bilevax.data.episodes import Episodes
 from bilevax.data.sources import Source
-from bilevax.starts import takes_key
+from bilevax.starts import takes_key, takes_states
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,9 +36,11 @@ class Level:
         differentiated.
       start: ``params -> params[name]``, where each of its solves begins: a function of the other
         levels' variables (another level's solution, the top level's initialisation, a constant),
-        with ``key=`` where it draws. It may return ``(params[name], model_state)``; otherwise
-        statistics go on from where the last solve left them. Optimizer state and schedules begin
-        anew; ``params[name]`` then only says the structure.
+        with ``key=`` where it draws, and ``model_state=``, a dict by level name, where it takes
+        networks' statistics: ``lambda p, model_state: (p["w"], {"v": model_state["w"]})``. It may
+        return ``(params[name], model_state)``; otherwise statistics go on from where the last solve
+        left them. Optimizer state and schedules begin anew; ``params[name]`` then only says the
+        structure.
         `hypergradient.unrolled` differentiates it.
         None: where the last solve ended.
       every: solve it in every n-th step only; it stands still in between.
@@ -124,11 +126,13 @@ class Level:
                 f"params[{self.name!r}], or None."
             )
         if self.start is not None:
-            keyed = takes_key(self.start)
+            given = {"key": takes_key(self.start), "model_state": takes_states(self.start)}
             numbers.takes(
-                functools.partial(self.start, key=None) if keyed else self.start,
+                functools.partial(
+                    self.start, **{name: None for name, asked in given.items() if asked}
+                ),
                 f"{where}, start",
-                f"(params) -> params[{self.name!r}], or (params, key) -> params[{self.name!r}]",
+                f"(params) -> params[{self.name!r}], with key= and model_state= where it asks",
             )
         if self.start is not None and (self.every > 1 or self.look_ahead or self.freeze):
             got = f"every={self.every}, look_ahead={self.look_ahead}, freeze={self.freeze}"

@@ -13,8 +13,10 @@ from jax import lax
 from bilevax import check, tree
 from bilevax._core.jaxpr import reads
 from bilevax.base import Hypergradient, InnerSolver, InnerState, Objective, PyTree
+from bilevax.multilevel.graph import dependencies
 from bilevax.multilevel.level import Level
-from bilevax.starts import Start, as_start
+from bilevax.multilevel.statistics import Division, floats_of, others_of
+from bilevax.starts import Start, as_start, takes_states
 
 _STREAM = 0x5354  # apart from the other uses of a level's key
 
@@ -23,20 +25,23 @@ def starts_of(
     levels: Sequence[Level],
     params: dict[str, PyTree],
     fixed: dict[str, PyTree],
-    own: dict[str, PyTree],
+    division: Division,
     keys: dict[Any, Any],
 ) -> dict[str, Start]:
     """The starts of the levels that have one, tried on these shapes."""
+    own = division.own
     out = {}
     for level in levels:
         if level.start is None:
             continue
         name = level.name
-        start = as_start(
-            level.start, {n: value for n, value in fixed.items() if n != name}, fixed[name]
-        )
+        owners = tuple(n for n in division.owners if n != name) if takes_states(level.start) else ()
+        start = as_start(level.start, _others(fixed, name), fixed[name], owners)
         begun, moved = jax.eval_shape(
-            lambda others, key, start=start: start(others, key), _others(params, name), keys[name]
+            lambda others, key, states, start=start: start(others, key, states),
+            _others(params, name),
+            keys[name],
+            division.states_of(owners),
         )
         check.same_structure(begun, params[name], f"Level {name!r}, start", f"params[{name!r}]")
         if moved is not None:
@@ -51,6 +56,23 @@ def _others(variables: dict[str, PyTree], name: str) -> dict[str, PyTree]:
     return {n: value for n, value in variables.items() if n != name}
 
 
+def read_by(
+    start: Start, name: str, params: dict[Any, Any], key: Any, division: Division
+) -> tuple[set[str], set[str]]:
+    """The levels whose variables the start of level `name` depends on, and those whose statistics
+    it does.
+    """
+
+    def run(given, key):
+        variables = {n: value for n, value in given.items() if n in params}
+        states = {n: given[floats_of(n)] for n in start.owners}
+        return start(variables, key, states)
+
+    states = {floats_of(n): state for n, state in division.states_of(start.owners).items()}
+    found = set(dependencies(run, {**_others(params, name), **states}, key))
+    return found & set(params), {n for n in start.owners if floats_of(n) in found}
+
+
 def refuse_unread(
     starts: dict[str, Start],
     methods: dict[str, Hypergradient],
@@ -58,6 +80,7 @@ def refuse_unread(
     params: dict[Any, Any],
     contexts: dict[Any, Any],
     frozen: Sequence[str],
+    division: Division,
 ) -> None:
     """A leaf of the top level that nothing reads; one that a start alone reads, with a method that
     gives starts no derivative.
@@ -71,8 +94,8 @@ def refuse_unread(
         (params, contexts),
     )[:count]
 
-    def read_by(name):
-        others = _others(params, name)
+    def paths_read(name):
+        others, states = _others(params, name), division.states_of(starts[name].owners)
         paths = [
             jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(others)
         ]
@@ -80,13 +103,13 @@ def refuse_unread(
             p
             for p, flag in zip(
                 paths,
-                reads(lambda given: starts[name](*given), (others, contexts[name].key)),
+                reads(lambda given: starts[name](*given), (others, contexts[name].key, states)),
                 strict=False,
             )
             if flag
         }
 
-    read = {name: read_by(name) for name in starts}
+    read = {name: paths_read(name) for name in starts}
     seen = set().union(*(found for name, found in read.items() if methods[name].sees_init))
     top = list(objectives)[-1]
     for (path, _), flag in zip(jax.tree_util.tree_leaves_with_path(params), known, strict=True):
@@ -138,9 +161,14 @@ def begun(
         return state, None
     key = None if key is None else jax.random.fold_in(key, _STREAM)
     variables = {n: env[n] for n in names if n != name}
+    for n in start.owners:
+        variables |= {of(n): env[of(n)] for of in (floats_of, others_of)}
 
     def begin(moving):
-        params, model = start({**variables, **moving}, key)
+        now = {**variables, **moving}
+        states = {n: tree.combine(now[floats_of(n)], now[others_of(n)]) for n in start.owners}
+        others = {n: value for n, value in now.items() if n in names}
+        params, model = start(others, key, states)
         floats, rest = tree.partition(state.model if model is None else model)
         return (params, floats), rest
 

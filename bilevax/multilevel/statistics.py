@@ -48,6 +48,10 @@ class Division(NamedTuple):
             return self.own[name]
         return {**{k: self.own[k][k] for k in self.owners}, **self.own[name]}
 
+    def states_of(self, owners: Sequence[str]) -> dict[str, PyTree]:
+        """The states of some of the owners."""
+        return {name: self.own[name][name] for name in owners}
+
     def shown(self, states: dict[str, InnerState], like: dict[str, PyTree]) -> dict[str, PyTree]:
         """The states' models, in the form of `like`: a reader that was given a copy gets the
         current one.

@@ -121,6 +121,9 @@ def sweep(
             as_cotangent(method, w, model)
         )
         begin, moving = begins[name], tuple(n for n in found if n in graph.names)
+        if name in system.starts:
+            taken = system.starts[name].owners
+            moving += tuple(floats_of(n) for n in taken if n in system.seen and n in pullbacks)
         both = (
             [found, begin(moving, (first_point.params, first_point.model.mine))]
             if begin is not None and method.sees_init

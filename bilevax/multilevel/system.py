@@ -32,7 +32,7 @@ from bilevax.hypergradient.parts import over
 from bilevax.multilevel import statistics
 from bilevax.multilevel.graph import Graph, find
 from bilevax.multilevel.level import Level
-from bilevax.multilevel.starting import refuse_unread, starts_of
+from bilevax.multilevel.starting import read_by, refuse_unread, starts_of
 from bilevax.results import RESULTS, mask_of
 from bilevax.starts import Start
 
@@ -110,16 +110,21 @@ def as_system(
         name: hoisted(value, params, None, given[name]) for name, value in objectives.items()
     }
     frozen = [level.name for level in levels if level.freeze]
-    starts = starts_of(
-        levels, params, fixed, division.own, {name: ctx.key for name, ctx in given.items()}
-    )
+    keys = {name: ctx.key for name, ctx in given.items()}
+    starts = starts_of(levels, params, fixed, division, keys)
+    begun = {n: read_by(start, n, params, keys[n], division) for n, start in starts.items()}
     graph = find(
-        objectives, params, given, {level.name: level.reads for level in levels}, frozen, starts
+        objectives,
+        params,
+        given,
+        {level.name: level.reads for level in levels},
+        frozen,
+        {name: variables | states for name, (variables, states) in begun.items()},
     )
     *lower, top = levels
     solvers = {level.name: as_solver(level) for level in lower}
     methods = {level.name: over(method_of(level), solvers[level.name]) for level in lower}
-    refuse_unread(starts, methods, objectives, params, given, frozen)
+    refuse_unread(starts, methods, objectives, params, given, frozen, division)
     return System(
         graph,
         objectives,
@@ -143,7 +148,8 @@ def as_system(
         starts,
         mask_of(RESULTS.statistics_constant)
         * any(
-            _read_elsewhere(name, division, objectives, params, given)
+            any(name in states for _, states in begun.values())
+            or _read_elsewhere(name, division, objectives, params, given)
             for name in division.owners
             if name in methods and not methods[name].sees_model and name not in frozen
         ),

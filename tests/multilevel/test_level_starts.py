@@ -7,6 +7,7 @@ import optax
 import pytest
 
 import bilevax as bx
+from bilevax import results
 
 H, K, RATE = bx.hypergradient, 3, 0.2
 X, Y = jax.random.normal(jax.random.key(0), (8, 3)), jax.random.normal(jax.random.key(1), (8,))
@@ -162,6 +163,62 @@ def test_two_levels_are_those_of_solve_bilevel():
         ValueError, match="key: got None although the start of level 'w' takes a key"
     ):
         bx.solve_multilevel(draws, params, num_steps=1)
+
+
+@pytest.mark.parametrize("method", [H.unrolled(), H.one_step()], ids=["unrolled", "one_step"])
+def test_a_start_may_take_another_level_s_statistics(method):
+    """A fine-tuned network goes on from the pretrained one's running mean, which is differentiated
+    where the method sees it, and is said to be constant where it does not."""
+    pretrain = bx.objective(
+        lambda p, batch, state: (
+            0.5 * (p["w"] - p["x"]) ** 2,
+            {"w": 0.5 * state["w"] + 0.5 * p["w"] * p["x"]},
+        ),
+        stateful=True,
+    )
+    tune = bx.objective(
+        lambda p, batch, state: (
+            0.5 * (p["v"] - 1.0) ** 2,
+            {"v": 0.5 * state["v"] + 0.5 * p["v"]},
+        ),
+        stateful=True,
+    )
+    judge = bx.objective(lambda p, batch, state: (p["v"] * state["v"], state), stateful=True)
+    levels = [
+        bx.Level("w", pretrain, solver=SGD, hypergradient=method),
+        bx.Level(
+            "v",
+            tune,
+            solver=SGD,
+            hypergradient=H.unrolled(),
+            start=lambda p, model_state: (p["w"], {"v": model_state["w"]}),
+        ),
+        bx.Level("x", judge, solver=optax.sgd(0.1)),
+    ]
+    point = {"w": jnp.asarray(0.3), "v": jnp.asarray(9.0), "x": jnp.asarray(1.2)}
+    states = {"w": {"w": jnp.asarray(0.2)}, "v": {"v": jnp.asarray(7.0)}}
+
+    def hand(x, w, mean):
+        for _ in range(K):
+            w, mean = w - RATE * (w - x), 0.5 * mean + 0.5 * w * x
+        v, own = w, mean
+        for _ in range(K):
+            v, own = v - RATE * (v - 1.0), 0.5 * own + 0.5 * v
+        return v * own, (w, mean)
+
+    fn = bx.value_and_multilevel_grad(levels)
+    out = fn(point, state=fn.init(point, model_state=states))
+    np.testing.assert_allclose(out.value, hand(1.2, 0.3, 0.2)[0], rtol=1e-12)
+    said = results.warnings_in(out.info["warnings"])
+    assert (bx.RESULTS.statistics_constant in said) == (not method.sees_model)
+    if method.sees_model:
+        run = bx.solve_multilevel(levels, point, model_state=states, num_steps=3, keep="last")
+        x, warm, values = 1.2, (0.3, 0.2), []
+        for _ in range(3):
+            (value, warm), grad = jax.value_and_grad(hand, has_aux=True)(x, *warm)
+            x, values = x - 0.1 * grad, [*values, (value, abs(grad))]
+        found = np.stack([run.history["value"], run.history["grad_norm"]], 1)
+        np.testing.assert_allclose(found, values, rtol=1e-10)
 
 
 @pytest.mark.slow
