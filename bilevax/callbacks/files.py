@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import csv as csv_lib
-import io
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -126,14 +124,14 @@ def _target(path: str | os.PathLike[str]) -> Path:
     return place
 
 
-def _kept(path: Path, read: Callable[[Path], logfile.Rows], step: int) -> logfile.Rows:
+def _kept(path: Path, form: logfile.Form, step: int) -> logfile.Kept:
     """What a log keeps for a run that writes the steps from `step` on, with a word about an end
     that was cut off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.is_file():
-        return logfile.Rows([], [], None)
-    found = read(path)
+        return logfile.Kept(b"", [], True, None)
+    found = logfile.kept(path, form, step)
     if found.cut is not None:
         warnings.warn(
             f"path: {os.fspath(path)!r} ends in a row that was cut off ({found.cut[:40]!r}), as a "
@@ -141,24 +139,7 @@ def _kept(path: Path, read: Callable[[Path], logfile.Rows], step: int) -> logfil
             RuntimeWarning,
             stacklevel=5,
         )
-    return found._replace(rows=[row for row in found.rows if row[0] is None or row[0] < step])
-
-
-def _once(read: Callable[[Path], logfile.Rows]) -> Callable[[Path], logfile.Rows]:
-    """`read`, whose answer is handed out a second time where the file has not changed since: a long
-    log is looked at before the first step, and read for its rows when that step is written.
-    """
-    before: list[tuple[Any, logfile.Rows]] = []
-
-    def again(path: Path) -> logfile.Rows:
-        there = path.stat()
-        now = (there.st_ino, there.st_mtime_ns, there.st_size)
-        if before and before[0][0] == now:
-            return before.pop()[1]
-        before[:] = [(now, read(path))]
-        return before[0][1]
-
-    return again
+    return found
 
 
 def _replaceable(path: Path) -> bool:
@@ -166,24 +147,26 @@ def _replaceable(path: Path) -> bool:
     return path.is_file() or not path.exists()
 
 
-def _checked(path: Path, read: Callable[[Path], logfile.Rows]) -> Callable[[], Callable[[], None]]:
+def _checked(path: Path, form: logfile.Form) -> Callable[[], Callable[[], None]]:
     """Refuse, before the first step, a file that is no log, or another's; returns what gives it
     free.
     """
 
     def begin() -> Callable[[], None]:
         if path.is_file():
-            read(path)
+            logfile.refuse_foreign(path, form)
         return logfile.claim(path)
 
     return begin
 
 
-def _anew(path: Path, lines: Iterable[str]) -> TextIO:
-    """The file with these lines, open for more; pipes and devices are only written to."""
-    if _replaceable(path):
+def _anew(path: Path, text: bytes, whole: bool = False) -> TextIO:
+    """The file with this text, open for more; pipes and devices are only written to. It is `whole`
+    where that is what it holds.
+    """
+    if _replaceable(path) and not whole:
         logfile.append(path).close()  # refused where another process has it
-        logfile.replace(path, lines)
+        logfile.replace(path, text)
     return logfile.append(path)
 
 
@@ -193,8 +176,8 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
     Args:
       path: the file; its folder is made. What it has of the steps that are written now is replaced,
         and a last row that was cut off (by a kill, by a full disk) is dropped with a warning. Every
-        object has ``step``, then a key for each column of the history; NaN and infinity are written
-        as null.
+        object has ``step``, then a key for each column of the history; numbers are read back
+        exactly, NaN and infinity are written as null.
       flush_every: steps after which new rows are written, at the end of the chunk in progress.
 
     Returns:
@@ -224,38 +207,51 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
       3
     """
     path = _target(path)
-    read = _once(logfile.read_jsonl)
 
     def open_log(step: int) -> Log:
-        kept = _kept(path, read, step)
-        file = _anew(path, (line for _, line, _ in kept.rows))
+        kept = _kept(path, logfile.JSONL, step)
+        file = _anew(path, kept.text, kept.whole)
 
         def write(steps, columns):
             names = (json.dumps(name).replace("%", "%%") for name in ("step", *columns))
             row = f"{{{', '.join(f'{name}: %s' for name in names)}}}\n"
-            texts = zip(map(str, steps), *map(_texts, columns.values()), strict=True)
+            texts = zip(map(str, steps), *map(_json, columns.values()), strict=True)
             file.writelines(map(row.__mod__, texts))
 
         return Log(write, file.flush, file.close, lambda: logfile.still_there(path, file))
 
-    begin = _checked(path, read)
+    begin = _checked(path, logfile.JSONL)
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
 
 
+def _json(column: np.ndarray) -> list[str]:
+    """The rows of a column as JSON has them, whose standard has no NaN."""
+    if column.ndim > 1 or column.dtype == bool:
+        return [json.dumps(_plain(value)) for value in column]
+    texts = _texts(column)
+    if not _is_float(column) or np.isfinite(column).all():
+        return texts
+    return [text if fine else "null" for text, fine in zip(texts, np.isfinite(column), strict=True)]
+
+
 def _texts(column: np.ndarray) -> list[str]:
-    """The rows of a column as JSON has them; numbers all at once, which long runs of short steps
-    feel.
+    """Scalars as texts that are read back exactly; all at once, and those that do not change once,
+    which long runs of short steps feel.
     """
-    plain = _plain(column)
-    return (
-        json.dumps(plain)[1:-1].split(", ")
-        if column.ndim == 1 and plain
-        else [json.dumps(value) for value in plain]
-    )
+    if len(column) > 1 and (column == column[0]).all():
+        return _texts(column[:1]) * len(column)
+    if _is_float(column) and column.dtype.itemsize <= 4:  # nine digits are all that they have
+        values = column.astype(np.float64).tolist()
+        return ("%.9g " * len(values) % tuple(values)).split()
+    return list(map(str, column.tolist()))
+
+
+def _is_float(column: np.ndarray) -> bool:
+    return np.issubdtype(column.dtype, np.floating) or column.dtype.name == "bfloat16"
 
 
 def _plain(value: Any) -> Any:
-    """What JSON can hold, whose standard has no NaN."""
+    """What JSON can hold."""
     value = np.asarray(value)
     if np.issubdtype(value.dtype, np.inexact) or value.dtype.name == "bfloat16":
         wide = value.astype(np.float64)
@@ -273,7 +269,8 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
 
     Args:
       path: the file; its folder is made. What it has of the steps that are written now is replaced,
-        and a last row that was cut off is dropped with a warning. Columns that begin or end in the
+        and a last row that was cut off is dropped with a warning. Numbers are read back
+        exactly. Columns that begin or end in the
         middle (metrics that were added to a run, or left out) are empty where they are not.
       flush_every: steps after which new rows are written, at the end of the chunk in progress.
 
@@ -290,29 +287,28 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
       32
     """
     path = _target(path)
-    read = _once(logfile.read_csv)
 
     def open_log(step: int) -> Log:
-        kept = _kept(path, read, step)
-        header = kept.header if kept.rows else []
-        file = _anew(path, [_line(header), *(line for _, line, _ in kept.rows)] if header else [])
+        kept = _kept(path, logfile.CSV, step)
+        header, file = kept.header, _anew(path, kept.text, kept.whole)
 
         def write(steps, columns):
             nonlocal header, file
-            scalar = {"step": steps} | {n: c.tolist() for n, c in columns.items() if c.ndim == 1}
+            scalar = {n: _texts(c) for n, c in columns.items() if c.ndim == 1}
+            scalar = {"step": list(map(str, steps)), **scalar}
             new = [name for name in scalar if name not in header]
             if new and header and _replaceable(path):
                 file.close()
                 header = header + new
                 before = logfile.read_csv(path).rows
-                lines = (_line([row.get(name, "") for name in header]) for _, _, row in before)
-                file = _anew(path, [_line(header), *lines])
+                cells = [header, *([row.get(name, "") for name in header] for _, _, row in before)]
+                file = _anew(path, logfile.as_text(list(map(logfile.csv_line, cells))))
             elif new:
                 header = new
-                file.write(_line(header) + "\n")
+                file.write(logfile.csv_line(header) + "\n")
             empty = [""] * len(steps)
             rows = zip(*(scalar.get(name, empty) for name in header), strict=True)
-            csv_lib.writer(file, lineterminator="\n").writerows(rows)
+            file.writelines(",".join(cells) + "\n" for cells in rows)
 
         return Log(
             write,
@@ -321,11 +317,5 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
             lambda: logfile.still_there(path, file),
         )
 
-    begin = _checked(path, read)
+    begin = _checked(path, logfile.CSV)
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
-
-
-def _line(cells: list[Any]) -> str:
-    out = io.StringIO()
-    csv_lib.writer(out, lineterminator="").writerow(cells)
-    return out.getvalue()

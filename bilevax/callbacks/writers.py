@@ -5,6 +5,7 @@ imported when its writer is made.
 from __future__ import annotations
 
 import importlib
+import math
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -35,12 +36,12 @@ def _log(
     close: Callable[[], None],
 ) -> Log:
     def write(steps, columns):
-        scalar = {name: column.tolist() for name, column in columns.items() if column.ndim == 1}
-        for i, step in enumerate(steps):
-            row = {name: float(column[i]) for name, column in scalar.items()}
+        scalar = {n: c.astype(np.float64).tolist() for n, c in columns.items() if c.ndim == 1}
+        for step, *row in zip(steps, *scalar.values(), strict=True):
             # NaN is what a metric has between its evaluations; neither it nor infinity can be
             # drawn.
-            write_scalars(step, {name: value for name, value in row.items() if np.isfinite(value)})
+            named = zip(scalar, row, strict=True)
+            write_scalars(step, {name: value for name, value in named if math.isfinite(value)})
 
     return Log(write, flush, close)
 

@@ -6,9 +6,11 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import io
 import json
 import os
-from collections.abc import Callable, Iterable
+import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -86,13 +88,97 @@ def read_csv(path: Path) -> Rows:
     return Rows(rows, header, None)
 
 
-def replace(path: Path, lines: Iterable[str]) -> None:
+class Form(NamedTuple):
+    """A kind of log: how its rows begin, before the number of the step, and what reads it."""
+
+    begin: bytes
+    read: Callable[[Path], Rows]
+
+
+JSONL, CSV = Form(b'{"step": ', read_jsonl), Form(b"", read_csv)
+
+
+class Kept(NamedTuple):
+    """What stays of a log: its text, the header of a table, whether that is all that the file
+    holds, and the cut end.
+    """
+
+    text: bytes
+    header: list[str]
+    whole: bool
+    cut: str | None
+
+
+def kept(path: Path, form: Form, step: int) -> Kept:
+    """What stays of a log for a run that writes the steps from `step` on.
+
+    The log of a run, whose steps follow one another, is told by counting its lines: a long one is
+    not read row by row.
+    """
+    data = path.read_bytes()
+    head = data.find(b"\n") + 1 if form is CSV else 0
+    steps = _consecutive(data, head, form)
+    row = data.find(b"\n" + form.begin + b"%d," % step, max(head - 1, 0)) + 1
+    if steps is not None and (row or step <= steps.start or step >= steps.stop):
+        end = 0 if step <= steps.start else row or len(data)
+        header = data[: head - 1].decode().split(",") if head and end else []
+        return Kept(data[:end], header, end == len(data), None)
+    found = form.read(path)
+    lines = [line for number, line, _ in found.rows if number is None or number < step]
+    header = found.header if lines else []
+    text = as_text([csv_line(header), *lines] if header else lines)
+    return Kept(text, header, text == data, found.cut)
+
+
+def refuse_foreign(path: Path, form: Form) -> None:
+    """Raise where a file is no log."""
+    data = path.read_bytes()
+    if _consecutive(data, data.find(b"\n") + 1 if form is CSV else 0, form) is None:
+        form.read(path)
+
+
+def _consecutive(data: bytes, head: int, form: Form) -> range | None:
+    """The steps of a log of whole rows that follow one another, whose table begins at `head`: by
+    its first and last row, and the number of lines, of their beginnings and of their ends.
+    """
+
+    def step(at: int) -> int:
+        at += len(form.begin)
+        digits = data[at : at + 20].partition(b",")[0]
+        return int(digits) if digits.isdigit() else -1
+
+    rows, last = data.count(b"\n", head), data.rfind(b"\n", head, -1) + 1 or head
+    if not rows or not data.endswith(b"\n") or step(head) < 0 or step(last) < 0:
+        return None
+    if form is CSV:
+        table = data.count(b",", head) == rows * data.count(b",", 0, head)
+        odd = any(sign in data for sign in (b'"', b"\0", b"\r"))
+        whole = data.startswith(b"step,") and table and not odd
+    else:
+        begun = data.startswith(form.begin) + data.count(b"\n" + form.begin)
+        whole = begun == data.count(b"}\n") == rows
+    steps = range(step(head), step(last) + 1)
+    return steps if whole and len(steps) == rows else None
+
+
+def as_text(lines: list[str]) -> bytes:
+    """Lines as a file has them."""
+    return "".join(line + "\n" for line in lines).encode()
+
+
+def csv_line(cells: list[Any]) -> str:
+    """A row of a CSV file, without the end of its line."""
+    out = io.StringIO()
+    csv.writer(out, lineterminator="").writerow(cells)
+    return out.getvalue()
+
+
+def replace(path: Path, text: bytes) -> None:
     """Write a file anew: the old one stays until the new one is complete."""
     path = Path(os.path.realpath(path))  # a link stays one
     beside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with beside.open("w", encoding="utf-8", newline="") as file:
-            file.writelines(line + "\n" for line in lines)
+        beside.write_bytes(text)
         os.replace(beside, path)
     finally:
         with contextlib.suppress(FileNotFoundError):
@@ -100,6 +186,7 @@ def replace(path: Path, lines: Iterable[str]) -> None:
 
 
 _WRITTEN: set[str] = set()  # files that this process adds rows to
+_CLAIMING = threading.Lock()  # two runs in threads may want one
 
 
 def claim(path: Path) -> Callable[[], None]:
@@ -109,11 +196,12 @@ def claim(path: Path) -> Callable[[], None]:
     place = os.path.realpath(path)
     if path.exists() and not path.is_file():  # a pipe or a device, which may be shared
         return lambda: None
-    if place in _WRITTEN:
-        raise _taken(path)
-    if path.is_file():
-        append(path).close()
-    _WRITTEN.add(place)
+    with _CLAIMING:
+        if place in _WRITTEN:
+            raise _taken(path)
+        if path.is_file():
+            append(path).close()
+        _WRITTEN.add(place)
     return lambda: _WRITTEN.discard(place)
 
 

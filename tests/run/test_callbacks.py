@@ -4,6 +4,7 @@ import csv
 import json
 import subprocess
 import sys
+import threading
 import time
 import warnings
 
@@ -13,6 +14,8 @@ import optax
 import pytest
 
 import bilevax as bx
+from bilevax.callbacks import files
+from bilevax.run import logfile
 
 
 def inner(y, x, batch):
@@ -76,6 +79,56 @@ def test_a_log_has_the_history(factory, read, tmp_path):
     rows = read(path)
     assert [int(row["step"]) for row in rows] == list(range(4))
     np.testing.assert_array_equal([float(row["value"]) for row in rows], first.history["value"][:4])
+
+
+@pytest.mark.parametrize(
+    ("factory", "read"),
+    [(bx.callbacks.jsonl, read_json), (bx.callbacks.csv, read_csv)],
+    ids=["jsonl", "csv"],
+)
+def test_numbers_are_as_long_as_they_are_and_come_back(factory, read, tmp_path):
+    path = tmp_path / "run.log"
+    start = jnp.asarray([1 / 3, 1e-7], jnp.float32)
+    out = bx.solve_bilevel(
+        inner, outer, start, start, algorithm=ALGORITHM, num_steps=9, callbacks=[factory(path)]
+    )
+    value = out.history["value"]
+    assert value.dtype == np.float32 and len(set(value.tolist())) == 9
+    np.testing.assert_array_equal(np.float32([float(row["value"]) for row in read(path)]), value)
+    assert max(len(str(row["value"])) for row in read(path)) <= 15
+    texts = files._json(np.asarray([1.5, np.nan, -np.inf]))
+    assert texts == ["1.5", "null", "null"] and files._json(np.ones(2, bool)) == ["true", "true"]
+    assert files._texts(np.full(3, np.nan)) == ["nan"] * 3
+    assert files._texts(np.zeros(0)) == [] and files._texts(np.arange(2)) == ["0", "1"]
+
+
+def test_a_long_log_is_told_by_counting_and_added_to_as_it_lies(tmp_path):
+    """As reading it row by row would tell, for every way to cut it and every step."""
+    first = {logfile.JSONL: tmp_path / "run.jsonl", logfile.CSV: tmp_path / "run.csv"}
+    run(bx.callbacks.jsonl(first[logfile.JSONL]), 12, also=[bx.callbacks.csv(first[logfile.CSV])])
+    for form, path in first.items():
+        text = path.read_bytes()
+        twice = text + text.splitlines(keepends=True)[-1]
+        for changed in (
+            text,
+            text[:-1],
+            text[:-9],
+            text + b"\n",
+            twice,
+            b"",
+            text.replace(b"7", b"8"),
+        ):
+            path.write_bytes(changed)
+            for step in (0, 1, 5, 7, 8, 11, 12, 40):
+                found = logfile.kept(path, form, step)
+                with pytest.MonkeyPatch.context() as patch:
+                    patch.setattr(logfile, "_consecutive", lambda *args: None)
+                    assert found == logfile.kept(path, form, step)
+        path.write_bytes(text)
+        before, state = path.stat().st_ino, run(lambda event: None, 12).state
+        factory = bx.callbacks.csv if form is logfile.CSV else bx.callbacks.jsonl
+        run(factory(path), 3, state=state)
+        assert path.stat().st_ino == before and path.read_bytes().startswith(text)
 
 
 def test_jsonl_holds_aux_and_no_nan(tmp_path):
@@ -195,6 +248,28 @@ def test_a_file_has_one_log_and_a_log_one_run(factory, read, tmp_path):
     assert [int(row["step"]) for row in read(path)] == list(range(9))
     run(factory(path), 4)  # both are free again
     assert len(read(path)) == 4
+
+
+def test_of_two_threads_that_want_a_file_one_has_it(tmp_path, monkeypatch):
+    path, said = tmp_path / "run.jsonl", []
+    path.write_text("")
+    opened = logfile.append
+    monkeypatch.setattr(logfile, "append", lambda path: time.sleep(0.05) or opened(path))
+
+    def claim():
+        try:
+            said.append(logfile.claim(path))
+        except RuntimeError:
+            said.append(None)
+
+    threads = [threading.Thread(target=claim) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    (free,) = [end for end in said if end is not None]
+    free()
+    logfile.claim(path)()
 
 
 def test_a_file_that_another_process_writes_to(tmp_path):
