@@ -39,7 +39,9 @@ class Stream:
     def peek(self) -> PyTree:
         """The first batch, which stays to be handed out."""
         if self.first is None:
-            self.first = as_batch(self._read(), self.argument, 1)
+            # a copy: the next one, or another loader, may be read into the same buffer
+            first = as_batch(self._read(), self.argument, 1)
+            self.first = jax.tree.map(lambda a: a.copy(), first)
             self._peeked = True
         return self.first
 

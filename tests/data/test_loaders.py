@@ -100,6 +100,30 @@ def test_every_batch_is_trained_on_once_and_in_order(name, steps):
     assert loader.reads == steps * num  # nothing beyond what was asked for
 
 
+def test_two_loaders_may_share_a_buffer():
+    """As a data set does that two loaders read: each batch is looked at before the other is read."""
+
+    def values(shared):
+        buffer = np.zeros(())
+
+        class Shared:
+            def __init__(self, numbers):
+                self.numbers = numbers
+
+            def __iter__(self):
+                for number in self.numbers:
+                    buffer[...] = number
+                    yield buffer if shared else buffer.copy()
+
+        return bx.solve_bilevel(
+            inner, lambda y, x, batch: 0.5 * (y - batch) ** 2, jnp.zeros(()), jnp.zeros(()),
+            inner_data=Shared(range(9)), outer_data=Shared(range(20, 29)),
+            algorithm=SINGLE["soba"], num_steps=9, key=jax.random.key(0),
+        ).history["value"]  # fmt: skip
+
+    np.testing.assert_array_equal(values(True), values(False))
+
+
 SINGLE = {
     "soba": bx.algorithms.soba(0.1, 0.1),
     "f2sa": bx.algorithms.f2sa(0.1, 0.1, steps=2),
