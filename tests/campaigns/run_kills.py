@@ -8,6 +8,7 @@ while a save is being written. The last line is the summary.
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import pathlib
@@ -145,6 +146,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=KINDS)
     given = parser.parse_args()
     import orbax.checkpoint  # noqa: F401 (before the forks)
 
@@ -155,7 +157,7 @@ def main() -> None:
             jax.config.jax_compilation_cache_dir is None
         ):  # the lives compile the same again and again
             jax.config.update("jax_compilation_cache_dir", f"{top}/compiled")
-        for number, kind in enumerate(KINDS * (given.kills // len(KINDS) + 1)):
+        for number, kind in enumerate(itertools.cycle(given.kinds)):
             if done >= given.kills:
                 break
             whole = pathlib.Path(top) / f"{kind}.whole"
@@ -181,7 +183,7 @@ def main() -> None:
                         if (folder / "saved").exists()
                         else False
                     )
-                    if reached and (writing or not saving):
+                    if reached and writing == saving:
                         os.kill(child.pid, signal.SIGKILL)
                         done, inside = done + 1, inside + writing
                         break
