@@ -32,9 +32,10 @@ def every(
     Saving overlaps with the next steps. SIGTERM (what schedulers send before they take a machine
     away) saves at the end of the chunk in progress and ends the run with ``RESULTS.preempted``;
     SIGINT (Ctrl-C) does so, too, and raises KeyboardInterrupt with ``.solution`` (with
-    ``throw=False`` the result is ``RESULTS.interrupted``); a second one raises at once. Chunks take
-    about a tenth of a second, or one step. A run that is killed without a word loses what it did
-    since its last save. Any error, that of the last save included, carries ``.solution``.
+    ``throw=False`` the result is ``RESULTS.interrupted``); a second one raises at once. One that
+    comes in the last steps or the last save is heard as well. Chunks take about a tenth of a
+    second, or one step. A run that is killed without a word loses what it did since its last save.
+    Any error, that of the last save included, carries ``.solution``.
 
     A checkpoint that cannot be read back exactly (cut off, altered by as little as one bit,
     incomplete) is reported by a warning that names it, put aside as ``damaged_step_<n>``, and the
@@ -44,10 +45,11 @@ def every(
     projection and the algorithm's step as they are traced, with all their numbers and what they
     close over, of data that is held in arrays, the start and the key. What differs is named, and
     the checkpoint refused. ``num_steps`` (but no fewer than are saved), callbacks, metrics, `keep`,
-    `tol` and the sharding may change; metrics that were added or left out are NaN where they are
-    not. Functions and loaders that give data are compared by what is traced of them
-    alone. One writer at a time: a directory in which another run writes is refused, here as long as
-    that process lives, elsewhere for a minute after its last sign of life.
+    `tol` and the sharding may change: a run that has converged goes on to a smaller `tol`, metrics
+    that were added or left out are NaN where they are not. Functions and loaders that give data are
+    compared by what is traced of them alone. One writer at a time: a directory in which another run
+    writes is refused, here as long as that process lives, elsewhere for a minute after its last
+    sign of life.
 
     Args:
       n: steps between two saves, at least 1. The end of the run is saved as well.

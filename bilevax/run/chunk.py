@@ -26,7 +26,7 @@ from bilevax.base import join
 from bilevax.results import RESULTS, SolveError, as_warning, strictly, warning
 from bilevax.run import store as store_lib
 from bilevax.run import watch
-from bilevax.run.ending import attach, closed, stats
+from bilevax.run.ending import attach, closed, late, stats
 from bilevax.run.feeds import afterwards, feeds, orders
 from bilevax.run.history import History
 from bilevax.run.judging import improves, lost, settled, undone, watched
@@ -236,15 +236,15 @@ def drive(ready: Ready) -> Solution:
         except BaseException as first:
             error = first
         error = closed(loop, error)
-    if error is None and loop.result is RESULTS.interrupted and options.throw:
-        error = KeyboardInterrupt()
-    if error is not None:
-        attach(loop, error)
-        raise error
-    result = loop.result
-    if result is RESULTS.success and options.tol is not None:
-        result = RESULTS.tolerance_not_met
-    out = loop.finish(result)
+        result = late(loop.result, heard, loop.peers.count)
+        if error is None and result is RESULTS.interrupted and options.throw:
+            error = KeyboardInterrupt()
+        if error is not None:
+            attach(loop, error)
+            raise error
+        if result is RESULTS.success and options.tol is not None:
+            result = RESULTS.tolerance_not_met
+        out = loop.finish(result)
     if options.throw and result.failed:
         raise SolveError(result, out, f" at step {out.stats['total_steps']}")
     return out
@@ -346,9 +346,13 @@ class Loop:
                 watcher.begin()
             self.begun.append(watcher)
         if options.checkpoint is not None:
-            self.store = store_lib.Store(options.checkpoint, self.start, self._fingerprint())
+            self.store = store_lib.Store(
+                options.checkpoint, self.start, self._fingerprint(), self.peers
+            )
             if (found := self.store.restore(self.run, self.recovery.state(self.run))) is not None:
                 self.run, recovery, rows = found
+                if self.store.asked_for_more(options.tol):
+                    self.run = self.run._replace(code=jnp.zeros_like(self.run.code))
                 self._place = self.store.place
                 self.history = History(rows)
                 self.recovery.resume(recovery)

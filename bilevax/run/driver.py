@@ -57,6 +57,7 @@ def ready(
         score_dtype_of(value_dtype),
         functions,
         options.metrics,
+        options.tol,
     )
     sources = tuple(named.values())
     print_of = functools.cache(lambda: _fingerprint(*given))
@@ -192,6 +193,7 @@ def _fingerprint(
     score_dtype: Any,
     functions: Any,
     metrics: Metrics | None,
+    tol: Any,
 ) -> dict[str, Any]:
     """The parts that make this problem, before anything of it is placed on devices: how a run lies
     there is no part of it.
@@ -233,6 +235,7 @@ def _fingerprint(
         "traced": list(traced),
         "shown": shown,
         "score": _score(metrics, start, outer),
+        "tol": None if tol is None else float(tol),  # what a saved run that converged has met
     }
 
 

@@ -33,6 +33,18 @@ def closed(loop: Any, error: BaseException | None) -> BaseException | None:
     return error
 
 
+def late(result: RESULTS, heard: Any, processes: int) -> RESULTS:
+    """The result of a run whose last steps, or last save, a signal met: there was nothing left to
+    cut short, but who sent it is to be heard. Of several processes, which must go on alike, only
+    an interrupt is.
+    """
+    if heard.interrupt and not result.failed:
+        return RESULTS.interrupted
+    if heard.terminate and result is RESULTS.success and processes == 1:
+        return RESULTS.preempted
+    return result
+
+
 def attach(loop: Any, error: BaseException) -> None:
     """Give an error what the run has come to, as far as it is known."""
     result = loop.result if loop.over else RESULTS.stopped

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from bilevax import tree
+from bilevax._core.peers import Peers
 from bilevax.base import PyTree
 from bilevax.checkpoint import Checkpointing
 from bilevax.run import digest, fingerprint, stored
@@ -32,6 +33,7 @@ from bilevax.run.state import Best
 FORMAT = 3  # 1 had no fingerprint, and up to 2 the digests of narrow entries were not packed
 # names and sizes of a checkpoint's files, written once it is complete
 LISTING = "bilevax_files.json"
+PATIENCE = 60  # looks, a second apart, until all processes see the same checkpoints
 _NAME = re.compile(r"^step_(\d+)$")
 # orbax numbers the saves of a process, and two that begin at once wait for each other's signals
 _BEGINNING = threading.Lock()
@@ -42,7 +44,7 @@ class Store:
     same methods.
     """
 
-    def __init__(self, spec: Checkpointing, start: int, fingerprint: dict[str, Any]):
+    def __init__(self, spec: Checkpointing, start: int, fingerprint: dict[str, Any], peers: Peers):
         try:
             import orbax.checkpoint as ocp
             from etils import epath
@@ -50,12 +52,8 @@ class Store:
             raise ImportError(
                 "checkpoint= needs orbax; try pip install 'bilevax[checkpoint]'."
             ) from error
-        self.spec, self.start, self.fingerprint, self.primary = (
-            spec,
-            start,
-            fingerprint,
-            jax.process_index() == 0,
-        )
+        self.spec, self.start, self.fingerprint, self.peers = spec, start, fingerprint, peers
+        self.primary = peers.rank == 0
         self.folder = epath.Path(spec.directory)
         self._lock: Lock | None = None
         try:
@@ -70,22 +68,15 @@ class Store:
                 f"checkpoint: got the directory {spec.directory!r}, which is a file; expected a "
                 "folder."
             )
-        if self.primary:
-            try:
-                self.folder.mkdir(parents=True, exist_ok=True)
-                self._lock = Lock(spec.directory) if "://" not in spec.directory else None
-            except OSError as error:
-                raise type(error)(
-                    f"checkpoint: got the directory {spec.directory!r}, which cannot be made or "
-                    f"written to ({error}); expected one that can."
-                ) from error
-            for left in self.folder.glob(
-                "*.orbax-checkpoint-tmp*"
-            ):  # what a killed process was writing
-                if not os.path.islink(left):
-                    left.rmtree()
-        self._agree("opened")
-        self._ocp, self._writer = ocp, ocp.StandardCheckpointer()
+        try:
+            if self.primary:
+                self._take()
+            self._seen_by_all()
+            self._writer = ocp.StandardCheckpointer()
+        except BaseException:
+            if self._lock is not None:
+                self._lock.release()
+            raise
         self.differing: list[str] = []  # parts of the problem that are not those of the checkpoint
         self.continued: dict[str, list[str]] | None = None  # what became of each part of its state
         self.place: dict[
@@ -96,14 +87,39 @@ class Store:
         self.saved: int | None = None
         self.finished: int | None = None  # of the newest one that is whole
         self._unlisted: int | None = None
+        self.tol: float | None = None  # that the run in it went by
         self._alike = True  # what was kept there was chosen by the score that this run goes by
         self.seconds = 0.0  # for which saving kept the run waiting
 
-    def _agree(self, what: str) -> None:
-        if jax.process_count() > 1:
-            from jax.experimental import multihost_utils
+    def _take(self) -> None:
+        """Have the folder, made if need be, without what a killed process was writing."""
+        place = self.spec.directory
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._lock = Lock(place) if "://" not in place else None
+            for left in self.folder.glob("*.orbax-checkpoint-tmp*"):
+                if not os.path.islink(left):
+                    left.rmtree()
+        except OSError as error:
+            raise type(error)(
+                f"checkpoint: got the directory {place!r}, which cannot be made or "
+                f"written to ({error}); expected one that can."
+            ) from error
 
-            multihost_utils.sync_global_devices(f"bilevax checkpoint {what}")
+    def _seen_by_all(self) -> None:
+        """Refuse a folder in which processes see other checkpoints: each would begin elsewhere."""
+        for attempt in range(PATIENCE):  # a shared file system may show what is new late
+            if attempt:
+                time.sleep(1.0)
+            seen = self.peers.gather(self.steps() if self.folder.exists() else [])
+            if all(steps == seen[0] for steps in seen):
+                return
+        told = ", ".join(f"process {rank}: {steps}" for rank, steps in enumerate(seen[:8]))
+        raise ValueError(
+            f"checkpoint: got the directory {self.spec.directory!r}, in which the processes see "
+            f"other checkpoints ({told}); expected a folder that all of them see. Try one on a "
+            "shared file system."
+        )
 
     def steps(self) -> list[int]:
         """Steps of the finished checkpoints, oldest first. A link is none: what it points to is
@@ -254,12 +270,12 @@ class Store:
                     Exception
                 ) as error:  # whatever the reader trips over: the file is not what was written
                     problem = error
-            if self._everywhere(found is not None):
+            if all(self.peers.gather(found is not None)):
                 assert found is not None
                 if self.primary:
                     for bad in damaged:
                         self.path(bad).rename(self._aside(bad))
-                self._agree("restored")
+                self.peers.gather("restored")
                 self.saved = self.finished = step
                 said = {} if manifest is None else manifest.get("place", {})
                 self.batches = {} if manifest is None else manifest.get("batches", {})
@@ -283,18 +299,15 @@ class Store:
             )
         return None
 
+    def asked_for_more(self, tol: float | None) -> bool:
+        """Whether the run that was read may have ended at a tolerance that is none for this one."""
+        return self.tol is not None and (tol is None or tol < self.tol)
+
     def _aside(self, step: int) -> Any:
         place, number = self.path(step, "damaged_"), 1
         while place.exists():
             place, number = self.folder / f"damaged_step_{step:09d}_{number}", number + 1
         return place
-
-    def _everywhere(self, ok: bool) -> bool:
-        if jax.process_count() == 1:
-            return ok
-        from jax.experimental import multihost_utils
-
-        return bool(np.all(multihost_utils.process_allgather(np.asarray(ok))))
 
     def _manifest(self, step: int) -> dict[Any, Any]:
         """The manifest of a checkpoint whose files are all there."""
@@ -354,6 +367,7 @@ class Store:
             and stored.part(path) != ".best"  # whether one is kept is this call's to say
         ]
         saved = manifest.get("fingerprint")
+        self.tol = (saved or {}).get("tol")
         score = (saved or {}).get("score", self.fingerprint["score"])
         self._alike = score == self.fingerprint["score"]
         if not self._alike and any(stored.part(path) == ".best" for path in want.keys() & got):

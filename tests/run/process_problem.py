@@ -26,6 +26,7 @@ import optax  # noqa: E402
 
 import bilevax as bx  # noqa: E402
 from bilevax._core import peers  # noqa: E402
+from bilevax.run import lock, store  # noqa: E402
 
 peers.BEAT, peers.SILENCE = 1.0, 12.0  # what is waited for is the same in less time
 SECOND = RANK == 1
@@ -63,6 +64,12 @@ def solve(mode):
         .standard_normal((5 if mode == "rows" and SECOND else 8, 4))
         .astype(np.float32)
     )
+    if mode == "sees":  # a folder of another run, of which one process sees nothing
+        FOLDER.joinpath("sees", "step_000000032").mkdir(parents=True, exist_ok=True)
+        store.PATIENCE, store.Store.steps = 2, lambda self: [] if SECOND else [32]
+    if mode == "taken" and not SECOND:
+        FOLDER.joinpath("taken").mkdir()
+        lock.Lock(FOLDER / "taken")
     sharding = bx.sharding.data_parallel()
     data = bx.sharding.from_process(sharding, rows)
     return bx.solve_bilevel(
@@ -81,7 +88,9 @@ def solve(mode):
     )
 
 
+steps = store.Store.steps
 for mode in MODES:
+    store.Store.steps = steps
     try:
         solution = solve(mode)
         print(mode, "DONE", solution.result.name, solution.stats["steps"], flush=True)

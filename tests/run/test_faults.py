@@ -21,6 +21,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import RESULTS
+from bilevax.run import store
 
 ROOT = pathlib.Path(__file__).parent.parent.parent
 SOLVER = bx.inner.optax(optax.sgd(0.5), 2)
@@ -98,6 +99,27 @@ def test_a_second_interrupt_raises_at_once():
     with pytest.raises(KeyboardInterrupt) as caught:
         run(90, callbacks=[bx.callbacks.every(40, twice)])
     assert seen == [40] and caught.value.solution.stats["steps"] == 40
+
+
+def test_a_signal_at_the_very_end_is_heard_too(tmp_path):
+    """Where nothing is left to cut short: whoever makes many runs must not go on with the next."""
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(40, callbacks=[send(signal.SIGINT, 40)])
+    assert caught.value.solution.result is RESULTS.success
+    assert caught.value.solution.stats["steps"] == 40
+    out = run(40, throw=False, callbacks=[send(signal.SIGINT, 40)])
+    assert out.result is RESULTS.interrupted and out.stats["steps"] == 40
+    saved = bx.checkpoint.every(100, tmp_path)
+    out = run(40, checkpoint=saved, callbacks=[send(signal.SIGTERM, 40)])
+    assert out.result is RESULTS.preempted and out.stats["steps"] == 40
+    assert run(40, checkpoint=saved).result is RESULTS.success
+
+    closing = bx.callbacks.Callback(
+        lambda event: None, 40, close=lambda: os.kill(os.getpid(), signal.SIGINT)
+    )
+    with pytest.raises(KeyboardInterrupt) as caught:
+        run(40, callbacks=[closing])
+    assert caught.value.solution.stats["steps"] == 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -324,6 +346,20 @@ def test_half_a_lock_keeps_nobody_out(tmp_path, monkeypatch):
     assert run(4, checkpoint=bx.checkpoint.every(2, tmp_path)).stats["steps"] == 4
 
 
+def test_a_folder_that_cannot_be_opened_is_let_go(tmp_path, monkeypatch):
+    """And may be tried again in the same process."""
+    (tmp_path / "step_000000002.orbax-checkpoint-tmp").mkdir()
+
+    def denied(path):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store.os.path, "islink", denied)
+        with pytest.raises(PermissionError, match=r"checkpoint: got the directory .*written to"):
+            run(4, checkpoint=bx.checkpoint.every(2, tmp_path))
+    assert run(4, checkpoint=bx.checkpoint.every(2, tmp_path)).stats["steps"] == 4
+
+
 def test_a_folder_that_vanishes(tmp_path):
     folder = tmp_path / "run"
 
@@ -430,6 +466,19 @@ def test_fewer_steps_than_are_saved_are_refused(tmp_path):
     ):
         go(tmp_path, 5)
     assert go(tmp_path, 20).stats["resumed_from"] == 20
+
+
+def test_a_run_that_converged_goes_on_to_a_smaller_tolerance(tmp_path):
+    saved, whole, rows = bx.checkpoint.every(100, tmp_path), run(90).history["value"], []
+    for tol in (0.8, 0.8, 0.9, 0.6, None):
+        out = run(90, tol=tol, checkpoint=saved)
+        value = out.history["value"]  # of another program, whose rounding is its own
+        np.testing.assert_allclose(value, whole[: len(value)], rtol=1e-12)
+        assert out.result is (RESULTS.success if tol is None else RESULTS.converged)
+        rows.append(len(out.history["value"]))
+    assert rows[0] == rows[1] == rows[2] < rows[3] < rows[4] == 90
+    apart = [len(run(90, tol=tol).history["value"]) for tol in (0.8, 0.6)]
+    assert apart == [rows[0], rows[3]]
 
 
 def test_metrics_may_begin_and_end(tmp_path, caplog):

@@ -69,7 +69,11 @@ DIFFERING = {
 def together(tmp_path_factory):
     """All of it in one pair of processes, the last of which dies."""
     folder = tmp_path_factory.mktemp("processes")
-    return (*run([*DIFFERING, "stop", "raise", "kill"], folder), folder / "kill", time.time())
+    return (
+        *run([*DIFFERING, "taken", "sees", "stop", "raise", "kill"], folder),
+        folder / "kill",
+        time.time(),
+    )
 
 
 @pytest.mark.turns
@@ -79,6 +83,17 @@ def test_what_differs_is_named_on_both(mode, together):
         assert said[mode].startswith("ERROR ValueError") and re.search(
             DIFFERING[mode], said[mode]
         ), said[mode]
+
+
+def test_a_folder_that_the_first_may_not_have_is_told_to_all(together):
+    first, second = (said["taken"] for said in together[:2])
+    assert first.startswith("ERROR RuntimeError checkpoint: the directory"), first
+    assert "process 0 of 2 ended the run by RuntimeError: checkpoint: the directory" in second
+
+
+def test_a_folder_that_is_not_the_same_for_all_is_refused(together):
+    for said in together[:2]:
+        assert re.search(r"other checkpoints \(process 0: \[32\], process 1: \[\]\)", said["sees"])
 
 
 def test_a_stop_on_one_stops_all(together):
