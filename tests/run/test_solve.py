@@ -329,6 +329,30 @@ def test_progress_bar(capsys):
     assert captured.out == captured.err == ""
 
 
+def test_the_bar_s_rate_leaves_out_what_was_done_before_its_first_look(monkeypatch):
+    """Compilation, and the steps of a checkpoint, which took no time at all."""
+    made = []
+
+    class Bar:
+        def __init__(self, total, initial, unit):
+            made.append(self)
+            self.n = self.initial = initial
+
+        def update(self, steps):
+            self.n += steps
+
+        def set_postfix(self, **values):
+            self.shown = values
+
+        def close(self):
+            self.closed = True
+
+    monkeypatch.setattr("tqdm.auto.tqdm", Bar)
+    run(40, progress=True)
+    (bar,) = made
+    assert 0 < bar.initial <= bar.n == 40 and bar.closed and set(bar.shown) == {"value", "grad"}
+
+
 def test_aux_of_both_objectives_is_a_column():
     """The inner one's is that of the last inner step: at the second of three descents' points."""
     out = bx.solve_bilevel(
