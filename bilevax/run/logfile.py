@@ -14,6 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
+import numpy as np
+
 try:
     import fcntl
 except ImportError:  # not on this system: a log is kept from other threads alone
@@ -118,11 +120,14 @@ def kept(path: Path, form: Form, step: int) -> Kept:
     data = path.read_bytes()
     head = data.find(b"\n") + 1 if form is CSV else 0
     steps = _consecutive(data, head, form)
-    row = data.find(b"\n" + form.begin + b"%d," % step, max(head - 1, 0)) + 1
-    if steps is not None and (row or step <= steps.start or step >= steps.stop):
-        end = 0 if step <= steps.start else row or len(data)
-        header = data[: head - 1].decode().split(",") if head and end else []
-        return Kept(data[:end], header, end == len(data), None)
+    if steps is not None:
+        row = len(data)
+        if steps.start < step < steps.stop:
+            row = data.find(b"\n" + form.begin + b"%d," % step, max(head - 1, 0)) + 1
+        if row:
+            end = 0 if step <= steps.start else row
+            header = data[: head - 1].decode().split(",") if head and end else []
+            return Kept(data[:end], header, end == len(data), None)
     found = form.read(path)
     lines = [line for number, line, _ in found.rows if number is None or number < step]
     header = found.header if lines else []
@@ -147,16 +152,19 @@ def _consecutive(data: bytes, head: int, form: Form) -> range | None:
         digits = data[at : at + 20].partition(b",")[0]
         return int(digits) if digits.isdigit() else -1
 
-    rows, last = data.count(b"\n", head), data.rfind(b"\n", head, -1) + 1 or head
-    if not rows or not data.endswith(b"\n") or step(head) < 0 or step(last) < 0:
+    if not data.endswith(b"\n" if form is CSV else b"}\n"):
+        return None
+    signs = np.frombuffer(data, np.uint8)[head:]  # counts many times faster than bytes do
+    count = lambda sign: int(np.count_nonzero(signs == ord(sign)))
+    rows, last = count("\n"), data.rfind(b"\n", head, -1) + 1 or head
+    if not rows or step(head) < 0 or step(last) < 0:
         return None
     if form is CSV:
-        table = data.count(b",", head) == rows * data.count(b",", 0, head)
+        table = count(",") == rows * data.count(b",", 0, head)
         odd = any(sign in data for sign in (b'"', b"\0", b"\r"))
         whole = data.startswith(b"step,") and table and not odd
     else:
-        begun = data.startswith(form.begin) + data.count(b"\n" + form.begin)
-        whole = begun == data.count(b"}\n") == rows
+        whole = data.startswith(form.begin) and count("{") == count("}") == rows
     steps = range(step(head), step(last) + 1)
     return steps if whole and len(steps) == rows else None
 
