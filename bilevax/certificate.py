@@ -16,6 +16,7 @@ from bilevax._core import numbers
 from bilevax._core.spectrum import power, smallest_eigenpair
 from bilevax._core.types import Key
 from bilevax.base import Ctx, Problem, PyTree, Scalar, objective
+from bilevax.functions import evaluate
 
 if TYPE_CHECKING:
     from bilevax.algorithms._parts.solving import Curvature
@@ -317,8 +318,8 @@ def estimate_constants(
         for name, batch in (("inner_batch", inner_batch), ("outer_batch", outer_batch))
     )
     inner_ctx, outer_ctx = Ctx(inner_batch), Ctx(outer_batch)
-    check.evaluate(g, "inner_objective", y, x, inner_ctx)
-    check.evaluate(f, "outer_objective", y, x, outer_ctx)
+    evaluate(g, "inner_objective", y, x, inner_ctx)
+    evaluate(f, "outer_objective", y, x, outer_ctx)
 
     def grads(of, ctx, y):
         return jax.grad(of, (0, 1), has_aux=True)(y, x, ctx)[0]

@@ -17,7 +17,7 @@ FLOORS = [
     ["tree", "results"],
     ["_core"],
     ["base"],
-    ["_captured", "starts"],
+    ["_captured", "starts", "functions"],
     ["check"],
     ["linear", "inner", "data", "checkpoint", "tasks", "_estimate"],
     ["_call"],

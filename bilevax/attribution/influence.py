@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevax import check, replay, tree
+from bilevax import check, functions, replay, tree
 from bilevax._core import numbers
 from bilevax._core.showing import screenful
 from bilevax.attribution.training import Training, check_losses
@@ -227,7 +227,7 @@ def _checked(
     data = jax.tree.map(jnp.asarray, data)
     check_losses(losses, params, data, name)
     measured = check.batch(measured, "measured")
-    with check.told("measure", "(params, measured)", **{name: params}, measured=measured):
+    with functions.told("measure", "(params, measured)", **{name: params}, measured=measured):
         jax.eval_shape(measure, params, measured)
     return params, data, measured
 

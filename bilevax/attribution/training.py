@@ -14,7 +14,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from bilevax import check, tree
+from bilevax import check, functions, tree
 from bilevax._core import numbers
 from bilevax._core import optimizer as updates_of
 from bilevax.base import PyTree
@@ -208,7 +208,7 @@ def check_losses(
 ) -> None:
     """Refuse what has no entry for each of these rows."""
     count = jax.tree.leaves(rows)[0].shape[0]
-    with check.told("losses", "(params, rows)", **{argument: params}, rows=rows):
+    with functions.told("losses", "(params, rows)", **{argument: params}, rows=rows):
         one = jax.eval_shape(losses, params, rows)
     if not hasattr(one, "shape") or one.shape[:1] != (count,):
         raise ValueError(

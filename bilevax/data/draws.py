@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from bilevax._core import numbers
 from bilevax.base import Bound, Ctx, Draw, Feed, Objective, Problem
 from bilevax.data.permutation import permuted, round_keys, walk
+from bilevax.functions import told
 
 
 def draw_number(feed: Feed, i: Any) -> jax.Array:
@@ -250,12 +251,8 @@ def generated(feed: Feed, i: Any, *, fn: Callable[..., Any], argument: str = "da
     none.
     """
     key = draw_key(feed, i)
-    try:
-        batch = fn(
-            jax.random.key(0) if key is None else jax.random.fold_in(key, 0), draw_number(feed, i)
-        )
-    except Exception as error:
-        error.add_note(f"{argument}: raised this when called as (key, step) -> batch.")
-        raise
+    own = jax.random.key(0) if key is None else jax.random.fold_in(key, 0)
+    with told(argument, "(key, step) -> batch"):
+        batch = fn(own, draw_number(feed, i))
     numbers.arrays(batch, f"{argument}'s batch")
     return Ctx(batch, None if key is None else jax.random.fold_in(key, 1))

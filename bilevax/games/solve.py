@@ -26,6 +26,7 @@ from bilevax.base import (
     objective,
 )
 from bilevax.checkpoint import Checkpointing
+from bilevax.functions import evaluate
 from bilevax.games.plays import Play, extragradient
 from bilevax.multilevel import Level
 from bilevax.multilevel.givens import givens
@@ -245,9 +246,7 @@ def solve_game(
     for level in levels:
         fn = objective(level.objective)
         bound = dataclasses.replace(fn, fn=Bound(fn.name, _bound, fn=fn.fn, fixed=fixed))
-        check.evaluate(
-            bound, f"Level {level.name!r}, objective", floats, None, contexts[level.name]
-        )
+        evaluate(bound, f"Level {level.name!r}, objective", floats, None, contexts[level.name])
         objectives[level.name] = hoisted(bound, floats, None, contexts[level.name])
     held = {
         name: Bound("project", _projected, fn=fn, fixed=fixed[name])

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from bilevax import check, tree
 from bilevax import inner as inner_solvers
+from bilevax import tree
 from bilevax._captured import hoisted
 from bilevax._core.jaxpr import reads
 from bilevax.base import (
@@ -27,6 +27,7 @@ from bilevax.base import (
     PyTree,
     objective,
 )
+from bilevax.functions import evaluate
 from bilevax.hypergradient.one_step import one_step
 from bilevax.hypergradient.parts import over
 from bilevax.multilevel import statistics
@@ -105,7 +106,7 @@ def as_system(
             fn, fn=Bound(fn.name, _two_arguments, **settings, has_aux=fn.has_aux)
         )
         given[name] = contexts[name]._replace(model=division.whole(name))
-        check.evaluate(objectives[name], f"Level {name!r}, objective", params, None, given[name])
+        evaluate(objectives[name], f"Level {name!r}, objective", params, None, given[name])
     objectives = {
         name: hoisted(value, params, None, given[name]) for name, value in objectives.items()
     }

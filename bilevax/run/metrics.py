@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from bilevax import check
+from bilevax import check, functions
 from bilevax._core import numbers
 from bilevax.base import PyTree
 
@@ -133,12 +133,9 @@ def check_metrics(
         "scalars"
     )
     numbers.takes(value.fn, f"metrics ({name})", form)
-    try:
-        given = (inner, outer, value.data, *((model,) if value.stateful else ()))
-        out = check.shape(value.fn, f"metrics ({name})", given)
-    except Exception as error:
-        error.add_note(f"metrics ({name}): raised this when called as {form}.")
-        raise
+    given = (inner, outer, value.data, *((model,) if value.stateful else ()))
+    with functions.told(f"metrics ({name})", form):
+        out = functions.shape(value.fn, f"metrics ({name})", given)
     if not isinstance(out, dict) or not out:
         raise TypeError(
             f"metrics ({name}): returned {check.describe(out)}; expected a dict of scalars by name."
