@@ -1,5 +1,5 @@
 """Whether a long run, and many runs, stay as they began: memory and time over 200,000 steps and
-2,000 calls; and what a digest costs.
+2,000 calls (each leaves an entry in JAX's own caches, up to their limit); and what a digest costs.
 
 python benchmarks/endurance.py [--quick]
 """
@@ -69,14 +69,15 @@ def long_run(steps):
 
 
 def many_calls(calls):
-    """Memory and time a call, of the first tenth and of the last."""
+    """Memory, and processor time a call, of the second tenth and of the last: other work on the
+    machine is no part of it."""
     spent, before = [], 0.0
     for call in range(calls):
         if call == calls // 10:
             before = megabytes()
-        since = time.perf_counter()
+        since = time.process_time()
         solve(3)
-        spent.append(time.perf_counter() - since)
+        spent.append(time.process_time() - since)
     tenth = calls // 10
     first, last = statistics.median(spent[tenth : 2 * tenth]), statistics.median(spent[-tenth:])
     return {
