@@ -1,10 +1,9 @@
 """All that a device can tell of the library, in one short run: right, fast, small, and the same to
 the bit.
 
-    python benchmarks/accelerator.py --out results                  # every part; about six minutes
-    on one large GPU python benchmarks/accelerator.py --out results --parts bert     # some of them
-    python benchmarks/accelerator.py --out results --rehearse       # the same in small on CPU, on
-    eight virtual devices
+    python benchmarks/accelerator.py --out results                  # every part, some six minutes
+    python benchmarks/accelerator.py --out results --parts bert     # some of them
+    python benchmarks/accelerator.py --out results --rehearse       # in small, on a CPU
 
 A part is a process of its own, so that what it breaks, leaks or outlasts is its own. The parts of
 a wave compile side by side, and take times one after the other, when all of them have compiled.

@@ -1,9 +1,9 @@
 """Digits with a decay a weight, against Betty (torch): each of its methods beside ours, one core
 each side, full batch.
 
-    python -m venv /tmp/betty && /tmp/betty/bin/pip install torch && /tmp/betty/bin/pip install
-    --ignore-requires-python --no-deps betty-ml==0.2.1 python benchmarks/betty.py --python
-    /tmp/betty/bin/python
+    python -m venv /tmp/betty && /tmp/betty/bin/pip install torch
+    /tmp/betty/bin/pip install --ignore-requires-python --no-deps betty-ml==0.2.1
+    python benchmarks/betty.py --python /tmp/betty/bin/python
 
 Betty 0.2.1 asks for a Python below 3.11 but runs on later ones; it lives in a process of its own,
 fed line by line, so that neither library sees the other. Both sides start from zero weights, take

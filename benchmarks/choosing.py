@@ -1,9 +1,8 @@
 """The measurements on docs/choosing.md: every method on one problem, at a short and at a long inner
 solve.
 
-python benchmarks/choosing.py            # writes docs/choosing.png and the tables of
-docs/choosing.md python benchmarks/choosing.py --quick    # a small run that writes nothing but to
---out
+python benchmarks/choosing.py            # writes docs/choosing.svg and the tables of the page
+python benchmarks/choosing.py --quick    # a small run that writes nothing but to --out
 """
 
 import argparse
@@ -20,15 +19,19 @@ from sklearn.datasets import load_digits
 
 import bilevax as bx
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import pictures
+
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "choosing.md"
-FAMILIES = {  # Okabe and Ito's colours, and a marker each for those who see none
-    "implicit": ("#0072B2", "o"),
-    "through the steps": ("#D55E00", "s"),
-    "first order": ("#009E73", "^"),
-    "solves only": ("#CC79A7", "D"),
+FAMILIES = {  # a marker each for those who see no colours
+    "implicit": (pictures.BLUE, "o"),
+    "through the steps": (pictures.RED, "s"),
+    "first order": (pictures.GREEN, "^"),
+    "solves only": (pictures.PURPLE, "D"),
 }
 
 
@@ -124,7 +127,7 @@ PANELS = {
 
 def draw(tables, path):
     """A line a method; hollow markers for the shortest solve, full ones for the longest."""
-    plt.rcParams.update({"font.size": 9, "axes.spines.top": False, "axes.spines.right": False})
+    plt.rcParams.update(pictures.STYLE | {"font.size": 9})
     names = list(next(iter(tables.values()))[1])
     fig, axes = plt.subplots(
         1, len(PANELS), figsize=(12, 0.3 * len(names) + 1.2), sharey=True, layout="constrained"
@@ -140,11 +143,11 @@ def draw(tables, path):
                     marker,
                     color=colour,
                     markersize=6,
-                    markerfacecolor=colour if full else "white",
+                    markerfacecolor=colour if full else "none",
                     zorder=3,
                 )
         ax.set(xscale="log", xlabel=label)
-        ax.grid(color="0.93")
+        ax.grid()
         ax.tick_params(axis="y", length=0)
     labels = [
         name if "truncated" not in name else "truncated to the last quarter" for name in names
@@ -156,20 +159,20 @@ def draw(tables, path):
         for name, (c, m) in FAMILIES.items()
     ]
     for place, steps in enumerate(tables):
-        face = "0.4" if place == len(tables) - 1 else "white"
+        face = pictures.GREY if place == len(tables) - 1 else "none"
         handles.append(
             plt.Line2D(
                 [],
                 [],
-                color="0.4",
+                color=pictures.GREY,
                 marker="o",
                 markerfacecolor=face,
                 linestyle="",
                 label=f"{steps} inner steps",
             )
         )
-    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles), frameon=False)
-    fig.savefig(path, dpi=100)
+    fig.legend(handles=handles, loc="outside lower center", ncols=len(handles))
+    pictures.save(fig, path)
     plt.close(fig)
 
 
@@ -198,7 +201,7 @@ def main(argv=None):
     parser.add_argument(
         "--repeats", type=int, help="timed calls of each method (default 9, with --quick 1)"
     )
-    parser.add_argument("--out", type=Path, help="folder of choosing.png, in place of the page")
+    parser.add_argument("--out", type=Path, help="folder of choosing.svg, in place of the page")
     args = parser.parse_args(argv)
     rows, lengths, repeats = (
         (60, (8, 16), args.repeats or 1) if args.quick else (600, (20, 200), args.repeats or 9)
@@ -212,9 +215,9 @@ def main(argv=None):
         print(f"{table.recommendation}\n")
     if args.out is not None:
         args.out.mkdir(parents=True, exist_ok=True)
-        draw(tables, args.out / "choosing.png")
+        draw(tables, args.out / "choosing.svg")
     elif not args.quick:
-        draw(tables, PAGE.with_suffix(".png"))
+        draw(tables, PAGE.with_suffix(".svg"))
         write(PAGE, tables)
     return tables
 

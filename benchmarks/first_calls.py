@@ -1,8 +1,7 @@
 """How long the first result takes: imports, README's ten lines, and the first call of four
 algorithms, beside another checkout of the library.
 
-    python benchmarks/first_calls.py [--against PATH_OF_A_CHECKOUT] [--rounds 5] [--count] [--out
-    FILE]
+    python benchmarks/first_calls.py [--against CHECKOUT] [--rounds 5] [--count] [--out FILE]
 
 Each measurement is a process of its own with an empty compilation cache; checkouts and algorithms
 take turns. `--count` takes no time but counts what the compiler is given: operations and loops of

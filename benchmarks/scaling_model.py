@@ -1,10 +1,8 @@
 """Time and memory of a bilevel step on paper: flops and collectives as counted, machines as sold.
 
     python benchmarks/scaling_model.py            # the table of docs/scaling.md
-    python benchmarks/scaling_model.py --check    # the same formulas against small steps: bytes
-    that eight virtual devices exchange, memory of
-                                                  # stacked layers under fsdp, and times on one
-                                                  device
+    python benchmarks/scaling_model.py --check    # against small steps: bytes between eight virtual
+                                                  # devices, memory under fsdp, times on one device
 
 Everything is per step: K inner steps, the method's own work, one outer gradient. ``G`` is the work
 of one inner gradient on the batch.

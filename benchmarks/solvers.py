@@ -2,9 +2,9 @@
 and oracle calls to a target.
 
     python benchmarks/solvers.py                              # ours
-    python benchmarks/solvers.py --peer ~/benchmark_bilevel   # and the solver classes of a checkout
-    of benchopt/benchmark_bilevel beside them python benchmarks/solvers.py --small
-       # to see that it runs; its numbers mean nothing
+    python benchmarks/solvers.py --peer ~/benchmark_bilevel   # and beside them the solver classes
+                                                              # of a checkout of benchmark_bilevel
+    python benchmarks/solvers.py --small                      # to see that it runs
 
 Both sides get the same objectives, the same batches' size, the same grid of step sizes and ratios
 with the same seconds for each point, on the same machine, and every clock is read after results are
@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+sys.path.insert(1, str(Path(__file__).resolve().parents[1] / "examples"))
 
 if (
     "--peer" in sys.argv
@@ -40,6 +41,7 @@ if (
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pictures
 from scipy.sparse import csr_array
 
 import bilevax as bx
@@ -414,6 +416,7 @@ def picture(path: Path, label: str, task: Task, curves: dict[str, dict]) -> None
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
+    plt.rcParams.update(pictures.STYLE)
     fig, axes = plt.subplots(1, 2, figsize=(15, 5), layout="constrained", sharey=True)
     colors = plt.get_cmap("tab20").colors
     names = sorted({name.removeprefix("peer ") for name in curves})
@@ -427,15 +430,13 @@ def picture(path: Path, label: str, task: Task, curves: dict[str, dict]) -> None
                 curve[key][1:], curve["score"][1:], dashes, color=color, label=name, linewidth=1.6
             )
     for ax, key in zip(axes, ("seconds", "oracle calls, in batches"), strict=True):
-        ax.axhline(task.target, color="0.6", linewidth=0.8)
+        ax.axhline(task.target, color=pictures.GREY, linewidth=0.8)
         ax.set(xscale="log", yscale="log", xlabel=key)
-        ax.grid(color="0.93")
+        ax.grid()
     axes[0].set(ylabel=task.what)
-    fig.legend(
-        *axes[0].get_legend_handles_labels(), fontsize=9, frameon=False, loc="outside right center"
-    )
+    fig.legend(*axes[0].get_legend_handles_labels(), fontsize=9, loc="outside right center")
     fig.suptitle(label + (" (dashed: peer)" if any(n.startswith("peer ") for n in curves) else ""))
-    fig.savefig(path, dpi=110)
+    pictures.save(fig, path)
     plt.close(fig)
 
 
@@ -549,7 +550,7 @@ def main(argv=None) -> None:
                 plain = (
                     label.replace(", ", "_").replace("=", "").replace("/", "-").replace(" ", "_")
                 )
-                picture(out / f"{NAME}_{plain}.png", label, task, curves)
+                picture(out / f"{NAME}_{plain}.svg", label, task, curves)
         record["problems"][label] = entry
         if out is not None:
             (out / f"{NAME}.json").write_text(json.dumps(record) + "\n")

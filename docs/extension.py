@@ -161,6 +161,7 @@ _COLUMNS = {
     "rare": "accuracy on rare classes",
 }
 _COLUMNS_OF = {
+    "data_selection": {"area": "area under the curve, good text against junk"},
     "denoising": {"test": "test PSNR, dB", "work": "gradients and products"},
     "nested_argmin": {"norm": "log10 of the gradient, over the first"},
     "no_tuning": {"value": "outer value", "relative": "gradient over the first"},
@@ -172,6 +173,10 @@ _ROWS_OF = {
     "no_tuning": "problem and algorithm",
     "multihost": "run",
     "data_pruning": "share of rows kept by",
+    "attribution": "influence by",
+    "data_selection": "trained on",
+    "learned_schedule": "learning rates",
+    "omniglot": "learner",
 }
 
 

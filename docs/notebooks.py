@@ -1,9 +1,9 @@
 """Tutorials: sources in jupytext's percent format, from which pages and notebooks are made by
 running them.
 
-    python docs/notebooks.py            # runs the quick ones; fails where a cell fails, writes
-    nothing python docs/notebooks.py --slow     # the slow ones, too
-    python docs/notebooks.py --write    # runs them, and writes their pages, notebooks and pictures
+    python docs/notebooks.py            # runs the quick ones; fails where a cell fails
+    python docs/notebooks.py --slow     # the slow ones, too
+    python docs/notebooks.py --write    # writes their pages, notebooks and pictures, too
     python docs/notebooks.py darts      # some of them, slow or not
 
 A source is a script, too: `python docs/tutorials/darts.py`. A first cell that is ``slow=true``
@@ -24,21 +24,16 @@ import time
 from pathlib import Path
 from typing import Any, NamedTuple
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "examples"))
+
+import pictures
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 os.environ["MPLBACKEND"] = "agg"
 
 FOLDER = Path(__file__).resolve().parent / "tutorials"
 HOSTED = "https://colab.research.google.com/github/bilevax/bilevax/blob/main/docs/tutorials/"
-# Text and lines of middle grey on nothing, which suit a light page and a dark one.
-GREY = "#808080"
-STYLE = {
-    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none",
-    "legend.frameon": False, "svg.hashsalt": "bilevax",
-    "text.color": GREY, "axes.labelcolor": GREY, "axes.edgecolor": GREY, "xtick.color": GREY,
-    "ytick.color": GREY, "axes.titlecolor": GREY,
-    "axes.spines.top": False, "axes.spines.right": False, "figure.constrained_layout.use": True,
-}  # fmt: skip
 
 
 class Cell(NamedTuple):
@@ -79,7 +74,11 @@ def run(path: Path) -> list[Output | None]:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     outputs: list[Output | None] = []
     others = plt.get_fignums()
-    with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder), plt.rc_context(STYLE):
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.chdir(folder),
+        plt.rc_context(pictures.STYLE | {"figure.constrained_layout.use": True}),
+    ):
         for number, cell in enumerate(cells(path.read_text())):
             if not cell.code:
                 outputs.append(None)
@@ -98,8 +97,8 @@ def run(path: Path) -> list[Output | None]:
 
 def _svg(figure: Any) -> str:
     out = io.StringIO()
-    figure.savefig(out, format="svg", metadata={"Date": None})
-    return out.getvalue()
+    figure.savefig(out, format="svg")
+    return pictures.compact(out.getvalue())
 
 
 def page(name: str, source: list[Cell], outputs: list[Output | None]) -> tuple[str, dict[str, str]]:

@@ -1,9 +1,10 @@
 """Lay a built site beside those of earlier versions, and write the list that the version menu
 reads.
 
-python docs/versions.py site pages 0.2      # copies site to pages/0.2 and pages/latest, and writes
-pages/versions.json python docs/versions.py site pages dev      # a version that is no number is
-never the latest
+    python docs/versions.py site pages 0.2    # copies site to pages/0.2 and pages/latest
+    python docs/versions.py site pages dev    # a version that is no number is never the latest
+
+Both write pages/versions.json.
 """
 
 import json

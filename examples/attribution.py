@@ -51,7 +51,7 @@ COLORS = {
     IMPLICIT: report.ORANGE,
     TRACIN: report.GREEN,
     SIMILARITY: report.PURPLE,
-    RANDOM: "0.35",
+    RANDOM: report.GREY,
 }
 FRACTION, DAMPING, WRONG = 0.02, 0.03, 0.1
 
@@ -169,6 +169,8 @@ def mislabelled(found, wrong):
 
 
 def draw(path, problem, found, rows, name, judged):
+    from matplotlib.colors import ListedColormap
+
     with report.figure(path, 3) as (_, (left, middle, right)):
         report.bars(
             left, rows["text"], "datamodeling score", COLORS, "datamodeling score, character model"
@@ -183,7 +185,7 @@ def draw(path, problem, found, rows, name, judged):
             ".",
             color=report.BLUE,
         )
-        right.axline((0, 0), slope=1, color="0.7")
+        right.axline((0, 0), slope=1, color=report.GREY)
         right.set(
             xlabel="predicted change of the loss",
             ylabel="change after retraining",
@@ -192,7 +194,7 @@ def draw(path, problem, found, rows, name, judged):
     query = int(np.argmax(np.asarray(found[META].value)))
     influence = np.asarray(found[META].scores)[query]
     shown = np.argsort(influence)
-    with report.figure(path.with_name(path.stem + "_digits.png"), 9, height=1.9, width=1.4) as (
+    with report.figure(path.with_name(path.stem + "_digits.svg"), 9, height=1.9, width=1.4) as (
         _,
         axes,
     ):
@@ -202,7 +204,8 @@ def draw(path, problem, found, rows, name, judged):
             (problem.train["x"][i], f"harms: {problem.train['y'][i]}") for i in shown[::-1][:4]
         ]
         for ax, (image, title) in zip(axes, pictures, strict=True):
-            ax.imshow(np.asarray(image).reshape(28, 28), cmap="gray_r")
+            ink = np.clip(np.asarray(image, float).reshape(28, 28), 0, 1)
+            ax.imshow(np.ones_like(ink), cmap=ListedColormap([report.GREY]), alpha=ink)
             ax.set_title(title, fontsize=9)
             ax.axis("off")
 
@@ -247,7 +250,7 @@ def main(argv=None):
         print(
             f"wrong labels by {name}: area under the curve {np.mean([a[name] for a in areas]):.3f}"
         )
-    draw(args.out / "attribution.png", problem, found, rows, "digits", judged)
+    draw(args.out / "attribution.svg", problem, found, rows, "digits", judged)
     settings = dict(vars(args), fraction=FRACTION, damping=DAMPING, wrong=WRONG)
     report.save(args.out / "attribution.json", settings, rows, seconds, errors=errors, areas=areas)
     return rows

@@ -120,6 +120,16 @@ def search(d, steps, rounds, seed):
     return weights - 1e-3 * total / np.abs(total).max(), values
 
 
+def draw(path, rows, curves):
+    with report.figure(path, 2) as (_, (left, right)):
+        report.bars(left, rows, "test loss", COLORS, "test loss")
+        for values in curves:
+            right.plot(values, "o-", color=report.BLUE)
+        right.set(
+            xlabel="round", ylabel="held-out loss after training", title="Metagradient descent"
+        )
+
+
 def main(argv=None):
     full, small = dict(seeds=1, steps=160, rounds=6), dict(seeds=1, steps=6, rounds=2)
     parser = report.parser(__doc__, full=full, small=small)
@@ -172,13 +182,7 @@ def main(argv=None):
     print("part kept of: plays, shuffled, code, repeated")
     for name in NAMES:
         print(f"{name:18} " + "  ".join(f"{part:.2f}" for part in kept[name]))
-    with report.figure(args.out / "data_selection.png", 2) as (_, (left, right)):
-        report.bars(left, rows, "test loss", COLORS, "test loss")
-        for values in curves:
-            right.plot(values, "o-", color=report.BLUE)
-        right.set(
-            xlabel="round", ylabel="held-out loss after training", title="Metagradient descent"
-        )
+    draw(args.out / "data_selection.svg", rows, curves)
     report.save(
         args.out / "data_selection.json",
         dict(vars(args), notch=NOTCH, moved=MOVED, batch=BATCH),

@@ -31,7 +31,7 @@ held-out crops of the training images.)
 from __future__ import annotations
 
 import time
-from functools import partial
+from functools import cache, partial
 
 import data
 import jax
@@ -122,11 +122,22 @@ def upper(y, theta, clean):
     return 0.5 * jnp.mean((y - clean) ** 2)
 
 
+@cache  # one function a regulariser: what it is compiled to is compiled once
+def below(regulariser):
+    return partial(lower, regulariser)
+
+
 def learn(regulariser, theta, d, steps, algorithm=MAID):
-    objective = partial(lower, regulariser)
     crops = dict(inner_data=bx.data.full(d["noisy"]), outer_data=bx.data.full(d["clean"]))
     return bx.solve_bilevel(
-        objective, upper, d["noisy"], theta, **crops, algorithm=algorithm, num_steps=steps, tol=1e-3
+        below(regulariser),
+        upper,
+        d["noisy"],
+        theta,
+        **crops,
+        algorithm=algorithm,
+        num_steps=steps,
+        tol=1e-3,
     )
 
 
@@ -184,10 +195,11 @@ def learn_experts(d, sizes):
     )
 
 
+@cache
 def denoiser(regulariser, tol):
     """``(theta, noisy, from) -> (image, inner gradients)``."""
     solver = bx.inner.lbfgs(maxiter=1000, tol=tol)
-    objective = bx.objective(partial(lower, regulariser))
+    objective = bx.objective(below(regulariser))
 
     @jax.jit
     def solve(theta, noisy, start):
@@ -328,7 +340,8 @@ def main(argv=None):
         f"{sizes['size']}"
     )
     print(f"{source}, {counted}; noise {NOISE}. {seconds:.0f} s in all.")
-    draw(args.out / "denoising.png", test, tv, tv_image, foe, foe_image, grid, sizes)
+    draw(args.out / "denoising.svg", tv, foe, grid, sizes)
+    photographs(args.out / "denoising.png", test, tv_image, foe_image, foe)
     more = dict(
         source=source,
         theta=np.asarray(tv.outer_params),
@@ -345,30 +358,13 @@ def main(argv=None):
     return columns
 
 
-def draw(path, test, tv, tv_image, foe, foe_image, grid, sizes):
-    """Above: a test crop under each method. Below: the grid with MAID's way to its end, both
-    histories, and the filters."""
+def draw(path, tv, foe, grid, sizes):
+    """The grid with MAID's way to its end, and both histories."""
     share, epoch = (
         sizes["batch"] / sizes["train"],
         min(sizes["pool"] // sizes["batch"], sizes["experts"]),
     )
-    with report.figure(path, 4, width=4.2, height=8.4) as (fig, axes):
-        for ax in axes:
-            ax.remove()
-        cells = fig.subplots(2, 4)
-        pictures = {
-            "clean": test["clean"],
-            "noisy": test["noisy"],
-            "total variation": tv_image,
-            "fields of experts": foe_image,
-        }
-        for ax, (name, image) in zip(cells[0], pictures.items(), strict=True):
-            ax.imshow(np.asarray(image[0]), cmap="gray", vmin=0, vmax=1)
-            ax.set_title(
-                name if name == "clean" else f"{name}: {psnr(image[:1], test['clean'][:1]):.2f} dB"
-            )
-            ax.axis("off")
-        left, middle, right, last = cells[1]
+    with report.figure(path, 3, width=5.4, height=4.6) as (fig, (left, middle, last)):
         weights, smoothings = grid["axes"]
         shown = left.contourf(smoothings, weights, grid["scores"], 20, cmap="viridis")
         fig.colorbar(shown, ax=left, location="bottom", label="training PSNR, dB")
@@ -410,14 +406,31 @@ def draw(path, test, tv, tv_image, foe, foe_image, grid, sizes):
             xscale="log",
         )
         last.legend(fontsize=8)
-        filters = np.asarray(foe.outer_params["filters"])
-        scale = np.exp(np.asarray(foe.outer_params["weight"])) * np.sqrt(
-            np.sum(filters**2, axis=(1, 2))
-        )
-        tiles = [
-            np.pad(filters[k] / np.abs(filters[k]).max(), 1, constant_values=np.nan)
-            for k in np.argsort(-scale)
-        ]
+
+
+def photographs(path, test, tv_image, foe_image, foe):
+    """A test crop under each method, and the filters."""
+    shown = {
+        "clean": test["clean"],
+        "noisy": test["noisy"],
+        "total variation": tv_image,
+        "fields of experts": foe_image,
+    }
+    filters = np.asarray(foe.outer_params["filters"])
+    scale = np.exp(np.asarray(foe.outer_params["weight"])) * np.sqrt(
+        np.sum(filters**2, axis=(1, 2))
+    )
+    tiles = [
+        np.pad(filters[k] / np.abs(filters[k]).max(), 1, constant_values=np.nan)
+        for k in np.argsort(-scale)
+    ]
+    with report.figure(path, 5, width=3.2, height=3.7) as (_, (*axes, right)):
+        for ax, (name, image) in zip(axes, shown.items(), strict=True):
+            ax.imshow(np.asarray(image[0]), cmap="gray", vmin=0, vmax=1)
+            ax.set_title(
+                name if name == "clean" else f"{name}: {psnr(image[:1], test['clean'][:1]):.2f} dB"
+            )
+            ax.axis("off")
         right.imshow(
             np.vstack([np.hstack(tiles[8 * i : 8 * i + 8]) for i in range(6)]), cmap="gray"
         )

@@ -87,7 +87,7 @@ def main(argv=None):
                 f"{[round(float(value), 1) for value in decay.values()]}"
             )
     print(report.table(rows, {"test": "test accuracy"}, better=("learned", "test")))
-    with report.figure(args.out / "flax_linen.png", 1, height=2.5) as (_, ax):
+    with report.figure(args.out / "flax_linen.svg", 1, height=2.5) as (_, ax):
         report.bars(ax, rows, "test", {"learned": report.BLUE}, "test accuracy")
         ax.set_title("Weight decay a layer")
     report.save(args.out / "flax_linen.json", vars(args), rows, time.perf_counter() - begin)

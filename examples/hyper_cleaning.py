@@ -395,7 +395,7 @@ def draw(path, rows, histories, weights, wrong, title):
     with report.figure(path, 3, width=5.2) as (fig, (left, middle, right)):
         fig.suptitle(title)
         report.bars(
-            left, rows, "test", {**colors, CLEAN: report.RED, ORACLE: report.BLACK}, "test accuracy"
+            left, rows, "test", {**colors, CLEAN: report.RED, ORACLE: report.GREY}, "test accuracy"
         )
         left.set_title(
             "Test accuracy" + (", ± 2 standard errors" if len(rows[CLEAN]["test"]) > 1 else "")
@@ -405,7 +405,7 @@ def draw(path, rows, histories, weights, wrong, title):
             middle.plot(histories[name]["test"], color=colors[name], linewidth=2, label=name)
             middle.plot(kept, histories[name]["test"][kept], "o", color=colors[name], markersize=8)
         middle.axhline(rows[CLEAN]["test"][0], color=report.RED, linestyle="--", label=CLEAN)
-        middle.axhline(rows[ORACLE]["test"][0], color=report.BLACK, linestyle=":", label=ORACLE)
+        middle.axhline(rows[ORACLE]["test"][0], color=report.GREY, linestyle=":", label=ORACLE)
         middle.set(
             xlabel="outer step",
             ylabel="test accuracy",
@@ -414,24 +414,13 @@ def draw(path, rows, histories, weights, wrong, title):
         middle.set_ylim(bottom=min(rows[CLEAN]["test"][0], rows[ALL]["test"][0]) - 0.02)
         middle.legend(fontsize=9)
         bins = np.linspace(0, 1, 31)
-        right.hist(
-            weights[names[0]][~wrong], bins, color=report.BLUE, alpha=0.75, label="right label"
-        )
-        right.hist(
-            weights[names[0]][wrong],
-            bins,
-            color=report.ORANGE,
-            alpha=0.75,
-            label="wrong label",
-            hatch="//",
-            edgecolor="white",
-        )
+        first = weights[names[0]]
+        report.two_kinds(right, {"right label": first[~wrong], "wrong label": first[wrong]}, bins)
         right.set(
             xlabel="learned weight",
             ylabel="training examples",
             title=names[0].replace("bilevel, ", "Weights, ") + ", first seed",
         )
-        right.legend()
 
 
 def main(argv=None):
@@ -467,7 +456,7 @@ def main(argv=None):
             f"\n{title}; mean ± standard error over {args.seeds} "
             f"seeds\n\n{report.table(rows, columns)}\n\nL2 of the bilevel rows: {chosen}"
         )
-        draw(args.out / f"hyper_cleaning_{validation}.png", rows, *first, title)
+        draw(args.out / f"hyper_cleaning_{validation}.svg", rows, *first, title)
 
     algorithms = {name: make(5 * sizes.cnn_batch) for name, make in METHODS[CONVOLUTIONAL].items()}
     validation = sizes.validation[0]

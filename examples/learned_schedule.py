@@ -31,7 +31,7 @@ import bilevax as bx
 
 LEARNED, COSINE, CONSTANT = "learned", "cosine, best of the grid", "constant, best of the grid"
 NAMES = (LEARNED, COSINE, CONSTANT)
-COLORS = {LEARNED: report.BLUE, COSINE: report.ORANGE, CONSTANT: "0.35"}
+COLORS = {LEARNED: report.BLUE, COSINE: report.ORANGE, CONSTANT: report.GREY}
 BATCH, GRID, META_RATE = 16, (1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2), 0.1
 
 
@@ -113,7 +113,7 @@ def main(argv=None):
             rows[name]["held-out loss"].append(float(inner(trained, None, held)))
     seconds = time.perf_counter() - begin
     print(report.table(rows, {"test loss": "test loss", "held-out loss": "held-out loss"}) + "\n")
-    with report.figure(args.out / "learned_schedule.png", 2) as (_, (left, right)):
+    with report.figure(args.out / "learned_schedule.svg", 2) as (_, (left, right)):
         for name in NAMES:
             left.semilogy(np.exp(np.asarray(found[name])), color=COLORS[name], label=name)
         left.set(xlabel="step", ylabel="learning rate")

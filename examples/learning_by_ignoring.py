@@ -228,7 +228,7 @@ def main(argv=None):
     )
 
     colors = {IGNORING: report.ORANGE, IGNORING_ALL: report.ORANGE, ORACLE: report.GREEN}
-    with report.figure(args.out / "learning_by_ignoring.png", 3, width=5.8) as (
+    with report.figure(args.out / "learning_by_ignoring.svg", 3, width=5.8) as (
         _,
         (left, middle, right),
     ):
@@ -257,20 +257,10 @@ def main(argv=None):
         middle.set_ylim(0, 1.35 * middle.get_ylim()[1])  # room for the legend
         middle.legend()
         bins = np.linspace(0, 1, 26)
-        right.hist(weights[~turned], bins, color=report.BLUE, alpha=0.75, label="upright")
-        right.hist(
-            weights[turned],
-            bins,
-            color=report.ORANGE,
-            alpha=0.75,
-            label="turned",
-            hatch="//",
-            edgecolor="white",
-        )
+        report.two_kinds(right, {"upright": weights[~turned], "turned": weights[turned]}, bins)
         right.set(
             xlabel="learned weight", ylabel="source examples, all seeds", title="What is ignored"
         )
-        right.legend()
     settings = dict(
         vars(args),
         source=SOURCE,

@@ -1,8 +1,7 @@
 """Two processes train one model and learn its penalties together, as two machines would.
 
-    python examples/multihost.py                                   # starts both processes here, and
-    a single one to compare with python examples/multihost.py --rank 0 --processes 2 --address
-    10.0.0.1:1234      # or one of them on each machine yourself
+    python examples/multihost.py    # starts both processes here, and a single one to compare with
+    python examples/multihost.py --rank 0 --processes 2 --address 10.0.0.1:1234    # on each machine
 
 A softmax regression on scikit-learn's digits with a penalty for each of its 64 features. Every
 process reads its own half of the rows; the rows of a batch are split over all devices of all
@@ -173,7 +172,7 @@ def main(argv=None):
     }
     print(report.table(rows, {"first": "first loss", "last": "last loss", "seconds": "seconds"}))
     print(f"Largest difference of any loss or penalty between the two runs: {gap:.1e}.")
-    with report.figure(args.out / "multihost.png", 1) as (_, ax):
+    with report.figure(args.out / "multihost.svg", 1) as (_, ax):
         ax.plot(alone["value"], color=report.ORANGE, linewidth=5, alpha=0.5, label="one process")
         ax.plot(together["value"], color=report.BLUE, label=f"{args.processes} processes")
         ax.set(

@@ -149,7 +149,7 @@ def main(argv=None):
         f"{seconds:.1f} s in all."
     )
 
-    with report.figure(args.out / "my_own_loop.png", 2) as (_, (left, right)):
+    with report.figure(args.out / "my_own_loop.svg", 2) as (_, (left, right)):
         steps = np.arange(args.steps)
         for (name, runs), color, line in zip(
             logs.items(), (report.ORANGE, report.BLUE), ("--", "-"), strict=True

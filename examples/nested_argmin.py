@@ -132,6 +132,28 @@ def hessian_error(x, batches, h=1e-4):
     return float(jnp.linalg.norm(found - jnp.stack(columns)) / jnp.linalg.norm(found))
 
 
+def draw(path, curves):
+    with report.figure(path, 1, width=7.0) as (_, ax):
+        for (name, curve), color, mark in zip(
+            curves.items(), (report.ORANGE, report.BLUE, report.GREY), "os^", strict=True
+        ):
+            ax.semilogy(
+                np.maximum(curve, 1e-16),
+                color=color,
+                marker=mark,
+                markersize=4,
+                label=name,
+                linewidth=2,
+            )
+        ax.axhline(TOLERANCE, color=report.GREY, linestyle="--", linewidth=1)
+        ax.set(
+            xlabel="step",
+            ylabel="norm of the gradient, of the first",
+            title="A three-level problem, seed 0",
+        )
+        ax.legend()
+
+
 def main(argv=None):
     args = report.parse(
         report.parser(__doc__, full=dict(seeds=5, steps=60), small=dict(seeds=2, steps=5)), argv
@@ -165,25 +187,7 @@ def main(argv=None):
         f"Hessian against central differences of the gradient: relative error {max(errors):.1e} at "
         f"most over {args.seeds} seeds. {seconds:.1f} s."
     )
-    with report.figure(args.out / "nested_argmin.png", 1, width=7.0) as (_, ax):
-        for (name, curve), color, mark in zip(
-            curves.items(), (report.ORANGE, report.BLUE, report.BLACK), "os^", strict=True
-        ):
-            ax.semilogy(
-                np.maximum(curve, 1e-16),
-                color=color,
-                marker=mark,
-                markersize=4,
-                label=name,
-                linewidth=2,
-            )
-        ax.axhline(TOLERANCE, color="0.7", linestyle="--", linewidth=1)
-        ax.set(
-            xlabel="step",
-            ylabel="norm of the gradient, of the first",
-            title="A three-level problem, seed 0",
-        )
-        ax.legend()
+    draw(args.out / "nested_argmin.svg", curves)
     settings = dict(
         vars(args),
         features=FEATURES,

@@ -170,7 +170,7 @@ def main(argv=None):
     print(report.table(rows, {"value": "outer value", "relative": "relative gradient"}, digits=5))
     print(f"Converged is {TARGET:g} and below. {seconds:.1f} s in all.")
 
-    with report.figure(args.out / "no_tuning.png", len(histories), squeeze=False) as (_, axes):
+    with report.figure(args.out / "no_tuning.svg", len(histories), squeeze=False) as (_, axes):
         for ax, (name, history) in zip(axes[0], histories.items(), strict=True):
             work = np.cumsum(history["lower_steps"] + history["adjoint_steps"])
             ax.loglog(
@@ -179,7 +179,7 @@ def main(argv=None):
                 color=report.BLUE,
                 label="hypergradient",
             )
-            ax.axhline(TARGET, color="0.7", linewidth=0.8)
+            ax.axhline(TARGET, color=report.GREY, linewidth=0.8)
             ax.set(xlabel="inner gradients and products", title=name)
         axes[0][0].set_ylabel("relative to the first")
         axes[0][0].legend()

@@ -308,7 +308,7 @@ def main(argv=None):
     columns = {key: key for key in ("meta-steps", "processor seconds")}
     print("\n" + report.table(results, {"test": "new characters", **columns}) + "\n")
     seconds = time.perf_counter() - begin
-    draw(args.out / "omniglot.png", results)
+    draw(args.out / "omniglot.svg", results)
     report.save(args.out / "omniglot.json", {**vars(args), **settings}, results, seconds)
     print(f"{seconds:.0f} s in all.")
     return results

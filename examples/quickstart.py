@@ -185,12 +185,12 @@ def main(argv=None):
         f"of right ones. {seconds:.1f} s in all."
     )
 
-    with report.figure(args.out / "quickstart.png", 3, width=5.0) as (_, (left, middle, right)):
+    with report.figure(args.out / "quickstart.svg", 3, width=5.0) as (_, (left, middle, right)):
         report.bars(
             left,
             rows,
             "test",
-            {BILEVEL: report.BLUE, ORACLE: report.BLACK, CLEAN: report.RED},
+            {BILEVEL: report.BLUE, ORACLE: report.GREY, CLEAN: report.RED},
             "test accuracy",
         )
         left.set_title("Test accuracy, ± 2 standard errors")
@@ -214,22 +214,13 @@ def main(argv=None):
         middle.set_ylim(bottom=0)
         middle.legend()
         bins = np.linspace(0, 1, 26)
-        right.hist(weights[~wrong], bins, color=report.BLUE, alpha=0.75, label="right label")
-        right.hist(
-            weights[wrong],
-            bins,
-            color=report.ORANGE,
-            alpha=0.75,
-            label="wrong label",
-            hatch="//",
-            edgecolor="white",
-        )
+        kinds = {"right label": weights[~wrong], "wrong label": weights[wrong]}
+        report.two_kinds(right, kinds, bins)
         right.set(
             xlabel="learned weight",
             ylabel="training examples, all seeds",
             title="What the weights found",
         )
-        right.legend()
     settings = dict(
         vars(args),
         train=TRAIN,

@@ -19,21 +19,20 @@ from urllib.parse import quote
 
 import jax
 import numpy as np
+import pictures
 from data import Unavailable
+from pictures import (  # noqa: F401 (the examples say report.BLUE)
+    BLUE,
+    BROWN,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    RED,
+    SKY,
+)
 
 import bilevax as bx
-
-# Okabe and Ito's colours, distinguishable with any kind of colour vision; black last.
-BLUE, ORANGE, GREEN, PURPLE, SKY, RED, YELLOW, BLACK = (
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-    "#F0E442",
-    "#000000",
-)
 
 Rows = Mapping[str, Mapping[str, Sequence[float]]]  # row -> column -> one number a seed
 
@@ -202,9 +201,13 @@ def standard_error(values: Sequence[float]) -> float:
 
 
 def mean_se(values: Sequence[float], digits: int = 3, signed: bool = False) -> str:
-    """``mean ± standard error`` over seeds; the mean alone for a single seed."""
-    mean, error = f"{np.mean(values):{'+' if signed else ''}.{digits}f}", standard_error(values)
-    return mean if np.isnan(error) else f"{mean} ± {error:.{digits}f}"
+    """``mean ± standard error`` over seeds; the mean alone for a single seed. With an exponent
+    where these digits would show zeros alone."""
+    mean, error = np.mean(values), standard_error(values)
+    shown = mean == 0 or np.fmax(abs(mean), error) >= 10.0**-digits
+    form = f".{digits}f" if shown else ".1e"
+    text = f"{mean:{'+' if signed else ''}{form}}"
+    return text if np.isnan(error) else f"{text} ± {error:{form}}"
 
 
 def table(
@@ -246,30 +249,19 @@ def table(
 def figure(
     path: Path, columns: int, *, height: float = 4.2, width: float = 5.4, **keywords
 ) -> Iterator[tuple]:
-    """``with figure(path, 2) as (fig, axes)``: draw, and the picture is saved at the end. Needs no
-    display."""
+    """``with figure(path, 2) as (fig, axes)``: draw, and the picture is saved at the end, curves
+    and bars as ``.svg``, photographs as ``.png``. Needs no display."""
     import matplotlib as mpl
 
     mpl.use("Agg")
     import matplotlib.pyplot as plt
 
-    style = {
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-        "font.size": 11,
-        "axes.titlesize": 12,
-        "legend.frameon": False,
-    }
-    style |= {"svg.hashsalt": "bilevax"}  # the same picture is the same file
-    with plt.rc_context(style):
+    with plt.rc_context(pictures.STYLE | {"font.size": 11, "axes.titlesize": 12}):
         fig, axes = plt.subplots(
             1, columns, figsize=(width * columns, height), layout="constrained", **keywords
         )
         yield fig, axes
-        fig.savefig(path, dpi=130)
-        fig.savefig(
-            path.with_suffix(".svg"), transparent=True, metadata={"Date": None}
-        )  # for the site, light and dark
+        pictures.save(fig, path)
         plt.close(fig)
     print(f"picture: {path}")
 
@@ -280,7 +272,7 @@ def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str) -> Non
     for place, name in enumerate(names):
         values = np.asarray(rows[name][key], float)
         error = 0.0 if len(values) == 1 else 2 * standard_error(values)
-        color = colors.get(name, "0.35")
+        color = colors.get(name, GREY)
         ax.errorbar(values.mean(), place, xerr=error, fmt="o", color=color, capsize=4, markersize=7)
         ax.annotate(
             f"{values.mean():.3f}",
@@ -288,13 +280,21 @@ def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str) -> Non
             textcoords="offset points",
             xytext=(0, 8),
             ha="center",
-            color=color,
         )
     ax.set_yticks(range(len(names)), names)
     ax.set_ylim(len(names) - 0.5, -0.7)
     ax.margins(x=0.12)
-    ax.grid(axis="x", color="0.9")
+    ax.grid(axis="x")
     ax.set_xlabel(label)
+
+
+def two_kinds(ax, values: Mapping[str, np.ndarray], bins) -> None:
+    """Histograms of two kinds of examples over each other, by label."""
+    for (label, found), color, hatch in zip(
+        values.items(), (BLUE, ORANGE), (None, "//"), strict=True
+    ):
+        ax.hist(found, bins, color=color, alpha=0.75, label=label, hatch=hatch, edgecolor=GREY)
+    ax.legend()
 
 
 def save(path: Path, settings: Mapping, rows: Rows, seconds: float, **more) -> None:

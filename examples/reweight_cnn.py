@@ -224,7 +224,7 @@ def draw(path, rows, classes, weights, counts):
         ADJUSTED: report.PURPLE,
     }
     with report.figure(path, 3, width=5.2) as (_, (left, middle, right)):
-        report.bars(left, rows, "test", {**colors, PLAIN: "0.35"}, "test accuracy")
+        report.bars(left, rows, "test", {**colors, PLAIN: report.GREY}, "test accuracy")
         left.set_title(
             "Balanced test set" + (", ± 2 standard errors" if len(rows[PLAIN]["test"]) > 1 else "")
         )
@@ -234,7 +234,7 @@ def draw(path, rows, classes, weights, counts):
                 ticks,
                 np.mean(classes[name], 0),
                 line,
-                color=colors.get(name, "0.35"),
+                color=colors.get(name, report.GREY),
                 linewidth=2,
                 label=name,
             )
@@ -306,7 +306,7 @@ def main(argv=None):
         f"Mean ± standard error over {args.seeds} seeds; differences are taken seed by seed. "
         f"{seconds:.0f} s in all."
     )
-    draw(args.out / "reweight_cnn.png", rows, classes, weights, d.counts)
+    draw(args.out / "reweight_cnn.svg", rows, classes, weights, d.counts)
     settings = dict(
         vars(args),
         head=HEAD,

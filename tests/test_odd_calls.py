@@ -158,7 +158,9 @@ ROWS = {
         r"inner_objective.*batch=.*let the batch hold the examples' numbers",
     ),
     "a source where a batch is due": (
-        lambda: bx.explain(levels(), {"y": X[0], "x": X[0]}, {"y": bx.data.minibatches(T, 2)}),
+        lambda: bx.value_and_multilevel_grad(levels())(
+            {"y": X[0], "x": X[0]}, {"y": bx.data.minibatches(T, 2)}
+        ),
         r"batches\['y'\]: got a data source.*expected one batch",
     ),
     "a start that was forgotten": (

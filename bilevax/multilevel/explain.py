@@ -6,11 +6,15 @@ from collections import Counter
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
+import jax
+
 from bilevax._core.settings import name_of
-from bilevax.base import PyTree
+from bilevax.base import Feed, PyTree
+from bilevax.data.episodes import Episodes, drawn
+from bilevax.data.sources import Source, as_source
 from bilevax.multilevel import joint
 from bilevax.multilevel.gradient import MultilevelGradFn
-from bilevax.multilevel.level import Level, check_batches, check_names, split_params
+from bilevax.multilevel.level import Level, check_names, split_params
 from bilevax.multilevel.system import System
 
 GRADIENTS, HVPS = "gradients", "hvps"
@@ -172,6 +176,23 @@ def _count(number: int | None, what: str) -> str:
     )
 
 
+def one_of(data: Any, argument: str) -> PyTree:
+    """A batch that a run would draw from `data`; a loader is left alone, as what it yields once is
+    for the run.
+    """
+    if not isinstance(data, (Source, Episodes)) and not callable(data):
+        return data
+    source, key = as_source(data, argument), jax.random.key(0)
+    if not isinstance(source, Episodes):
+        return source.draw(Feed(source.data, key, 0), 0).batch
+    if not isinstance(source.parent, Source):
+        raise TypeError(
+            f"{argument}: got episodes of an iterable; expected one batch of them. Try the first "
+            "that it yields."
+        )
+    return drawn(source.data, key, 0)
+
+
 def explain(
     levels: Sequence[Level],
     params: dict[str, PyTree],
@@ -190,7 +211,8 @@ def explain(
     Args:
       levels: as for `value_and_multilevel_grad`.
       params: dict by level name; shapes are all that is looked at.
-      batches: dict by level name, one batch of each level that has data.
+      batches: dict by level name, one batch of each level that has data, or what a run draws it
+        from: `data.minibatches`, episodes, a function of ``(key, step)``.
       model_state: model states of stateful objectives, by level name.
       key: PRNG key, where an objective takes one.
 
@@ -233,10 +255,11 @@ def explain(
     fn = MultilevelGradFn(levels)
     names = [level.name for level in fn.levels]
     floats, fixed = split_params(fn.levels, params)
+    given = check_names(batches, names, "batches")
     system = fn.system(
         floats,
         fixed,
-        check_batches(batches, names),
+        {name: one_of(data, f"batches[{name!r}]") for name, data in given.items()},
         key,
         check_names(model_state, names, "model_state"),
     )

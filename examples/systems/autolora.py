@@ -282,7 +282,7 @@ def draw(path, results, found, sizes, seeds):
         UNIFORM: report.ORANGE,
         TWICE: report.RED,
         SHUFFLED: report.PURPLE,
-        HEAD: "0.35",
+        HEAD: report.GREY,
     }
     with report.figure(path, 2 * len(results), width=5.0, height=4.6, squeeze=False) as (fig, axes):
         for (name, table), left, right in zip(
@@ -360,7 +360,7 @@ def main(argv=None):
             flush=True,
         )
     seconds = time.perf_counter() - begin
-    draw(args.out / "autolora.png", results, found, sizes, args.seeds)
+    draw(args.out / "autolora.svg", results, found, sizes, args.seeds)
     report.save(
         args.out / "autolora.json", {**vars(args), **settings}, results, seconds, found=found
     )

@@ -337,13 +337,13 @@ def one(d, model, method, steps, sizes, seed, checkpoint):
 def draw(path, results, full, first):
     style = {
         WEIGHTS: (report.BLUE, "o-"),
-        RANDOM: ("0.45", "s-"),
+        RANDOM: (report.BROWN, "s-"),
         EL2N_HARD: (report.RED, "v:"),
         EL2N_EASY: (report.RED, "^-"),
         FORGOTTEN: (report.PURPLE, "v:"),
         REMEMBERED: (report.PURPLE, "^-"),
         LOW: (report.ORANGE, "D-"),
-        ORACLE: (report.BLACK, "--"),
+        ORACLE: (report.GREY, "--"),
     }
     percent = [100 * share for share in SHARES]
     with report.figure(path, 3, width=5.6, height=5.2) as (fig, axes):
@@ -372,27 +372,18 @@ def draw(path, results, full, first):
                 ylabel="test accuracy",
                 title=f"{model}, mean over seeds (lines may leave the frame)",
             )
-            ax.grid(color="0.92")
+            ax.grid()
         handles, labels = axes[0].get_legend_handles_labels()
         fig.legend(handles, labels, ncols=5, loc="outside lower center", fontsize=10)
         logits, wrong = np.asarray(first["logits"]), np.asarray(first["wrong"]) > 0
         bins = np.linspace(*np.quantile(logits, [0.002, 0.998]), 41)
-        axes[2].hist(logits[~wrong], bins, color=report.BLUE, alpha=0.75, label="right label")
-        axes[2].hist(
-            logits[wrong],
-            bins,
-            color=report.ORANGE,
-            alpha=0.75,
-            label="wrong label",
-            hatch="//",
-            edgecolor="white",
-        )
+        kinds = {"right label": logits[~wrong], "wrong label": logits[wrong]}
+        report.two_kinds(axes[2], kinds, bins)
         axes[2].set(
             xlabel="logit of the learned weight",
             ylabel="training rows",
             title="Weights, linear, first seed",
         )
-        axes[2].legend()
 
 
 def main(argv=None):
@@ -474,7 +465,7 @@ def main(argv=None):
             )
     seconds = time.perf_counter() - begin
     print(f"\n{seconds:.0f} s in all.")
-    draw(args.out / "data_pruning.png", results, full, first)
+    draw(args.out / "data_pruning.svg", results, full, first)
     report.save(
         args.out / "data_pruning.json",
         {**vars(args), **settings, "method": repr(method)},

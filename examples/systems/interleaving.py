@@ -379,7 +379,7 @@ def main(argv=None):
         print(report.table(found[kind]["rows"], names, better=(LEARNED, "test")))
     seconds = time.perf_counter() - begin
     print(f"\n{seconds:.0f} s in all.")
-    draw(args.out / "interleaving.png", found)
+    draw(args.out / "interleaving.svg", found)
     report.save(
         args.out / "interleaving.json",
         {**vars(args), **settings},

@@ -343,6 +343,8 @@ def one(census, seed, steps, checkpoint):
 
 
 def draw(path, rows, census, first):
+    from matplotlib.colors import LinearSegmentedColormap, to_rgba
+
     colors = {
         GROUPING: report.BLUE,
         FAIR: report.ORANGE,
@@ -350,7 +352,7 @@ def draw(path, rows, census, first):
         REWEIGHED: report.RED,
         THRESHOLDS: report.PURPLE,
     }
-    colors |= {SEXES: report.SKY, JOINT: report.BLACK, RANDOM: "0.7"}
+    colors |= {SEXES: report.SKY, JOINT: report.BROWN, RANDOM: report.GREY}
     with report.figure(path, 3, width=6.2, height=5.0) as (_, (left, middle, right)):
         several = len(rows[ONE]["test"]) > 1
         for place, name in enumerate(ROWS):
@@ -360,7 +362,7 @@ def draw(path, rows, census, first):
                 if several
                 else {}
             )
-            color = colors.get(name, "0.35")
+            color = colors.get(name, report.GREY)
             marker = "os^vDPX*p"[place]
             left.errorbar(
                 x.mean(),
@@ -372,7 +374,7 @@ def draw(path, rows, census, first):
                 label=name,
                 **errors,
             )
-        left.axvline(0.08, color="0.8", linestyle="--")
+        left.axvline(0.08, color=report.GREY, linestyle="--")
         left.set(
             xlabel="demographic parity gap (men above women)",
             ylabel="test accuracy",
@@ -385,7 +387,10 @@ def draw(path, rows, census, first):
         )
         shown = np.argsort(-np.abs(gate).max(1))[:14]
         limit = np.abs(gate[shown]).max()
-        image = middle.imshow(gate[shown], cmap="RdBu_r", vmin=-limit, vmax=limit, aspect="auto")
+        cmap = LinearSegmentedColormap.from_list(
+            "turning", [report.BLUE, to_rgba(report.GREY, 0.1), report.RED]
+        )
+        image = middle.imshow(gate[shown], cmap=cmap, vmin=-limit, vmax=limit, aspect="auto")
         middle.set_yticks(range(len(shown)), [census.names[i] for i in shown], fontsize=9)
         middle.set_xticks(
             range(GROUPS), [f"{group + 1}\n({part:.0%})" for group, part in enumerate(share)]
@@ -412,7 +417,7 @@ def draw(path, rows, census, first):
                 height, table[group].reshape(-1), 0.18, color=color, label=f"group {group + 1}"
             )
         right.set_yticks(range(4), [f"{sex}, {income}" for sex, income in cells])
-        right.axvline(1, color="0.5", linewidth=0.8)
+        right.axvline(1, color=report.GREY, linewidth=0.8)
         right.invert_yaxis()
         right.set(
             xlabel="learned weight of a training person",
@@ -465,7 +470,7 @@ def main(argv=None):
     cost = np.asarray(rows[GROUPING]["test"]) - np.asarray(rows[FAIR]["test"])
     print(f"\nFairness costs the learned groups {report.mean_se(cost, 4)} of accuracy.")
     print(f"Mean ± standard error over {args.seeds} seed(s); {seconds:.0f} s in all.")
-    draw(args.out / "learning_by_grouping.png", rows, census, found[0])
+    draw(args.out / "learning_by_grouping.svg", rows, census, found[0])
     searches = {name: [f[name]["seconds"] for f in found] for name in (GROUPING, FAIR)}
     report.save(
         args.out / "learning_by_grouping.json",

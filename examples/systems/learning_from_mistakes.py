@@ -228,7 +228,7 @@ def main(argv=None):
     print(f"strength found {report.mean_se(strength)} (each search began at 1)")
     seconds = time.perf_counter() - begin
     print(f"\n{seconds:.0f} s in all.")
-    draw(args.out / "learning_from_mistakes.png", rows, found)
+    draw(args.out / "learning_from_mistakes.svg", rows, found)
     report.save(
         args.out / "learning_from_mistakes.json",
         {**vars(args), **settings},

@@ -436,7 +436,7 @@ def draw(path, rows, curves, values):
     with report.figure(path, 3, width=5.4) as (_, (left, middle, right)):
         for curve in curves:
             left.plot(5 * np.arange(len(curve)), curve, color=report.BLUE, alpha=0.7)
-        left.axhline(0.5, color="0.6", linestyle=":")
+        left.axhline(0.5, color=report.GREY, linestyle=":")
         left.set(
             xlabel="step of the masking network",
             ylabel="share of pairs within an image",
@@ -456,7 +456,7 @@ def draw(path, rows, curves, values):
 def picture(path, problems):
     """Of each problem test images above, and below how often each patch is hidden; planted patches
     are framed."""
-    import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     side = SIDE // PATCH
     whole = lambda x: (
@@ -465,35 +465,33 @@ def picture(path, problems):
         .swapaxes(2, 3)
         .reshape(-1, SIDE, SIDE, 3)
     )
-    fig, axes = plt.subplots(
-        2 * len(problems), SHOWN, figsize=(1.35 * SHOWN, 2.9 * len(problems)), layout="constrained"
-    )
-    for (title, test, chance), above, below in zip(problems, axes[::2], axes[1::2], strict=True):
-        for j, image in enumerate(whole(test.x[:SHOWN])):
-            above[j].imshow(np.clip(image * 0.25 + 0.47, 0, 1))
-            shown = below[j].imshow(
-                np.asarray(chance[j]).reshape(side, side), vmin=0, vmax=1, cmap="viridis"
-            )
-            for place in () if test.planted is None else np.flatnonzero(test.planted[j]):
-                corner = place % side - 0.45, place // side - 0.45
-                below[j].add_patch(
-                    plt.Rectangle(corner, 0.9, 0.9, fill=False, edgecolor=report.RED, linewidth=1.2)
-                )
-        framed = " (planted patches are framed)" * (test.planted is not None)
-        for ax, text in (
-            (above[0], f"{title}: test images"),
-            (below[0], f"how often each patch is hidden{framed}"),
+    with report.figure(path, 1, width=1.35 * SHOWN, height=2.9 * len(problems)) as (fig, whole_ax):
+        whole_ax.remove()
+        axes = fig.subplots(2 * len(problems), SHOWN)
+        for (title, test, chance), above, below in zip(
+            problems, axes[::2], axes[1::2], strict=True
         ):
-            ax.text(0, 1.06, text, transform=ax.transAxes).set_in_layout(
-                False
-            )  # it may run over its neighbours
-    fig.get_layout_engine().set(h_pad=0.2)
-    fig.colorbar(shown, ax=axes, shrink=0.5)
-    for ax in axes.flat:
-        ax.set_axis_off()
-    fig.savefig(path, dpi=110)
-    plt.close(fig)
-    print(f"picture: {path}")
+            for j, image in enumerate(whole(test.x[:SHOWN])):
+                above[j].imshow(np.clip(image * 0.25 + 0.47, 0, 1))
+                shown = below[j].imshow(
+                    np.asarray(chance[j]).reshape(side, side), vmin=0, vmax=1, cmap="viridis"
+                )
+                for place in () if test.planted is None else np.flatnonzero(test.planted[j]):
+                    corner = place % side - 0.45, place // side - 0.45
+                    framed = Rectangle(corner, 0.9, 0.9, fill=False, ec=report.RED, linewidth=1.2)
+                    below[j].add_patch(framed)
+            which = " (planted patches are framed)" * (test.planted is not None)
+            for ax, text in (
+                (above[0], f"{title}: test images"),
+                (below[0], f"how often each patch is hidden{which}"),
+            ):
+                ax.text(0, 1.06, text, transform=ax.transAxes).set_in_layout(
+                    False
+                )  # it may run over its neighbours
+        fig.get_layout_engine().set(h_pad=0.2)
+        fig.colorbar(shown, ax=axes, shrink=0.5)
+        for ax in axes.flat:
+            ax.set_axis_off()
 
 
 def main(argv=None):
@@ -545,7 +543,7 @@ def main(argv=None):
     )
     print(f"\n{seconds:.0f} s in all.")
     draw(
-        args.out / "mlo_mae.png",
+        args.out / "mlo_mae.svg",
         rows,
         [run["curve"] for run in found],
         [run["value"] for run in compared],

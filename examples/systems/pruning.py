@@ -329,7 +329,7 @@ def long_rounds(problem, name, s, seed, networks):
 
 
 def draw(path, results):
-    colors = {BIP: report.BLUE, DIRECT: report.SKY, ONE_SHOT: report.BLACK, GRADUAL: report.GREEN}
+    colors = {BIP: report.BLUE, DIRECT: report.SKY, ONE_SHOT: report.BROWN, GRADUAL: report.GREEN}
     colors |= {REWIND: report.RED, SHORT_ROUNDS: report.ORANGE, LONG: report.PURPLE}
     with report.figure(path, 2, width=7.0, height=5.0) as (_, (left, right)):
         title, rows = list(results.items())[-1]
@@ -340,7 +340,7 @@ def draw(path, results):
                 np.mean(row["accuracy"]),
                 "os^vDPX*p"[place],
                 markersize=9,
-                color=colors.get(name, "0.5"),
+                color=colors.get(name, report.GREY),
                 label=name,
             )
         right.margins(x=0.15, y=0.1)
@@ -396,7 +396,7 @@ def main(argv=None):
         print(f"  {name:32} " + " ".join(f"{share:7.2%}" for share in left[name]))
     seconds = time.perf_counter() - begin
     print(f"\n{seconds:.0f} s in all.")
-    draw(args.out / "pruning.png", results)
+    draw(args.out / "pruning.svg", results)
     rows = results if len(results) > 1 else results[sparsity]
     report.save(args.out / "pruning.json", {**vars(args), **settings}, rows, seconds, left=left)
 

@@ -488,8 +488,8 @@ def gathered(found):
 def draw(path, results, table, sizes, seeds):
     first, last = f"{sizes.kinds[0]}, {SAMA}", f"{sizes.kinds[-1]}, {SAMA}"
     lines = {
-        VOTE: ("0.5", ":"),
-        STOPPED: ("0.5", "-."),
+        VOTE: (report.BROWN, ":"),
+        STOPPED: (report.BROWN, "-."),
         CLEAN: (report.RED, "--"),
         POOLED: (report.ORANGE, "--"),
         first: (report.SKY, "-"),
@@ -498,7 +498,7 @@ def draw(path, results, table, sizes, seeds):
         f"correction, {SAMA}": (report.BLUE, "-"),
         last: (report.PURPLE, "-"),
         CHOSEN: (report.GREEN, "-"),
-        GOLD: (report.BLACK, ":"),
+        GOLD: (report.GREY, ":"),
     }
     with report.figure(path, 3, width=5.6, height=5.0) as (_, (left, middle, right)):
         for name, (color, line) in lines.items():
@@ -614,7 +614,7 @@ def main(argv=None):
             + "\n"
         )
     seconds = time.perf_counter() - begin
-    draw(args.out / "weak_supervision.png", results, table, sizes, args.seeds)
+    draw(args.out / "weak_supervision.svg", results, table, sizes, args.seeds)
     report.save(
         args.out / "weak_supervision.json",
         {**vars(args), **settings},

@@ -1,6 +1,7 @@
 """What the examples share: the device that was asked for, and pieces that a second call reads
 back."""
 
+import re
 import sys
 from pathlib import Path
 
@@ -50,6 +51,25 @@ def test_device_that_is_not_there(parsed, capsys, name):
     with pytest.raises(SystemExit):
         parsed("--device", name)
     assert f"--device: got '{name}'" in capsys.readouterr().err
+
+
+def test_small_numbers_are_not_shown_as_zeros(report):
+    assert report.mean_se([2.7e-6], 5) == "2.7e-06" and report.mean_se([0.0], 2) == "0.00"
+    assert report.mean_se([2e-5, 4e-5]) == "3.0e-05 ± 1.0e-05"
+    assert report.mean_se([0.011, -0.01], signed=True) == "+0.001 ± 0.011"
+
+
+def test_pictures_are_small_and_suit_both_schemes(report, tmp_path):
+    pytest.importorskip("matplotlib")
+    path = tmp_path / "bars.svg"
+    for _ in range(2):
+        before = path.read_text() if path.exists() else None
+        with report.figure(path, 1) as (_, ax):
+            report.bars(ax, {"a": {"n": [0.1234, 0.2]}, "b": {"n": [0.3]}}, "n", {}, "number")
+    drawn = path.read_text()
+    assert drawn == before and len(drawn) < 20_000 and "metadata" not in drawn
+    assert report.GREY.lower() in drawn
+    assert not {"#000000", "#ffffff"} & set(re.findall(r"(?:fill|stroke): (#\w{6})", drawn))
 
 
 def test_pieces_are_read_back(report, parsed, tmp_path, capsys):

@@ -381,6 +381,17 @@ def test_explain_counts_first_order_methods_and_admits_what_it_does_not_know():
     assert unknown.gradients["z"] is None and "not known" in str(unknown)
 
 
+def test_explain_takes_the_data_of_a_run():
+    rows = jnp.arange(6.0)
+    built = three(z={"objective": lambda p, batch: 0.5 * jnp.mean((p["z"] - p["y"] - batch) ** 2)})
+    expected = bx.explain(built, PARAMS, {"z": rows[:2]})
+    sampled = bx.data.minibatches(rows, 2)
+    for data in (sampled, bx.data.episodes(sampled).map(jnp.sin), lambda key, step: rows[:2]):
+        assert bx.explain(built, PARAMS, {"z": data}) == expected
+    with pytest.raises(TypeError, match=r"batches\['z'\]: got episodes of an iterable; expected"):
+        bx.explain(built, PARAMS, {"z": bx.data.episodes(iter([rows]))})
+
+
 def test_explain_draws():
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("Agg")
