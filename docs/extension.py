@@ -7,6 +7,9 @@ import importlib
 import inspect
 import json
 import re
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 from xml.etree.ElementTree import Element
 
@@ -26,6 +29,10 @@ _DIRECTIVE = re.compile(
     re.MULTILINE,
 )
 _ROLE = re.compile(r":math:`(?P<tex>[^`]*)`")
+_PROSE = re.compile(
+    r'^(?P<margin> *)(?:"""(?P<quoted>.*?)"""|# (?P<words>[^\n]*(?:\n(?P=margin)# [^\n]*)*))$',
+    re.MULTILINE | re.DOTALL,
+)
 _MARKER = re.compile(
     r"<!-- (?P<what>results|api|table|code|levels|recipes):? ?(?P<name>[^>]*?) ?-->"
 )
@@ -90,7 +97,28 @@ def code(name: str) -> str:
             found[node.name] = ast.get_source_segment(text, node)
         elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
             found[node.targets[0].id] = ast.get_source_segment(text, node)
-    return "```py\n" + "\n\n\n".join(found[one] for one in wanted) + "\n```"
+    return "```py\n" + narrow("\n\n\n".join(found[one] for one in wanted)) + "```"
+
+
+def narrow(text: str) -> str:
+    """Code in the 78 columns that a page shows without a scroll bar."""
+    command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "78", "-"]
+    text = re.sub(r"  # (noqa|fmt)\b[^\n(]*(\([^\n]*\))?$", "", text, flags=re.MULTILINE)
+    done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
+    return _PROSE.sub(_filled, done.stdout)
+
+
+def _filled(found: re.Match) -> str:
+    """A docstring or a comment, whose lines the formatter leaves as they are."""
+    if max(map(len, found[0].splitlines())) <= 78:
+        return found[0]
+    margin, comment = found["margin"], found["quoted"] is None
+    text = found["words"].replace(f"\n{margin}# ", "\n") if comment else found["quoted"]
+    begin, text = margin + "# " * comment, text if comment else f'"""{text.strip()}"""'
+    return "\n\n".join(
+        textwrap.fill(" ".join(part.split()), 78, initial_indent=begin, subsequent_indent=begin)
+        for part in text.split("\n\n")
+    )
 
 
 def levels(name: str) -> str:
@@ -148,7 +176,7 @@ def recipes(_: str) -> str:
         about = doc.replace(f"`python examples/recipes/{script.name}`", "").strip()
         result = f"\n\nPrinted at the end: {printed[script.stem]}" if script.stem in printed else ""
         run = f"```bash\npython examples/recipes/{script.name}\n```"
-        sections.append(f"## {title}\n\n{about}{result}\n\n{run}\n\n```py\n{shown}\n```")
+        sections.append(f"## {title}\n\n{about}{result}\n\n{run}\n\n```py\n{narrow(shown)}```")
     return "\n\n".join(sections)
 
 

@@ -103,6 +103,19 @@ def test_another_output_fails():
 
 
 @pytest.mark.parametrize("page", PAGES, ids=_id)
+def test_code_is_as_wide_as_a_page_shows(page):
+    """Beyond 78 columns a reader has to scroll; `ruff format --line-length 78` of the block."""
+    wide = [
+        f"line {block.line + number}: {len(line)} columns"
+        for block in blocks(page.read_text())
+        if block.language in ("python", "py")
+        for number, line in enumerate(block.body.splitlines())
+        if len(line) > 78
+    ]
+    assert not wide, f"{_id(page)}: {wide}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=_id)
 def test_relative_links(page):
     """Links between the files of the repository lead somewhere."""
     text = FENCE.sub("", page.read_text())

@@ -17,7 +17,10 @@ from sklearn.datasets import load_digits
 
 images, labels = load_digits(return_X_y=True)
 order = np.random.default_rng(0).permutation(len(images))
-x, y = (images[order] / 16).astype(np.float32).reshape(-1, 8, 8, 1), labels[order]
+x, y = (
+    (images[order] / 16).astype(np.float32).reshape(-1, 8, 8, 1),
+    labels[order],
+)
 train, valid, test = (
     (x[:500], y[:500]),
     (x[500:1000], y[500:1000]),
@@ -77,13 +80,17 @@ def inner(w, logits, batch):
 # %%
 keys = iter(jax.random.split(jax.random.key(0), 8))
 kernel = lambda size, a, b: (
-    jax.random.normal(next(keys), (size, size, a, b)) / (size * size * a) ** 0.5
+    jax.random.normal(next(keys), (size, size, a, b))
+    / (size * size * a) ** 0.5
 )
 weights = {
     "stem": kernel(1, 1, CHANNELS),
     "head": jax.random.normal(next(keys), (CHANNELS, 10)) / CHANNELS**0.5,
     "layers": [
-        {"3": kernel(3, CHANNELS, CHANNELS), "1": kernel(1, CHANNELS, CHANNELS)}
+        {
+            "3": kernel(3, CHANNELS, CHANNELS),
+            "1": kernel(1, CHANNELS, CHANNELS),
+        }
         for _ in range(LAYERS)
     ],
 }
@@ -116,7 +123,8 @@ for layer, share in enumerate(shares):
     print(
         f"layer {layer}: "
         + ", ".join(
-            f"{name} {part:.2f}" for name, part in zip(NAMES, share, strict=True)
+            f"{name} {part:.2f}"
+            for name, part in zip(NAMES, share, strict=True)
         )
     )
 print(

@@ -41,7 +41,9 @@ def scores(w, x):
 
 
 def inner(w, distilled, batch):  # train on the ten
-    return jnp.mean((scores(w, distilled) - targets) ** 2) + 1e-3 * jnp.sum(w**2)
+    return jnp.mean((scores(w, distilled) - targets) ** 2) + 1e-3 * jnp.sum(
+        w**2
+    )
 
 
 def outer(w, distilled, batch):  # judge on the real ones

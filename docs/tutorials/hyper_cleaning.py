@@ -37,13 +37,15 @@ print(f"{wrong.mean():.0%} of the labels are wrong")
 
 # %%
 def losses(w, batch):
-    return optax.softmax_cross_entropy_with_integer_labels(batch[0] @ w, batch[1])
+    return optax.softmax_cross_entropy_with_integer_labels(
+        batch[0] @ w, batch[1]
+    )
 
 
 def inner(w, scores, batch):
-    return jnp.mean(jax.nn.sigmoid(scores) * losses(w, batch)) + 1e-3 * jnp.sum(
-        w**2
-    )
+    return jnp.mean(
+        jax.nn.sigmoid(scores) * losses(w, batch)
+    ) + 1e-3 * jnp.sum(w**2)
 
 
 def outer(w, scores, batch):
@@ -96,7 +98,9 @@ left.plot(history, color="#0072B2")
 left.set(xlabel="outer step", ylabel="test accuracy")
 bins = np.linspace(0, 1, 21)
 right.hist(weights[~wrong], bins, color="#0072B2", label="right label")
-right.hist(weights[wrong], bins, color="#E69F00", alpha=0.7, label="wrong label")
+right.hist(
+    weights[wrong], bins, color="#E69F00", alpha=0.7, label="wrong label"
+)
 right.set(xlabel="learned weight", ylabel="examples")
 right.legend()
 print(

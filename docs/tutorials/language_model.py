@@ -45,7 +45,9 @@ WIDTH, HEADS = 32, 4
 
 def block(w, x):
     def norm(x):
-        return (x - x.mean(-1, keepdims=True)) / (x.std(-1, keepdims=True) + 1e-5)
+        return (x - x.mean(-1, keepdims=True)) / (
+            x.std(-1, keepdims=True) + 1e-5
+        )
 
     q, k, v = (norm(x) @ w[name] for name in ("q", "k", "v"))
     split = lambda a: a.reshape(*a.shape[:2], HEADS, -1)
@@ -94,7 +96,9 @@ def init(key):
 
 # %%
 def train_loss(w, outer, batch):
-    return jnp.mean(outer["weight"][batch["index"]] * losses(w, batch["text"]))
+    return jnp.mean(
+        outer["weight"][batch["index"]] * losses(w, batch["text"])
+    )
 
 
 def quality(w, outer, batch):
@@ -102,12 +106,18 @@ def quality(w, outer, batch):
 
 
 order = rng.integers(0, COUNT, (STEPS, 16))
-batches = bx.replay.reader(lambda t: {"text": tokens[order[t]], "index": order[t]})
+batches = bx.replay.reader(
+    lambda t: {"text": tokens[order[t]], "index": order[t]}
+)
 optimizer = optax.adam(
     1e-3, eps_root=1e-5
 )  # eps_root decides whether the derivative predicts anything
-fn = bx.replay.value_and_metagrad(train_loss, quality, optimizer, num_steps=STEPS)
-found = fn(init(jax.random.key(0)), {"weight": jnp.ones(COUNT)}, batches, query)
+fn = bx.replay.value_and_metagrad(
+    train_loss, quality, optimizer, num_steps=STEPS
+)
+found = fn(
+    init(jax.random.key(0)), {"weight": jnp.ones(COUNT)}, batches, query
+)
 effect = np.asarray(found.grad["weight"])
 print(
     f"held-out loss {float(found.value):.3f}, "

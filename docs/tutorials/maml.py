@@ -21,7 +21,9 @@ def network(w, x):
     return jnp.tanh(hidden @ w["c"]) @ w["d"]
 
 
-def loss(w, start, batch):  # of one task; the start enters by where the steps begin
+def loss(
+    w, start, batch
+):  # of one task; the start enters by where the steps begin
     return jnp.mean((network(w, batch["x"]) - batch["y"]) ** 2)
 
 
@@ -38,7 +40,9 @@ def draw(key, step):
     amplitude, phase, points = jax.random.split(key, 3)
     a = jax.random.uniform(amplitude, (TASKS, 1), minval=0.5, maxval=3.0)
     p = jax.random.uniform(phase, (TASKS, 1), maxval=jnp.pi)
-    x = jax.random.uniform(points, (TASKS, 2 * SHOTS), minval=-4.0, maxval=4.0)
+    x = jax.random.uniform(
+        points, (TASKS, 2 * SHOTS), minval=-4.0, maxval=4.0
+    )
     return {"x": x, "y": a * jnp.sin(x + p)}
 
 
@@ -109,8 +113,12 @@ for name, w, color in (
     ("learned start", solution.outer_params, "#0072B2"),
 ):
     for _ in range(5):
-        w = jax.tree.map(lambda a, g: a - 0.02 * g, w, jax.grad(loss)(w, None, new))
-    axes.plot(grid, network(w, grid), color=color, label=f"{name}, five steps")
+        w = jax.tree.map(
+            lambda a, g: a - 0.02 * g, w, jax.grad(loss)(w, None, new)
+        )
+    axes.plot(
+        grid, network(w, grid), color=color, label=f"{name}, five steps"
+    )
     errors[name] = float(
         jnp.mean((network(w, grid) - 2.2 * jnp.sin(grid + 1.0)) ** 2)
     )

@@ -31,7 +31,8 @@ def inner(w, scale, batch):
 def outer(w, scale, batch):
     return jnp.mean(
         (
-            jnp.tanh(batch["x"] @ (w["in"] * jnp.exp(scale)[:, None])) @ w["out"]
+            jnp.tanh(batch["x"] @ (w["in"] * jnp.exp(scale)[:, None]))
+            @ w["out"]
             - batch["y"]
         )
         ** 2
@@ -51,7 +52,9 @@ start = (
     jnp.zeros(64),
 )
 algorithm = bx.algorithms.double_loop(
-    bx.inner.optax(optax.adam(1e-2), 5), bx.hypergradient.sama(), optax.adam(1e-2)
+    bx.inner.optax(optax.adam(1e-2), 5),
+    bx.hypergradient.sama(),
+    optax.adam(1e-2),
 )
 settings = dict(
     inner_data=bx.data.minibatches(rows(0), 64),
@@ -85,7 +88,8 @@ for name, run in runs.items():
     )
 alone = runs["one device"].history["value"]
 assert all(
-    np.allclose(run.history["value"], alone, rtol=1e-3) for run in runs.values()
+    np.allclose(run.history["value"], alone, rtol=1e-3)
+    for run in runs.values()
 )
 
 # %% [markdown]

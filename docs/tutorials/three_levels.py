@@ -27,7 +27,10 @@ own_x, valid_x = (
 )
 data = {
     "pretrained": (source_x, source_y),
-    "finetuned": (own_x, own_x @ truth + 0.3 * jax.random.normal(keys[5], (12,))),
+    "finetuned": (
+        own_x,
+        own_x @ truth + 0.3 * jax.random.normal(keys[5], (12,)),
+    ),
     "weights": (valid_x, valid_x @ truth),
 }
 
@@ -44,9 +47,9 @@ def error(w, batch):
 
 def pretrain(params, batch):
     shares = jax.nn.sigmoid(params["weights"])
-    return jnp.mean(shares * error(params["pretrained"], batch)) + 1e-3 * jnp.sum(
-        params["pretrained"] ** 2
-    )
+    return jnp.mean(
+        shares * error(params["pretrained"], batch)
+    ) + 1e-3 * jnp.sum(params["pretrained"] ** 2)
 
 
 def finetune(params, batch):
@@ -100,7 +103,9 @@ assert shares[related].mean() > 1.5 * shares[~related].mean()
 figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3))
 left.semilogy(value, color="#0072B2")
 left.set(xlabel="step", ylabel="validation loss")
-right.hist(shares[related], np.linspace(0, 1, 21), color="#0072B2", label="related")
+right.hist(
+    shares[related], np.linspace(0, 1, 21), color="#0072B2", label="related"
+)
 right.hist(
     shares[~related],
     np.linspace(0, 1, 21),
