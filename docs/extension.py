@@ -237,7 +237,9 @@ def table(name: str) -> str:
             + "\n".join("| " + " | ".join(line) + " |" for line in lines)
         )
     run = saved["environment"]
-    out.append(f"Means over seeds ± a standard error; {run['device']}, jax {run['jax']}.")
+    several = saved["settings"].get("seeds", 1) > 1
+    what = "Means over seeds ± a standard error" if several else "One seed"
+    out.append(f"{what}; {run['device']}, jax {run['jax']}.")
     return "\n\n".join(out)
 
 

@@ -35,11 +35,13 @@ STYLE = {
     "axes.spines.top": False,
     "axes.spines.right": False,
     "legend.frameon": False,
+    "svg.fonttype": "none",  # text, not outlines of its letters
     "svg.hashsalt": "bilevax",  # the same picture is the same file
 }
 
 _DRAWN = re.compile(r'\b(?:d|points|x|y|transform)="[^"]*"')
 _NUMBER = re.compile(r"-?\d+\.\d{2,}")
+_FAMILY = re.compile(r"'DejaVu Sans', '[^;\"]*")
 
 
 def save(figure, path: Path) -> None:
@@ -53,12 +55,17 @@ def save(figure, path: Path) -> None:
 
 
 def compact(svg: str) -> str:
-    """An SVG without what is not seen: metadata, comments, thousandths of a point."""
-    svg = re.sub(r"<metadata>.*?</metadata>\s*|<!--.*?-->\s*", "", svg, flags=re.DOTALL)
+    """An SVG without what is not seen: metadata, comments, margins, thousandths of a point; and in
+    letters as wide as those that it was laid out for."""
+    svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
+    svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", re.sub(r"\s*\n\s*", "\n", svg))
+    svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
+    svg = _FAMILY.sub("DejaVu Sans, Verdana, sans-serif", svg)
     return _DRAWN.sub(lambda drawn: _short(drawn[0]), svg)
 
 
 def _short(attribute: str) -> str:
-    if "scale" in attribute:  # of letters, whose units are small
+    if "scale" in attribute:
         return attribute
-    return _NUMBER.sub(lambda number: f"{float(number[0]):.2f}".rstrip("0").rstrip("."), attribute)
+    short = _NUMBER.sub(lambda number: f"{float(number[0]):.1f}".removesuffix(".0"), attribute)
+    return re.sub(r"\s*([MLCQz])\s*", r"\1", short) if short.startswith("d=") else short
