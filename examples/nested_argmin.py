@@ -156,7 +156,7 @@ def draw(path, curves):
 
 def main(argv=None):
     args = report.parse(
-        report.parser(__doc__, full=dict(seeds=5, steps=60), small=dict(seeds=2, steps=5)), argv
+        report.parser(__doc__, full=dict(seeds=5, steps=60), small=dict(seeds=1, steps=2)), argv
     )
     begin = time.perf_counter()
     rows = {name: {"steps": [], "norm": []} for name in (NEWTON, DESCENT, ADAM)}
@@ -167,7 +167,8 @@ def main(argv=None):
             batches = problem(seed)
             found = {NEWTON: newton(start, batches, args.steps)}
             for name, make in ((DESCENT, optax.sgd), (ADAM, optax.adam)):
-                runs = [first_order(start, batches, args.steps, make(rate)) for rate in RATES[name]]
+                rates = RATES[name][1:3] if args.small else RATES[name]
+                runs = [first_order(start, batches, args.steps, make(rate)) for rate in rates]
                 found[name] = min(
                     runs, key=lambda norms: (steps_needed(norms), norms[-1])
                 )  # in hindsight, to their favour
