@@ -162,7 +162,7 @@ def main(argv=None):
     rows = {name: {"steps": [], "norm": []} for name in (NEWTON, DESCENT, ADAM)}
     errors, curves = [], {}
     with jax.enable_x64(True):
-        start = jnp.full(GROUPS, -4.0)
+        start = jnp.full(GROUPS, -4.0, jnp.float64)  # as all later points: nothing compiles twice
         for seed in range(args.seeds):
             batches = problem(seed)
             found = {NEWTON: newton(start, batches, args.steps)}
