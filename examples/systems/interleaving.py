@@ -301,7 +301,7 @@ def one(kind, fashion, digits, seeds, steps, refit):
         for pull in PULLS if name == COMMON else PULLS[:1]:
             for decay in DECAYS:
                 upper = uniform(pull, count)
-                out = evaluate(name, tasks, upper, jnp.full(count, decay), keys)
+                out = evaluate(name, tasks, upper, jnp.full(count, decay, jnp.float32), keys)
                 tried.append((np.full(count, pull), np.full(count, decay), *map(np.asarray, out)))
         best = np.argmin([t[2] for t in tried], 0)
         pick = lambda i, tried=tried, best=best: np.stack(
