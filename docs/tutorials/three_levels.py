@@ -117,5 +117,8 @@ right.set(xlabel="learned weight")
 right.legend()
 
 # %% [markdown]
+# Both models are linear and each is solved, hence `implicit()`. Where a level is a
+# network that is trained for a few steps, write `unrolled()` in its place.
+#
 # [Multilevel](../multilevel.md) has nests, methods across levels and loops of one's
 # own; `examples/learning_by_ignoring.py` is such a chain on images.
