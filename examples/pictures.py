@@ -60,6 +60,7 @@ def compact(svg: str) -> str:
     svg = re.sub(r"<metadata>.*?</metadata>|<!--.*?-->", "", svg, flags=re.DOTALL)
     svg = re.sub(r' transform="rotate\(-0 [^"]*"', "", re.sub(r"\s*\n\s*", "\n", svg))
     svg = re.sub(r'<g id="[^"]*"', "<g", svg).replace("xlink:href", "href")
+    svg = re.sub(r'(<use [^>]*)style="fill: ([^;"]+); stroke: [^"]*"', r'\1fill="\2"', svg)
     svg = _FAMILY.sub("DejaVu Sans, Verdana, sans-serif", svg)
     return _DRAWN.sub(lambda drawn: _short(drawn[0]), svg)
 
