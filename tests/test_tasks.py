@@ -291,9 +291,10 @@ class Net(nnx.Module):
             5, momentum=0.5, use_running_average=running, rngs=rngs, param_dtype=jnp.float64
         )
         self.h = nnx.Linear(5, 1, rngs=rngs, param_dtype=jnp.float64)
+        self.unit = nnx.Variable(jnp.full(1, 0.5))  # a buffer that nothing moves
 
     def __call__(self, x):
-        return self.h(nnx.relu(self.n(self.a(x))))
+        return self.unit[...] * self.h(nnx.relu(self.n(self.a(x))))
 
 
 XT, YT = (

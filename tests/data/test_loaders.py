@@ -382,9 +382,13 @@ def regression(steps, data, **keywords):
     )  # fmt: skip
 
 
-def test_a_state_goes_on_at_the_loader_s_place():
+def test_a_state_goes_on_at_the_loader_s_place(monkeypatch, caplog):
+    """Long passing over says how far it has come."""
+    monkeypatch.setattr("bilevax.run.window.PATIENCE", 0.0)
     whole, half = regression(8, Again(BATCHES)), regression(3, Again(BATCHES))
+    assert "passed over" not in caplog.text
     rest = regression(5, Again(BATCHES), state=half.state)
+    assert "inner_data: passed over 6 of 6 batches in 0 s" in caplog.text
     assert (whole.outer_params == rest.outer_params).all() and (
         whole.inner_params == rest.inner_params
     ).all()
