@@ -94,6 +94,8 @@ def parse(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argpar
         if getattr(args, name, None) is None:
             setattr(args, name, value)
     del args.modes
+    if args.small:  # compiles longer than it runs
+        jax.config.update("jax_disable_most_optimizations", True)
     if args.device is not None:
         try:
             jax.config.update("jax_default_device", device(args.device))

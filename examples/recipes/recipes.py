@@ -39,6 +39,8 @@ def script(main: Callable[..., float], steps: int, **small) -> None:
     given = vars(parser.parse_args())
     out, quick = given.pop("out"), given.pop("small")
     arguments = {"steps": steps, **small} if quick else {}
+    if quick:  # compiles longer than it runs
+        jax.config.update("jax_disable_most_optimizations", True)
     arguments |= {name: value for name, value in given.items() if value is not None}
     try:
         number = main(**arguments)
