@@ -295,11 +295,13 @@ def one(kind, fashion, digits, seeds, steps, refit):
     tasks = jax.tree.map(lambda *a: jnp.stack([jnp.asarray(v) for v in a]), *found)
     keys = jax.vmap(jax.random.key)(jnp.asarray(seeds))
     count, results, extra = len(seeds), {}, {}
-    chosen = {}
+    chosen, decays, pulls = {}, DECAYS, PULLS
+    if not refit:  # a small run
+        decays, pulls = DECAYS[:2], PULLS[:2]
     for name in FITS:
         tried = []
-        for pull in PULLS if name == COMMON else PULLS[:1]:
-            for decay in DECAYS:
+        for pull in pulls if name == COMMON else pulls[:1]:
+            for decay in decays:
                 upper = uniform(pull, count)
                 out = evaluate(name, tasks, upper, jnp.full(count, decay, jnp.float32), keys)
                 tried.append((np.full(count, pull), np.full(count, decay), *map(np.asarray, out)))
@@ -361,7 +363,7 @@ def draw(path, found):
 
 def main(argv=None):
     parser = report.parser(
-        __doc__, full=dict(seeds=8, steps=40), small=dict(seeds=2, steps=3), pieces=True
+        __doc__, full=dict(seeds=8, steps=40), small=dict(seeds=1, steps=2), pieces=True
     )
     args = report.parse(parser, argv)
     fashion, digits = data.fashion(), data.mnist()
