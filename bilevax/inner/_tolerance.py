@@ -6,7 +6,7 @@ no further than ``tol · ‖y‖``. The estimate is ``‖H ∇g‖`` with L-BFGS
 / m`` with the smallest curvature `m` along the last steps elsewhere. It moves neither with the
 start, nor with the unit of the parameters, nor with the scale of the objective, which a rule
 relative to the first gradient does: from a poor start that one stops at garbage. For solutions near
-zero, ``‖y‖`` is at least ``√eps`` times the farthest that the solve has been. Nothing of this is
+zero, ``‖y‖`` is at least ``eps^¾`` times the farthest that the solve has been. Nothing of this is
 carried to the next solve.
 
 At rounding: the step that is left is within the tolerance, and a line search finds no better point.
@@ -20,8 +20,8 @@ or no rounding explains the stall, it says inner_not_converged.
 
 The curvature `L` may be one that only a far start had (down an exponential it falls by decades),
 where every later gradient would count as rounding. `gradient_descent` and `agd` therefore ask,
-before they end, where the last curvatures are a hundredth of the largest: by one gradient beside
-the point, and go on with what it tells. `lbfgs` drops a memory that its search shows to be out of
+before they end, where the last curvatures are less than the largest: by one gradient beside the
+point, and go on with what it tells. `lbfgs` drops a memory that its search shows to be out of
 date.
 """
 
@@ -122,7 +122,7 @@ def least(tol: Any, params: PyTree) -> Any:
 
 def size(params: PyTree, reach: Scalar) -> Scalar:
     """The norm that distances are relative to; `reach` is the largest that the solve has met."""
-    return jnp.maximum(tree.norm(params), numbers.rounding_unit(params) ** 0.5 * reach)
+    return jnp.maximum(tree.norm(params), numbers.rounding_unit(params) ** 0.75 * reach)
 
 
 class Bend(NamedTuple):
@@ -135,9 +135,8 @@ class Bend(NamedTuple):
     recent: Any
 
 
-FORGET = 1.1  # a step: growth of the smallest curvature until a step meets a smaller one
 FADE = 4.0  # a step: how the largest of the last curvatures falls until a step meets a larger one
-DOUBT = 100.0  # the largest curvature over that of the last ones: is it still met here?
+DOUBT = 3.0  # the largest curvature over that of the last ones: is it still met here?
 
 
 def no_bend(params: PyTree) -> Bend:
@@ -153,9 +152,11 @@ def update_bend(
     point_norm: Scalar,
     unit: Numeric,
     counts: Scalar,
+    forget: float,
 ) -> Bend:
     """`bend` after a step ``s`` that changed the gradient by ``u``, where `counts`; changes that
-    may be rounding tell nothing.
+    may be rounding tell nothing. The smallest curvature grows by `forget` a step until a step meets
+    a smaller one.
     """
     met = su / jnp.where(ss > 0, ss, jnp.ones_like(ss))
     counts = counts & (ss > 0)
@@ -164,7 +165,10 @@ def update_bend(
     recent = jnp.where(counts, bend.recent / FADE, bend.recent)
     recent = jnp.where(long, jnp.maximum(recent, met), recent)
     clear = counts & (su > 0) & (jnp.sqrt(uu) > 10 * unit * largest * point_norm)
-    smallest = jnp.where(clear, jnp.minimum(FORGET * bend.smallest, met), bend.smallest)
+    # Of a long step whose change rounding may hide, the curvature is at most that of the change.
+    most = jnp.where(clear, met, jnp.sqrt(uu / jnp.where(ss > 0, ss, jnp.ones_like(ss))))
+    told = clear | (long & (uu > 0))
+    smallest = jnp.where(told, jnp.minimum(forget * bend.smallest, most), bend.smallest)
     return Bend(largest, smallest, recent)
 
 

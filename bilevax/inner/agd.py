@@ -13,6 +13,7 @@ from bilevax._core.types import Numeric
 from bilevax.base import Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 
+FORGET = 1.03  # a step, of the smallest curvature
 SEARCH = 60  # rejected trials in a row before the solve is given up
 
 
@@ -152,7 +153,7 @@ def _solve(
         new = tree.where(accepted, trial, point)
         su, counts = tree.dot(move_z, change), finite & ~first & ~asking
         bend = tolerance.update_bend(
-            carry.bend, su, length**2, turn**2, tree.norm(point.params), unit, counts
+            carry.bend, su, length**2, turn**2, tree.norm(point.params), unit, counts, FORGET
         )
         reach = jnp.maximum(carry.reach, tree.norm(new.params))
         best = tolerance.update_best(carry.best, trial, accepted)

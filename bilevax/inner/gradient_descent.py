@@ -13,6 +13,8 @@ from bilevax._core.types import Numeric
 from bilevax.base import Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 
+# A step, of the smallest curvature: zigzags hide the softest direction for a condition of them.
+FORGET = 1.01
 SUFFICIENT, GROW, SHRINK = 0.3, 1.25, 0.5
 
 
@@ -159,7 +161,7 @@ def _solve(
             trial.grad_norm**2 + 2 * slope + drop, 0.0
         )  # the squared norm of the gradient's change
         bend = tolerance.update_bend(
-            carry.bend, (slope + drop) * t, length**2, turned, norm, unit, counts
+            carry.bend, (slope + drop) * t, length**2, turned, norm, unit, counts, FORGET
         )
         reach = jnp.maximum(carry.reach, tree.norm(new.params))
         near = tolerance.near(carry.near, new, tol, reach, bend, accepted, first)

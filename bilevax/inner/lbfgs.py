@@ -14,6 +14,7 @@ from bilevax._core.types import Numeric
 from bilevax.base import Objective, PyTree, Scalar
 from bilevax.inner import _tolerance as tolerance
 
+FORGET = 1.1  # a step, of the smallest curvature
 SUFFICIENT, CURVATURE = 1e-4, 0.9  # weak Wolfe conditions
 SEARCH = 20  # evaluations in one line search before the memory is dropped, or the solve given up
 FURTHER = 1e4  # times the unit step
@@ -313,7 +314,7 @@ def _solve(
         )  # also false at the start, whose step is zero, and for NaN
         reach = jnp.maximum(carry.reach, tree.norm(new.params))
         bend = tolerance.update_bend(
-            carry.bend, su, ss, uu, tree.norm(point.params), unit, finite & ~first
+            carry.bend, su, ss, uu, tree.norm(point.params), unit, finite & ~first, FORGET
         )
         kept = remember(carry.memory, step, change, su, accepted & ~first & convex)
 
