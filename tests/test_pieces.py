@@ -5,6 +5,7 @@ Every problem here has an exact answer: the inner Hessian is the identity where 
 is, so dy/dx = 1 and the hypergradient is x - 3.
 """
 
+import ast
 import re
 from pathlib import Path
 
@@ -20,12 +21,19 @@ from bilevax import base, tree
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "write-your-own.md"
 
 
+def uses(statement: ast.stmt) -> bool:
+    """Whether a statement of the page calls what it has defined, and defines nothing."""
+    calls = isinstance(statement, ast.Assign) and ast.unparse(statement.targets[0])
+    return isinstance(statement, ast.Expr) or calls in ("fn", "estimate", "solution")
+
+
 def written() -> dict:
     """What the page defines, run as its reader would."""
     names: dict = {}
     for code in re.findall(r"^```python\n(.*?)^```", PAGE.read_text(), re.MULTILINE | re.DOTALL):
-        definitions = re.sub(r"^(?:fn|estimate|solution|print)\b.*\n", "", code, flags=re.MULTILINE)
-        exec(definitions, names)
+        module = ast.parse(code)
+        module.body = [statement for statement in module.body if not uses(statement)]
+        exec(compile(module, str(PAGE), "exec"), names)
     return names
 
 

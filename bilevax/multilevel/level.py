@@ -127,10 +127,9 @@ class Level:
             )
         if self.start is not None:
             given = {"key": takes_key(self.start), "model_state": takes_states(self.start)}
+            asked = {name: None for name, asks in given.items() if asks}
             numbers.takes(
-                functools.partial(
-                    self.start, **{name: None for name, asked in given.items() if asked}
-                ),
+                functools.partial(self.start, **asked) if asked else self.start,
                 f"{where}, start",
                 f"(params) -> params[{self.name!r}], with key= and model_state= where it asks",
             )
