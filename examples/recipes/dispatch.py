@@ -13,7 +13,8 @@ import recipes
 
 import bilevax as bx
 
-PLANTS, FEATURES, DEMAND, SMOOTH = 6, 4, 2.0, 0.2
+# (Two plants in full would meet a demand of 2: a corner with more constraints than unknowns.)
+PLANTS, FEATURES, DEMAND, SMOOTH = 6, 4, 2.5, 0.2
 
 
 def cost_of(plan, cost):
