@@ -41,7 +41,8 @@ def agd(*, maxiter: int = 1000, tol: Numeric = 1e-6) -> base.InnerSolver:
     nor with the unit of y, nor with the scale of g. Where rounding forbids `tol`, the solve stops
     at the stall (20 steps without a new best value or gradient norm), and the code is success if
     the gradient is at its rounding level (``100 eps`` of curvature times ``‖y‖``) and the distance
-    at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise.
+    at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise. Where the largest curvature was met long
+    ago, as down an exponential, one gradient beside the point asks for it before the solve ends.
 
     Args:
       maxiter: most iterations (accepted steps) in one solve.

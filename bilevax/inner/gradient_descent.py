@@ -42,8 +42,10 @@ def gradient_descent(
     nor with the unit of y, nor with the scale of g. Where rounding forbids `tol`, the solve stops
     at the stall (20 steps without a new best value or gradient norm), and the code is success if
     the gradient is at its rounding level (``100 eps`` of curvature times ``‖y‖``) and the distance
-    at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise. A step that would leave the finite
-    numbers is not taken; with a fixed step it ends the solve as inner_nonfinite.
+    at most ``eps^0.4 ‖y‖``, inner_not_converged otherwise. Where the largest curvature was met long
+    ago, as down an exponential, one gradient beside the point asks for it before the solve ends. A
+    step that would leave the finite numbers is not taken; with a fixed step it ends the solve as
+    inner_nonfinite.
 
     Args:
       step_size: fixed step, or None for backtracking.

@@ -58,9 +58,9 @@ def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.
     unit step is accepted costs one evaluation; ``optax.lbfgs`` and jaxopt's L-BFGS compile it
     several times. ``H`` is applied in its compact form, from the small matrices of inner products,
     which takes four products with the memory and no sequential recursion over it. Pairs without
-    positive curvature are skipped, and a search that fails drops the memory, so non-convex lower
-    levels are safe. Near the minimum, where values no longer tell two points apart, slopes decide
-    (approximate Wolfe).
+    positive curvature are skipped, and a search that fails, or goes 1e4 times further than the
+    memory says, drops the memory, so non-convex lower levels and far starts are safe. Near the
+    minimum, where values no longer tell two points apart, slopes decide (approximate Wolfe).
 
     It stops where two accepted iterates in a row have a quasi-Newton step ``‖H ∇g‖`` of at most
     ``tol · ‖y‖``: the distance that is left, which moves neither with the start, nor with the unit
@@ -70,7 +70,7 @@ def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.
     when it loses the values of its trials, or at the stall (40 evaluations without a new best value
     or gradient norm). The code is success if the gradient is at its rounding level (``100 eps`` of
     curvature times ``‖y‖``) and ``‖H ∇g‖`` at most ``eps^0.4 ‖y‖`` (2e-3 in float32, 5e-7 in
-    float64), inner_not_converged otherwise.
+    float64), inner_not_converged otherwise, and where `maxiter` ended the solve.
 
     Args:
       maxiter: most iterations (accepted steps) in one solve.
