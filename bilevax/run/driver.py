@@ -219,6 +219,7 @@ def _fingerprint(
     }
     if held.get("hyper_data") is held.get("inner_data"):
         held.pop("hyper_data", None)
+    key, kind = fingerprint.typed(key)
     parts = {
         **traced,
         "numbers of the algorithm": fingerprint.of_settings(algorithm),
@@ -228,12 +229,13 @@ def _fingerprint(
         ),
         "key": fingerprint.of_values(key),
     }
-    shown = {"algorithm": fingerprint.shown(algorithm), "key": fingerprint.shown(parts["key"][:8])}
+    shown = {"algorithm": fingerprint.shown(algorithm), "key": f"{kind} {parts['key'][:8]}"}
     return {
         "versions": fingerprint.versions(),
         "parts": parts,
         "traced": list(traced),
         "shown": shown,
+        "kind of key": kind,
         "score": _score(metrics, start, outer),
         "tol": None if tol is None else float(tol),  # what a saved run that converged has met
     }

@@ -49,11 +49,31 @@ def of_values(values: PyTree) -> str:
         else jnp.asarray(a)
         for a in leaves
     ]
-    shapes = [f"{a.dtype}{list(a.shape)}" for a in plain]
+    shapes = [
+        f"{a.dtype}{list(a.shape)}{_unseen_kind(leaf)}"
+        for a, leaf in zip(plain, leaves, strict=True)
+    ]
     structure = _ADDRESS.sub(
         "", str(treedef)
     )  # functions may be part of it; what they compute is traced elsewhere
     return _hash(structure, *shapes, *map(str, digest.of_arrays([a for a in plain if a.size])))
+
+
+def typed(key: Any) -> tuple[Any, str]:
+    """A key and its kind; one of the old style is of the kind that is set for this session."""
+    if key is None:
+        return None, "none"
+    if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)
+    return key, str(jax.random.key_impl(key))
+
+
+def _unseen_kind(leaf: Any) -> str:
+    """The kind of a key whose bits have the shape of another kind's."""
+    if not jnp.issubdtype(jnp.asarray(leaf).dtype, jax.dtypes.prng_key):
+        return ""
+    kind = str(jax.random.key_impl(leaf))
+    return "" if kind in ("threefry2x32", "rbg") else f" {kind}"
 
 
 def of_function(fn: Callable[..., Any], *args: Any) -> str:
@@ -92,9 +112,10 @@ def differing(saved: dict[Any, Any], now: dict[Any, Any]) -> dict[str, str]:
     """The parts that differ, each with how it reads there and here where that tells anything.
 
     Parts that are digests of traced functions differ between versions of the libraries, too: there
-    they are not compared.
+    they are not compared. Nor where the keys are of two kinds, which is part of whatever draws.
     """
-    comparable = saved["versions"] == now["versions"]
+    kinds = [of.get("kind of key", now["kind of key"]) for of in (saved, now)]
+    comparable = saved["versions"] == now["versions"] and kinds[0] == kinds[1]
     out = {}
     for name in {**now["parts"], **saved["parts"]}:
         there, here = saved["parts"].get(name), now["parts"].get(name)

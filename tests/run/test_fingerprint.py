@@ -40,8 +40,8 @@ def tuned(rate):
 
 
 GIVEN = dict(
-    inner=inner, outer=outer_to(3.0), start=1.0, algorithm=algorithm(), key=None, project=None,
-    outer_data=None, keep="best", metrics=None,
+    inner=inner, outer=outer_to(3.0), start=1.0, algorithm=algorithm(), key=None, kind=None,
+    project=None, outer_data=None, keep="best", metrics=None,
     num_steps=20,
 )  # fmt: skip
 
@@ -52,7 +52,7 @@ def solve(folder, resume="refuse", **changes):
     return bx.solve_bilevel(
         given["inner"], given["outer"], jnp.zeros(2), start, algorithm=given["algorithm"],
         num_steps=given["num_steps"], keep=given["keep"],
-        key=None if given["key"] is None else jax.random.key(given["key"]),
+        key=None if given["key"] is None else jax.random.key(given["key"], impl=given["kind"]),
         project=given["project"], outer_data=given["outer_data"],
         metrics=given["metrics"], checkpoint=bx.checkpoint.every(10, folder, resume=resume),
     )  # fmt: skip
@@ -87,6 +87,20 @@ def test_a_checkpoint_of_another_problem_is_refused_by_name(what, tmp_path):
     ):
         solve(tmp_path, **changes)
     assert solve(tmp_path).stats["resumed_from"] == 10  # and still there for its own
+
+
+@pytest.mark.turns
+def test_a_key_of_another_kind_is_named_and_not_what_draws_by_it(tmp_path):
+    """`rbg` and `unsafe_rbg` have keys of the same bits, of which other numbers come."""
+    draws = dict(
+        inner=bx.objective(
+            lambda y, x, b, key: jnp.sum((y - x) ** 2) + 0.0 * jax.random.normal(key), keyed=True
+        )
+    )
+    solve(tmp_path, num_steps=10, key=0, kind="unsafe_rbg", **draws)
+    what = r"What differs: key \(there unsafe_rbg \w{8}, here rbg \w{8}\)\. Give"
+    with pytest.raises(ValueError, match=what):
+        solve(tmp_path, key=0, kind="rbg", **draws)
 
 
 @pytest.mark.turns
