@@ -294,12 +294,17 @@ def pieces(
         raise TypeError(f"{argument}: got {describe(solver)}; expected an InnerSolver.{hint}")
     numbers.count(solver.steps, f"{argument}.steps")
     if not isinstance(method, Hypergradient):
-        hint = (
-            " Call the factory: hypergradient.implicit()."
-            if callable(method)
-            else " Try hypergradient.implicit()."
+        raise TypeError(
+            f"{second}: got {describe(method)}; expected a Hypergradient.{method_hint(method)}"
         )
-        raise TypeError(f"{second}: got {describe(method)}; expected a Hypergradient.{hint}")
+
+
+def method_hint(value: Any) -> str:
+    """What to give in place of what is no hypergradient method."""
+    if not callable(value):
+        return " Try hypergradient.implicit()."
+    made = str(getattr(value, "__module__", "")).startswith("bilevax.hypergradient")
+    return f" Call the factory: hypergradient.{value.__name__ if made else 'implicit'}()."
 
 
 def transformation(optimizer: Any, argument: str) -> None:
@@ -358,7 +363,8 @@ def key(value: Any, problem: Problem, sampled: bool) -> None:
     keyed += ["inner_init"] if takes_key(problem.inner_init) else []
     if value is None:
         if keyed or sampled:
-            cause = f"{' and '.join(keyed)} takes a key" if keyed else "the data is sampled"
+            takes = "takes" if len(keyed) == 1 else "take"
+            cause = f"{' and '.join(keyed)} {takes} a key" if keyed else "the data is sampled"
             raise ValueError(
                 f"key: got None although {cause}; expected a PRNG key. Try jax.random.key(0)."
             )

@@ -115,7 +115,9 @@ def evaluate(
                 f"objective({obj.name}, has_aux=True) if the rest is auxiliary."
             )
     if not hasattr(value, "shape"):
-        raise TypeError(f"{name}: returned {shapes(value)}; expected a scalar array.")
+        several = isinstance(value, (tuple, list, dict)) and not obj.has_aux
+        wrap = " Wrap it: objective(fn, has_aux=True) if the rest is auxiliary." if several else ""
+        raise TypeError(f"{name}: returned {shapes(value)}; expected a scalar array.{wrap}")
     if value.shape != ():
         raise ValueError(
             f"{name}: returned {describe(value)}; expected a scalar (shape ()). Try jnp.mean or "

@@ -28,8 +28,10 @@ class Quadratic(NamedTuple):
     inner parameters are a dict of two leaves.
 
     Attributes:
-      inner_objective, outer_objective: functions of ``(inner_params, outer_params, batch)``.
-      inner_params, outer_params: a point to begin at.
+      inner_objective: ``g(inner_params, outer_params, batch)``.
+      outer_objective: ``f(inner_params, outer_params, batch)``.
+      inner_params: where to begin below.
+      outer_params: where to begin above.
       solution: ``outer_params -> inner_params``, the best response.
       hypergradient: ``outer_params -> `` the exact hypergradient.
       largest: the largest eigenvalue of ``A``, whose smallest is 1.

@@ -242,6 +242,15 @@ TABLE = [
         "key: got None although inner_objective takes a key; expected a PRNG key",
     ),
     (
+        "keyed objectives without a key",
+        dict(
+            inner_objective=bx.objective(lambda y, x, b, *, key: jnp.sum(y * x), keyed=True),
+            outer_objective=bx.objective(lambda y, x, b, *, key: jnp.sum(y), keyed=True),
+        ),
+        ValueError,
+        "key: got None although inner_objective and outer_objective take a key",
+    ),
+    (
         "integer key",
         dict(key=3),
         TypeError,
@@ -425,9 +434,9 @@ FACTORIES = [
     ),
     (
         "uncalled method",
-        lambda: bx.algorithms.double_loop(SOLVER, bx.hypergradient.implicit, optax.sgd(0.1)),
+        lambda: bx.algorithms.double_loop(SOLVER, bx.hypergradient.unrolled, optax.sgd(0.1)),
         TypeError,
-        "hypergradient: got function.*expected a Hypergradient. Call the factory",
+        r"hypergradient: got function.*Hypergradient. Call the factory: hypergradient.unrolled\(\)",
     ),
     (
         "learning rate as optimizer",

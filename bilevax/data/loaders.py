@@ -80,9 +80,9 @@ class Stream:
             raise StopIteration
         raise ValueError(
             f"{self.argument}: got {type(self.iterable).__name__}, which yields no batch; expected "
-            "an "
-            "iterable of batches. (An iterator that was read to its end before yields none: give "
-            "what makes it.)"
+            "an iterable of batches. (An iterator that was read to its end before yields none: "
+            "give what makes it. So does a loader that drops its last batch and has fewer examples "
+            "than a batch.)"
         )
 
 

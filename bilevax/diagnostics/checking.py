@@ -51,7 +51,8 @@ class HypergradientReport(NamedTuple):
       method_error: the method against the exact adjoint *at the solver's point*, relative: what a
         better adjoint would gain.
       solve_error: that exact adjoint against the reference, relative: what a better inner solve
-        would gain.
+        would gain. With ``kind="solver"`` neither says anything of `ok`: the steps are what is
+        asked for, not the solution.
       kind: "dense", "finite_difference" or "solver".
       precision: dtype of the reference.
       tol: as given.
@@ -86,12 +87,15 @@ class HypergradientReport(NamedTuple):
             f"{self.relative_error:.2e} (tol {self.tol:.0e}), cosine {self.cosine:.6f}",
             f"  reference           {self.kind}, {self.precision}",
             f"  outer value         {self.value:.6g}",
-            f"  inner gradient norm {self.inner_grad_norm:.2e}, distance to the solution "
-            f"{self.inner_error:.2e} (relative)",
+            f"  inner gradient norm {self.inner_grad_norm:.2e}",
             f"  adjoint residual    {adjoint}",
-            f"  error from method   {self.method_error:.2e}, from the inner solve "
-            f"{self.solve_error:.2e} (relative)",
         ]
+        if self.kind != "solver":  # which asks for no solution, so that nothing is far from one
+            lines[3] += f", distance to the solution {self.inner_error:.2e} (relative)"
+            lines.append(
+                f"  error from method   {self.method_error:.2e}, from the inner solve "
+                f"{self.solve_error:.2e} (relative)"
+            )
         return "\n".join([*lines, "  " + self.advice])
 
 

@@ -40,8 +40,9 @@ class ComparisonRow(NamedTuple):
       cosine: of the angle to the reference.
       norm_ratio: ``‖grad‖ / ‖reference‖``.
       relative_error: ``‖grad − reference‖ / ‖reference‖``.
-      gradients, hvps, mixed_products: the method's cost beyond the inner solve; None where it does
-        not count.
+      gradients: the method's cost beyond the inner solve; None where it does not count.
+      hvps: likewise.
+      mixed_products: likewise.
       milliseconds: median of one call, solve included, compilation not.
       memory: bytes of temporaries of the compiled call; NaN where the backend does not tell.
       result: what the method itself said.
@@ -64,7 +65,8 @@ class HypergradientComparison(NamedTuple):
 
     Attributes:
       rows: a `ComparisonRow` for each method, in the order given.
-      kind, precision: of the reference.
+      kind: of the reference.
+      precision: of the reference.
       reference: the hypergradient that all are compared with, flat.
       solve_error: relative error of the exact adjoint at the solver's point: no implicit method
         does better at this inner accuracy.

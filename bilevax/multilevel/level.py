@@ -98,14 +98,9 @@ class Level:
         if not isinstance(self.solver, InnerSolver):
             check.transformation(self.solver, f"{where}, solver")
         if self.hypergradient is not None and not isinstance(self.hypergradient, Hypergradient):
-            hint = (
-                " Call the factory: hypergradient.implicit()."
-                if callable(self.hypergradient)
-                else " Try hypergradient.implicit()."
-            )
             raise TypeError(
                 f"{where}, hypergradient: got {check.describe(self.hypergradient)}; expected a "
-                f"Hypergradient.{hint}"
+                f"Hypergradient.{check.method_hint(self.hypergradient)}"
             )
         if self.reads is not None:
             if not isinstance(self.reads, (list, tuple, set, frozenset)) or not all(

@@ -76,6 +76,12 @@ def from_linen(
         )
     if isinstance(rngs, str) or not all(isinstance(name, str) for name in rngs):
         raise TypeError(f"rngs: got {rngs!r}; expected a tuple of names. Try rngs=('dropout',).")
+    for name, value in (("train", train), ("evaluate", evaluate)):
+        if value is not None and not isinstance(value, Mapping):
+            raise TypeError(
+                f"{name}: got {check.describe(value)}; expected the arguments of a call in that "
+                f"mode. Try {name}={{'train': {name == 'train'}}}."
+            )
     filters, form = divided(wrt)
     params, state = (
         unfreeze(variables["params"]),
@@ -159,9 +165,21 @@ class _Model:
             }
         self.calls += 1
         variables, kwargs = {"params": self.params, **self.state}, {**self.mode, **kwargs}
-        if not (self.train and self.state):
-            return self.apply(variables, *args, **drawn, **kwargs)
-        out, moved = self.apply(variables, *args, mutable=list(self.state), **drawn, **kwargs)
+        moving = dict(mutable=list(self.state)) if self.train and self.state else {}
+        try:
+            out = self.apply(variables, *args, **moving, **drawn, **kwargs)
+        except Exception as error:
+            error.add_note(
+                f"from_linen: raised this in {'training' if self.train else 'evaluation'} mode, "
+                f"called with the arguments {self.mode}, the collections {sorted(variables)} and "
+                f"the random streams {self.rngs}; what is missing is given to from_linen, as "
+                "train={'train': True}, evaluate={'train': False}, rngs=('dropout',) or with the "
+                "variables."
+            )
+            raise
+        if not moving:
+            return out
+        out, moved = out
         self.state = {**self.state, **unfreeze(moved)}
         return out
 

@@ -210,8 +210,10 @@ class Bilevel(NamedTuple):
     """Both objectives of a problem and where it starts; see `bilevel`.
 
     Attributes:
-      inner_objective, outer_objective: what `solve_bilevel` and `value_and_hypergrad` take.
-      inner_params, outer_params: where the levels start.
+      inner_objective: what `solve_bilevel` and `value_and_hypergrad` take.
+      outer_objective: likewise.
+      inner_params: where the inner level starts.
+      outer_params: where the outer level starts.
       model_state: the models' states, a dict, or None.
       nets: the models by ``"inner"``, ``"outer"`` or ``"model"``.
     """
@@ -222,6 +224,10 @@ class Bilevel(NamedTuple):
     outer_params: PyTree
     model_state: dict[str, PyTree] | None
     nets: dict[str, Net]
+
+    def __repr__(self) -> str:
+        nets = ", ".join(f"{role}={net}" for role, net in self.nets.items())
+        return f"Bilevel({self.inner_objective.name}, {self.outer_objective.name}, {nets})"
 
     @property
     def arguments(self) -> dict[str, Any]:
@@ -262,6 +268,8 @@ class Bilevel(NamedTuple):
         """
         binds = {role: Part(net.bind, net.keyed) for role, net in self.nets.items()}
         form = "divided" if "model" in self.nets else "pair"
+        levels = "model" if form == "divided" else "inner, outer"
+        numbers.takes(fn, "fn", f"({levels}, data) -> dict of scalars")
         stateful = self.model_state is not None
         return as_metrics(
             Bound(base.objective(fn).name, _measure, fn=fn, binds=binds, form=form),

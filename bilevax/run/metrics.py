@@ -12,6 +12,7 @@ from jax import lax
 
 from bilevax import check, functions
 from bilevax._core import numbers
+from bilevax._core.settings import innermost
 from bilevax.base import PyTree
 
 
@@ -127,7 +128,8 @@ def check_metrics(
     """The metrics with their names, when they are a dict of floating-point scalars with names of
     their own.
     """
-    name = getattr(value.fn, "__name__", repr(value.fn))
+    fn = innermost(value.fn)
+    name = getattr(fn, "__name__", repr(fn))
     form = (
         f"(inner_params, outer_params, data{', model_state' if value.stateful else ''}) -> dict of "
         "scalars"

@@ -440,7 +440,11 @@ REFUSED = {
         r"got the generator function gen, not called.*Try inner_data=gen\(\)",
     ),
     "empty": (iter([]), ValueError, "inner_data: got list_iterator, which yields no batch"),
-    "empty_loader": (Again([]), ValueError, "inner_data: got Again, which yields no batch"),
+    "empty_loader": (
+        Again([]),
+        ValueError,
+        "inner_data: got Again, which yields no batch.*fewer examples than a batch",
+    ),
     "short": (
         iter(BATCHES[:1]),
         ValueError,

@@ -271,6 +271,19 @@ def as_float32(loss):
 # ---- refusals
 
 
+def run(model, loss=weighted, metric=None):
+    """What a script does with a model."""
+    problem = nn.bilevel(loss, plain, model, SCORES)
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(ADAM, 1), bx.hypergradient.unrolled(), STILL
+    )
+    measured = None if metric is None else problem.metrics(metric, VALID)
+    return bx.solve_bilevel(
+        **problem.arguments, inner_data=TRAIN, outer_data=VALID, algorithm=algorithm,
+        metrics=measured, num_steps=1,
+    )  # fmt: skip
+
+
 @pytest.mark.parametrize(
     "call, error, message",
     [
@@ -307,6 +320,31 @@ def as_float32(loss):
             lambda: nn.from_linen(LinenNet(), linen_variables(nnx_net()), rngs="dropout"),
             TypeError,
             r"Try rngs=\('dropout',\)",
+        ),
+        (
+            lambda: nn.from_linen(LinenNet(), linen_variables(nnx_net()), train=True),
+            TypeError,
+            r"train: got bool True; expected the arguments.*Try train=\{'train': True\}",
+        ),
+        (
+            lambda: run(nn.from_linen(LinenNet(), linen_variables(nnx_net()))),
+            TypeError,
+            r"from_linen: raised this in training mode.*train=\{'train': True\}",
+        ),
+        (
+            lambda: run(nnx_net(), loss=lambda m, s, b: (weighted(m, s, b), {"a": 1.0})),
+            TypeError,
+            r"expected a scalar array. Wrap it: objective\(fn, has_aux=True\)",
+        ),
+        (
+            lambda: run(nnx_net(), metric=lambda model, data: {"m": jnp.sum(data[0])}),
+            TypeError,
+            r"fn: got a function of \(model, data\); expected one of \(inner, outer, data\)",
+        ),
+        (
+            lambda: run(nnx_net(), metric=lambda model, scores, data: jnp.sum(data[0])),
+            TypeError,
+            r"metrics \(<lambda>\): returned .*; expected a dict of scalars by name",
         ),
         (
             lambda: nn.objective(weighted, inner=LinenNet()),
@@ -363,6 +401,11 @@ def as_float32(loss):
 def test_bad_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_a_problem_prints_in_a_line():
+    problem = nn.bilevel(weighted, plain, nnx_net(), SCORES)
+    assert repr(problem) == "Bilevel(weighted, plain, inner=Net(34 learned numbers, with state))"
 
 
 def test_flax_is_imported_on_use_only():
