@@ -383,6 +383,21 @@ def gathered(seeds):
     }
 
 
+BINS = np.linspace(0, 1, 31)  # of the weights
+
+
+def curves(histories, weights, wrong):
+    """Test accuracy step by step, and how many weights lie in each bin, method by method."""
+    count = lambda which: {
+        name: np.histogram(each[which], BINS)[0] for name, each in weights.items()
+    }
+    return {
+        "test": {name: history["test"] for name, history in histories.items()},
+        "weights of right labels": count(~wrong),
+        "weights of wrong labels": count(wrong),
+    }
+
+
 def draw(path, rows, histories, weights, wrong, title):
     names = list(histories)
     colors = dict(
@@ -413,9 +428,8 @@ def draw(path, rows, histories, weights, wrong, title):
         )
         middle.set_ylim(bottom=min(rows[CLEAN]["test"][0], rows[ALL]["test"][0]) - 0.02)
         middle.legend(fontsize=9)
-        bins = np.linspace(0, 1, 31)
         first = weights[names[0]]
-        report.two_kinds(right, {"right label": first[~wrong], "wrong label": first[wrong]}, bins)
+        report.two_kinds(right, {"right label": first[~wrong], "wrong label": first[wrong]}, BINS)
         right.set(
             xlabel="learned weight",
             ylabel="training examples",
@@ -437,7 +451,7 @@ def main(argv=None):
     mnist = data.mnist()
     begin = time.perf_counter()
     columns = {"test": "test accuracy", "auc": "AUC of the weights", "seconds": "seconds a run"}
-    results = {}
+    results, pictured = {}, {}  # `pictured`: what the pictures show beside the rows
 
     algorithms = {name: make(sizes.train) for name, make in METHODS[LINEAR].items()}
     for validation in sizes.validation:
@@ -448,7 +462,9 @@ def main(argv=None):
             seeds.append(rows)
             if seed == 0:
                 first = histories, weights, d.wrong
-        rows = results[f"linear, {validation} validation"] = gathered(seeds)
+        table = f"linear, {validation} validation"
+        rows = results[table] = gathered(seeds)
+        pictured[table] = curves(*first)
         title = (
             f"Softmax regression, {sizes.train:,} training examples, {validation:,} for validation"
         )
@@ -479,7 +495,7 @@ def main(argv=None):
         "replaced": REPLACED,
         "methods": {k: repr(v) for k, v in algorithms.items()},
     }
-    report.save(args.out / "hyper_cleaning.json", settings, results, seconds)
+    report.save(args.out / "hyper_cleaning.json", settings, results, seconds, pictured=pictured)
     return results
 
 
