@@ -172,6 +172,7 @@ def recipes(_: str) -> str:
             .capitalize()
             .replace("Maml", "MAML")
             .replace("Darts", "DARTS")
+            .replace("Svm", "SVM")
         )
         about = doc.replace(f"`python examples/recipes/{script.name}`", "").strip()
         result = f"\n\nPrinted at the end: {printed[script.stem]}" if script.stem in printed else ""

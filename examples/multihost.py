@@ -81,10 +81,12 @@ def worker(args: argparse.Namespace) -> None:
         keep=1),
     )  # fmt: skip
     if jax.process_index() == 0:  # only one of them writes
+        first, *_, last = solution.history["value"]
         print(
-            f"{jax.process_count()} process(es), {jax.device_count()} devices, "
-            f"{jax.local_device_count()} of them here: validation loss "
-            f"{solution.history['value'][0]:.4g} -> {solution.history['value'][-1]:.4g} in "
+            f"{jax.process_count()} process(es), "
+            f"{jax.device_count()} devices, "
+            f"{jax.local_device_count()} of them here: "
+            f"validation loss {first:.4g} -> {last:.4g} in "
             f"{time.perf_counter() - begin:.1f} s",
             flush=True,
         )
@@ -101,10 +103,11 @@ def launch(processes: int, steps: int, folder: Path) -> dict:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         address = f"127.0.0.1:{free.getsockname()[1]}"
+    count = DEVICES // processes
     environment = {
         **os.environ,
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": f"--xla_force_host_platform_device_count={DEVICES // processes}",
+        "XLA_FLAGS": f"--xla_force_host_platform_device_count={count}",
     }
     result = folder / f"{processes}.json"
     command = [

@@ -27,7 +27,7 @@ def test_page_of_a_system(script):
     row = re.search(
         rf"^\| \[[^|]*\]\({name}\.md\).*$", (ROOT / "docs/systems/index.md").read_text(), re.M
     )
-    assert row and row[0].count("|") == 8 and re.search(r"gain|equal|below", row[0]), "no row"
+    assert row and row[0].count("|") == 7 and re.search(r"gain|equal|below", row[0]), "no row"
     stored = json.loads((ROOT / "docs" / "gallery" / f"{name}.json").read_text())
     assert stored["settings"]["small"] is False and len(stored["results"]) > 1
 
