@@ -33,6 +33,7 @@ _PROSE = re.compile(
     r'^(?P<margin> *)(?:"""(?P<quoted>.*?)"""|# (?P<words>[^\n]*(?:\n(?P=margin)# [^\n]*)*))$',
     re.MULTILINE | re.DOTALL,
 )
+_STRING = re.compile(r'^(?P<margin> +)(?P<form>f?)"(?P<text>[^"\\\n]+)"(?P<end>,?)$', re.MULTILINE)
 _MARKER = re.compile(
     r"<!-- (?P<what>results|api|table|code|levels|recipes):? ?(?P<name>[^>]*?) ?-->"
 )
@@ -105,7 +106,23 @@ def narrow(text: str) -> str:
     command = [sys.executable, "-m", "ruff", "format", "--isolated", "--line-length", "78", "-"]
     text = re.sub(r"  # (noqa|fmt)\b[^\n(]*(\([^\n]*\))?$", "", text, flags=re.MULTILINE)
     done = subprocess.run(command, input=text, capture_output=True, text=True, check=True)
-    return _PROSE.sub(_filled, done.stdout)
+    text = _STRING.sub(_cut, _PROSE.sub(_filled, done.stdout))
+    wide = [line for line in text.splitlines() if len(line) > 78]
+    if wide:
+        raise ValueError(f"wider than a page shows: {wide}")
+    return text
+
+
+def _cut(found: re.Match) -> str:
+    """A line that is one text of more than 78 columns, as two: at a space that is in no braces."""
+    if len(found[0]) <= 78:
+        return found[0]
+    begin, text = f'{found["margin"]}{found["form"]}"', found["text"]
+    spaces = [i + 1 for i, letter in enumerate(text) if letter == " "]
+    outside = [i for i in spaces if text[:i].count("{") == text[:i].count("}")]
+    at = max((i for i in outside if len(begin) + i < 78), default=0)
+    rest = begin + text[at:] + '"' + found["end"]
+    return f'{begin}{text[:at]}"\n{_STRING.sub(_cut, rest)}' if at else found[0]
 
 
 def _filled(found: re.Match) -> str:

@@ -83,8 +83,8 @@ def main(argv=None):
             scores = MODEL.apply(variables, test["x"], train=False)
             rows[name]["test"].append(float(jnp.mean(jnp.argmax(scores, -1) == test["y"])))
             print(
-                f"seed {seed}, decay {name}: {rows[name]['test'][-1]:.3f}, "
-                f"logarithms {[round(float(value), 1) for value in decay.values()]}"
+                f"seed {seed}, decay {name}: {rows[name]['test'][-1]:.3f}, logarithms "
+                f"{[round(float(value), 1) for value in decay.values()]}"
             )
     print(report.table(rows, {"test": "test accuracy"}, better=("learned", "test")))
     with report.figure(args.out / "flax_linen.svg", 1, height=2.5) as (_, ax):

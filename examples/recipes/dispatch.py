@@ -70,9 +70,8 @@ def main(steps=150, seeds=10):
         jax.random.split(jax.random.key(0), seeds)
     )
     print(
-        f"test regret {jnp.mean(own):.4f} by decisions, "
-        f"{jnp.mean(two):.4f} in two stages; "
-        f"better in {int(jnp.sum(own < two))} of {seeds}"
+        f"test regret {jnp.mean(own):.4f} by decisions, {jnp.mean(two):.4f} in two stages; better "
+        f"in {int(jnp.sum(own < two))} of {seeds}"
     )
     return float(jnp.mean(own))
 

@@ -69,8 +69,7 @@ def main(steps=80, seeds=3):
         found.append([len(best), np.sum(beaten), np.ptp(ours[:, 1]), np.ptp(fixed[:, 1])])
     points, beaten, wide, narrow = np.mean(found, axis=0)
     print(
-        f"a front of {points:.1f} points dominates or equals "
-        f"{beaten:.1f} of 8 with fixed weights; "
+        f"a front of {points:.1f} points dominates or equals {beaten:.1f} of 8 with fixed weights; "
         f"gaps over {wide:.3f}, fixed {narrow:.3f}"
     )
     return float(beaten)

@@ -84,8 +84,8 @@ def main(steps=1000, seeds=5):
         for m, e in zip(found.mean(0), found.std(0) / np.sqrt(seeds), strict=True)
     )
     print(
-        f"accuracy on the worst class: {ours} at the saddle point, "
-        f"{plain} by plain training, {tuned} with tuned class weights"
+        f"accuracy on the worst class: {ours} at the saddle point, {plain} by plain training, "
+        f"{tuned} with tuned class weights"
     )
     return float(found[:, 0].mean())
 

@@ -39,8 +39,8 @@ def main(steps=60):
     )  # fmt: skip
     learned = float(out.history["value"].min())
     print(
-        f"validation loss {learned:.3f} with a learned schedule, "
-        f"{float(constant(best)):.3f} with the best constant rate"
+        f"validation loss {learned:.3f} with a learned schedule, {float(constant(best)):.3f} with "
+        "the best constant rate"
     )
     return learned
 

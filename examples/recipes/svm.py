@@ -72,8 +72,8 @@ def main(steps=150, across=21):
     )
     learned = float(out.history["value"].min())
     print(
-        f"validation loss {learned:.4f} with learned widths "
-        f"{jnp.exp(out.outer_params).round(2)}, {best:.4f} with the best of the grid"
+        f"validation loss {learned:.4f} with learned widths {jnp.exp(out.outer_params).round(2)}, "
+        f"{best:.4f} with the best of the grid"
     )
     return learned - float(best)
 

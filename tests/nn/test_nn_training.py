@@ -271,7 +271,7 @@ def as_float32(loss):
 # ---- refusals
 
 
-def run(model, loss=weighted, metric=None):
+def script(model, loss=weighted, metric=None):
     """What a script does with a model."""
     problem = nn.bilevel(loss, plain, model, SCORES)
     algorithm = bx.algorithms.double_loop(
@@ -327,22 +327,22 @@ def run(model, loss=weighted, metric=None):
             r"train: got bool True; expected the arguments.*Try train=\{'train': True\}",
         ),
         (
-            lambda: run(nn.from_linen(LinenNet(), linen_variables(nnx_net()))),
+            lambda: script(nn.from_linen(LinenNet(), linen_variables(nnx_net()))),
             TypeError,
             r"from_linen: raised this in training mode.*train=\{'train': True\}",
         ),
         (
-            lambda: run(nnx_net(), loss=lambda m, s, b: (weighted(m, s, b), {"a": 1.0})),
+            lambda: script(nnx_net(), loss=lambda m, s, b: (weighted(m, s, b), {"a": 1.0})),
             TypeError,
             r"expected a scalar array. Wrap it: objective\(fn, has_aux=True\)",
         ),
         (
-            lambda: run(nnx_net(), metric=lambda model, data: {"m": jnp.sum(data[0])}),
+            lambda: script(nnx_net(), metric=lambda model, data: {"m": jnp.sum(data[0])}),
             TypeError,
             r"fn: got a function of \(model, data\); expected one of \(inner, outer, data\)",
         ),
         (
-            lambda: run(nnx_net(), metric=lambda model, scores, data: jnp.sum(data[0])),
+            lambda: script(nnx_net(), metric=lambda model, scores, data: jnp.sum(data[0])),
             TypeError,
             r"metrics \(<lambda>\): returned .*; expected a dict of scalars by name",
         ),
