@@ -34,6 +34,8 @@ _PROSE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _STRING = re.compile(r'^(?P<margin> +)(?P<form>f?)"(?P<text>[^"\\\n]+)"(?P<end>,?)$', re.MULTILINE)
+_CELL, _CODE = re.compile(r"<td\b.*?</td>", re.DOTALL), re.compile(r"<code>.*?</code>")
+_JOINT = re.compile(r"(?<=[._(=,])(?=\w)")
 _MARKER = re.compile(
     r"<!-- (?P<what>results|api|table|code|levels|recipes):? ?(?P<name>[^>]*?) ?-->"
 )
@@ -331,12 +333,22 @@ class _Math(Postprocessor):
         return _MATH.sub(mathml, text)
 
 
+class _Breaks(Postprocessor):
+    """Where a name in a table may be folded on a phone: behind its dots, bars and brackets."""
+
+    def run(self, text: str) -> str:
+        return _CELL.sub(
+            lambda cell: _CODE.sub(lambda name: _JOINT.sub("<wbr>", name[0]), cell[0]), text
+        )
+
+
 class _Pages(Extension):
     def extendMarkdown(self, md: Markdown) -> None:
         md.preprocessors.register(_Written(md), "bilevax-written", 40)
         md.preprocessors.register(_Directives(md), "bilevax-directives", 35)
         md.treeprocessors.register(_Pictures(md), "bilevax-pictures", 12)
         md.postprocessors.register(_Math(md), "bilevax-math", 0)
+        md.postprocessors.register(_Breaks(md), "bilevax-breaks", -1)
 
 
 def makeExtension(**settings) -> Extension:
