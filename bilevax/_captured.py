@@ -12,23 +12,19 @@ import jax
 
 from bilevax._core.jaxpr import evaluate
 from bilevax._core.settings import Bound
-from bilevax.base import Objective
+from bilevax.base import Ctx, Objective, PyTree
 
 
-def hoisted(objective: Objective, *args: Any) -> Objective:
-    """`objective` with the traced arrays that its function captures bound to it; `args` are values
-    or shapes of its arguments.
+def hoisted(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx) -> Objective:
+    """`objective` with the traced arrays that its function captures bound to it, found at these
+    arguments or their shapes.
 
     Where nothing traced is captured, it is `objective` itself.
     """
-    found = {
-        id(const): const
-        for const in _constants(objective, *args)
-        if isinstance(const, jax.core.Tracer)
-    }
+    args, kwargs = objective.arguments(inner, outer, ctx)
+    found = _traced(_constants(objective.fn, args, kwargs))
     if found:  # JAX remembers the trace of a function, perhaps of a trace that has ended
-        again = jax.make_jaxpr(lambda *args: objective(*args))(*args).consts
-        found = {id(const): const for const in again if isinstance(const, jax.core.Tracer)}
+        found = _traced(_constants(_anew(objective.fn), args, kwargs))
     if not found:
         return objective
     fn = Bound(
@@ -41,12 +37,24 @@ def hoisted(objective: Objective, *args: Any) -> Objective:
     return dataclasses.replace(objective, fn=fn)
 
 
-def _constants(objective: Objective, *args: Any) -> list[Any]:
+def _traced(constants: list[Any]) -> dict[int, Any]:
+    return {id(const): const for const in constants if isinstance(const, jax.core.Tracer)}
+
+
+def _constants(fn: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
+    """What a function captures. JAX remembers it by the user's own, which a second call of a driver
+    feels.
+    """
     try:
-        hash(objective)
+        hash(fn)
     except TypeError:
-        return jax.make_jaxpr(lambda *args: objective(*args))(*args).consts
-    return jax.make_jaxpr(objective)(*args).consts
+        fn = _anew(fn)
+    return jax.make_jaxpr(fn)(*args, **kwargs).consts
+
+
+def _anew(fn: Callable[..., Any]) -> Callable[..., Any]:
+    """The same function, of which JAX remembers nothing."""
+    return lambda *args, **kwargs: fn(*args, **kwargs)
 
 
 def _with_captured(

@@ -63,10 +63,7 @@ def evaluate(
         raise ValueError(
             f"model_state: got None although {name} is stateful; expected its initial model state."
         )
-    args = (inner, outer, ctx.batch) + ((ctx.model,) if obj.stateful else ())
-    kwargs = {"key": ctx.key} if obj.keyed else {}
-    if obj.indexed:
-        kwargs["inner_step"] = ctx.inner_step
+    args, kwargs = obj.arguments(inner, outer, ctx)
     named = "".join(f", {name}" for name in kwargs)
     form = (
         "(inner_params, outer_params, "

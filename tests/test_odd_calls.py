@@ -168,7 +168,7 @@ ROWS = {
     ),
     "a data function of one argument": (lambda: go(inner_data=lambda key: X, key=jax.random.key(0)), r"inner_data: got a function of \(key\); expected"),
     "a data function that returns None": (lambda: go(inner=on_rows, inner_data=lambda key, step: None, key=jax.random.key(0)), (
-        r"inner_objective.*raised this when called .*batch=None"
+        r"inner_data: got a function that returned .*None; expected a batch"
     )),
     "a data function that returns text": (lambda: go(inner_data=lambda key, step: [X, "a"], key=jax.random.key(0)), (
         r"inner_data's batch.1.: got str 'a'; expected"
@@ -250,6 +250,8 @@ ROWS = {
     "objects as parameters": (lambda: go(y=np.asarray([object(), None])), r"inner_params: got object.*expected"),
     "a deleted array": (lambda: go(y=gone()), r"inner_params: got .*deleted.*expected"),
     "deleted data": (lambda: go(inner=on_rows, inner_data=gone((6, 2))), r"inner_data: got .*deleted.*expected"),
+    "an empty first batch": (lambda: go(inner=on_rows, inner_data=iter([None, (X, T)])), r"inner_data, batch 1: got .*None; expected arrays"),
+    "an unknown kind of store": (lambda: go(checkpoint=CK.every(1, "nosuch://a/b")), r"checkpoint: got the directory 'nosuch://a/b'.*expected a folder"),
     "a dashboard of no file": (lambda: bx.plots.dashboard("x.jsonl"), r"got 'x.jsonl'.*expected"),
     "runs as a list": (lambda: bx.plots.runs([{"value": [1.0]}]), r"runs: got list.*expected"),
     "tunable of NaN": (lambda: bx.tunable(optax.sgd, learning_rate=float("nan")), r"learning_rate: got nan; expected"),

@@ -59,10 +59,7 @@ class Objective:
     def __call__(
         self, inner: PyTree, outer: PyTree, ctx: Ctx
     ) -> tuple[Scalar, tuple[PyTree, PyTree]]:
-        args = (inner, outer, ctx.batch) + ((ctx.model,) if self.stateful else ())
-        extra = {"key": ctx.key} if self.keyed else {}
-        if self.indexed:
-            extra["inner_step"] = ctx.inner_step
+        args, extra = self.arguments(inner, outer, ctx)
         out = self.fn(*args, **extra)
         if not (self.has_aux or self.stateful):
             return out, (ctx.model, None)
@@ -70,6 +67,16 @@ class Objective:
         if self.has_aux and self.stateful:
             return value, tuple(rest)
         return value, ((rest, None) if self.stateful else (ctx.model, rest))
+
+    def arguments(
+        self, inner: PyTree, outer: PyTree, ctx: Ctx
+    ) -> tuple[tuple[PyTree, ...], dict[str, Any]]:
+        """What the user's function is called with."""
+        args = (inner, outer, ctx.batch) + ((ctx.model,) if self.stateful else ())
+        extra = {"key": ctx.key} if self.keyed else {}
+        if self.indexed:
+            extra["inner_step"] = ctx.inner_step
+        return args, extra
 
     @property
     def name(self) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 import os
 import warnings
@@ -214,9 +215,9 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
 
         def write(steps, columns):
             names = (json.dumps(name).replace("%", "%%") for name in ("step", *columns))
-            row = f"{{{', '.join(f'{name}: %s' for name in names)}}}\n"
-            texts = zip(map(str, steps), *map(_json, columns.values()), strict=True)
-            file.writelines(map(row.__mod__, texts))
+            cells = [Cells("%d", steps), *map(_json, columns.values())]
+            parts = (f"{name}: {cell.form}" for name, cell in zip(names, cells, strict=True))
+            file.write(_lines(f"{{{', '.join(parts)}}}\n", cells))
 
         return Log(write, file.flush, file.close, lambda: logfile.still_there(path, file))
 
@@ -224,26 +225,48 @@ def jsonl(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
     return logger(open_log, numbers.count(flush_every, "flush_every"), begin=begin)
 
 
-def _json(column: np.ndarray) -> list[str]:
+class Cells(NamedTuple):
+    """A column as a row shows it: the place in a format, and what goes there, row by row; nothing
+    where all rows show the same.
+    """
+
+    form: str
+    values: list[Any] | None
+
+
+def _lines(row: str, cells: list[Cells]) -> str:
+    """Rows as a text: in one call, which long runs of short steps feel."""
+    columns = [cell.values for cell in cells if cell.values is not None]
+    rows = zip(*columns, strict=True)
+    return row * len(columns[0]) % tuple(itertools.chain.from_iterable(rows))
+
+
+def _json(column: np.ndarray) -> Cells:
     """The rows of a column as JSON has them, whose standard has no NaN."""
     if column.ndim > 1 or column.dtype == bool:
-        return [json.dumps(_plain(value)) for value in column]
-    texts = _texts(column)
+        return Cells("%s", [json.dumps(_plain(value)) for value in column])
     if not _is_float(column) or np.isfinite(column).all():
-        return texts
-    return [text if fine else "null" for text, fine in zip(texts, np.isfinite(column), strict=True)]
+        return _cells(column)
+    finite = np.isfinite(column).tolist()
+    texts = zip(_texts(column), finite, strict=True)
+    return Cells("%s", [text if fine else "null" for text, fine in texts])
+
+
+def _cells(column: np.ndarray) -> Cells:
+    """Scalars as they are read back exactly."""
+    if len(column) > 1 and (column == column[0]).all():
+        return Cells(_texts(column[:1])[0], None)
+    if not _is_float(column):
+        return Cells("%s", column.tolist())
+    if column.dtype.itemsize <= 4:  # nine digits are all that they have
+        return Cells("%.9g", column.astype(np.float64).tolist())
+    return Cells("%r", column.tolist())
 
 
 def _texts(column: np.ndarray) -> list[str]:
-    """Scalars as texts that are read back exactly; all at once, and those that do not change once,
-    which long runs of short steps feel.
-    """
-    if len(column) > 1 and (column == column[0]).all():
-        return _texts(column[:1]) * len(column)
-    if _is_float(column) and column.dtype.itemsize <= 4:  # nine digits are all that they have
-        values = column.astype(np.float64).tolist()
-        return ("%.9g " * len(values) % tuple(values)).split()
-    return list(map(str, column.tolist()))
+    """The same, a text a row."""
+    form, values = _cells(column)
+    return [form] * len(column) if values is None else [form % value for value in values]
 
 
 def _is_float(column: np.ndarray) -> bool:
@@ -294,21 +317,20 @@ def csv(path: str | os.PathLike[str], *, flush_every: int = 32) -> Callback:
 
         def write(steps, columns):
             nonlocal header, file
-            scalar = {n: _texts(c) for n, c in columns.items() if c.ndim == 1}
-            scalar = {"step": list(map(str, steps)), **scalar}
+            scalar = {n: _cells(c) for n, c in columns.items() if c.ndim == 1}
+            scalar = {"step": Cells("%d", steps), **scalar}
             new = [name for name in scalar if name not in header]
             if new and header and _replaceable(path):
                 file.close()
                 header = header + new
                 before = logfile.read_csv(path).rows
-                cells = [header, *([row.get(name, "") for name in header] for _, _, row in before)]
-                file = _anew(path, logfile.as_text(list(map(logfile.csv_line, cells))))
+                table = [header, *([row.get(name, "") for name in header] for _, _, row in before)]
+                file = _anew(path, logfile.as_text(list(map(logfile.csv_line, table))))
             elif new:
                 header = new
                 file.write(logfile.csv_line(header) + "\n")
-            empty = [""] * len(steps)
-            rows = zip(*(scalar.get(name, empty) for name in header), strict=True)
-            file.writelines(",".join(cells) + "\n" for cells in rows)
+            cells = [scalar.get(name, Cells("", None)) for name in header]
+            file.write(_lines(",".join(cell.form for cell in cells) + "\n", cells))
 
         return Log(
             write,

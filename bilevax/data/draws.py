@@ -255,4 +255,9 @@ def generated(feed: Feed, i: Any, *, fn: Callable[..., Any], argument: str = "da
     with told(argument, "(key, step) -> batch"):
         batch = fn(own, draw_number(feed, i))
     numbers.arrays(batch, f"{argument}'s batch")
+    if not jax.tree.leaves(batch):
+        raise TypeError(
+            f"{argument}: got a function that returned {numbers.describe(batch)}; expected a batch "
+            "of arrays. Does it end in a return?"
+        )
     return Ctx(batch, None if key is None else jax.random.fold_in(key, 1))

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from bilevax._core import numbers
 from bilevax.base import PyTree
 
 _NOTHING = object()
@@ -41,6 +42,10 @@ class Stream:
         if self.first is None:
             # a copy: the next one, or another loader, may be read into the same buffer
             first = as_batch(self._read(), self.argument, 1)
+            if not jax.tree.leaves(first):
+                raise TypeError(
+                    f"{self.argument}, batch 1: got {numbers.describe(first)}; expected arrays."
+                )
             self.first = jax.tree.map(lambda a: a.copy(), first)
             self._peeked = True
         return self.first

@@ -80,12 +80,11 @@ def ready(
         plan, sources, start, outer, key, spec = layout.place(
             sharding, plan, sources, start, outer, key
         )
-    shapes = jax.eval_shape(
-        lambda start, outer, key: _first_state(plan, start, outer, key, score_dtype, options.keep),
-        start,
-        outer,
-        key,
+    begin = lambda start, outer, key: _first_state(
+        plan, start, outer, key, score_dtype, options.keep
     )
+    if options.sharding is not None or state is not None:
+        shapes = jax.eval_shape(begin, start, outer, key)
     if options.sharding is not None:
         plan = plan._replace(layout=layout.of_run(options.sharding, shapes, start, outer, spec))
     static, dynamic = split(plan)
@@ -114,7 +113,7 @@ def ready(
         )
         run = tree.copy(run if plan.layout is None else plan.layout.put(run))
     elif plan.layout is None:
-        run = tree.copy(_first_state(plan, start, outer, key, score_dtype, options.keep))
+        run = tree.copy(begin(start, outer, key))
     else:
         run = tree.copy(
             _placed_first_state(static, score_dtype, options.keep, dynamic, start, outer, key)

@@ -91,13 +91,39 @@ def read_csv(path: Path) -> Rows:
 
 
 class Form(NamedTuple):
-    """A kind of log: how its rows begin, before the number of the step, and what reads it."""
+    """A kind of log.
+
+    Attributes:
+      begin, end: of every row, before the number of its step and behind all it holds.
+      header: whether a line with the names of columns stands above the rows.
+      whole: whether a text of so many rows, counted by ``count(sign)`` behind the header, holds
+        nothing else, as far as counting tells.
+      read: reads it row by row.
+    """
 
     begin: bytes
+    end: bytes
+    header: bool
+    whole: Callable[[bytes, int, Callable[[str], int]], bool]
     read: Callable[[Path], Rows]
 
+    def table(self, data: bytes) -> int:
+        """Where the rows begin."""
+        return data.find(b"\n") + 1 if self.header else 0
 
-JSONL, CSV = Form(b'{"step": ', read_jsonl), Form(b"", read_csv)
+
+def _whole_objects(data: bytes, rows: int, count: Callable[[str], int]) -> bool:
+    return data.startswith(JSONL.begin) and count("{") == count("}") == rows
+
+
+def _whole_table(data: bytes, rows: int, count: Callable[[str], int]) -> bool:
+    odd = any(sign in data for sign in (b'"', b"\0", b"\r"))
+    names = data[: CSV.table(data)].count(b",")
+    return data.startswith(b"step,") and not odd and count(",") == rows * names
+
+
+JSONL = Form(b'{"step": ', b"}\n", False, _whole_objects, read_jsonl)
+CSV = Form(b"", b"\n", True, _whole_table, read_csv)
 
 
 class Kept(NamedTuple):
@@ -118,8 +144,8 @@ def kept(path: Path, form: Form, step: int) -> Kept:
     not read row by row.
     """
     data = path.read_bytes()
-    head = data.find(b"\n") + 1 if form is CSV else 0
-    steps = _consecutive(data, head, form)
+    head = form.table(data)
+    steps = _consecutive(data, form)
     if steps is not None:
         row = len(data)
         if steps.start < step < steps.stop:
@@ -137,14 +163,13 @@ def kept(path: Path, form: Form, step: int) -> Kept:
 
 def refuse_foreign(path: Path, form: Form) -> None:
     """Raise where a file is no log."""
-    data = path.read_bytes()
-    if _consecutive(data, data.find(b"\n") + 1 if form is CSV else 0, form) is None:
+    if _consecutive(path.read_bytes(), form) is None:
         form.read(path)
 
 
-def _consecutive(data: bytes, head: int, form: Form) -> range | None:
-    """The steps of a log of whole rows that follow one another, whose table begins at `head`: by
-    its first and last row, and the number of lines, of their beginnings and of their ends.
+def _consecutive(data: bytes, form: Form) -> range | None:
+    """The steps of a log of whole rows that follow one another: by its first and last row, and the
+    number of lines, of their beginnings and of their ends.
     """
 
     def step(at: int) -> int:
@@ -152,21 +177,16 @@ def _consecutive(data: bytes, head: int, form: Form) -> range | None:
         digits = data[at : at + 20].partition(b",")[0]
         return int(digits) if digits.isdigit() else -1
 
-    if not data.endswith(b"\n" if form is CSV else b"}\n"):
+    if not data.endswith(form.end):
         return None
+    head = form.table(data)
     signs = np.frombuffer(data, np.uint8)[head:]  # counts many times faster than bytes do
     count = lambda sign: int(np.count_nonzero(signs == ord(sign)))
     rows, last = count("\n"), data.rfind(b"\n", head, -1) + 1 or head
     if not rows or step(head) < 0 or step(last) < 0:
         return None
-    if form is CSV:
-        table = count(",") == rows * data.count(b",", 0, head)
-        odd = any(sign in data for sign in (b'"', b"\0", b"\r"))
-        whole = data.startswith(b"step,") and table and not odd
-    else:
-        whole = data.startswith(form.begin) and count("{") == count("}") == rows
     steps = range(step(head), step(last) + 1)
-    return steps if whole and len(steps) == rows else None
+    return steps if len(steps) == rows and form.whole(data, rows, count) else None
 
 
 def as_text(lines: list[str]) -> bytes:

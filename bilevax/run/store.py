@@ -54,14 +54,19 @@ class Store:
             ) from error
         self.spec, self.start, self.fingerprint, self.peers = spec, start, fingerprint, peers
         self.primary = peers.rank == 0
-        self.folder = epath.Path(spec.directory)
         self._lock: Lock | None = None
         try:
+            self.folder = epath.Path(spec.directory)
             exists = self.folder.exists()
         except ImportError as error:
             raise ImportError(
                 f"checkpoint: got the directory {spec.directory!r}, whose store needs a package "
                 f"({error}); expected one that is installed."
+            ) from error
+        except KeyError as error:
+            raise ValueError(
+                f"checkpoint: got the directory {spec.directory!r}, in a kind of store that is not "
+                "known; expected a folder, or a url such as 'gs://bucket/run'."
             ) from error
         if exists and not self.folder.is_dir():
             raise NotADirectoryError(

@@ -81,6 +81,14 @@ def test_a_log_has_the_history(factory, read, tmp_path):
     np.testing.assert_array_equal([float(row["value"]) for row in rows], first.history["value"][:4])
 
 
+def lines_of(cells):
+    """A column as a log has it, a line a row."""
+    count = 2 if cells.values is None else len(cells.values)
+    numbered = [files.Cells("%d", list(range(count))), cells]
+    text = files._lines(f"%d {cells.form}\n", numbered)
+    return [line.partition(" ")[2] for line in text.splitlines()]
+
+
 @pytest.mark.parametrize(
     ("factory", "read"),
     [(bx.callbacks.jsonl, read_json), (bx.callbacks.csv, read_csv)],
@@ -96,10 +104,13 @@ def test_numbers_are_as_long_as_they_are_and_come_back(factory, read, tmp_path):
     assert value.dtype == np.float32 and len(set(value.tolist())) == 9
     np.testing.assert_array_equal(np.float32([float(row["value"]) for row in read(path)]), value)
     assert max(len(str(row["value"])) for row in read(path)) <= 15
-    texts = files._json(np.asarray([1.5, np.nan, -np.inf]))
-    assert texts == ["1.5", "null", "null"] and files._json(np.ones(2, bool)) == ["true", "true"]
-    assert files._texts(np.full(3, np.nan)) == ["nan"] * 3
-    assert files._texts(np.zeros(0)) == [] and files._texts(np.arange(2)) == ["0", "1"]
+    json_of = lambda *values: lines_of(files._json(np.asarray(values)))
+    assert json_of(1.5, np.nan, -np.inf) == ["1.5", "null", "null"]
+    assert json_of(np.nan, np.nan) == ["null", "null"] and json_of(True, True) == ["true", "true"]
+    assert json_of([1.5, np.nan], [2.0, np.inf]) == ["[1.5, null]", "[2.0, null]"]
+    assert lines_of(files._cells(np.full(3, np.nan))) == ["nan"] * 3
+    assert lines_of(files._cells(np.arange(2))) == ["0", "1"]
+    assert lines_of(files._cells(np.full(2, 0.1))) == ["0.1", "0.1"]  # and what never changes
 
 
 def test_a_long_log_is_told_by_counting_and_added_to_as_it_lies(tmp_path):
