@@ -69,10 +69,14 @@ class InnerState(NamedTuple):
 
 
 class InnerInit(Protocol):
+    """An inner solver's first state, of its parameters."""
+
     def __call__(self, params: PyTree) -> PyTree: ...
 
 
 class InnerStep(Protocol):
+    """One step of an inner solver, and what a person reads of it."""
+
     def __call__(
         self, objective: Objective, state: InnerState, outer: PyTree, ctx: Ctx
     ) -> tuple[InnerState, dict[str, Scalar]]: ...
@@ -194,10 +198,14 @@ Pullback = Callable[[PyTree], tuple[PyTree, PyTree, PyTree, dict[str, Scalar]]]
 
 
 class HypergradientInit(Protocol):
+    """A hypergradient method's first state: a warm adjoint, say."""
+
     def __call__(self, inner: PyTree) -> PyTree: ...
 
 
 class HypergradientVjp(Protocol):
+    """The lower level solved, with the pullback of its solution."""
+
     def __call__(
         self,
         lower: Lower,
@@ -351,10 +359,14 @@ class Draws(NamedTuple):
 
 
 class AlgorithmInit(Protocol):
+    """An algorithm's first state, of where both levels begin."""
+
     def __call__(self, problem: Problem, inner: InnerState, outer: PyTree) -> PyTree: ...
 
 
 class AlgorithmStep(Protocol):
+    """One move of both levels, and what a person reads of it."""
+
     def __call__(
         self, problem: Problem, state: PyTree, feeds: Feeds
     ) -> tuple[PyTree, StepInfo]: ...

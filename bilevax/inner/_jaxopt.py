@@ -64,8 +64,7 @@ def jaxopt(
       >>> bool(jnp.allclose(state.params, 1.0, atol=1e-3)), int(info["code"])
       (True, 0)
 
-    References:
-      Blondel et al., Efficient and modular implicit differentiation, 2022 (jaxopt).
+    Source: Blondel et al., Efficient and modular implicit differentiation, 2022 (jaxopt).
     """
     _refused(solver)
     if not inspect.isclass(solver) or not (

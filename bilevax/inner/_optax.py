@@ -56,8 +56,7 @@ def optax(
       >>> bool(jnp.allclose(state.params, 1.0, atol=1e-5))
       True
 
-    References:
-      DeepMind et al., The DeepMind JAX Ecosystem, 2020 (optax).
+    Source: DeepMind et al., The DeepMind JAX Ecosystem, 2020 (optax).
     """
     if not _is_transformation(opt) and not callable(opt):
         under_way = hasattr(opt, "tx") and hasattr(opt, "opt_state")

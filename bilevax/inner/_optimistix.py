@@ -50,8 +50,7 @@ def optimistix(
       >>> bool(jnp.allclose(state.params, 1.0, atol=1e-3)), int(info["code"])
       (True, 0)
 
-    References:
-      Rader, Lyons and Kidger, Optimistix: modular optimisation in JAX and Equinox, 2024.
+    Source: Rader, Lyons and Kidger, Optimistix: modular optimisation in JAX and Equinox, 2024.
     """
     library = _library()
     kinds = {

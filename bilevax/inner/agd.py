@@ -67,10 +67,9 @@ def agd(*, maxiter: int = 1000, tol: Numeric = 1e-6) -> base.InnerSolver:
       >>> bool(jnp.allclose(state.params, 1.0, atol=1e-4)), int(info["code"])
       (True, 0)
 
-    References:
-      Nesterov, A method of solving a convex programming problem with convergence rate O(1/k²),
-      1983. O'Donoghue and Candès, Adaptive restart for accelerated gradient schemes, 2015 (gradient
-            scheme).
+    Source: Nesterov, A method of solving a convex programming problem with convergence rate
+    O(1/k²), 1983. O'Donoghue and Candès, Adaptive restart for accelerated gradient schemes, 2015
+    (gradient scheme).
     """
     maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
     return base.InnerSolver(

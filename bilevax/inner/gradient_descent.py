@@ -71,8 +71,8 @@ def gradient_descent(
       >>> bool(jnp.allclose(state.params, 1.0, atol=1e-4)), int(info["code"])
       (True, 0)
 
-    References:
-      Armijo, Minimization of functions having Lipschitz continuous first partial derivatives, 1966.
+    Source: Armijo, Minimization of functions having Lipschitz continuous first partial derivatives,
+    1966.
     """
     maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
     fixed = None if step_size is None else numbers.positive(step_size, "step_size")

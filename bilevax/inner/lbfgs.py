@@ -96,12 +96,11 @@ def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.
       >>> bool(jnp.allclose(state.params, 1.0, atol=1e-4)), int(info["code"])
       (True, 0)
 
-    References:
-      Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989. Byrd,
-      Nocedal and Schnabel, Representations of quasi-Newton matrices and their use in limited memory
-      methods, 1994 (compact form). Hager and Zhang, A new conjugate gradient method with guaranteed
-      descent, 2005 (approximate Wolfe). Lewis and Overton, Nonsmooth optimization via quasi-Newton
-      methods, 2013 (bracketing).
+    Source: Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
+    Byrd, Nocedal and Schnabel, Representations of quasi-Newton matrices and their use in limited
+    memory methods, 1994 (compact form). Hager and Zhang, A new conjugate gradient method with
+    guaranteed descent, 2005 (approximate Wolfe). Lewis and Overton, Nonsmooth optimization via
+    quasi-Newton methods, 2013 (bracketing).
     """
     maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
     memory = numbers.count(memory, "memory")

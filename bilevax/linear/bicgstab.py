@@ -48,8 +48,7 @@ def bicgstab(maxiter: int = 100, tol: Numeric = 1e-6) -> Linear:
       >>> x.round(3).tolist(), int(info.code)
       ([1.0, 1.0], 0)
 
-    Source:
-      van der Vorst 1992, Bi-CGSTAB: A Fast and Smoothly Converging Variant of Bi-CG.
+    Source: van der Vorst 1992, Bi-CGSTAB: A Fast and Smoothly Converging Variant of Bi-CG.
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)

@@ -67,11 +67,10 @@ def cg(
       >>> x.round(3).tolist(), int(info.iterations), int(info.code)
       ([1.0, 0.5, 0.25], 3, 0)
 
-    Source:
-      Hestenes and Stiefel 1952, Methods of Conjugate Gradients for Solving Linear Systems. For
-      residual replacement: van der Vorst and Ye 2000, Residual Replacement Strategies for Krylov
-      Subspace Iterative Methods. For blocks: O'Leary 1980, The Block Conjugate Gradient Algorithm
-        and Related Methods; Dubrulle 2001, Retooling the Method of Block Conjugate Gradients.
+    Source: Hestenes and Stiefel 1952, Methods of Conjugate Gradients for Solving Linear Systems.
+    For residual replacement: van der Vorst and Ye 2000, Residual Replacement Strategies for Krylov
+    Subspace Iterative Methods. For blocks: O'Leary 1980, The Block Conjugate Gradient Algorithm and
+    Related Methods; Dubrulle 2001, Retooling the Method of Block Conjugate Gradients.
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)

@@ -47,8 +47,7 @@ def cholesky() -> Linear:
       >>> x.round(3).tolist(), int(info.iterations)
       ([1.0, 1.0], 2)
 
-    Source:
-      Golub and Van Loan 2013, Matrix Computations, section 4.2.
+    Source: Golub and Van Loan 2013, Matrix Computations, section 4.2.
     """
     return Linear(Bound("cholesky", _cholesky), exact=True)
 
@@ -81,8 +80,7 @@ def lu() -> Linear:
       >>> x.round(3).tolist(), int(info.code)
       ([-1.0, 2.0], 0)
 
-    Source:
-      Golub and Van Loan 2013, Matrix Computations, section 3.4.
+    Source: Golub and Van Loan 2013, Matrix Computations, section 3.4.
     """
     return Linear(Bound("lu", _lu), exact=True, indefinite=True)
 

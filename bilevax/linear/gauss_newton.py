@@ -64,9 +64,8 @@ def gauss_newton(
       >>> found.scores.tolist()  # linear in w: the Hessian itself
       [1.0, 0.5]
 
-    Source:
-      Schraudolph 2002, Fast Curvature Matrix-Vector Products for Second-Order Gradient Descent;
-      Martens 2020, New Insights and Perspectives on the Natural Gradient Method.
+    Source: Schraudolph 2002, Fast Curvature Matrix-Vector Products for Second-Order Gradient
+    Descent; Martens 2020, New Insights and Perspectives on the Natural Gradient Method.
     """
     for name, fn in (("network", network), ("loss", loss)):
         if not callable(fn):

@@ -51,9 +51,8 @@ def gmres(maxiter: int = 100, tol: Numeric = 1e-6, *, restart: int = 20) -> Line
       >>> x.round(3).tolist(), int(info.code)
       ([-1.0, 2.0], 0)
 
-    Source:
-      Saad and Schultz 1986, GMRES: A Generalized Minimal Residual Algorithm for Solving
-        Nonsymmetric Linear Systems.
+    Source: Saad and Schultz 1986, GMRES: A Generalized Minimal Residual Algorithm for Solving
+    Nonsymmetric Linear Systems.
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)

@@ -41,9 +41,8 @@ def identity(scale: Numeric = 1.0) -> Linear:
       >>> x.tolist(), float(info.residual)
       ([0.5, 1.0], 1.0)
 
-    Source:
-      Luketina, Berglund, Greff and Raiko 2016, Scalable Gradient-Based Tuning of Continuous
-      Regularization Hyperparameters.
+    Source: Luketina, Berglund, Greff and Raiko 2016, Scalable Gradient-Based Tuning of Continuous
+    Regularization Hyperparameters.
     """
     scale = numbers.positive(scale, "scale", example=1.0)
     return Linear(Bound("identity", _identity, scale=scale), products=1, approximate=True)

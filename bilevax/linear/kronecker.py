@@ -66,10 +66,9 @@ def kfac(
       >>> bx.linear.cg(preconditioner=solver)  # or as it is
       cg(maxiter=100, tol=1e-06, preconditioner=kfac())
 
-    Source:
-      Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate
-      Curvature; Eschenhagen et al. 2023, Kronecker-Factored Approximate Curvature for Modern Neural
-      Network Architectures, for shared weights.
+    Source: Martens and Grosse 2015, Optimizing Neural Networks with Kronecker-factored Approximate
+    Curvature; Eschenhagen et al. 2023, Kronecker-Factored Approximate Curvature for Modern Neural
+    Network Architectures, for shared weights.
     """
     return _made("kfac", outputs, relabel, draws, damping, layers, small, largest, at_once, key)
 
@@ -152,10 +151,9 @@ def ekfac(
       >>> bool(found.info["residual"] < 1e-2)  # one output: the factors are exact
       True
 
-    Source:
-      George et al. 2018, Fast Approximate Natural Gradient Descent in a Kronecker-factored
-      Eigenbasis; Grosse et al. 2023, Studying Large Language Model Generalization with Influence
-      Functions.
+    Source: George et al. 2018, Fast Approximate Natural Gradient Descent in a Kronecker-factored
+    Eigenbasis; Grosse et al. 2023, Studying Large Language Model Generalization with Influence
+    Functions.
     """
     return _made("ekfac", outputs, relabel, draws, damping, layers, small, largest, at_once, key)
 
@@ -195,9 +193,8 @@ def diagonal(
       >>> bx.linear.diagonal(damping=0.1)
       diagonal(preconditioner=diagonal())
 
-    Source:
-      Becker and LeCun 1989, Improving the Convergence of Back-Propagation Learning with Second
-      Order Methods.
+    Source: Becker and LeCun 1989, Improving the Convergence of Back-Propagation Learning with
+    Second Order Methods.
     """
     return _made("diagonal", outputs, relabel, draws, damping, layers, 1, 1, at_once, key)
 

@@ -46,9 +46,8 @@ def lineax(solver: Any, *, symmetric: bool = True) -> Linear:
       >>> x.round(3).tolist(), int(info.code)
       ([1.0, 0.5], 0)
 
-    Source:
-      Rader, Lyons and Kidger 2023, Lineax: Unified Linear Solves and Linear Least-Squares in JAX
-        and Equinox.
+    Source: Rader, Lyons and Kidger 2023, Lineax: Unified Linear Solves and Linear Least-Squares in
+    JAX and Equinox.
     """
     lx = _import()
     if not isinstance(solver, lx.AbstractLinearSolver):

@@ -55,8 +55,7 @@ def minres(
       >>> x.round(3).tolist(), int(info.code)
       ([1.0, -0.5], 0)
 
-    Source:
-      Paige and Saunders 1975, Solution of Sparse Indefinite Systems of Linear Equations.
+    Source: Paige and Saunders 1975, Solution of Sparse Indefinite Systems of Linear Equations.
     """
     maxiter = numbers.count(maxiter, "maxiter")
     tol = numbers.positive(tol, "tol", example=1e-6)

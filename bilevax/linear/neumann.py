@@ -60,10 +60,9 @@ def neumann(
       >>> x.tolist(), int(info.iterations)
       ([0.75, 0.5], 2)
 
-    Source:
-      Lorraine, Vicol and Duvenaud 2020, Optimizing Millions of Hyperparameters by Implicit
-      Differentiation, algorithm 3; Wang et al. 2025, Better Training Data Attribution via Better
-      Inverse Hessian-Vector Products, for the preconditioned form.
+    Source: Lorraine, Vicol and Duvenaud 2020, Optimizing Millions of Hyperparameters by Implicit
+    Differentiation, algorithm 3; Wang et al. 2025, Better Training Data Attribution via Better
+    Inverse Hessian-Vector Products, for the preconditioned form.
     """
     terms = numbers.count(terms, "terms")
     if step is not None:

@@ -73,10 +73,9 @@ def nystrom(rank: int = 10, rho: Numeric = 1e-2, *, key: Key | None = None) -> L
       >>> x.round(3).tolist(), int(info.iterations)
       ([1.0, 0.5], 3)
 
-    Source:
-      Hataya and Yamada 2023, Nyström Method for Accurate and Scalable Implicit Differentiation, in
-      the stable form of Frangella, Tropp and Udell 2023, Randomized Nyström Preconditioning,
-      algorithm 2.1.
+    Source: Hataya and Yamada 2023, Nyström Method for Accurate and Scalable Implicit
+    Differentiation, in the stable form of Frangella, Tropp and Udell 2023, Randomized Nyström
+    Preconditioning, algorithm 2.1.
     """
     rank = numbers.count(rank, "rank")
     rho = numbers.positive(rho, "rho", example=1e-2)
@@ -124,8 +123,7 @@ def nystrom_preconditioner(
       >>> int(info.code)
       0
 
-    Source:
-      Frangella, Tropp and Udell 2023, Randomized Nyström Preconditioning.
+    Source: Frangella, Tropp and Udell 2023, Randomized Nyström Preconditioning.
     """
     rank = numbers.count(rank, "rank")
     rho = numbers.positive(rho, "rho", example=1e-2)

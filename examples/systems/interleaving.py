@@ -358,7 +358,8 @@ def draw(path, found):
         axes[2].set_yscale("log")
         axes[2].set_xticks(range(len(labels)), labels)
         axes[2].set(ylabel="learned pull", title="Pulls, median and quartiles over seeds")
-        axes[2].legend()
+        axes[2].set_ylim(bottom=1e-5)  # room for the legend
+        axes[2].legend(loc="lower left")
 
 
 def main(argv=None):
