@@ -268,7 +268,7 @@ def figure(
     print(f"picture: {path}")
 
 
-def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str) -> None:
+def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str, digits: int = 3) -> None:
     """Rows as points with two standard errors to either side, the number beside each."""
     names = list(rows)
     for place, name in enumerate(names):
@@ -277,7 +277,7 @@ def bars(ax, rows: Rows, key: str, colors: Mapping[str, str], label: str) -> Non
         color = colors.get(name, GREY)
         ax.errorbar(values.mean(), place, xerr=error, fmt="o", color=color, capsize=4, markersize=7)
         ax.annotate(
-            f"{values.mean():.3f}",
+            f"{values.mean():.{digits}f}",
             (values.mean(), place),
             textcoords="offset points",
             xytext=(0, 8),

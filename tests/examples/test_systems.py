@@ -1,5 +1,5 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
-proximal term."""
+proximal term; the world of four rooms, its returns and its actor."""
 
 import importlib.util
 import sys
@@ -93,3 +93,53 @@ def test_the_proximal_term_pulls_to_where_the_solve_began(load):
             updates, state = opt.update(p - 1.0, state, p)
             p = p + updates
         np.testing.assert_allclose(p, target, atol=1e-5)
+
+
+def test_a_potential_is_a_baseline_and_a_value_of_what_was_cut_off(load):
+    """gamma phi(s') - phi(s) telescopes: returns of the shaped reward are those of the true one,
+    less phi where they begin, and with phi where the episode was cut off."""
+    four = load("reinforcement")
+    goal, g = 20, four.GAMMA
+    cells = jnp.array([[15, 15], [16, 16], [17, 15], [20, 16]])
+    phi, going = jnp.sin(jnp.arange(four.SIDE**2.0)), cells[:-1] != goal
+    plain, shaped = (np.asarray(four.returns(cells, going, goal, p)) for p in (0 * phi, phi))
+    np.testing.assert_allclose(plain[:, 0], [g**2, g, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(plain[:, 1], 0.0)
+    end = np.array([[0.0], [1.0]]).T * np.array([[g**3], [g**2], [g]]) * float(phi[16])
+    np.testing.assert_allclose(shaped, plain - np.asarray(phi)[cells[:-1]] + end, atol=1e-6)
+
+
+def test_success_and_optimal_values_of_a_policy_that_knows_the_way(load):
+    """By the chain's matrix; and the best policy's values do not change by one more backup."""
+    four = load("reinforcement")
+    world, goal = four.read(four.ROOMS), 20
+    to, free = map(np.asarray, world)
+    value = np.asarray(four.optimal(goal, world), float)
+    moves = np.full(to.shape, four.SLIP / four.ACTIONS)
+    moves[np.arange(len(to)), value[to].argmax(-1)] += 1 - four.SLIP
+    chain = np.zeros((len(to), len(to)))
+    np.add.at(chain, (np.arange(len(to))[:, None], to), moves)
+    backed = four.GAMMA * chain @ value
+    chain[goal] = np.eye(len(to))[goal]
+    arrived = np.linalg.matrix_power(chain, four.MOVES)[free, goal].mean()
+    policy = jnp.where(jnp.arange(four.ACTIONS) == value[to].argmax(-1)[:, None], 50.0, 0.0)
+    np.testing.assert_allclose(four.success(policy, goal, world), arrived, rtol=1e-5)
+    assert 0.9 < arrived < 1
+    others = free[free != goal]
+    np.testing.assert_allclose(backed[others], value[others], atol=1e-4)
+
+
+def test_a_critic_that_stands_still_is_a_potential(load):
+    """One update of an agent, whose critic's rate is zero, is by hand the policy gradient of the
+    shaped reward."""
+    four = load("reinforcement")
+    world, goal, key = four.read(four.ROOMS), 20, jax.random.key(0)
+    phi, start = four.distance(goal, world), jnp.zeros((four.SIDE**2, four.ACTIONS))
+    cells, moves, going = map(np.asarray, four.rollout(start, goal, world, key, four.EPISODES))
+    gains = np.asarray(four.returns(cells, going, goal, phi))
+    grad = np.zeros(start.shape)
+    for t, e in np.argwhere(going):
+        grad[cells[t, e]] += gains[t, e] * (np.eye(4)[moves[t, e]] - 0.25) / four.EPISODES
+    reached = four.life(phi, jnp.array([100.0, 0.0]), goal, world, key[None])
+    by_hand = four.success(jnp.asarray(100 * grad, jnp.float32), goal, world)
+    np.testing.assert_allclose(reached[0], by_hand, rtol=1e-4)
