@@ -34,8 +34,8 @@ _PROSE = re.compile(
     re.MULTILINE | re.DOTALL,
 )
 _STRING = re.compile(r'^(?P<margin> +)(?P<form>f?)"(?P<text>[^"\\\n]+)"(?P<end>,?)$', re.MULTILINE)
-_CELL, _CODE = re.compile(r"<td\b.*?</td>", re.DOTALL), re.compile(r"<code>.*?</code>")
-_JOINT = re.compile(r"(?<=[._(=,])(?=\w)")
+_CELL, _CODE = re.compile(r"<(t[dh])\b.*?</\1>", re.DOTALL), re.compile(r"(?<=<code>)[^<]*")
+_JOINT = re.compile(r"(?<=[._(=,/-])(?=\w)")
 _MARKER = re.compile(
     r"<!-- (?P<what>results|api|table|code|levels|recipes):? ?(?P<name>[^>]*?) ?-->"
 )
