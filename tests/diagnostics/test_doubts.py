@@ -1,6 +1,7 @@
 """What two wrongs agree on is not ok: kinks, maxima, saddles; and statistics that the solver's own
 steps move."""
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
@@ -67,3 +68,26 @@ def test_the_solvers_own_steps_move_the_models_state():
     y1 = 0.5 + 0.5 * X
     y2, m2 = 0.5 * y1 + 0.5 * X, 0.25 + 0.5 * y1  # the state after two steps has seen y0 and y1
     np.testing.assert_allclose(report.reference, 0.75 * m2 + y2 * 0.25, rtol=1e-6)
+
+
+@pytest.mark.parametrize("dtype, precision", [(None, "float32"), (jnp.float32, "float64")])
+def test_a_reference_draws_what_the_solver_drew(dtype, precision):
+    """Of one key comes another mask in double precision, unless the objective says in which it
+    draws."""
+
+    def inner(y, x, batch, *, key):
+        kept = jax.random.uniform(key, y.shape, *([] if dtype is None else [dtype])) < 0.5
+        return 0.5 * jnp.sum(jnp.where(kept, (y - x) ** 2, y**2))
+
+    with jax.enable_x64(False):
+        report = bx.check_hypergradient(
+            bx.objective(inner, keyed=True),
+            lambda y, x, b: 0.5 * jnp.sum((y - 3.0) ** 2),
+            jnp.zeros(8),
+            jnp.linspace(1.0, 2.0, 8),
+            solver=bx.inner.optax(optax.sgd(0.5), 2),
+            hypergradient=H.unrolled(),
+            reference="solver",
+            key=jax.random.key(3),
+        )
+    assert report.ok and report.precision == precision
