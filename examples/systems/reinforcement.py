@@ -82,7 +82,7 @@ RATES, FAST, CRITICS = (
     (10.0, 14.0, 20.0, 28.0, 40.0),
     (0.2, 0.4, 0.8, 1.6),
 )
-SCALES, META_RATES = (0.03, 0.1, 0.3, 1.0), (5e-4, 1e-3, 2e-3)
+SCALES, META_RATES = (0.03, 0.1, 0.3, 1.0), (1e-3, 2e-3, 4e-3)
 UNSHAPED, CRITIC, HAND, HAND_CRITIC = "unshaped", "critic", "hand-made", "hand-made, critic"
 LEARNED, BOTH, OPTIMAL = "learned", "learned, critic", "optimal values"
 
