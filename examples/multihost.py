@@ -81,12 +81,12 @@ def worker(args: argparse.Namespace) -> None:
         keep=1),
     )  # fmt: skip
     if jax.process_index() == 0:  # only one of them writes
-        first, *_, last = solution.history["value"]
+        values = solution.history["value"]
         print(
             f"{jax.process_count()} process(es), "
             f"{jax.device_count()} devices, "
             f"{jax.local_device_count()} of them here: "
-            f"validation loss {first:.4g} -> {last:.4g} in "
+            f"validation loss {values[0]:.4g} -> {values[-1]:.4g} in "
             f"{time.perf_counter() - begin:.1f} s",
             flush=True,
         )
