@@ -93,8 +93,8 @@ def argmin(
         close to the precision of the inner parameters. ``linear.minres()`` takes an indefinite
         Hessian, which a stationary point that is no minimum has.
       tol: the largest ``‖∇_y g‖`` that counts as solved, one gradient more. Default: the solver's
-        own word, if it gives one (a fixed number
-        of optax steps does not: give `tol` there). ``jnp.inf`` takes any finite point.
+        own word, if it gives one (a fixed number of optax steps does not: give `tol` there).
+        ``jnp.inf`` takes any finite point.
       max_residual: relative residual of a linear solve above which the derivative is NaN instead of
         wrong. ``jnp.inf`` accepts anything.
       strict: warnings that are failures: True for all, False for none, or a set of `RESULTS`. All

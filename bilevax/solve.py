@@ -113,13 +113,11 @@ def solve_bilevel(
         failures in a row end the run under any policy; rolled back, those that are at most 256
         steps apart.
       read_ahead: outer steps for which batches of iterables are read on the host before they are
-        needed, those
-        that run included. None: as many as fit in 256 MiB, at least two, at most 32.
+        needed, those that run included. None: as many as fit in 256 MiB, at least two, at most 32.
       strict: warnings that are to be failures. What is known to be rough about a step (an adjoint
-        above its
-        tolerance, an unsolved lower level) is a warning: it stands in the history's column
-        ``warnings``, ``Solution.warnings`` counts it, and the run goes on. True makes failures of
-        all, a set such as ``{RESULTS.negative_curvature}`` of those in it.
+        above its tolerance, an unsolved lower level) is a warning: it stands in the history's
+        column ``warnings``, ``Solution.warnings`` counts it, and the run goes on. True makes
+        failures of all, a set such as ``{RESULTS.negative_curvature}`` of those in it.
       throw: raise a `SolveError` on failure; False returns the solution with its `RESULTS` code.
 
     Returns:

@@ -124,7 +124,8 @@ def check_hypergradient(
         \nabla h = \nabla_x f - \nabla^2_{xy} g \, (\nabla^2_{yy} g)^{-1} \nabla_y f \Big|_{y^*(x)}
 
     The reference starts from the solver's point, polishes it, and is computed in double precision
-    where the objectives allow it, whatever the session's precision is. Batches and randomness are
+    where the objectives allow it and draw the same numbers there, whatever the session's precision
+    is. Batches and randomness are
     frozen: each inner step sees the whole of `inner_batch` and the same key.
 
     Args:
@@ -141,10 +142,10 @@ def check_hypergradient(
       reference: ``"dense"`` polishes by Newton and factorises the Hessian (at most 4,096 inner
         unknowns), and tests along one direction by differences that h is smooth;
         ``"finite_difference"`` takes central differences of h, each from a polished solve;
-        ``"solver"`` takes
-        them of ``f(y_K(x), x)``, the solver's own K steps: what an unrolled hypergradient is the
-        derivative of, and the reference for lower levels that are constrained or not smooth (solve
-        them tightly). ``"auto"`` is dense up to 512 inner unknowns, else finite differences.
+        ``"solver"`` takes them of ``f(y_K(x), x)``, the solver's own K steps: what an unrolled
+        hypergradient is the derivative of, and the reference for lower levels that are constrained
+        or not smooth (solve them tightly). ``"auto"`` is dense up to 512 inner unknowns, else
+        finite differences.
       directions: random orthonormal directions of the finite differences; None takes every
         coordinate up to 32 of them, else 16.
       tol: largest relative error that is ok.

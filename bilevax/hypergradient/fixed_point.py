@@ -52,8 +52,8 @@ def fixed_point(
 
     Args:
       mapping: ``T(inner_params, outer_params, batch) -> inner_params``, or `objective` of one
-        (keyed, stateful). It need not be what the inner
-        solver iterates: any mapping with the same fixed point will do.
+        (keyed, stateful). It need not be what the inner solver iterates: any mapping with the same
+        fixed point will do.
       linear: solver of the adjoint system, which is not symmetric; default ``linear.gmres()``.
         ``linear.neumann(step=1.0)`` is the classical iteration ``q ← w + (∂T)'q``.
       warm_start: start from the adjoint of the last call.
