@@ -1,5 +1,5 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
-proximal term; the world of four rooms, its returns and its actor."""
+proximal term; the world of four rooms, its returns and its actor; the cell of a supernet."""
 
 import importlib.util
 import sys
@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax import lax
 
 import bilevax as bx
 
@@ -148,3 +149,60 @@ def test_a_critic_that_stands_still_is_a_potential(load, monkeypatch):
     reached = four.life(phi, jnp.array([3.0, 0.0]), goal, world, jax.random.key(0)[None])[0]
     np.testing.assert_allclose(reached, 3 * grad, atol=1e-6)
     assert np.abs(grad).max() > 0.1
+
+
+def test_the_cell_is_made_of_convolutions(load):
+    """Each operation of the merged cell, alone on the edge from input to output."""
+    darts = load("darts")
+    x = jax.random.normal(jax.random.key(0), (4, 5, 6, 2))
+    weights, cell = darts.start(jax.random.key(1))["stages"][0], jax.jit(darts.cell)
+
+    def conv(kernel, size):
+        kernel = kernel.reshape(size, size, 4, 12)[..., 8:]  # the third edge that leaves the input
+        out = lax.conv_general_dilated(
+            jax.nn.relu(x), kernel, (1, 1), "SAME", dimension_numbers=("CHWN", "HWIO", "CHWN")
+        )
+        return darts.normalized(out)
+
+    window = dict(window_dimensions=(1, 3, 3, 1), window_strides=(1, 1, 1, 1), padding="SAME")
+    total = lax.reduce_window(x, 0.0, lax.add, **window)
+    expected = [
+        jnp.zeros_like(x),
+        x,
+        conv(weights["1x1"][0], 1),
+        conv(weights["3x3"][0], 3),
+        total / lax.reduce_window(jnp.ones_like(x), 0.0, lax.add, **window),
+    ]
+    for operation, value in enumerate(expected):
+        mix = jnp.eye(5)[jnp.array([0, 0, 0, operation, 0, 0])]
+        np.testing.assert_allclose(cell(weights, mix, x), value, rtol=1e-5, atol=1e-5)
+
+
+def test_names_are_those_of_the_table(load):
+    darts = load("darts")
+    assert darts.name_of([4, 2, 1, 2, 1, 1]) == (
+        "|avg_pool_3x3~0|+|nor_conv_1x1~0|skip_connect~1|"
+        "+|nor_conv_1x1~0|skip_connect~1|skip_connect~2|"
+    )
+
+
+def test_the_cut_parts_what_disagrees(load):
+    darts = load("darts")
+    cosines = np.full((6, 5, 5), 0.9)
+    own = np.array([0, 0, 1, 1, 0])
+    cosines[4] = np.where(own[:, None] == own, 0.9, 0.1)
+    edge, half = darts.cut(cosines, np.ones((6, 5), bool))
+    assert edge == 4 and set(half) in ({0, 1, 4}, {2, 3})
+    one, other = darts.split(np.ones((6, 5), bool), edge, half)
+    assert (one[4] ^ other[4]).all() and one.sum() + other.sum() == 55
+
+
+def test_first_order_has_the_direct_term_alone(load):
+    """Outer y + x^2 with y moved to x by half: in all 2x + 1/2, of which 1/2 is the weights'."""
+    darts = load("darts")
+    inner = lambda y, x, batch: 0.5 * (y - x) ** 2
+    outer = lambda y, x, batch: y + x**2
+    solver = bx.inner.optax(optax.sgd(0.5), 1)
+    for name, expected in ((darts.FIRST, 6.0), (darts.UNROLLED, 6.5)):
+        fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=darts.METHODS[name])
+        np.testing.assert_allclose(fn(jnp.zeros(()), jnp.float32(3.0)).grad, expected, rtol=1e-6)
