@@ -37,6 +37,8 @@ CAUSES = (
     "File exists",
     "Not a directory",
     "a file; expected",
+    "lost the lock",  # the folder was deleted, and made again by a save that was in the writing
+    "is gone",
     "exists",
     "NOT_FOUND",
 )
