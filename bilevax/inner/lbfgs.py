@@ -27,22 +27,24 @@ class LbfgsState(NamedTuple):
     iterates, and ``U`` the changes ``u`` of the gradient.
 
     Attributes:
-      pairs: like the parameters, each leaf with leading axes ``(2, memory)``: ``S`` and ``U``, the
-        oldest pair at `head`.
+      steps: ``S``, like the parameters, each leaf with a leading axis ``(memory,)``, the oldest
+        pair at `head`.
+      changes: ``U``, likewise.
       inverse: ``(memory, memory)``, ``R⁻¹`` with ``R_ij = s_i·u_j`` where pair i is not newer than
         pair j; zero for slots not in use.
       diagonal: ``(memory,)``, ``s_i·u_i``; zero for slots not in use.
-      changes: ``(memory, memory)``, ``U'U``.
       head: the slot that is written next.
-      gamma: the initial inverse Hessian is ``gamma · I``; 0 before the first pair.
+      scale: like the parameters; the initial inverse Hessian is ``Σ = gamma · diag(scale)``. 0
+        before the first pair, as is `gamma`.
       curvature: the largest that the last solve met which moved far enough to tell; 0 before.
     """
 
-    pairs: PyTree
+    steps: PyTree
+    changes: PyTree
     inverse: Any
     diagonal: Any
-    changes: Any
     head: Any
+    scale: PyTree
     gamma: Any
     curvature: Any
 
@@ -57,7 +59,9 @@ def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.
     and descent share that one evaluation, so the objective is compiled once and an iteration whose
     unit step is accepted costs one evaluation; ``optax.lbfgs`` and jaxopt's L-BFGS compile it
     several times. ``H`` is applied in its compact form, from the small matrices of inner products,
-    which takes four products with the memory and no sequential recursion over it. Pairs without
+    which takes four products with the memory and no sequential recursion over it. It begins at a
+    diagonal that is updated as the BFGS matrix of a diagonal is, which knows the unit of each
+    parameter: features in mixed units take a fifth to a thirtieth of the iterations. Pairs without
     positive curvature are skipped, and a search that fails, or goes 1e4 times further than the
     memory says, drops the memory, so non-convex lower levels and far starts are safe. Near the
     minimum, where values no longer tell two points apart, slopes decide (approximate Wolfe).
@@ -98,9 +102,10 @@ def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.
 
     Source: Liu and Nocedal, On the limited memory BFGS method for large scale optimization, 1989.
     Byrd, Nocedal and Schnabel, Representations of quasi-Newton matrices and their use in limited
-    memory methods, 1994 (compact form). Hager and Zhang, A new conjugate gradient method with
-    guaranteed descent, 2005 (approximate Wolfe). Lewis and Overton, Nonsmooth optimization via
-    quasi-Newton methods, 2013 (bracketing).
+    memory methods, 1994 (compact form). Gilbert and Lemaréchal, Some numerical experiments with
+    variable-storage quasi-Newton algorithms, 1989 (the diagonal). Hager and Zhang, A new conjugate
+    gradient method with guaranteed descent, 2005 (approximate Wolfe). Lewis and Overton, Nonsmooth
+    optimization via quasi-Newton methods, 2013 (bracketing).
     """
     maxiter, tol = numbers.count(maxiter, "maxiter"), numbers.positive(tol, "tol", example=1e-6)
     memory = numbers.count(memory, "memory")
@@ -120,16 +125,16 @@ def _to_tolerance(tol: Any, maxiter: int, *, memory: int) -> base.InnerSolver:
 
 def _init(params: PyTree, *, memory: int) -> LbfgsState:
     dtype = tolerance.scalar_dtype(params)
-    pairs = jax.tree.map(lambda p: jnp.zeros((2, memory, *p.shape), p.dtype), params)
-    square, zero = jnp.zeros((memory, memory), dtype), jnp.zeros((), dtype)
+    rows = lambda: jax.tree.map(lambda p: jnp.zeros((memory, *p.shape), p.dtype), params)
     return LbfgsState(
-        pairs,
-        square,
-        jnp.zeros((memory,), dtype),
-        jnp.zeros_like(square),
-        jnp.int32(0),
-        zero,
-        jnp.zeros_like(zero),
+        steps=rows(),
+        changes=rows(),
+        inverse=jnp.zeros((memory, memory), dtype),
+        diagonal=jnp.zeros((memory,), dtype),
+        head=jnp.int32(0),
+        scale=jax.tree.map(lambda p: jnp.zeros(p.shape, tolerance.scalar_dtype(p)), params),
+        gamma=jnp.zeros((), dtype),
+        curvature=jnp.zeros((), dtype),
     )
 
 
@@ -154,29 +159,34 @@ def inverse_hessian_product(state: LbfgsState, v: PyTree) -> PyTree:
       [1.0, 1.0]
     """
     gamma = jnp.where(state.gamma > 0, state.gamma, jnp.ones_like(state.gamma))
-    return _apply(state, v, _products(state.pairs, v), gamma)
+    return _apply(state, v, gamma)
 
 
-def _apply(state: LbfgsState, v: PyTree, products: jax.Array, gamma: Scalar) -> PyTree:
-    """The compact form: ``Hv = γv + S R⁻ᵀ[(D + γ U'U) p − γ U'v] − γ U p`` with ``p = R⁻¹ S'v``;
-    `products` are ``S'v`` and ``U'v``.
-    """
-    p = _matvec(state.inverse, products[0])
-    a = _matvec(
-        state.inverse.T, state.diagonal * p + gamma * (_matvec(state.changes, p) - products[1])
+def _apply(state: LbfgsState, v: PyTree, gamma: Scalar) -> PyTree:
+    """The compact form: ``Hv = z + S R⁻ᵀ[D p − U'z]``, ``p = R⁻¹ S'v``, ``z = Σ (v − U p)``."""
+    dtype = gamma.dtype
+    p = _matvec(state.inverse, _products(state.steps, v))
+    z = jax.tree.map(
+        lambda u, rows, d: gamma * d.astype(dtype) * (u.astype(dtype) - _sum(p, rows)),
+        v,
+        state.changes,
+        _known(state.scale),
     )
-    coefficients = jnp.stack([a, -gamma * p])
+    a = _matvec(state.inverse.T, state.diagonal * p - _products(state.changes, z))
+    return jax.tree.map(lambda u, z, rows: (z + _sum(a, rows)).astype(u.dtype), v, z, state.steps)
 
-    def leaf(u, rows):
-        sums = lax.dot_general(
-            coefficients,
-            rows.astype(gamma.dtype),
-            (((0, 1), (0, 1)), ((), ())),
-            precision=lax.Precision.HIGHEST,
-        )
-        return (gamma * u.astype(gamma.dtype) + sums).astype(u.dtype)
 
-    return jax.tree.map(leaf, v, state.pairs)
+def _known(scale: PyTree) -> PyTree:
+    return jax.tree.map(lambda d: jnp.where(d > 0, d, jnp.ones_like(d)), scale)
+
+
+def _sum(weights: jax.Array, rows: jax.Array) -> jax.Array:
+    return lax.dot_general(
+        weights,
+        rows.astype(weights.dtype),
+        (((0,), (0,)), ((), ())),
+        precision=lax.Precision.HIGHEST,
+    )
 
 
 def _matvec(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -185,20 +195,24 @@ def _matvec(a: jax.Array, b: jax.Array) -> jax.Array:
     )  # a dozen numbers: a fused sum costs less than a call of a matrix product
 
 
-def _products(pairs: PyTree, v: PyTree) -> jax.Array:
-    """``(2, memory)``: ``S'v`` and ``U'v``. Contracting all trailing axes at once reshapes nothing,
+def _products(rows: PyTree, v: PyTree) -> jax.Array:
+    """``(memory,)``: of each row with `v`. Contracting all trailing axes at once reshapes nothing,
     so shardings hold.
     """
     dtype = tolerance.scalar_dtype(v)
 
     def leaf(rows, u):
-        axes = (tuple(range(2, rows.ndim)), tuple(range(u.ndim)))
-        wide = tolerance.scalar_dtype(u)
+        axes = (tuple(range(1, rows.ndim)), tuple(range(u.ndim)))
+        both = jnp.promote_types(rows.dtype, u.dtype)
         return lax.dot_general(
-            rows, u, (axes, ((), ())), precision=lax.Precision.HIGHEST, preferred_element_type=wide
+            rows.astype(both),
+            u.astype(both),
+            (axes, ((), ())),
+            precision=lax.Precision.HIGHEST,
+            preferred_element_type=tolerance.scalar_dtype(u),
         ).astype(dtype)
 
-    parts = jax.tree.leaves(jax.tree.map(leaf, pairs, v))
+    parts = jax.tree.leaves(jax.tree.map(leaf, rows, v))
     return sum(parts[1:], parts[0])
 
 
@@ -211,32 +225,50 @@ def remember(state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar) 
     """
     size, head = state.diagonal.shape[0], state.head
 
-    def write(rows, old, new):
-        pair = jnp.stack([old.astype(rows.dtype), new.astype(rows.dtype)])
-        return rows.at[:, head].set(jnp.where(keep, pair, rows[:, head]))
+    def write(rows, new):
+        return rows.at[head].set(jnp.where(keep, new.astype(rows.dtype), rows[head]))
 
-    pairs = jax.tree.map(write, state.pairs, s, u)
-    products = _products(pairs, u)
+    steps = jax.tree.map(write, state.steps, s)
     here = jnp.arange(size, dtype=head.dtype) == head
     older = jnp.where(here[:, None] | here[None, :], jnp.zeros_like(su), state.inverse)
     su_safe = jnp.where(keep, su, jnp.ones_like(su))
-    column = jnp.where(here, jnp.ones_like(su), -_matvec(older, products[0])) / su_safe
+    column = jnp.where(here, jnp.ones_like(su), -_matvec(older, _products(steps, u))) / su_safe
     inverse = jnp.where(here[None, :], column[:, None], older)
-    changes = jnp.where(
-        here[None, :],
-        products[1][:, None],
-        jnp.where(here[:, None], products[1][None, :], state.changes),
-    )
-    uu = jnp.sum(jnp.where(here, products[1], jnp.zeros_like(su)))
+    scale, gamma = _rescaled(state, s, u, su, keep)
     return LbfgsState(
-        pairs,
+        steps,
+        jax.tree.map(write, state.changes, u),
         jnp.where(keep, inverse, state.inverse),
         jnp.where(keep & here, su, state.diagonal),
-        jnp.where(keep, changes, state.changes),
         jnp.where(keep, (head + 1) % size, head).astype(head.dtype),
-        jnp.where(keep, su / jnp.where(keep, uu, jnp.ones_like(uu)), state.gamma),
+        scale,
+        gamma,
         state.curvature,
     )
+
+
+def _rescaled(
+    state: LbfgsState, s: PyTree, u: PyTree, su: Scalar, keep: Scalar
+) -> tuple[PyTree, Scalar]:
+    """The initial matrix after a pair: ``Σ`` in the unit by which ``u'Σu = s'u``, then the diagonal
+    of its BFGS update, ``Σ⁻¹ + uu'/s'u − Σ⁻¹ss'Σ⁻¹/s'Σ⁻¹s``. All but gamma is without a unit.
+    """
+    scale = _known(state.scale)
+    total = lambda a: jnp.sum(jnp.stack([jnp.sum(x).astype(su.dtype) for x in jax.tree.leaves(a)]))
+    uu = total(jax.tree.map(lambda d, u: d * u.astype(d.dtype) ** 2, scale, u))
+    ss = total(jax.tree.map(lambda d, s: s.astype(d.dtype) ** 2 / d, scale, s))
+    keep &= (uu > 0) & (ss > 0)
+    by_u, by_s = (lax.rsqrt(jnp.where(keep, a, jnp.ones_like(a))) for a in (uu, ss))
+
+    def leaf(d, s, u):
+        s, u = s.astype(d.dtype), u.astype(d.dtype)
+        grown = 1 / d + (u * by_u.astype(d.dtype)) ** 2
+        new = grown - (s / d * by_s.astype(d.dtype)) ** 2
+        floor = numbers.rounding_unit(d) * grown  # what is lost in the difference
+        return jnp.where(keep, 1 / jnp.maximum(new, floor), d)
+
+    gamma = jnp.where(keep, su / jnp.where(keep, uu, jnp.ones_like(uu)), state.gamma)
+    return jax.tree.map(leaf, scale, s, u), gamma
 
 
 # ---- the solve
@@ -328,6 +360,7 @@ def _solve(
         kept = kept._replace(
             inverse=jnp.where(failed, jnp.zeros_like(kept.inverse), kept.inverse),
             diagonal=jnp.where(failed, jnp.zeros_like(kept.diagonal), kept.diagonal),
+            scale=tree.where(failed & far, tree.zeros_like(kept.scale), kept.scale),
             gamma=jnp.where(failed & far, jnp.zeros_like(kept.gamma), kept.gamma),
         )
         restart = accepted | failed
@@ -335,7 +368,7 @@ def _solve(
         gamma = jnp.where(
             kept.gamma > 0, kept.gamma, 1.0 / jnp.where(new.grad_norm > 0, new.grad_norm, 1.0)
         )
-        direction = tree.neg(_apply(kept, new.grads, _products(kept.pairs, new.grads), gamma))
+        direction = tree.neg(_apply(kept, new.grads, gamma))
         down = tree.dot(direction, new.grads)
         uphill = ~(down < 0)  # by rounding, or NaN
         direction = tree.where(uphill, tree.scale(-gamma, new.grads), direction)

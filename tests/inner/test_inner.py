@@ -15,7 +15,7 @@ import pytest
 
 import bilevax as bx
 from bilevax import base, inner
-from bilevax.inner.lbfgs import inverse_hessian_product
+from bilevax.inner.lbfgs import inverse_hessian_product, remember
 from bilevax.results import RESULTS
 
 with warnings.catch_warnings():
@@ -459,12 +459,10 @@ def test_inverse_hessian_product_is_the_bfgs_matrix():
     assert int(info["iterations"]) > 4  # the ring has wrapped
     opt = state.opt
     order = (int(opt.head) + np.arange(4)) % 4
-    pairs = np.concatenate(
-        [np.reshape(leaf, (2, 4, -1)) for leaf in jax.tree.leaves(opt.pairs)], axis=2
-    )
-    h = float(opt.gamma) * np.eye(DIM)
+    rows = lambda a: np.concatenate([np.reshape(x, (4, -1)) for x in jax.tree.leaves(a)], axis=1)
+    h = float(opt.gamma) * np.diag(flat(opt.scale))
     for i in order:
-        s, u = pairs[:, i]
+        s, u = rows(opt.steps)[i], rows(opt.changes)[i]
         left = np.eye(DIM) - np.outer(s, u) / (s @ u)
         h = left @ h @ left.T + np.outer(s, s) / (s @ u)
     for v in np.eye(DIM):
@@ -474,6 +472,47 @@ def test_inverse_hessian_product_is_the_bfgs_matrix():
             rtol=0,
             atol=1e-10 * np.abs(h).max(),
         )
+
+
+def test_the_initial_matrix_is_the_diagonal_of_bfgs_updates_of_a_diagonal():
+    """Against the update of Gilbert and Lemaréchal, dense, pair after pair."""
+    state, h = inner.lbfgs().init(jnp.zeros(DIM)), np.eye(DIM)
+    for _ in range(12):  # the ring wraps: the diagonal remembers what it drops
+        s = RNG.normal(size=DIM)
+        u = A @ s
+        state = remember(state, jnp.asarray(s), jnp.asarray(u), jnp.asarray(s @ u), True)
+        h = h * (s @ u) / (u @ h @ u)
+        b = np.linalg.inv(h)
+        b = b + np.outer(u, u) / (s @ u) - np.outer(b @ s, b @ s) / (s @ b @ s)
+        h = np.diag(1 / np.diag(b))
+        np.testing.assert_allclose(state.gamma * state.scale, np.diag(h), rtol=1e-10)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float64])
+def test_features_in_mixed_units_cost_what_others_do(dtype):
+    """A logistic problem whose features differ in scale by 1e6, as units do, from a fifth of the
+    iterations that a multiple of the identity needs (500 and more); to the solution by Newton.
+    """
+    units = np.geomspace(1e-3, 1e3, 12)
+    x = RNG.normal(size=(80, 12)) * units
+    t = np.sign(x @ (RNG.normal(size=12) / units) + 0.3 * RNG.normal(size=80))
+
+    def g(w, lam, batch):
+        margin = jnp.logaddexp(0.0, -batch[1] * (batch[0] @ w))
+        return jnp.mean(margin) + 0.5 * lam * jnp.sum((w * jnp.asarray(units, w.dtype)) ** 2)
+
+    w = np.zeros(12)
+    for _ in range(50):
+        p = 1 / (1 + np.exp(t * (x @ w)))
+        hessian = (x.T * p * (1 - p)) @ x / 80 + 0.1 * np.diag(units**2)
+        w = w - np.linalg.solve(hessian, -x.T @ (t * p) / 80 + 0.1 * units**2 * w)
+    batch = jnp.asarray(x, dtype), jnp.asarray(t, dtype)
+    solver, y = inner.lbfgs(tol=1e-6), jnp.zeros(12, dtype)
+    start = base.InnerState(y, solver.init(y))
+    state, info = solver.step(base.objective(g), start, jnp.asarray(0.1, dtype), base.Ctx(batch))
+    assert int(info["code"]) == 0 and int(info["iterations"]) <= 120, info
+    goal = 1e-2 if dtype == jnp.float32 else 1e-5
+    np.testing.assert_allclose(state.params * units, w * units, rtol=0, atol=goal)
 
 
 def test_memory_of_full_size_inverts_a_quadratic():
