@@ -512,11 +512,11 @@ def test_features_in_mixed_units_cost_what_others_do(dtype):
     state, info = solver.step(base.objective(g), start, jnp.asarray(0.1, dtype), base.Ctx(batch))
     assert int(info["code"]) == 0 and int(info["iterations"]) <= 120, info
     goal = 1e-2 if dtype == jnp.float32 else 1e-5
-    np.testing.assert_allclose(state.params * units, w * units, rtol=0, atol=goal)
+    np.testing.assert_allclose(np.asarray(state.params) * units, w * units, rtol=0, atol=goal)
 
 
 def test_memory_of_full_size_inverts_a_quadratic():
-    solver = inner.lbfgs(tol=1e-9, memory=12)
+    solver = inner.lbfgs(tol=1e-12, memory=30)  # of all pairs
     state, _ = solve(solver, quadratic, split_tree(np.zeros(DIM)), jnp.arange(1.0, DIM + 1))
     v = RNG.normal(size=DIM)
     np.testing.assert_allclose(
