@@ -202,14 +202,15 @@ def _products(rows: PyTree, v: PyTree) -> jax.Array:
     dtype = tolerance.scalar_dtype(v)
 
     def leaf(rows, u):
-        axes = (tuple(range(1, rows.ndim)), tuple(range(u.ndim)))
-        both = jnp.promote_types(rows.dtype, u.dtype)
+        axes, wide = (tuple(range(1, rows.ndim)), tuple(range(u.ndim))), tolerance.scalar_dtype(u)
+        if rows.dtype != u.dtype:
+            rows, u = rows.astype(wide), u.astype(wide)
         return lax.dot_general(
-            rows.astype(both),
-            u.astype(both),
+            rows,
+            u,
             (axes, ((), ())),
             precision=lax.Precision.HIGHEST,
-            preferred_element_type=tolerance.scalar_dtype(u),
+            preferred_element_type=wide,
         ).astype(dtype)
 
     parts = jax.tree.leaves(jax.tree.map(leaf, rows, v))
