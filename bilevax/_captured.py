@@ -12,19 +12,19 @@ import jax
 
 from bilevax._core.jaxpr import evaluate
 from bilevax._core.settings import Bound
-from bilevax.base import Ctx, Objective, PyTree
+from bilevax.base import Objective
 
 
-def hoisted(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx) -> Objective:
-    """`objective` with the traced arrays that its function captures bound to it, found at these
-    arguments or their shapes.
+def hoisted(objective: Objective, *args: Any) -> Objective:
+    """`objective` with the traced arrays that its function captures bound to it; `args` are values
+    or shapes of its arguments.
 
     Where nothing traced is captured, it is `objective` itself.
     """
-    args, kwargs = objective.arguments(inner, outer, ctx)
-    found = _traced(_constants(objective.fn, args, kwargs))
-    if found:  # JAX remembers the trace of a function, perhaps of a trace that has ended
-        found = _traced(_constants(_anew(objective.fn), args, kwargs))
+    # of a function of its own: JAX remembers the trace of the user's, perhaps of a trace that has
+    # ended, or of one before what is captured was another value
+    consts = jax.make_jaxpr(lambda *args: objective(*args))(*args).consts
+    found = {id(const): const for const in consts if isinstance(const, jax.core.Tracer)}
     if not found:
         return objective
     fn = Bound(
@@ -35,26 +35,6 @@ def hoisted(objective: Objective, inner: PyTree, outer: PyTree, ctx: Ctx) -> Obj
         captured=tuple(found.values()),
     )
     return dataclasses.replace(objective, fn=fn)
-
-
-def _traced(constants: list[Any]) -> dict[int, Any]:
-    return {id(const): const for const in constants if isinstance(const, jax.core.Tracer)}
-
-
-def _constants(fn: Callable[..., Any], args: Any, kwargs: Any) -> list[Any]:
-    """What a function captures. JAX remembers it by the user's own, which a second call of a driver
-    feels.
-    """
-    try:
-        hash(fn)
-    except TypeError:
-        fn = _anew(fn)
-    return jax.make_jaxpr(fn)(*args, **kwargs).consts
-
-
-def _anew(fn: Callable[..., Any]) -> Callable[..., Any]:
-    """The same function, of which JAX remembers nothing."""
-    return lambda *args, **kwargs: fn(*args, **kwargs)
 
 
 def _with_captured(

@@ -330,6 +330,38 @@ def test_levels_alike(again):
         jax.grad(lambda b: two(params(X), {"x": b}).value)(1.0)
 
 
+# ---- what is captured changes between calls
+
+
+@pytest.mark.parametrize("level", ["inner", "outer"])
+def test_a_function_that_was_traced_with_another_value_is_asked_again(level):
+    """A mutable thing that is captured, a module's attribute say: a number in the first call, and
+    traced in the next. The lower level gives ``y* = c x``, the upper ``c`` times its sum.
+    """
+    held = {"c": jnp.asarray(2.0)}
+    of = lambda name: held["c"] if name == level else 1.0
+    g = lambda y, x, b: 0.5 * jnp.sum((y - of("inner") * x) ** 2)
+    f = lambda y, x, b: of("outer") * jnp.sum(y)
+    descent = bx.inner.optax(optax.sgd(1.0), 1)
+    estimate = bx.value_and_hypergrad(g, f, solver=descent, hypergradient=H.implicit())
+    loop = bx.algorithms.double_loop(descent, H.implicit(), optax.sgd(0.5))
+
+    def value(c):
+        held["c"] = c
+        return estimate(START, X).value
+
+    def run(c):
+        held["c"] = c
+        return jnp.sum(bx.solve_bilevel(g, f, START, X, algorithm=loop, num_steps=1).outer_params)
+
+    close(value(jnp.asarray(2.0)), 6.0)
+    close(jnp.stack(jax.value_and_grad(value)(3.0)), jnp.asarray([9.0, 3.0]))
+    assert jnp.isfinite(run(jnp.asarray(2.0)))
+    for derive in (jax.grad(run), lambda c: jax.jvp(run, (c,), (1.0,))):
+        with pytest.raises(ValueError, match="^solve_bilevel: got a derivative through a whole"):
+            derive(3.0)
+
+
 # ---- a whole run
 
 
