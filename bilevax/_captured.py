@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+from jax.extend.core import get_opaque_trace_state
 
 from bilevax._core.jaxpr import evaluate
 from bilevax._core.settings import Bound
@@ -21,6 +22,8 @@ def hoisted(objective: Objective, *args: Any) -> Objective:
 
     Where nothing traced is captured, it is `objective` itself.
     """
+    if not _in_a_trace():  # nothing can be traced, and a second call of a driver traces nothing
+        return objective
     # of a function of its own: JAX remembers the trace of the user's, perhaps of a trace that has
     # ended, or of one before what is captured was another value
     consts = jax.make_jaxpr(lambda *args: objective(*args))(*args).consts
@@ -35,6 +38,12 @@ def hoisted(objective: Objective, *args: Any) -> Objective:
         captured=tuple(found.values()),
     )
     return dataclasses.replace(objective, fn=fn)
+
+
+def _in_a_trace() -> bool:
+    state = get_opaque_trace_state()
+    with jax.core.eval_context():
+        return bool(state != get_opaque_trace_state())
 
 
 def _with_captured(
