@@ -116,6 +116,7 @@ def lbfgs(*, maxiter: int = 500, tol: Numeric = 1e-6, memory: int = 10) -> base.
         to_tolerance=base.Bound("to_tolerance", _to_tolerance, memory=memory),
         gradients=maxiter,
         inverse_hessian=inverse_hessian_product,
+        inverse_diagonal=_inverse_diagonal,
     )
 
 
@@ -174,6 +175,10 @@ def _apply(state: LbfgsState, v: PyTree, gamma: Scalar) -> PyTree:
     )
     a = _matvec(state.inverse.T, state.diagonal * p - _products(state.changes, z))
     return jax.tree.map(lambda u, z, rows: (z + _sum(a, rows)).astype(u.dtype), v, z, state.steps)
+
+
+def _inverse_diagonal(state: LbfgsState) -> PyTree:
+    return _known(state.scale)
 
 
 def _known(scale: PyTree) -> PyTree:

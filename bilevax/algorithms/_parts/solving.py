@@ -7,6 +7,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from bilevax import check, linear
 from bilevax.base import Ctx, Draw, InnerSolver, InnerState, Problem, PyTree
@@ -92,9 +93,24 @@ class Adjoint(NamedTuple):
     code: Any
 
 
-def adjoint_to(hessian: Any, f_y: PyTree, start: PyTree, tol: Any, maxiter: int) -> Adjoint:
-    """Conjugate gradients from `start` until ``‖Hq − ∇_y f‖ ≤ tol ‖∇_y f‖``; cut at negative
+def adjoint_to(
+    hessian: Any, f_y: PyTree, start: PyTree, tol: Any, maxiter: int, scale: PyTree | None = None
+) -> Adjoint:
+    """Conjugate gradients from `start` until ``‖S(Hq − ∇_y f)‖ ≤ tol ‖S∇_y f‖``; cut at negative
     curvature, with the iterate that there is.
+
+    S is diagonal, the root of `scale`, and one where that is None. The system is the scaled one,
+    ``SHS u = S∇_y f`` with ``q = Su``: in exact arithmetic a preconditioner would do the same, but
+    what rounding leaves of a product is told by the matrix that is multiplied, and unknowns in
+    units of their own would be taken for a singular one.
     """
-    q, info = linear.cg(maxiter=maxiter, tol=jax.lax.stop_gradient(tol))(hessian, f_y, start)
+    solve = linear.cg(maxiter=maxiter, tol=jax.lax.stop_gradient(tol))
+    if scale is None:
+        q, info = solve(hessian, f_y, start)
+    else:
+        root = jax.tree.map(lambda d, b: jnp.sqrt(d).astype(b.dtype), scale, f_y)
+        times = lambda v: jax.tree.map(jnp.multiply, root, v)
+        from_ = jax.tree.map(jnp.divide, start, root)
+        u, info = solve(lambda v: times(hessian(times(v))), times(f_y), from_)
+        q = times(u)
     return Adjoint(q, info.residual, info.iterations, info.code)

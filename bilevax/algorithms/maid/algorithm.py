@@ -287,8 +287,10 @@ def _gradient(
 ) -> tuple[Gradient, Certificate | None]:
     """The hypergradient where the search ended, certified if that is asked for."""
     if known is None:
+        told = solver.inverse_diagonal
+        scale = None if told is None else told(trial.inner.opt)
         return hypergradient(
-            problem, trial.inner, trial.outer, state.adjoint, accuracies[1], contexts
+            problem, trial.inner, trial.outer, state.adjoint, accuracies[1], contexts, scale
         )[0], None
     start = trial.inner, state.adjoint, state.certified[1]
     return certified(

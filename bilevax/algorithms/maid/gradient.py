@@ -65,15 +65,21 @@ class Certificate(NamedTuple):
 
 
 def hypergradient(
-    problem: Problem, inner: InnerState, x: PyTree, q: PyTree, delta: Any, contexts: tuple[Ctx, Ctx]
+    problem: Problem,
+    inner: InnerState,
+    x: PyTree,
+    q: PyTree,
+    delta: Any,
+    contexts: tuple[Ctx, Ctx],
+    scale: PyTree | None = None,
 ) -> Any:
-    """`Gradient` with the adjoint solved from `q` to the relative residual `delta`, and the
-    products that a certificate goes on with.
+    """`Gradient` with the adjoint solved from `q` to the relative residual `delta`, in the units
+    that `scale` makes alike, and the products that a certificate goes on with.
     """
     y, model = inner.params, inner.model
     inner_ctx, outer_ctx = (ctx._replace(model=model) for ctx in contexts)
     f, products = outer_pass(problem, y, x, outer_ctx), curvature(problem, y, x, inner_ctx)
-    adjoint = adjoint_to(products.hessian, f.y, q, delta, ADJOINT)
+    adjoint = adjoint_to(products.hessian, f.y, q, delta, ADJOINT, scale)
     z = tree.sub(f.x, products.cross(adjoint.q))
     finite = dict(
         inner=tree.all_finite(y),
