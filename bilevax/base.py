@@ -124,11 +124,11 @@ class InnerSolver(NamedTuple):
       inverse_hessian: ``(opt, v) -> inner vector``: the product of v with an estimate of the
         inverse Hessian that
         the optimizer state holds. None: it holds none.
-      inverse_diagonal: ``opt -> inner vector``: what of that estimate's diagonal has no unit of the
-        inner objective: positive, and ones where nothing is known. None: it holds none.
       constraints: the `Objective` form of ``(inner, outer, batch) -> (equality, inequality)``, of
         which its solutions make the first zero and the second not positive; its info has the
         ``multipliers``, of the same form. None: there are none.
+      inverse_diagonal: ``opt -> inner vector``: the diagonal of an estimate of the inverse Hessian,
+        up to a factor: positive, and ones where nothing is known. None: it knows of none.
     """
 
     init: InnerInit
@@ -141,8 +141,8 @@ class InnerSolver(NamedTuple):
     optimality: Fixed | None = None
     gradients: int | None = None
     inverse_hessian: Callable[[PyTree, PyTree], PyTree] | None = None
-    inverse_diagonal: Callable[[PyTree], PyTree] | None = None
     constraints: Objective | None = None
+    inverse_diagonal: Callable[[PyTree], PyTree] | None = None
 
     def first(self, params: PyTree, outer: PyTree) -> PyTree:
         """The first optimizer state."""

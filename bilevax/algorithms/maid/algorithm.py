@@ -60,8 +60,11 @@ def maid(
         f(y^+, x^+) \le f(y, x) - \text{decrease} \cdot \langle z, x - x^+ \rangle
 
     with y and y⁺ solved to a relative distance ε, z the hypergradient from an adjoint solved to a
-    relative residual δ, both from where the last solve ended. α is shrunk until the value, solved
-    anew, has decreased enough; its first trial is 1, or as far as a radius allows that grows with
+    relative residual δ, both from where the last solve ended. Where the inner solver knows the
+    units of its unknowns (L-BFGS does, from its second solve on), the adjoint's system and residual
+    are in those units: features in dollars and in years, or penalties of useless features that grow
+    without bound, then cost it nothing. α is shrunk until the lower level is solved and the value
+    there has decreased enough; its first trial is 1, or as far as a radius allows that grows with
     steps that pass at once. ε and δ are tightened where ``|⟨q, ∇_y g⟩|``, the value's own error to
     first order, is more than a tenth of the decrease that the next step promises, and where a
     search fails. The direction is ``p = Hz``, H from the last `memory` changes of z by BFGS; a
@@ -199,6 +202,7 @@ def _init(
         epsilon=number(epsilon),
         delta=number(delta),
         started=jnp.asarray(False),
+        solved=jnp.asarray(False),
         stuck=jnp.int32(0),
         lost=jnp.asarray(False),
         certified=extra,
@@ -267,7 +271,7 @@ def _moved(
         else (None, jnp.zeros_like(state.value))
     )
     q = tree.where(state.told, state.adjoint, tree.zeros_like(state.adjoint))
-    point = Point(outer, state.inner, q, state.value, state.error, state.z, slack)
+    point = Point(outer, state.inner, q, state.value, state.error, state.z, slack, state.solved)
     tols = state.epsilon, finer(state.epsilon, FAILED)
     length = directions.capped(state.model, state.p)
     return search(

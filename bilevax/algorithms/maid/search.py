@@ -37,6 +37,7 @@ class Point(NamedTuple):
         error.
       z: hypergradient.
       margin: how far `value` may be off, by a certificate.
+      solved: whether the inner solver says that it is solved there.
     """
 
     outer: PyTree
@@ -46,6 +47,7 @@ class Point(NamedTuple):
     error: Any
     z: PyTree
     margin: Any
+    solved: Any
 
 
 class Trial(NamedTuple):
@@ -125,7 +127,9 @@ def search(
         )  # as it is, and with inner errors corrected: neither may rise
         # Below what rounding lets the values tell, no increase is all that can be asked for.
         hidden = (predicted > 0) & (predicted <= 10 * unit * jnp.abs(point.value)) & (change <= 0)
+        # where rounding leaves nothing to solve with, no further step can be told
         finite = jnp.isfinite(value) & tree.all_finite((solved.inner.params, x))
+        finite &= solved.ok | ~point.solved
         good = finite & ((change + slack <= -decrease * predicted) & (predicted > 0) | hidden)
         bend = 2 * (change + predicted)
         known = finite & (bend > 0)

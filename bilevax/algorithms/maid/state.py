@@ -41,6 +41,7 @@ class MaidState(NamedTuple):
       epsilon, delta: accuracies asked of the inner point (a relative distance) and of the adjoint
         (a relative residual).
       started: whether there has been a step.
+      solved: whether the inner solver says that the inner point is.
       stuck: searches in a row that failed.
       lost: whether the last of them failed in spite of a decrease that values could have told.
       certified: constants, probes and margin of the certificate, or ().
@@ -59,6 +60,7 @@ class MaidState(NamedTuple):
     epsilon: Any
     delta: Any
     started: Any
+    solved: Any
     stuck: Any
     lost: Any
     certified: tuple[Any, ...]
@@ -120,6 +122,7 @@ def advanced(
         epsilon=epsilon,
         delta=delta,
         started=jnp.asarray(True),
+        solved=trial.solved,
         stuck=jnp.where(failed, state.stuck + 1, jnp.where(stays, state.stuck, 0)).astype(
             jnp.int32
         ),
