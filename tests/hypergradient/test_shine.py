@@ -10,6 +10,7 @@ import bilevax as bx
 from bilevax import linear
 from bilevax.inner.lbfgs import inverse_hessian_product
 from tests.problems import PROBLEMS, flatten
+from tests.units import ridge_in_units
 
 FORM = PROBLEMS["logistic_penalties"]
 SOLVER = bx.inner.lbfgs(maxiter=500, tol=1e-13)
@@ -52,6 +53,28 @@ def test_refined_is_exact_and_needs_fewer_products_than_a_cold_start():
     warm = run(bx.hypergradient.shine(refine=50, tol=1e-3))
     assert float(warm.info["adjoint_residual"]) <= 1e-3
     assert int(warm.info["adjoint_iterations"]) <= int(cold.info["adjoint_iterations"])
+
+
+def test_unknowns_in_units_of_their_own_are_no_obstacle():
+    """Where plain CG, in float32, is off by the hypergradient's own size and warns of it."""
+    p = ridge_in_units(3)
+    want = p.hypergradient(p.start[1])
+
+    def error(method):
+        fn = bx.value_and_hypergrad(
+            p.inner,
+            p.outer,
+            solver=bx.inner.lbfgs(maxiter=2000, tol=1e-6),
+            hypergradient=method,
+        )
+        est = fn(*p.start, p.train, p.held_out)
+        off = np.linalg.norm(np.asarray(est.grad, np.float64) - want) / np.linalg.norm(want)
+        return off, est.info
+
+    off, info = error(bx.hypergradient.shine(refine=30))
+    assert off <= 1e-4 and int(info["adjoint_iterations"]) <= 25 and int(info["warnings"]) == 0
+    off, info = error(bx.hypergradient.implicit())
+    assert off > 0.1 and int(info["warnings"]) != 0
 
 
 def test_needs_a_solver_that_keeps_a_matrix():
