@@ -74,11 +74,13 @@ def run(problem, *args, **keywords):
 def test_float32():
     problem = trainings.make(dtype=jnp.float32)
     _, (outer, init) = trainings.by_scan(problem)
-    found = run(problem)
-    assert all(leaf.dtype == jnp.float32 for leaf in jax.tree.leaves((found.grad, found.init_grad)))
-    for leaf in outer:
-        assert trainings.distance(found.grad[leaf], outer[leaf]) < 1e-5, leaf
-    assert trainings.distance(found.init_grad, init) < 1e-5
+    for name in list(SCHEDULES)[:-1]:  # the last takes 2,016 steps
+        found = run(problem, schedule=SCHEDULES[name])
+        leaves = jax.tree.leaves((found.grad, found.init_grad))
+        assert all(leaf.dtype == jnp.float32 for leaf in leaves)
+        for leaf in outer:
+            assert trainings.distance(found.grad[leaf], outer[leaf]) < 1e-5, leaf
+        assert trainings.distance(found.init_grad, init) < 1e-5
 
 
 @pytest.mark.turns
@@ -103,18 +105,16 @@ def test_equals_unrolled():
             inner_draw=bx.data.stacked,
         )
     )(problem.params, outer, data, problem.batch)
-    fn = bx.replay.value_and_metagrad(
-        plain, trainings.quality, optax.adam(1e-2, eps_root=1e-8), problem.steps
-    )
-    found = fn(
-        problem.params,
-        outer,
-        bx.replay.reader(lambda step: jax.tree.map(lambda a: a[step], data)),
-        problem.batch,
-    )
-    for leaf in outer:
-        assert trainings.distance(found.grad[leaf], unrolled.grad[leaf]) < 1e-12, leaf
-    assert trainings.distance(found.inner_params, unrolled.inner_params) < 1e-14
+    adam = optax.adam(1e-2, eps_root=1e-8)
+    reader = bx.replay.reader(lambda step: jax.tree.map(lambda a: a[step], data))
+    for schedule in (SCHEDULES["everything"], SCHEDULES["segments"], SCHEDULES["tree of 4"]):
+        fn = bx.replay.value_and_metagrad(
+            plain, trainings.quality, adam, problem.steps, schedule=schedule
+        )
+        found = fn(problem.params, outer, reader, problem.batch)
+        for leaf in outer:
+            assert trainings.distance(found.grad[leaf], unrolled.grad[leaf]) < 1e-12, leaf
+        assert trainings.distance(found.inner_params, unrolled.inner_params) < 1e-14
 
 
 def test_a_reader_may_use_one_buffer():
@@ -250,6 +250,35 @@ def test_a_gradient_of_ones_own():
     outer, init = jax.grad(trained, (0, 1))(problem.outer, problem.params)
     found = run(problem, optax.sgd(0.1), objective=bx.replay.gradients(clipped))
     assert trainings.distance((found.grad, found.init_grad), (outer, init)) < 1e-12
+
+
+@pytest.mark.turns
+def test_a_rater_of_the_batch():
+    """A network whose softmax over a batch weighs its losses: the derivative in its parameters, by
+    ``jax.grad`` of the training written out."""
+    problem = trainings.make(8)
+    keys = jax.random.split(jax.random.key(7), 2)
+    rater = {"in": jax.random.normal(keys[0], (3, 4)), "out": jax.random.normal(keys[1], (4,))}
+
+    def rated(params, rater, batch):
+        weights = jax.nn.softmax(jnp.tanh(batch["x"] @ rater["in"]) @ rater["out"])
+        return weights @ (trainings.predict(params, batch["x"]) - batch["y"]) ** 2
+
+    judge = lambda params, rater, batch: jnp.mean(
+        (trainings.predict(params, batch[0]) - batch[1]) ** 2
+    )
+
+    def trained(rater, params):
+        for step in range(problem.steps):
+            batch = jax.tree.map(lambda a: a[step], problem.data)  # noqa: B023
+            grads = jax.grad(rated)(params, rater, batch)
+            params = jax.tree.map(lambda p, g: p - 0.1 * g, params, grads)
+        return judge(params, rater, problem.batch)
+
+    exact, init = jax.jit(jax.grad(trained, (0, 1)))(rater, problem.params)
+    fn = bx.replay.value_and_metagrad(rated, judge, optax.sgd(0.1), problem.steps)
+    found = fn(problem.params, rater, trainings.reader(problem), problem.batch)
+    assert trainings.distance((found.grad, found.init_grad), (exact, init)) < 1e-12
 
 
 # ---- model state, keys, sources
