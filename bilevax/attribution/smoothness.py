@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -35,7 +35,8 @@ class Smoothness(NamedTuple):
         metagradient NaN.
       moved: how far the first and the second change moved the parameters, relative to their norm.
       variants: the same for each variant that was tried.
-      advice: knobs that are known to help, where the score is below 0.9.
+      advice: where the score is below 0.9: the variant that helps most, if one does, and knobs that
+        are known to help.
     """
 
     score: float
@@ -43,6 +44,34 @@ class Smoothness(NamedTuple):
     moved: tuple[float, float]
     variants: dict[str, Smoothness]
     advice: tuple[str, ...]
+
+    @property
+    def best(self) -> str | None:
+        """The variant of the highest score among those that are finite, None where none is above
+        this training's own.
+        """
+        found = {name: one.score for name, one in self.variants.items() if one.finite}
+        name = max(found, key=lambda name: found[name], default=None)
+        return name if name is not None and found[name] > self.score else None
+
+    def table(self) -> str:
+        """The scores as a Markdown table, this training first, a variant a row.
+
+        Examples:
+          >>> import jax.numpy as jnp, bilevax as bx
+          >>> rough = lambda z: jnp.stack([z, 10 * jnp.cos(40.0 * z)])
+          >>> found = bx.attribution.metasmoothness(
+          ...     rough, jnp.array(1.0), jnp.array(1.0), variants={"no cosine": lambda z: z[None]}
+          ... )
+          >>> print(found.table())
+          | training  | score | finite | first move | second move |
+          | --------- | ----- | ------ | ---------- | ----------- |
+          | as it is  | -0.15 | yes    |        2.5 |         2.4 |
+          | no cosine |  1.00 | yes    |        0.1 |         0.1 |
+          >>> found.best, found.advice[0]
+          ('no cosine', 'no cosine: a score of 1.00 in place of -0.15')
+        """
+        return _table([("as it is", self), *self.variants.items()])
 
 
 def metasmoothness(
@@ -66,11 +95,12 @@ def metasmoothness(
       at: where, say weights of one.
       direction: which way, of the structure of `at`.
       step: h, how far, times `direction`.
-      variants: other ways to train, by name, tried at the same points: one knob of `advice` turned
-        in each.
+      variants: other ways to train, by name, tried in turn at the same points: one knob of `advice`
+        turned in each, say. Their parameters may be of another structure. What each costs in
+        quality is for the caller to measure.
 
     Returns:
-      A `Smoothness`.
+      A `Smoothness`, whose ``table()`` has a row a variant and whose ``best`` names one.
 
     Raises:
       TypeError, ValueError: for arguments of another kind.
@@ -99,7 +129,16 @@ def metasmoothness(
     check.same_structure(direction, at, "direction", "at")
     tried = {name: _measured(other, at, direction, h) for name, other in (variants or {}).items()}
     found = _measured(train, at, direction, h)
-    return found._replace(variants=tried, advice=ADVICE if found.score < 0.9 else ())
+    found = found._replace(variants=tried)
+    if found.score >= 0.9:
+        return found
+    best = found.best
+    helps = (
+        ()
+        if best is None
+        else (f"{best}: a score of {tried[best].score:.2f} in place of {found.score:.2f}",)
+    )
+    return found._replace(advice=helps + ADVICE)
 
 
 def _measured(train: Callable[..., Any], at: PyTree, direction: PyTree, step: float) -> Smoothness:
@@ -113,6 +152,21 @@ def _measured(train: Callable[..., Any], at: PyTree, direction: PyTree, step: fl
     norm = np.linalg.norm(start) or 1.0
     moved = (float(np.linalg.norm(first) / norm), float(np.linalg.norm(second) / norm))
     return Smoothness(score, True, moved, {}, ())
+
+
+def _table(rows: Sequence[tuple[str, Smoothness]]) -> str:
+    cells = [["training", "score", "finite", "first move", "second move"]]
+    cells += [
+        [name, f"{one.score:.2f}", "yes" if one.finite else "no", *(f"{m:.2g}" for m in one.moved)]
+        for name, one in rows
+    ]
+    widths = [max(len(line[i]) for line in cells) for i in range(len(cells[0]))]
+    cells.insert(1, ["-" * width for width in widths])
+    put = (str.ljust, str.rjust, str.ljust, str.rjust, str.rjust)
+    return "\n".join(
+        "| " + " | ".join(p(c, w) for p, c, w in zip(put, line, widths, strict=True)) + " |"
+        for line in cells
+    )
 
 
 def _flat(params: PyTree) -> np.ndarray:

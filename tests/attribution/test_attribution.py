@@ -176,6 +176,27 @@ def test_similarity_of_an_example_without_a_gradient():
     assert found.scores.tolist() == [0.0, 1.0]
 
 
+@pytest.mark.turns
+def test_tokens_of_every_method(problem):
+    """A score a token, in each method's scale: their sums are the examples' scores."""
+    _, data, held = problem
+    rows = data | {"words": jax.random.normal(jax.random.key(8), (ROWS, 3))}
+    per_token = lambda params, rows: losses(params, rows)[:, None] * jnp.tanh(rows["words"]) ** 2
+    params = jnp.array([0.3, -0.2, 0.1, 0.4])
+    for method, keywords, many in (
+        (bx.attribution.implicit, {"damping": 1.0}, 1),
+        (bx.attribution.tracin, {}, 3),  # of a mean over three tokens
+    ):
+        at = [params] if method is bx.attribution.tracin else params
+        call = lambda measure, tokens, at=at, method=method, keywords=keywords: (
+            method(per_token, measure, at, rows, held, tokens=tokens, **keywords).scores
+        )
+        tokens = call(measure, True)
+        assert tokens.shape == (ROWS, 3)
+        close(tokens.sum(-1), many * call(measure, False), 1e-10)
+        assert call(queries, True).shape == (8, ROWS, 3)
+
+
 def test_groups(problem):
     """A weight that a group shares: the derivative of the training in it."""
     train, _, held = problem
@@ -303,7 +324,54 @@ def test_metasmoothness():
         found.score == pytest.approx((weights * signs).sum() / weights.sum()) and found.score < 0.9
     )
     assert found.variants["the smooth part"].score == pytest.approx(1.0)
+    assert found.best == "the smooth part" and found.advice[0].startswith(
+        "the smooth part: a score"
+    )
+    assert affine.best is None  # nothing was tried
+    lines = found.table().splitlines()
+    assert [line.split("|")[1].strip() for line in lines] == [
+        "training", "-" * 15, "as it is", "the smooth part",
+    ]  # fmt: skip
+    worse = bx.attribution.metasmoothness(
+        lambda z: z[None],
+        jnp.asarray(1.0),
+        jnp.asarray(1.0),
+        variants={"rough": rough, "broken": lambda z: z / 0.0},
+    )
+    assert worse.best is None and worse.advice == ()  # of what is worse, or not finite
     assert any("eps_root" in line for line in found.advice)
+
+
+@pytest.mark.turns
+def test_knobs_turned_in_turn(problem):
+    """Trainings that differ in one knob, parameters of another structure among them: the table has
+    a row each, with the score that the definition gives."""
+    _, data, _ = problem
+    order = jax.random.randint(jax.random.key(2), (20, BATCH), 0, ROWS)
+
+    def made(width=3, batch=BATCH, eps_root=0.0):
+        keys = jax.random.split(jax.random.key(3))
+        params = (jax.random.normal(keys[0], (4, width)), jax.random.normal(keys[1], (width,)))
+        plain = lambda p, rows: (jnp.tanh(rows["x"] @ p[0]) @ p[1] - rows["y"]) ** 2
+        optimizer = optax.adam(0.1, eps_root=eps_root)
+        return bx.attribution.training(plain, optimizer, params, data, order[:, :batch]).retrain
+
+    direction = jax.random.normal(jax.random.key(4), (ROWS,))
+    knobs = {"batch": made(batch=2), "width": made(width=6), "eps_root": made(eps_root=1e-2)}
+    found = bx.attribution.metasmoothness(made(), jnp.ones(ROWS), direction, variants=knobs)
+    assert list(found.variants) == list(knobs) and len(found.table().splitlines()) == 6
+    for name, train in ({"as it is": made()} | knobs).items():
+        a, b, c = (
+            np.concatenate([np.ravel(leaf) for leaf in train(1.0 + 0.1 * k * direction)])
+            for k in range(3)
+        )
+        score = (np.abs(c - a) * np.sign(b - a) * np.sign(c - b)).sum() / np.abs(c - a).sum()
+        one = found if name == "as it is" else found.variants[name]
+        assert one.score == pytest.approx(score, abs=1e-12)
+    scores = {name: one.score for name, one in found.variants.items()}
+    best = max(scores, key=scores.get)
+    assert found.best == (best if scores[best] > found.score else None)
+    assert scores["eps_root"] > found.score  # the knob that is named first
 
 
 def test_what_is_smooth_need_not_be_finite():
