@@ -89,11 +89,15 @@ def _init(problem: Game, inner: InnerState, outer: dict[Any, Any], *, play: Play
 
 
 def _step(
-    problem: Game, state: GameState, feeds: tuple[Feed, ...], *, play: Play
+    problem: Game,
+    state: GameState,
+    feeds: tuple[Feed, ...],
+    *,
+    play: Play,
+    names: tuple[str, ...],
 ) -> tuple[GameState, StepInfo]:
-    contexts = {
-        name: draw(feed, 0) for (name, draw), feed in zip(problem.draws.items(), feeds, strict=True)
-    }
+    # Compiled code is given dicts in the order of their keys, streams in that of the players.
+    contexts = {name: problem.draws[name](feed, 0) for name, feed in zip(names, feeds, strict=True)}
 
     def field(params):
         directions, report = {}, {}
@@ -122,8 +126,7 @@ def _step(
     )
     norms = {name: tree.norm(direction) for name, direction in directions.items()}
     norm = tree.norm(directions)
-    top = list(report)[-1]
-    value, aux = report[top]
+    value, aux = report[names[-1]]
     finite = jnp.all(jnp.stack([jnp.isfinite(value) for value, _ in report.values()]))
     code = first(
         unless(finite, RESULTS.outer_nonfinite),
@@ -268,7 +271,7 @@ def solve_game(
     )
     algorithm = Algorithm(
         Bound("game", _init, play=play),
-        Bound("game", _step, play=play),
+        Bound("game", _step, play=play, names=tuple(names)),
         # a stream a player, where Draws names the three of two levels
         (1,) * len(names),  # type: ignore[arg-type]
     )

@@ -219,6 +219,23 @@ def test_projection_single_precision_and_many_at_once():
         assert distance(jax.tree.map(lambda a, i=i: a[i], many)) < 1e-6
 
 
+def test_everyone_reads_his_own_data():
+    """Whatever the order of the names; the value reported is the last player's."""
+    own = lambda name: lambda p, batch: jnp.mean((p[name] - batch) ** 2)
+    names = ("w", "q", "a")
+    players = [bx.Level(name, own(name), solver=optax.sgd(0.5)) for name in names]
+    data = {name: jnp.full(4, float(i)) for i, name in enumerate(names)}
+    out = games.solve_game(
+        players,
+        dict.fromkeys(names, jnp.asarray(3.0)),
+        play=games.simultaneous(),
+        data=data,
+        num_steps=1,
+    )
+    assert {name: float(a) for name, a in out.outer_params.items()} == {"w": 0, "q": 1, "a": 2}
+    np.testing.assert_allclose(out.history["value"], [1.0])
+
+
 def test_refusals():
     with pytest.raises(TypeError, match="^levels: got"):
         games.solve_game([1, 2], {})
