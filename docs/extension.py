@@ -210,6 +210,12 @@ _COLUMNS = {
 }
 _COLUMNS_OF = {
     "data_selection": {"area": "area under the curve, good text against junk"},
+    "poisoning": {
+        "area": "area under the curve",
+        "found": "poison found in a tenth of the examples",
+        "clean": "right on clean digits",
+        "away": "ten losses, away from the truth",
+    },
     "denoising": {"test": "test PSNR, dB", "work": "gradients and products"},
     "nested_argmin": {"norm": "log10 of the gradient, over the first"},
     "no_tuning": {"value": "outer value", "relative": "gradient over the first"},
@@ -223,6 +229,7 @@ _ROWS_OF = {
     "data_pruning": "share of rows kept by",
     "attribution": "influence by",
     "data_selection": "trained on",
+    "poisoning": "blamed by",
     "learned_schedule": "learning rates",
     "omniglot": "learner",
 }
