@@ -125,11 +125,13 @@ _MESSAGES = {
         "the same thing from both sides are one equality."
     ),
     RESULTS.adjoint_not_converged: (
-        "The adjoint system H q = f_y was left with a residual above its tolerance, so the "
+        "The adjoint system H q = f_y was left with a residual above its tolerance, or with an "
+        "answer that by the inner solver's own estimate is more than a tenth off, so the "
         "hypergradient is rough. Likely an ill-conditioned or "
         "singular inner Hessian, or too few iterations. Try more iterations, damping "
         "(implicit(damping=1e-3)), a preconditioner, a regulariser in "
-        "the inner objective, or max_residual= if a rough hypergradient is enough."
+        "the inner objective, shine(refine=30) over inner.lbfgs where parameters have units of "
+        "their own, or max_residual= if a rough hypergradient is enough."
     ),
     RESULTS.adjoint_breakdown: (
         "The linear solver broke down: a division by (nearly) zero inside its recurrence. Likely a "

@@ -12,7 +12,17 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax._core import numbers
-from bilevax.base import Ctx, Linear, LinearInfo, LinearSolver, Objective, PyTree, Scalar, as_linear
+from bilevax.base import (
+    Ctx,
+    Linear,
+    LinearInfo,
+    LinearSolver,
+    Lower,
+    Objective,
+    PyTree,
+    Scalar,
+    as_linear,
+)
 from bilevax.linear.preconditioner import Point
 from bilevax.results import RESULTS, first, warning
 
@@ -102,6 +112,21 @@ def through_fixed_point(
     q, linear_info = linear(lambda v: tree.sub(v, products(v)[0]), w, start)
     moved = tree.norm(tree.sub(new, solution))
     return products(q)[1], q, report(info, linear_info, max_residual, w, inner_grad_norm=moved)
+
+
+def far_off(lower: Lower, opt: PyTree, w: PyTree, hq: PyTree, q: PyTree) -> Scalar:
+    """The warning that q is `ROUGH`, however small its residual ``r = w − Hq``, by the inner
+    solver's estimate B of the inverse Hessian: ``⟨r, Br⟩ > ROUGH² ⟨w, q⟩``, which is the relative
+    error in the norm of H. It has no unit, and a residual has: with unknowns in units of their own
+    a small one says nothing.
+    """
+    product = lower.solver.inverse_hessian
+    if product is None:
+        return jnp.int32(0)
+    opt, w, hq, q = jax.lax.stop_gradient((opt, w, hq, q))
+    r = tree.sub(w, hq)
+    far = tree.dot(r, product(opt, r)) > ROUGH**2 * jnp.abs(tree.dot(w, q))
+    return warning(far, RESULTS.adjoint_not_converged)
 
 
 def as_rounding_allows(linear_info: LinearInfo, w: PyTree) -> LinearInfo:

@@ -92,7 +92,9 @@ def implicit(
       warm_start: start from the adjoint of the last call.
       max_residual: relative residual of the system solved above which the warning
         ``adjoint_not_converged`` stands; ``jnp.inf`` accepts anything. None: the linear solver's
-        own tolerance, and 0.1 for one without.
+        own tolerance, and 0.1 for one without; and, where the inner solver has an estimate B of
+        the inverse Hessian (`inner.lbfgs`), ``⟨r, Br⟩ > 0.01 ⟨w, q⟩`` with ``r = w − Hq``: an
+        error of a tenth, of which a residual says nothing where unknowns have units of their own.
       low_memory: linearise anew in each Hessian-vector product instead of keeping the
         linearisation: about one gradient more each, and memory flat in the depth of the model.
       refresh: calls between two refreshes of a kept preconditioner, at least 1.
@@ -272,7 +274,10 @@ def _pullback(
         "hvps": jnp.asarray(said.iterations, jnp.int32) + spent.astype(jnp.int32),
     }
     held_back = _held_back(lower.solver, solution, point.value, point.grad, outer)
-    info = {**info, "warnings": info["warnings"] | held_back}
+    said_more = info["warnings"] | held_back
+    if damping is None and max_residual is None:
+        said_more |= _adjoint.far_off(lower, solution.opt, w, hq, q)
+    info = {**info, "warnings": said_more}
     after = ImplicitState(q if warm_start else None, sketch, state.calls + 1)
     return tree.neg(mixed), None, after, _adjoint.report(info, said, max_residual, w, **entries)
 
@@ -382,11 +387,15 @@ def _rows(
         left = jax.vmap(lambda hq, w: _relative(tree.norm(tree.sub(hq, w)), tree.norm(w)))(hq, w)
         met = said._replace(residual=jnp.max(said.residual))
         entries = {"inner_grad_norm": tree.norm(point.grad), "adjoint_residual": jnp.max(left)}
+        more = info
+        if damping is None and max_residual is None:
+            far = jax.vmap(partial(_adjoint.far_off, lower, solution.opt))(w, hq, q)
+            more = {**info, "warnings": info.get("warnings", 0) | jnp.max(far)}
         return (
             tree.neg(mixed),
             None,
             state._replace(calls=state.calls + 1),
-            _adjoint.report(info, met, max_residual, w, **entries),
+            _adjoint.report(more, met, max_residual, w, **entries),
         )
 
     return solution, under(precision, pullback)

@@ -9,6 +9,7 @@ import pytest
 import bilevax as bx
 from bilevax import linear
 from bilevax.inner.lbfgs import inverse_hessian_product
+from bilevax.results import warning
 from tests.problems import PROBLEMS, flatten
 from tests.units import ridge_in_units
 
@@ -75,6 +76,25 @@ def test_unknowns_in_units_of_their_own_are_no_obstacle():
     assert off <= 1e-4 and int(info["adjoint_iterations"]) <= 25 and int(info["warnings"]) == 0
     off, info = error(bx.hypergradient.implicit())
     assert off > 0.1 and int(info["warnings"]) != 0
+
+
+@pytest.mark.parametrize("span, right", [(1, True), (2, False), (3, False)])
+def test_a_residual_that_says_nothing_is_not_believed(span, right):
+    """A residual of 1e-3 is reached, with a hypergradient that is off by two thirds of its size
+    where units differ by 1e4: the solver's own estimate of the inverse says so."""
+    p = ridge_in_units(span)
+    want = p.hypergradient(p.start[1])
+    solver = bx.inner.lbfgs(maxiter=2000, tol=1e-6)
+    for max_residual in (None, 1e-2):
+        method = bx.hypergradient.implicit(
+            linear.cg(maxiter=200, tol=1e-3), max_residual=max_residual
+        )
+        fn = bx.value_and_hypergrad(p.inner, p.outer, solver=solver, hypergradient=method)
+        est = fn(*p.start, p.train, p.held_out)
+        off = np.linalg.norm(np.asarray(est.grad, np.float64) - want) / np.linalg.norm(want)
+        assert float(est.info["adjoint_residual"]) <= 1e-3 and (off < 0.05) == right
+        said = int(est.info["warnings"]) & int(warning(True, bx.RESULTS.adjoint_not_converged))
+        assert (said == 0) == (right or max_residual is not None)
 
 
 def test_needs_a_solver_that_keeps_a_matrix():
