@@ -32,9 +32,18 @@ from bilevax.base import (
     Static,
 )
 from bilevax.hypergradient.parts import chosen
-from bilevax.inner.parts import active, lagrangian
+from bilevax.inner.parts import active, come_apart, lagrangian, unvector
 from bilevax.linear.cg import cg
-from bilevax.results import RESULTS, SolveError, as_warning, failed, strictly, strictness, worst
+from bilevax.results import (
+    RESULTS,
+    SolveError,
+    as_warning,
+    failed,
+    mask_of,
+    strictly,
+    strictness,
+    worst,
+)
 
 
 class ArgminInfo(NamedTuple):
@@ -88,7 +97,8 @@ def argmin(
         with constraints (`inner.qp`, `inner.sqp`) or a residual calls them as the objective,
         ``(inner, *args)``. Under constraints the solution is differentiated through all conditions
         of optimality; where it has one-sided derivatives only (an active constraint without a
-        multiplier, dependent ones), its derivative is NaN, or with ``strict=False`` one of them.
+        multiplier, dependent ones that the arguments move apart), its derivative is NaN, or with
+        ``strict=False`` one of them or, for dependent ones, their mean.
       linear_solver: solver of the symmetric systems in the inner Hessian; default ``linear.cg``
         close to the precision of the inner parameters. ``linear.minres()`` takes an indefinite
         Hessian, which a stationary point that is no minimum has.
@@ -276,6 +286,8 @@ class _Limited(NamedTuple):
 class _Held(NamedTuple):
     given: _Limited
     mask: PyTree  # of the inequalities, 1 where active
+    tied: Any = None  # where active constraints are dependent, directions of their multipliers
+    asked: Any = None  # one of them, at random: the derivative is NaN unless it changes nothing
 
 
 class _Traceable(Traceable):
@@ -371,7 +383,7 @@ def _evaluate_limits(inner: PyTree, outer: _Limited, batch: Any, *, jaxpr: Any, 
 
 
 def _lagrangian(point: Any, outer: _Held, batch: Any, *, value: Any, constraints: Any) -> Any:
-    return lagrangian(value, constraints)(point, outer.given, outer.mask, Ctx())
+    return lagrangian(value, constraints)(point, outer.given, outer.mask, Ctx(), outer.tied)
 
 
 # ---- the solve
@@ -429,12 +441,21 @@ def _solved(
         return _solution(*base.split((value, linear)), y, outer), info
     info = info._replace(warnings=info.warnings | found.warnings)
     # At a point with one-sided derivatives the solution stands, and a derivative of it is NaN where
-    # nobody could hear a warning.
-    silent = mode != "informed" and strict
-    mask = tree.nan_where(found.warnings & strict != 0, found.mask) if silent else found.mask
+    # nobody could hear a warning. Dependent constraints are asked for where it is taken: those that
+    # stay dependent however the arguments move leave it as it is.
+    silent = strict if mode != "informed" else 0
+    dependent = mask_of(RESULTS.dependent_constraints)
+    mask = found.mask
+    if silent & ~dependent:
+        mask = tree.nan_where(found.warnings & silent & ~dependent != 0, mask)
+    tied, asked = found.tied, None
+    if tied is not None and silent & dependent:
+        asked = unvector(tied @ jax.random.normal(jax.random.key(0), tied.shape[1:]), multipliers)
     saddle = Objective(Bound("lagrangian", _lagrangian, value=value, constraints=constraints))
     linear = linear._replace(solver=chosen(linear.solver, (y, multipliers)))
-    return _solution(*base.split((saddle, linear)), (y, *multipliers), _Held(outer, mask))[0], info
+    return _solution(
+        *base.split((saddle, linear)), (y, *multipliers), _Held(outer, mask, tied, asked)
+    )[0], info
 
 
 def _no_batch(feed: Feed, i: Any) -> Ctx:
@@ -505,7 +526,13 @@ def _solution_jvp(static: Static, primals: Any, tangents: Any) -> Any:
         if has_rule_of_its_own(jax.make_jaxpr(objective)(inner, moved).jaxpr)
         else _by_transposition
     )
-    return inner, derive(objective, partial(_linear_solve, linear), inner, moved, direction)
+    moving_along = derive(objective, partial(_linear_solve, linear), inner, moved, direction)
+    if isinstance(outer, _Held) and outer.asked is not None:
+        parts = lax.stop_gradient((inner, moved, outer.asked))
+        # a factor, which is linear and so has a transpose
+        known = jnp.where(come_apart(objective, *parts), jnp.nan, 1.0)
+        moving_along = jax.tree.map(lambda a: a * known.astype(a.dtype), moving_along)
+    return inner, moving_along
 
 
 def _by_transposition(

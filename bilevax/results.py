@@ -120,8 +120,9 @@ _MESSAGES = {
     ),
     RESULTS.dependent_constraints: (
         "Constraints that meet at the inner point have linearly dependent gradients, so their "
-        "multipliers are not unique, and the solution may have "
-        "one-sided derivatives only. Try leaving out constraints that others imply; two that bound "
+        "multipliers are not unique. The derivative is right where they stay dependent however the "
+        "outer parameters move, and a mean of one-sided ones where these move them apart. Try "
+        "leaving out constraints that others imply; two that bound "
         "the same thing from both sides are one equality."
     ),
     RESULTS.adjoint_not_converged: (

@@ -13,7 +13,7 @@ from bilevax import linear as linear_solvers
 from bilevax import tree
 from bilevax.base import Linear, PyTree
 from bilevax.hypergradient import _adjoint
-from bilevax.inner.parts import active, bound_like, lagrangian
+from bilevax.inner.parts import active, bound_like, lagrangian, ties, unvector, vector
 from bilevax.results import RESULTS, warning
 
 # distance from where the conditions hold, relative to the solution, above which they do not
@@ -53,12 +53,12 @@ def pull_back(
     gradient = jax.grad(objective, has_aux=True)(inner, outer, ctx)[0]
     nothing = tree.zeros_like((inner, c, h))
     solve = chosen(linear, nothing)
-    mask, warnings = found.mask, found.warnings
+    mask, warnings, tied = found.mask, found.warnings, found.tied
     if multipliers is None:
         # The least-squares ones: minimize ‖∇g + C'λ + Hₐ'μ‖, with the identity in place of the
         # Hessian.
         estimated, said = solve(
-            _saddle(lambda v: v, limited, inner, outer, ctx, mask),
+            _saddle(lambda v: v, limited, inner, outer, ctx, mask, tied),
             (tree.neg(gradient), *nothing[1:]),
             nothing,
         )
@@ -66,6 +66,7 @@ def pull_back(
         signed, wrong = _signs(gradient, multipliers[1], mask, found.lengths)
         warnings |= signed
         mask = jax.tree.map(lambda a, bad: a * (1 - bad), mask, wrong)
+        tied = ties(objective, constraints, inner, outer, ctx, mask)
         multipliers = (multipliers[0], jax.tree.map(jnp.multiply, mask, multipliers[1]))
     else:
         said = None
@@ -73,7 +74,7 @@ def pull_back(
     value = lagrangian(objective, constraints)
 
     def gradients(point):
-        return jax.grad(value, (0, 1))(point, outer, mask, ctx)
+        return jax.grad(value, (0, 1))(point, outer, mask, ctx, tied)
 
     (conditions, _), products = jax.linearize(gradients, point)
     q, linear_info = solve(lambda v: products(v)[0], (w, *nothing[1:]), nothing)
@@ -106,8 +107,12 @@ def pull_back(
     )
 
 
-def _saddle(top: Any, limited: Any, inner: PyTree, outer: PyTree, ctx: Any, mask: Any) -> Any:
-    """The system ``(top, C', Hₐ'; C, 0, 0; Hₐ, 0, −(1 − a))`` as a product."""
+def _saddle(
+    top: Any, limited: Any, inner: PyTree, outer: PyTree, ctx: Any, mask: Any, tied: Any
+) -> Any:
+    """The system ``(top, C', Hₐ'; C, 0, 0; Hₐ, 0, −(1 − a))`` as a product, with ``−VV'`` in the
+    block of the multipliers.
+    """
     _, jacobian = jax.linearize(lambda inner: limited(inner, outer, ctx)[0], inner)
     transposed = jax.linear_transpose(jacobian, inner)
 
@@ -116,6 +121,9 @@ def _saddle(top: Any, limited: Any, inner: PyTree, outer: PyTree, ctx: Any, mask
         held = jax.tree.map(jnp.multiply, mask, inequality)
         c, h = jacobian(inner)
         free = jax.tree.map(lambda a, h, mu: a * h - (1 - a) * mu, mask, h, inequality)
+        if tied is not None:
+            open_ = unvector(tied @ (vector((equality, held), tied.dtype) @ tied), (c, free))
+            c, free = tree.sub((c, free), open_)
         return tree.add(top(inner), transposed((equality, held))[0]), c, free
 
     return product

@@ -45,9 +45,10 @@ def kkt(
     with the Lagrangian ``L = g + λ'c + μ'h``, ``C = ∂_y c`` and ``H_a`` the rows of ``∂_y h`` that
     are active (``h = 0``). Exact where active constraints are independent and have positive
     multipliers. Elsewhere the solution has one-sided derivatives at most, and one of them is
-    returned
-    with a warning: ``weakly_active`` (a multiplier of zero), ``dependent_constraints`` (looked for
-    where the constraints' Jacobian has at most four million entries). A point at which the
+    returned with a warning: ``weakly_active`` (a multiplier of zero). Dependent constraints
+    (looked for where their Jacobian has at most four million entries) have the warning
+    ``dependent_constraints``; the derivative is exact where they stay dependent however ``x``
+    moves, and a mean of the one-sided ones where it moves them apart. A point at which the
     conditions do not hold gives ``off_constraint`` (further from the constraints than a thousandth
     of its size) or ``not_stationary`` (as far from the minimum on them, or held by a multiplier of
     the wrong sign).

@@ -164,6 +164,19 @@ def all_coded(many, n, q, m):
     kinds = [results.warnings_in(mask) for mask in warnings]
     assert all(RESULTS.weakly_active in kind for kind in kinds[1::2])
     assert all(RESULTS.dependent_constraints in kind for kind in kinds[::2])
+    # a bare solution stands, its derivative is none, and `with_info` tells
+    bare = jax.jit(
+        jax.vmap(
+            lambda x: (
+                jax.value_and_grad(lambda x: w @ SOLVE(jnp.zeros(n), x))(x),
+                SOLVE.with_info(jnp.zeros(n), x)[1].warnings,
+            )
+        )
+    )
+    (values, slopes), bare_warnings = bare(x)
+    np.testing.assert_allclose(values, y @ w, atol=1e-6)
+    assert np.isnan(slopes["p"]).all()
+    np.testing.assert_array_equal(bare_warnings, warnings)
     regular = programs(many, n, q, m, seed=2)
     _, quiet = at(regular)
     firm = np.array([strict({k: v[i] for k, v in regular.items()}, y[i]) for i in range(many)])
