@@ -210,28 +210,63 @@ def _filled(state, pure):
     return new
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("kind", ["nnx", "linen"])
-def test_every_kernel_of_flax_is_found(kind, remat):
-    pytest.importorskip("flax")
-    params, network, batch = flax_network(kind)
-    network = jax.checkpoint(network) if remat else network
-    value = lambda p, b: jnp.sum(jnp.sin(network(p, b)))
-    one = lambda b: jax.tree.map(lambda a: a[:1], b)
-    made = plan(value, params, one(batch), small=64, largest=100)
-    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
-    for name, block in zip(names, made.layers, strict=True):
-        weight = "kernel" in name or "embedding" in name
-        assert (block.kind == "kronecker") == weight, f"{name}: {block}"
+def flax_layers(kind, dtype=jnp.float32):
+    """Three residual layers with layer norm, stacked and scanned."""
+    x, width, depth = normal(4, 5, 6).astype(dtype), 6, 3
+    if kind == "nnx":
+        from flax import nnx
+
+        class Block(nnx.Module):
+            def __init__(self, r):
+                settings = dict(rngs=r, dtype=dtype, param_dtype=dtype)
+                self.norm = nnx.LayerNorm(width, **settings)
+                self.up = nnx.Linear(width, 8, **settings)
+                self.down = nnx.Linear(8, width, **settings)
+
+            def __call__(self, h):
+                return h + self.down(nnx.gelu(self.up(self.norm(h))))
+
+        @nnx.split_rngs(splits=depth)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def stacked(r):
+            return Block(r)
+
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def through(block, h):
+            return block(h)
+
+        definition, state = nnx.split(stacked(nnx.Rngs(0)))
+        params = nnx.to_pure_dict(state)
+        return params, lambda p, h: through(nnx.merge(definition, _filled(state, p)), h), x
+    from flax import linen as nn
+
+    class Linen(nn.Module):
+        @nn.compact
+        def __call__(self, h, _):
+            settings = dict(dtype=dtype, param_dtype=dtype)
+            inside = nn.gelu(nn.Dense(8, **settings)(nn.LayerNorm(**settings)(h)))
+            return h + nn.Dense(width, **settings)(inside), None
+
+    rules = dict(variable_axes={"params": 0}, split_rngs={"params": True}, length=depth)
+    model = nn.scan(Linen, **rules)()
+    params = model.init(KEY, x, None)["params"]
+    return params, lambda p, h: model.apply({"params": p}, h, None)[0], x
+
+
+def check_captured(params, network, batch, kronecker, tol):
+    """Every leaf's gradient of each example is that of ``jax.grad``; the leaves that `kronecker`
+    names have factors."""
     from bilevax.linear._curvature import gradients, of_block
 
-    got = jax.jit(jax.vmap(lambda e: gradients(made, params, e)))(
-        jax.tree.map(lambda a: a[:, None], batch)
-    )
-    direct = jax.jit(jax.vmap(jax.grad(value), (None, 0)))(
-        params, jax.tree.map(lambda a: a[:, None], batch)
-    )
+    value = lambda p, b: jnp.sum(jnp.sin(network(p, b)))
+    one = jax.tree.map(lambda a: a[:1], batch)
+    made = plan(value, params, one, small=64, largest=100)
+    names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    for name, block in zip(names, made.layers, strict=True):
+        assert (block.kind == "kronecker") == kronecker(name), f"{name}: {block}"
+    alone = jax.tree.map(lambda a: a[:, None], batch)
+    got = jax.jit(jax.vmap(lambda e: gradients(made, params, e)))(alone)
+    direct = jax.jit(jax.vmap(jax.grad(value), (None, 0)))(params, alone)
     for number, (block, b) in enumerate(zip(made.layers, jax.tree.leaves(direct), strict=True)):
         mine = of_block(made, number, got) if made.uses[number] else got.rest[number]
         want = (
@@ -239,7 +274,30 @@ def test_every_kernel_of_flax_is_found(kind, remat):
             if made.uses[number]
             else b.reshape(b.shape[0], -1)
         )
-        np.testing.assert_allclose(mine, want, atol=3e-6 * (1 + np.abs(want).max()))
+        mine, want = np.asarray(mine, np.float64), np.asarray(want, np.float64)
+        np.testing.assert_allclose(mine, want, atol=tol * (1 + np.abs(want).max()))
+
+
+def is_weight(name):
+    return "kernel" in name or "embedding" in name
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", [False, True])
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_every_kernel_of_flax_is_found(kind, remat):
+    pytest.importorskip("flax")
+    params, network, batch = flax_network(kind)
+    check_captured(params, jax.checkpoint(network) if remat else network, batch, is_weight, 3e-6)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype, tol", [(jnp.float32, 3e-6), (jnp.bfloat16, 2e-2)])
+@pytest.mark.parametrize("kind", ["nnx", "linen"])
+def test_scanned_layers_of_flax_are_found(kind, dtype, tol):
+    pytest.importorskip("flax")
+    with jax.numpy_dtype_promotion("standard"):  # Flax's normalisation computes in float32
+        check_captured(*flax_layers(kind, dtype), is_weight, tol)
 
 
 # ---- what is approximated: exact cases
@@ -377,7 +435,57 @@ def trained(network, params, batch, steps=1000, rate=5e-3, decay=1e-3):
 
         return lax.scan(body, (params, optimizer.init(params)), length=steps)[0][0]
 
-    return run(params)
+    with jax.numpy_dtype_promotion("standard"):  # Adam raises floats to integer powers
+        return run(params)
+
+
+@pytest.mark.turns
+def test_the_inverse_on_digits_points_where_the_exact_one_does():
+    """Cosine with the exact damped inverse at a thousandth and a hundredth of the largest
+    eigenvalue: at least .7 and .85, and above the identity's."""
+    train, valid = digits(600)
+    params = trained(mlp, mlp_params((64, 12, 10)), train)
+    matrix, b, back = dense_curvature(params, train, valid)
+
+    @jax.jit
+    def made(damping):
+        from bilevax.linear.preconditioner import Point, at
+
+        value = lambda p, rows: jnp.mean(classes(mlp(p, rows), rows))
+        call = lambda fn, first, rows, **keywords: fn(first, rows, **keywords)
+        solver = bx.linear.ekfac((mlp, classes), draws="all")
+        held = at(solver, Point(value, params, train, call, damping)).preconditioner
+        return held.apply(held.refresh(None, None), b)
+
+    v = np.ones(len(matrix))
+    for _ in range(50):
+        v = matrix @ (v / np.linalg.norm(v))
+    largest = np.linalg.norm(v)
+    for share, least in ((1e-3, 0.7), (1e-2, 0.85)):
+        vector = jax.flatten_util.ravel_pytree(b)[0]
+        want = back(np.linalg.solve(matrix + share * largest * np.eye(len(matrix)), vector))
+        found = cosine(made(share * largest), want)
+        print(share, found, cosine(b, want))
+        assert found > max(least, cosine(b, want))
+
+
+def dense_curvature(params, train, valid):
+    """The Gauss-Newton matrix of the digits network, the gradient of its validation loss, and the
+    way back from a vector."""
+    flat, back = jax.flatten_util.ravel_pytree(params)
+
+    @jax.jit
+    def both(flat):
+        out = mlp(back(flat), train)
+        jacobian = jax.jacobian(lambda v: mlp(back(v), train))(flat)
+        chance = jax.nn.softmax(out)
+        curve = jax.vmap(lambda p: jnp.diag(p) - jnp.outer(p, p))(chance) / len(out)
+        half = jnp.einsum("nci,ncd->ndi", jacobian, curve).reshape(-1, flat.size)
+        matrix = half.T @ jacobian.reshape(-1, flat.size)
+        return matrix, jax.grad(lambda p: jnp.mean(classes(mlp(p, valid), valid)))(back(flat))
+
+    matrix, b = both(flat)
+    return np.asarray(matrix), b, back
 
 
 @pytest.mark.slow
@@ -386,19 +494,12 @@ def test_as_a_direct_inverse_on_digits():
     least .7 and .85, above the identity and the diagonal."""
     train, valid = digits(600)
     params = trained(mlp, mlp_params(), train)
-    b = jax.jit(jax.grad(lambda p: jnp.mean(classes(mlp(p, valid), valid))))(params)
-    flat, back = jax.flatten_util.ravel_pytree(params)
+    matrix, b, back = dense_curvature(params, train, valid)
     vector = jax.flatten_util.ravel_pytree(b)[0]
-    jacobian = jax.jit(jax.jacobian(lambda v: mlp(back(v), train)))(flat).reshape(-1, flat.size)
-    out = mlp(params, train)
-    chance = jax.nn.softmax(out)
-    curve = jax.vmap(lambda p: jnp.diag(p) - jnp.outer(p, p))(chance) / len(out)
-    wide = jacobian.reshape(*out.shape, -1)
-    matrix = jnp.einsum("nci,ncd,ndj->ij", wide, curve, wide)
     largest = float(jnp.linalg.eigvalsh(matrix)[-1])
     for share, least in ((1e-3, 0.7), (1e-2, 0.85)):
         damping = share * largest
-        want = back(jnp.linalg.solve(matrix + damping * jnp.eye(flat.size), vector))
+        want = back(jnp.linalg.solve(matrix + damping * jnp.eye(len(matrix)), vector))
         found = {}
         for name, make in (
             ("kfac", bx.linear.kfac),
@@ -615,7 +716,9 @@ def test_influence_by_layers_and_with_iterations():
     assert angle(flat(alone), flat(exact_)) > 0.8
     np.testing.assert_allclose(flat(iterated), flat(exact_), atol=1e-6 * np.abs(flat(exact_)).max())
     assert angle(flat(astra), flat(exact_)) > 0.999
-    assert (np.asarray(alone.info["residual"]) < 1).all()
+    # the answer alone is no solution of this system, and says so
+    assert np.isfinite(alone.info["residual"]).all()
+    np.testing.assert_array_equal(alone.info["code"] == 0, alone.info["residual"] < 1)
 
 
 def test_labels_drawn_from_the_model_are_the_fisher_matrix():
