@@ -20,7 +20,7 @@ RECIPES = {
     "darts": dict(steps=3),
     "hypernetwork": dict(steps=5),
     "augmentation": dict(steps=3),
-    "svm": dict(steps=2, across=2),
+    "svm": dict(steps=2, across=2, starts=1),
     "dispatch": dict(steps=2, seeds=1),
     "fairness": dict(steps=2, seeds=1),
     "groups": dict(steps=3, seeds=1),
