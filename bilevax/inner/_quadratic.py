@@ -12,7 +12,9 @@ from jax import lax
 from jax.scipy.linalg import cho_solve, lu_factor, lu_solve, solve_triangular
 
 BOUNDARY = 0.99  # share of the way to the boundary that a step may go
-STALL = 4  # iterations without a better point after which rounding has the word
+# Iterations without a better point after which rounding has the word: from a start that is off the
+# constraints the violation may grow for several before it falls.
+STALL = 10
 REFINE = 3  # rounds of iterative refinement on the active set
 
 
