@@ -18,8 +18,8 @@ def norm(x):
     return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
 
 
-def losses(params, tokens):
-    """The mean loss of each row of codes, ``[rows, LENGTH + 1]``."""
+def logits(params, tokens):
+    """Of the next characters: ``[rows, LENGTH, symbols]`` for codes ``[rows, LENGTH + 1]``."""
     x = params["embed"][tokens[:, :-1]] + params["place"]
     mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
     for layer in params["layers"]:
@@ -31,9 +31,17 @@ def losses(params, tokens):
         )
         x = x + mixed.reshape(x.shape) @ layer["out"]
         x = x + jax.nn.gelu(norm(x) @ layer["up"]) @ layer["down"]
-    return jnp.mean(
-        optax.softmax_cross_entropy_with_integer_labels(norm(x) @ params["head"], tokens[:, 1:]), -1
-    )
+    return norm(x) @ params["head"]
+
+
+def loss(logits, tokens):
+    """The mean loss of each row."""
+    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:]), -1)
+
+
+def losses(params, tokens):
+    """The mean loss of each row of codes, ``[rows, LENGTH + 1]``."""
+    return loss(logits(params, tokens), tokens)
 
 
 def transformer(key, symbols):
