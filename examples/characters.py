@@ -18,13 +18,16 @@ def norm(x):
     return x * lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-5)
 
 
-def logits(params, tokens):
-    """Of the next characters: ``[rows, LENGTH, symbols]`` for codes ``[rows, LENGTH + 1]``."""
-    x = params["embed"][tokens[:, :-1]] + params["place"]
+def logits(params, tokens, last=False):
+    """Of the next characters: ``[rows, LENGTH, symbols]`` for codes ``[rows, LENGTH]`` or one more,
+    which is not read; after the last of these alone, ``[rows, 1, symbols]``, if `last`."""
+    x = params["embed"][tokens[:, :LENGTH]] + params["place"]
     mask = jnp.tril(jnp.ones((LENGTH, LENGTH), bool))
-    for layer in params["layers"]:
+    for number, layer in enumerate(params["layers"], 1):
         parts = (norm(x) @ layer["qkv"]).reshape(*x.shape[:2], 3, HEADS, WIDTH // HEADS)
         query, key, value = (parts[:, :, i] for i in range(3))
+        if last and number == len(params["layers"]):
+            x, query, mask = x[:, -1:], query[:, -1:], mask[-1:]
         weights = jnp.einsum("bihd,bjhd->bhij", query, key) * (WIDTH // HEADS) ** -0.5
         mixed = jnp.einsum(
             "bhij,bjhd->bihd", jax.nn.softmax(jnp.where(mask, weights, -1e9), -1), value

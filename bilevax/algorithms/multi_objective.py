@@ -54,6 +54,7 @@ def multi_objective(
     rule: str = "min_norm",
     preference: Sequence[float] | None = None,
     smoothing: float = 0.1,
+    normalized: bool = False,
 ) -> Algorithm:
     r"""A double loop for several outer objectives: one solve, each objective's hypergradient, one
     direction for all.
@@ -84,6 +85,8 @@ def multi_objective(
         None for one each. A point of the front for each
         preference: an array, so that other values cost no new trace, and `vmap` takes many at once.
       smoothing: τ of ``"tchebycheff"``, in units of the weighted objectives.
+      normalized: divide each hypergradient by its norm first, so that no objective's unit counts;
+        without it, ``"min_norm"`` leans to the objective whose gradient is short.
 
     Returns:
       An `Algorithm`; the history has ``weight_j`` of every objective and ``cosine``, the least
@@ -133,6 +136,7 @@ def multi_objective(
         rule=numbers.choice(rule, "rule", RULES),
         preference=None if preference is None else _preference(preference),
         smoothing=numbers.positive(smoothing, "smoothing"),
+        normalized=numbers.flag(normalized, "normalized"),
     )
     init, step = (
         Bound("multi_objective", _init, **settings),
@@ -221,6 +225,7 @@ def _step(
     rule: str,
     preference: Any,
     smoothing: Any,
+    normalized: bool,
 ) -> Any:
     starts.structure(problem, inner_solver, hypergradient, state.inner, state.outer, feeds)
     method, outer = hypergradient, state.outer
@@ -268,13 +273,14 @@ def _step(
     if init_pullback is not None:
         grads = tree.add(grads, jax.vmap(init_pullback)(init_cotangent))
 
+    factors = _factors(grads, preference, normalized)
     weights, cosine = combine(
         rule,
-        _scaled(grads, preference),
+        grads if factors is None else jax.vmap(tree.scale)(factors, grads),
         values if preference is None else values * preference.astype(values.dtype),
         smoothing,
     )
-    weights = weights if preference is None else weights * preference.astype(weights.dtype)
+    weights = weights if factors is None else weights * factors.astype(weights.dtype)
     direction = tree.rows_sum(weights, grads)
     updates, outer_opt = optimizer.update(
         outer_optimizer, direction, state.outer_opt, outer, value=value, grad=direction
@@ -319,10 +325,13 @@ def _together(infos: dict[str, Any]) -> dict[str, Any]:
     return {**out, "warnings": warnings}
 
 
-def _scaled(grads: PyTree, preference: Any) -> PyTree:
-    if preference is None:
-        return grads
-    return jax.vmap(tree.scale)(preference, grads)
+def _factors(grads: PyTree, preference: Any, normalized: bool) -> Any:
+    """What each gradient is multiplied by before the rule; None for nothing."""
+    if not normalized:
+        return preference
+    sizes = jax.vmap(tree.norm)(grads)
+    ones = 1 / jnp.where(sizes > 0, sizes, 1)
+    return ones if preference is None else ones * preference.astype(ones.dtype)
 
 
 def combine(rule: str, grads: PyTree, values: Any, smoothing: Any) -> tuple[Any, Any]:

@@ -202,7 +202,43 @@ def test_other_methods_and_constraints():
     np.testing.assert_allclose(out.state.algorithm.outer, exact, rtol=1e-6)
 
 
+def test_normalized_gradients_have_no_unit():
+    """The sum of the unit gradients, by hand, whatever the units."""
+    directions = []
+    for unit in (1.0, 1e3):
+
+        def scaled(y, x, batch, unit=unit):
+            values = jnp.stack([jnp.sum((x - 1.0) ** 2), unit * jnp.sum((x - TARGETS[0]) ** 2)])
+            return jnp.sum(values), values
+
+        loop = bx.algorithms.multi_objective(
+            bx.inner.optax(optax.sgd(0.1), 1),
+            bx.hypergradient.one_step(),
+            optax.sgd(1.0),
+            preference=[2.0, 2.0],
+            normalized=True,
+        )
+        outer = bx.objective(scaled, has_aux=True)
+        out = bx.solve_bilevel(
+            lambda y, x, batch: jnp.sum((y - x) ** 2),
+            outer,
+            jnp.zeros(4),
+            jnp.zeros(4),
+            algorithm=loop,
+            num_steps=1,
+            keep="last",
+        )
+        directions.append(out.state.algorithm.outer)
+    unit = lambda a: a / np.linalg.norm(a)
+    by_hand = unit(np.ones(4)) + unit(TARGETS[0])
+    np.testing.assert_allclose(directions, [by_hand, by_hand], rtol=1e-6)
+
+
 def test_refusals():
+    with pytest.raises(TypeError, match="^normalized: got"):
+        bx.algorithms.multi_objective(
+            bx.inner.lbfgs(), bx.hypergradient.implicit(), optax.sgd(0.1), normalized="l2"
+        )
     with pytest.raises(ValueError, match="^preference: got"):
         solve("mean", preference=[1.0, -1.0])
     with pytest.raises(ValueError, match="^preference: got 3 numbers for 2"):

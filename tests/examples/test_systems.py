@@ -1,5 +1,6 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
-proximal term; the world of four rooms, its returns and its actor; the cell of a supernet."""
+proximal term; the world of four rooms, its returns and its actor; the cell of a supernet; a mark
+in text, and who finds it."""
 
 import importlib.util
 import sys
@@ -206,3 +207,59 @@ def test_first_order_has_the_direct_term_alone(load):
     for name, expected in ((darts.FIRST, 6.0), (darts.UNROLLED, 6.5)):
         fn = bx.value_and_hypergrad(inner, outer, solver=solver, hypergradient=darts.METHODS[name])
         np.testing.assert_allclose(fn(jnp.zeros(()), jnp.float32(3.0)).grad, expected, rtol=1e-6)
+
+
+def test_a_mark_and_what_it_costs(load):
+    """Both objectives by hand, what is taken from them and is zero in the mean over secrets; and
+    without a shift only detection has a gradient."""
+    mark = load("watermark")
+    symbols, gamma, delta, length, many = 8, 0.26, 1.5, 100, 4000
+    secrets = jax.random.bits(jax.random.key(0), (many,), jnp.uint32)
+    before = jnp.zeros((many, mark.BEFORE), jnp.int32)
+    p = np.random.default_rng(0).dirichlet(np.ones(symbols))
+    green = np.asarray(mark.uniforms(secrets, before, jnp.arange(symbols)) < gamma)
+    q = p * np.exp(delta * green)
+    q /= q.sum(1, keepdims=True)
+    scale, inside = np.sqrt(length / gamma / (1 - gamma)), green @ p
+    z, lost = scale * np.mean((q * green).sum(1) - gamma), length * np.mean((p - q) @ np.log(p))
+    taken = scale * (inside - gamma), length * delta * ((p * (inside[:, None] - green)) @ np.log(p))
+    for one in taken:
+        assert abs(one.mean()) < 3 * one.std() / np.sqrt(many)
+    nets = {
+        "in": jnp.zeros((mark.BEFORE * mark.WIDTH, mark.HIDDEN)),
+        "bias": jnp.zeros(mark.HIDDEN),
+        "out": jnp.zeros((mark.HIDDEN, 2)),
+        "mean": jnp.zeros(2),
+    }
+    embed = jnp.zeros((symbols, mark.WIDTH))
+    logp = jnp.broadcast_to(jnp.log(jnp.float32(p)), (many, symbols))
+    of = lambda mean: mark.objectives(
+        {**nets, "mean": mean}, embed, (before, logp, secrets), length
+    )
+    expected = [taken[0].mean() - z, lost - taken[1].mean()]
+    np.testing.assert_allclose(of(nets["mean"]), expected, rtol=1e-3)
+    slopes = jax.jit(jax.jacobian(of))(jnp.array([-9.0, 0.0]))
+    assert abs(slopes[1, 0]) < 1e-2 * abs(slopes[0, 0])
+
+
+def test_who_has_no_mark_is_found_as_often_as_chance(load):
+    """z of any text under fresh secrets has mean 0 and variance 1; two secrets share nothing."""
+    mark = load("watermark")
+    rng = np.random.default_rng(0)
+    new = jnp.asarray(rng.integers(0, 30, (50, 40)))
+    human = jnp.asarray(rng.integers(0, 30, (50, 40, mark.BEFORE))), new, jnp.ones(new.shape)
+    secrets = jax.random.bits(jax.random.key(1), (50, 40), jnp.uint32)
+    z = np.asarray(
+        mark.unmarked(mark.constant, (1.0, 0.25, -1.0), jnp.zeros((30, 8)), human, secrets)
+    )
+    assert z.shape == (50, 40) and abs(z.mean()) < 0.1 and abs(z.std() - 1) < 0.1
+    assert abs(np.corrcoef(z)[np.triu_indices(50, 1)].mean()) < 0.05
+
+
+@pytest.mark.slow
+def test_a_model_says_the_same_of_the_last_symbol_alone(load):
+    characters = load("watermark").characters
+    params = characters.transformer(jax.random.key(0), 11)
+    tokens = jax.random.randint(jax.random.key(1), (3, characters.LENGTH), 0, 11)
+    last = characters.logits(params, tokens, last=True)
+    np.testing.assert_allclose(last[:, 0], characters.logits(params, tokens)[:, -1], atol=1e-5)
