@@ -1,6 +1,6 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
 proximal term; the world of four rooms, its returns and its actor; the cell of a supernet; a mark
-in text, and who finds it."""
+in text, and who finds it; what networks are merged by."""
 
 import importlib.util
 import sys
@@ -263,3 +263,29 @@ def test_a_model_says_the_same_of_the_last_symbol_alone(load):
     tokens = jax.random.randint(jax.random.key(1), (3, characters.LENGTH), 0, 11)
     last = characters.logits(params, tokens, last=True)
     np.testing.assert_allclose(last[:, 0], characters.logits(params, tokens)[:, -1], atol=1e-5)
+
+
+def test_merged_networks_are_those_that_were_finetuned(load):
+    """A coefficient of one for one task gives its network back; a layer's own moves that alone."""
+    merging = load("merging")
+    make = lambda key: merging.network(jax.random.key(key))["body"]
+    base, other = make(0), jax.tree.map(lambda *a: jnp.stack(a), make(1), make(2))
+    differences = jax.tree.map(lambda a, b: a - b, other, base)
+    only = merging.by_layer(jnp.array([[0.0], [1.0]]))
+    for got, want in zip(
+        jax.tree.leaves(merging.merged(base, differences, only)),
+        jax.tree.leaves(make(2)),
+        strict=True,
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    first = jnp.zeros((2, merging.LAYERS)).at[0, 0].set(0.5)
+    found = merging.merged(base, differences, first)
+    np.testing.assert_allclose(found[0]["w"], (base[0]["w"] + make(1)[0]["w"]) / 2, atol=1e-5)
+    np.testing.assert_array_equal(found[1]["w"], base[1]["w"])
+
+
+def test_a_greedy_soup_takes_what_does_no_harm(load):
+    merging = load("merging")
+    value = np.array([0.9, 0.1, 0.95, 0.5, 0.94, 0.2, 0.3, 0.4])
+    taken = merging.greedy(lambda i: value[i].mean() + 0.04 * (len(i) > 1))
+    assert taken == [2, 4]
