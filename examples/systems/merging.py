@@ -52,6 +52,7 @@ GRID = tuple(np.linspace(0.05, 1.0, 20).tolist())
 PRETRAINED, UNIFORM, TUNED = "pretrained", "mean", "one coefficient, grid"
 JOINT, APART = "trained jointly", "five networks"
 BY_TASK, BY_LAYER = "by task", "by layer"
+KINDS = ((BY_TASK, 1), (BY_LAYER, LAYERS))
 ENTROPY, OTHERS, LABELS = "entropy of test inputs", "entropy of others", "validation loss"
 BEST, MEAN_SOUP, GREEDY = "best of eight", "mean of eight", "greedy soup"
 LEARNED, LEARNED_LAYER, ENSEMBLE = "learned soup", "learned soup, by layer", "ensemble"
@@ -59,7 +60,7 @@ LEARNED, LEARNED_LAYER, ENSEMBLE = "learned soup", "learned soup, by layer", "en
 
 class Sizes(NamedTuple):
     """Of a run: examples of a task to pretrain on, to finetune on, to validate on, without labels,
-    to test on; training steps of either kind; how many rates of coefficients are tried."""
+    to test on; training steps of either kind; rates and kinds of coefficients that are tried."""
 
     few: int = 50
     train: int = 2000
@@ -69,6 +70,7 @@ class Sizes(NamedTuple):
     pretraining: int = 300
     finetuning: int = 400
     rates: int = len(RATES)
+    kinds: int = len(KINDS)
 
 
 # ---- five tasks
@@ -315,7 +317,7 @@ def soups(params, parts, seed, steps, sizes):
         MEAN_SOUP: of(list(range(SOUP)), "test"),
         GREEDY: of(taken, "test"),
     }
-    for name, layers in ((LEARNED, 1), (LEARNED_LAYER, LAYERS)):
+    for name, layers in ((LEARNED, 1), (LEARNED_LAYER, LAYERS))[: sizes.kinds]:
         make = jax.jit(
             lambda rate, layers=layers: soup_of(
                 found, head, task["validation"], layers, rate, steps, key
@@ -358,7 +360,7 @@ def one_seed(seed, steps, sizes):
     objectives = {ENTROPY: (entropy, "test"), OTHERS: (entropy, "unlabelled"),
                   LABELS: (loss, "validation")}  # fmt: skip
     for name, (objective, part) in objectives.items():
-        for kind, layers in ((BY_TASK, 1), (BY_LAYER, LAYERS)):
+        for kind, layers in KINDS[-sizes.kinds :]:
             tried = learned(
                 models, objective, parts[part], chosen[TUNED], jnp.array(RATES[: sizes.rates]),
                 keys[3], steps, layers,
@@ -411,7 +413,7 @@ def main(argv=None):
         __doc__, full=dict(seeds=5, steps=200), small=dict(seeds=1, steps=2), pieces=True
     )
     args = report.parse(parser, argv)
-    sizes = Sizes(10, 20, 10, 10, 10, 2, 2, 1) if args.small else Sizes()
+    sizes = Sizes(10, 20, 10, 10, 10, 2, 2, 1, 1) if args.small else Sizes()
     settings = {
         **sizes._asdict(), "steps": args.steps, "tasks": TASKS, "widths": WIDTHS, "batch": BATCH,
         "asked": ASKED, "fine": FINE, "rates": RATES, "grid": GRID, "soup": SOUP,
