@@ -165,21 +165,21 @@ def of_weights(params, weights, queries):
     return measure(params, queries)
 
 
-def in_rounds(train, influence):
+def in_rounds(train, influence, parts):
     """Leave out a part of those to be left out, ask again of the training without them, and so on:
     where many say the same, none of them matters while the others are there."""
     weights, score = np.ones(train.examples, np.float32), np.zeros(train.examples)
-    for number in range(PARTS):
+    for number in range(parts):
         blamed = np.where(weights == 0, -np.inf, influence(jnp.asarray(weights)))
         ranked = np.argsort(-blamed, kind="stable")
-        worst = ranked[: train.examples // REMOVED // PARTS]
-        weights[worst], score[worst] = 0.0, PARTS - number
+        worst = ranked[: train.examples // REMOVED // parts]
+        weights[worst], score[worst] = 0.0, parts - number
     left = ranked[len(worst) : np.isfinite(blamed).sum()]
     score[left] = np.linspace(0.5, 0.0, len(left))  # the others as the last round has them
     return score
 
 
-def blame(train, params, queries, steps, seed):
+def blame(train, params, queries, steps, seed, parts=PARTS):
     """A score an example by each method: the higher, the more it is to blame."""
     ones, rows = jnp.ones(train.examples), train.data
     moments = np.linspace(max(1, steps // 5), steps, 5).astype(int)
@@ -199,8 +199,10 @@ def blame(train, params, queries, steps, seed):
     fn = bx.replay.value_and_metagrad(train.objective, of_weights, train.optimizer, steps)
     through = lambda weights: np.asarray(fn(train.params, weights, batches, queries).grad)
     return named | {
-        ROUNDS: in_rounds(train, through),
-        AGAIN: in_rounds(train, lambda weights: cosines(train.retrain(weights), rows, queries)),
+        ROUNDS: in_rounds(train, through, parts),
+        AGAIN: in_rounds(
+            train, lambda weights: cosines(train.retrain(weights), rows, queries), parts
+        ),
         LOSS: np.asarray(each(params, rows)),
         RANDOM: np.random.default_rng(seed).random(train.examples),
     }
@@ -254,7 +256,7 @@ def one(kind, seed, steps, small):
     noticed = wrong[:QUERIES]
     queries = jax.tree.map(lambda a: a[noticed], p.fooled)
     others = np.setdiff1d(np.arange(len(p.fooled["y"])), noticed)
-    blamed = blame(train, params, queries, steps, seed)
+    blamed = blame(train, params, queries, steps, seed, 2 if small else PARTS)
 
     def judged(params):
         said = np.asarray(answers(params, p.fooled["x"]))[others]
@@ -287,12 +289,12 @@ def one(kind, seed, steps, small):
 
 
 def draw(path, rows):
-    with report.figure(path, 2) as (_, axes):
+    with report.figure(path, len(rows), squeeze=False) as (_, (axes,)):
         for ax, (kind, (found, _)) in zip(axes, rows.items(), strict=True):
             report.bars(ax, found, "area", COLORS, "area under the curve")
             ax.set_title(kind)
     after = path.with_name(f"{path.stem}_left_out{path.suffix}")
-    with report.figure(after, 2, height=5.4) as (_, axes):
+    with report.figure(after, len(rows), height=5.4, squeeze=False) as (_, (axes,)):
         for ax, (kind, (_, without)) in zip(axes, rows.items(), strict=True):
             shown = {name: row for name, row in without.items() if name != RANDOM}
             report.bars(ax, shown, "fooled", COLORS, "part of digits that it fools")
@@ -307,7 +309,7 @@ def main(argv=None):
     )
     work = dict(steps=args.steps, small=args.small)
     piece, results, changes, seconds = report.Pieces(args, fixed | work), {}, {}, 0.0
-    for kind in ("trigger", "flipped"):
+    for kind in ("trigger", "flipped")[: 1 if args.small else 2]:
         runs = [
             piece(f"{kind}, seed {seed}", functools.partial(one, kind, seed, **work))
             for seed in range(FIRST_SEED, FIRST_SEED + args.seeds)
