@@ -1,8 +1,11 @@
-"""A classifier against the weights of its classes: a saddle point in place of class weights that
-somebody tunes, on digits of which half are rare. `python examples/recipes/groups.py`
+"""A classifier against the weights of its classes: a game in place of class weights that somebody
+tunes, on digits of which half are rare. `python examples/recipes/groups.py`
 
-Number at the end: test accuracy on the worst class at the saddle point, beside plain training and
-the best fixed power of the classes' sizes.
+The weights rise with the losses of held-out rows, since the few rows of a rare class are soon
+fitted; the fixed weights beside them are tuned on the same rows.
+
+Number at the end: test accuracy on the worst class after the game, beside plain training and the
+best fixed power of the classes' sizes.
 """
 
 import jax
@@ -67,14 +70,14 @@ def one(seed, steps):
             bx.Level("w", loss, solver=OPTIMIZER),
             bx.Level("q", less, solver=bx.games.mirror(speed)),
         ]
-        data = {"w": train, "q": train}
+        data = {"w": train, "q": valid}
         return bx.games.solve_game(
             players, {"w": start, "q": q}, data=data, num_steps=steps
         ).outer_params["w"]
 
     fixed = [against(share**power / jnp.sum(share**power), 1e-9) for power in POWERS]
     tuned = max(fixed, key=lambda w: float(worst(w, valid)))
-    return [float(worst(w, test)) for w in (against(jnp.ones(10) / 10, 0.05), fixed[0], tuned)]
+    return [float(worst(w, test)) for w in (against(jnp.ones(10) / 10, 0.03), fixed[0], tuned)]
 
 
 def main(steps=1000, seeds=5):
@@ -84,7 +87,7 @@ def main(steps=1000, seeds=5):
         for m, e in zip(found.mean(0), found.std(0) / np.sqrt(seeds), strict=True)
     )
     print(
-        f"accuracy on the worst class: {ours} at the saddle point, {plain} by plain training, "
+        f"accuracy on the worst class: {ours} after the game, {plain} by plain training, "
         f"{tuned} with tuned class weights"
     )
     return float(found[:, 0].mean())
