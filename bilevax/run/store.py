@@ -207,10 +207,12 @@ class Store:
         try:
             self._finish()
         finally:
-            self._writer.close()
-            if self._lock is not None:
-                self._lock.release()
-            self.seconds += time.perf_counter() - begin
+            try:
+                self._writer.close()
+            finally:  # a writer whose save failed may fail again here
+                if self._lock is not None:
+                    self._lock.release()
+                self.seconds += time.perf_counter() - begin
 
     def renew(self) -> None:
         """Say that this run still writes here."""

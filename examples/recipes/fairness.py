@@ -2,7 +2,9 @@
 objectives at once, a point of the front for each preference. `python examples/recipes/fairness.py`
 
 Number at the end: of eight points with fixed weights, how many the front dominates or equals; and
-how far both spread. Over seeds.
+how far both spread. Over seeds. Preferences of .02 to 2 look at one end of the front. With 1.5 to
+120 (not shown) they span it, and there fixed weights are better nearly everywhere, by 1 to 2 % of
+the loss.
 """
 
 import jax

@@ -79,9 +79,19 @@ def strict(x, y):
     return found[q:].min(initial=1.0) > 1e-3 and slack.min(initial=1.0) > 1e-3
 
 
+def held_by(x, y):
+    """Which inequalities hold the solutions of many programs."""
+    return np.einsum("bij,bj->bi", x["G"], y) - x["h"] > -1e-7
+
+
 def differences(solve, x, name, direction, step=1e-5):
-    moved = [{**x, name: x[name] + sign * step * direction} for sign in (1, -1)]
-    return (solve(moved[0]) - solve(moved[1])) / (2 * step)
+    """Differences of fourth order of many solutions, and where the same constraints hold all of
+    them: beyond a change of them there is another derivative."""
+    points = [{**x, name: x[name] + i * step * direction} for i in (-2, -1, 1, 2)]
+    found = [solve(point) for point in points]
+    held = [held_by(*pair) for pair in zip(points, found, strict=True)]
+    same = np.all([(one == held[0]).all(axis=1) for one in held], axis=0)
+    return (found[0] - 8 * found[1] + 8 * found[2] - found[3]) / (12 * step), same
 
 
 @functools.cache
@@ -112,9 +122,11 @@ def agrees(many, n, q, m):
                 1
             ]
         )
-        want = np.asarray(differences(solve, x, name, direction))
+        want, same = differences(solve, x, name, direction)
         error = np.abs(moved - want).max(axis=1) / np.maximum(np.abs(want).max(axis=1), 1)
-        assert error[firm].max() < 1e-6, (name, error[firm].max())
+        compared = firm & same
+        assert compared.sum() > 0.98 * firm.sum()
+        assert error[compared].max() < 1e-6, (name, error[compared].max())
 
 
 def test_programs_and_their_derivatives():

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import orbax.checkpoint as ocp
 import pytest
 
 import bilevax as bx
@@ -299,15 +300,21 @@ def test_an_error_in_closing_does_not_take_the_first_ones_place():
 
 
 LIMITED = """
-import resource, signal, sys, jax, jax.numpy as jnp, optax, bilevax as bx
+import resource, signal, sys, time, jax, jax.numpy as jnp, optax, bilevax as bx
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 inner = lambda y, x, b: 0.5 * jnp.sum((y - x) ** 2)
 outer = lambda y, x, b: 0.5 * jnp.sum((y - 3.0) ** 2)
 alg = bx.algorithms.double_loop(bx.inner.optax(optax.sgd(0.5), 2), bx.hypergradient.implicit(), optax.sgd(0.3))
 start = jax.random.normal(jax.random.key(0), (20000,))
+full = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
+def before_the_last(event):  # the save before is whole by then
+    if full_at == 40 and event.step == 30:
+        time.sleep(2.0)
+        full()
 for full_at in (40, 10):
-    full = lambda event: event.step == full_at and resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY)) and None
-    keywords = dict(algorithm=alg, checkpoint=bx.checkpoint.every(10, f"{sys.argv[1]}/{full_at}"), callbacks=[bx.callbacks.every(10, full)])
+    if full_at == 10:
+        full()
+    keywords = dict(algorithm=alg, checkpoint=bx.checkpoint.every(10, f"{sys.argv[1]}/{full_at}"), callbacks=[bx.callbacks.every(10, before_the_last)])
     try:
         bx.solve_bilevel(inner, outer, start, start, num_steps=40, **keywords)
         print("no error")
@@ -378,6 +385,19 @@ def test_a_folder_that_vanishes(tmp_path):
     assert caught.value.solution.stats["steps"] >= 40
     moved = bx.checkpoint.every(20, tmp_path / "elsewhere")  # which the run has let go
     assert run(90, checkpoint=moved).stats["steps"] == 90
+
+
+def test_a_writer_that_cannot_be_closed_lets_the_folder_go(tmp_path, monkeypatch):
+    def broken(self):
+        raise OSError("nothing is closed")
+
+    checkpoint = bx.checkpoint.every(20, tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(ocp.StandardCheckpointer, "close", broken)
+        with pytest.raises(OSError, match="nothing is closed") as caught:
+            run(40, checkpoint=checkpoint)
+    assert caught.value.solution.stats["steps"] == 40
+    assert run(60, checkpoint=checkpoint).stats["resumed_from"] == 40
 
 
 def test_runs_in_threads_save_beside_each_other(tmp_path):
