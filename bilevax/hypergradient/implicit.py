@@ -387,15 +387,15 @@ def _rows(
         left = jax.vmap(lambda hq, w: _relative(tree.norm(tree.sub(hq, w)), tree.norm(w)))(hq, w)
         met = said._replace(residual=jnp.max(said.residual))
         entries = {"inner_grad_norm": tree.norm(point.grad), "adjoint_residual": jnp.max(left)}
-        more = info
+        said_more = info["warnings"]
         if damping is None and max_residual is None:
             far = jax.vmap(partial(_adjoint.far_off, lower, solution.opt))(w, hq, q)
-            more = {**info, "warnings": info.get("warnings", 0) | jnp.max(far)}
+            said_more |= jnp.max(far)
         return (
             tree.neg(mixed),
             None,
             state._replace(calls=state.calls + 1),
-            _adjoint.report(more, met, max_residual, w, **entries),
+            _adjoint.report({**info, "warnings": said_more}, met, max_residual, w, **entries),
         )
 
     return solution, under(precision, pullback)

@@ -211,18 +211,14 @@ def entropy(body, head, batch):
     return -jnp.mean(jnp.sum(jnp.exp(logp) * logp, -1))
 
 
-def coefficients_of(models, objective, part, start, rate, steps, key):
-    """What minimises the mean of the objective over tasks, with the merged body in all of them."""
-    base, differences, heads = models
-    each = jax.vmap(objective, (None, 0, 0))
+def minimized(objective, start, data, rate, steps, key):
+    """Where the outer objective falls to by Adam; there is nothing to solve below it."""
     solution = bx.solve_bilevel(
-        lambda nothing, coefficients, batch: 0.5 * nothing**2,
-        lambda nothing, coefficients, batch: jnp.mean(
-            each(merged(base, differences, by_layer(coefficients)), heads, batch)
-        ),
+        lambda nothing, outer, batch: 0.5 * nothing**2,
+        objective,
         jnp.zeros(()),
         start,
-        outer_data=lambda key, step: drawn(part, ASKED, key),
+        outer_data=data,
         algorithm=bx.algorithms.double_loop(
             bx.inner.optax(optax.sgd(1.0), 1),
             bx.hypergradient.one_step(),
@@ -233,6 +229,17 @@ def coefficients_of(models, objective, part, start, rate, steps, key):
         keep="last",
     )
     return solution.outer_params
+
+
+def coefficients_of(models, objective, part, start, rate, steps, key):
+    """What minimises the mean of the objective over tasks, with the merged body in all of them."""
+    base, differences, heads = models
+    each = jax.vmap(objective, (None, 0, 0))
+
+    def over_tasks(nothing, coefficients, batch):
+        return jnp.mean(each(merged(base, differences, by_layer(coefficients)), heads, batch))
+
+    return minimized(over_tasks, start, lambda key, step: drawn(part, ASKED, key), rate, steps, key)
 
 
 @partial(jax.jit, static_argnames=("objective", "steps", "layers"))
@@ -263,22 +270,15 @@ def soup_of(ingredients, head, part, layers, rate, steps, key):
     def validation(nothing, free, batch):
         return loss(merged(zero, ingredients, shares(free)), head, batch)
 
-    solution = bx.solve_bilevel(
-        lambda nothing, free, batch: 0.5 * nothing**2,
+    found = minimized(
         validation,
-        jnp.zeros(()),
         jnp.zeros((SOUP, layers)),
-        outer_data=bx.data.minibatches(part, min(ASKED, len(part["y"]))),
-        algorithm=bx.algorithms.double_loop(
-            bx.inner.optax(optax.sgd(1.0), 1),
-            bx.hypergradient.one_step(),
-            bx.tunable(optax.adam, learning_rate=rate),
-        ),
-        num_steps=steps,
-        key=key,
-        keep="last",
+        bx.data.minibatches(part, min(ASKED, len(part["y"]))),
+        rate,
+        steps,
+        key,
     )
-    return shares(solution.outer_params)
+    return shares(found)
 
 
 def greedy(hits):

@@ -102,3 +102,33 @@ def test_unknowns_in_units_of_their_own_cost_the_adjoint_nothing():
     # before the solver has seen the units, in its first solve
     assert solution.warnings.get(bx.RESULTS.adjoint_not_converged, 0) <= 1
     assert solution.history["adjoint_steps"][5:].max() <= 25
+
+
+def test_no_step_goes_where_the_lower_level_cannot_be_solved():
+    """The solver says that it solves nothing beyond 1, and the minimum is at 3."""
+    lbfgs = bx.inner.lbfgs()
+
+    def to_tolerance(tol, maxiter):
+        solver = lbfgs.to_tolerance(tol, maxiter)
+
+        def step(objective, state, outer, ctx):
+            state, info = solver.step(objective, state, outer, ctx)
+            lost = jnp.int32(bx.RESULTS.inner_not_converged)
+            return state, info | {"code": jnp.where(outer[0] > 1, lost, info["code"])}
+
+        return solver._replace(step=step)
+
+    def ended(solver):
+        return bx.solve_bilevel(
+            lambda y, x, b: jnp.sum((y - x) ** 2),
+            lambda y, x, b: jnp.sum((y - 3.0) ** 2),
+            jnp.zeros(1),
+            jnp.zeros(1),
+            algorithm=bx.algorithms.maid(solver),
+            num_steps=30,
+            keep="last",
+        )
+
+    held = ended(lbfgs._replace(to_tolerance=to_tolerance))
+    assert 0.5 < float(held.outer_params[0]) <= 1
+    np.testing.assert_allclose(ended(lbfgs).outer_params, [3.0], atol=1e-6)

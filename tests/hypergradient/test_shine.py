@@ -97,6 +97,32 @@ def test_a_residual_that_says_nothing_is_not_believed(span, right):
         assert (said == 0) == (right or max_residual is not None)
 
 
+def test_several_right_sides_are_not_believed_either():
+    """Two outer objectives by one block solve: the first is as above, the second its half."""
+    p = ridge_in_units(2)
+    both = lambda w, x, b: p.outer(w, x, b) * jnp.asarray([1.0, 0.5], jnp.float32)
+
+    def solve(max_residual):
+        return bx.solve_bilevel(
+            p.inner,
+            bx.objective(lambda w, x, b: (jnp.sum(both(w, x, b)), both(w, x, b)), has_aux=True),
+            *p.start,
+            inner_data=p.train,
+            outer_data=p.held_out,
+            algorithm=bx.algorithms.multi_objective(
+                bx.inner.lbfgs(maxiter=2000, tol=1e-6),
+                bx.hypergradient.implicit(
+                    linear.cg(maxiter=200, tol=1e-3), max_residual=max_residual
+                ),
+                optax.sgd(0.0),
+            ),
+            num_steps=1,
+        )
+
+    assert bx.RESULTS.adjoint_not_converged in solve(None).warnings
+    assert bx.RESULTS.adjoint_not_converged not in solve(1e-2).warnings
+
+
 def test_needs_a_solver_that_keeps_a_matrix():
     fn = bx.value_and_hypergrad(
         FORM.inner,

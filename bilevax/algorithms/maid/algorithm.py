@@ -61,7 +61,7 @@ def maid(
 
     with y and y⁺ solved to a relative distance ε, z the hypergradient from an adjoint solved to a
     relative residual δ, both from where the last solve ended. Where the inner solver knows the
-    units of its unknowns (L-BFGS does, from its second solve on), the adjoint's system and residual
+    units of its unknowns (L-BFGS learns them while it solves), the adjoint's system and residual
     are in those units: features in dollars and in years, or penalties of useless features that grow
     without bound, then cost it nothing. α is shrunk until the lower level is solved and the value
     there has decreased enough; its first trial is 1, or as far as a radius allows that grows with
