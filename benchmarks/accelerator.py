@@ -63,7 +63,7 @@ class Spec(NamedTuple):
 WAVES: tuple[tuple[Spec, ...], ...] = (
     (
         Spec("bert", "bert", 70),
-        Spec("replay", "replay", 130, DETERMINISTIC),
+        Spec("replay", "replay", 190, DETERMINISTIC),
         Spec("driver", "driver", 35),
         Spec("betty", "betty_bert", 50),
         Spec("precision", "precision", 15),

@@ -4,6 +4,7 @@ MAID; 1,000 small problems under vmap; EK-FAC."""
 from __future__ import annotations
 
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,7 +14,8 @@ import numpy as np
 import optax
 
 import bilevax as bx
-from benchmarks._accelerator.common import Part, interleaved, median
+from benchmarks._accelerator.common import Part, interleaved, median, ratio
+from bilevax.linear.preconditioner import Point, at
 
 A = bx.algorithms
 NAMES = ("soba", "saba")
@@ -90,6 +92,46 @@ def many(part: Part):
     return count, partial(jax.jit(jax.vmap(grad)), w, x, train, valid), partial(jax.jit(grad), *one)
 
 
+def kronecker(part: Part):
+    """EK-FAC's factors and its answer on a perceptron, beside a gradient and a product with the
+    Hessian."""
+    rows, sides = part.pick((32, (6, 5, 4)), (8192, (784, 1024, 1024, 10)))
+    keys = jax.random.split(jax.random.key(0), len(sides) + 1)
+    p = [
+        jax.random.normal(key, shape) / jnp.sqrt(shape[0])
+        for key, shape in zip(keys, pairwise(sides), strict=False)
+    ]
+    batch = {
+        "x": jax.random.normal(keys[-2], (rows, sides[0])),
+        "y": jax.random.randint(keys[-1], (rows,), 0, sides[-1]),
+    }
+
+    def network(p, batch):
+        h = batch["x"]
+        for w in p[:-1]:
+            h = jnp.tanh(h @ w)
+        return h @ p[-1]
+
+    nll = lambda out, b: optax.softmax_cross_entropy_with_integer_labels(out, b["y"])
+    value = lambda p, b: jnp.mean(nll(network(p, b), b))
+    call = lambda fn, first, b, **keywords: fn(first, b, **keywords)
+    point = Point(value, p, batch, call, 1e-2)
+    held = at(bx.linear.ekfac((network, nll), at_once=part.pick(None, 1024)), point).preconditioner
+    gradient = jax.jit(jax.grad(value))
+    product = jax.jit(lambda p, v, b: jax.jvp(lambda p: jax.grad(value)(p, b), (p,), (v,))[1])
+    made = jax.jit(lambda b: held.refresh(lambda v: v, held.init(b)))
+    b = gradient(p, batch)
+    state = jax.block_until_ready(made(b))
+    entries = {
+        "gradient": partial(gradient, p, batch),
+        "product": partial(product, p, b, batch),
+        "factors": partial(made, b),
+        "answer": partial(jax.jit(held.apply), state, b),
+    }
+    jax.block_until_ready({name: fn() for name, fn in entries.items()})
+    return sum(w.size for w in p), entries
+
+
 def run(part: Part) -> None:
     task = logistic(*part.pick((128, 8), (32_768, 1000)))
     steps = part.pick(16, 8192)
@@ -103,6 +145,8 @@ def run(part: Part) -> None:
     with part.recorded("compile many"):
         count, together, single = many(part)
         jax.block_until_ready((together(), single()))
+    with part.recorded("compile EK-FAC"):
+        parameters, curvature = kronecker(part)
     with part.device():
         rounds = part.pick(2, 3)
 
@@ -124,15 +168,24 @@ def run(part: Part) -> None:
                 one_alone=1e3 * median(seconds["one"]),
             )
 
+        def time_of_curvature():
+            seconds = interleaved(curvature, part.pick(2, 9))
+            for name, times in seconds.items():
+                part.add(
+                    curvature=name,
+                    parameters=parameters,
+                    milliseconds=1e3 * median(times),
+                    over_gradient=ratio(times, seconds["gradient"]),
+                )
+
         part.items(
             {
+                "EK-FAC": time_of_curvature,
                 **{name: partial(time_of, name) for name in NAMES},
                 "maid": time_of_maid,
                 "many": time_of_many,
             }
         )
-        if not hasattr(bx.linear, "ekfac"):
-            part.skip("EK-FAC", "bx.linear.ekfac is not there")
         part.items(
             {f"peer, {name}": partial(peer, part, task, name, steps, rounds) for name in NAMES}
         )
