@@ -172,7 +172,10 @@ class Run:
         return self._report(outer, init, info)
 
     def _first(self) -> _Node:
-        return _Node(0, bound(self.pieces.begin(self.params, self.given, self.model)), None, False)
+        state = bound(self.pieces.begin(self.params, self.given, self.model))
+        grads = state.params if self.fn.training.save else None
+        self.shelf.expect(self.fn.schedule.counts(self.fn.num_steps).held, (state, grads))
+        return _Node(0, state, None, False)
 
     def _finish(self) -> tuple[PyTree, PyTree]:
         end = self.end

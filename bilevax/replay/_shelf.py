@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import deque
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
@@ -15,6 +16,7 @@ from bilevax.replay import _files
 
 _IN_FLIGHT = 2  # copies to the host that may be under way while training goes on
 _HOST = "pinned_host"  # memory of the host that devices reach by themselves
+_LIMIT, _DEFAULT = "XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", 64  # XLA's pool of it, for a process
 
 
 class Host:
@@ -36,6 +38,20 @@ class Host:
     def steps(self) -> list[int]:
         """What is here."""
         return list(self._held)
+
+    def expect(self, held: int, value: PyTree) -> None:
+        """Refuse so many values like this one before anything is done, where XLA's pool is smaller:
+        training would go on for hours until it is full."""
+        leaves = [leaf for leaf in jax.tree.leaves(value) if not _on_host(leaf)]
+        need = held * sum(_local_bytes(leaf) for leaf in leaves)
+        limit = float(os.environ.get(_LIMIT) or _DEFAULT)
+        if any(map(_pooled, leaves)) and need > limit * 2**30:
+            raise ValueError(
+                f"schedule: got one that keeps {held} states, {need / 2**30:.1f} GiB, in the "
+                f"host's memory; expected at most {limit:g} GiB, which is what XLA pins for a GPU. "
+                f"Try {_LIMIT}={int(1.2 * need / 2**30) + 1} (set before JAX is imported) where "
+                "the host has them, states=folder, or schedule=replay.tree(slots)."
+            )
 
     def put(self, step: int, value: PyTree) -> None:
         """Keep `value`, whose buffers must not be donated from now on."""
@@ -78,6 +94,10 @@ def bound(value: PyTree) -> PyTree:
 def _on_host(leaf: Any) -> bool:
     """Whether the device's memory is the host's, so that there is nothing to copy."""
     return all(device.platform == "cpu" for device in leaf.sharding.device_set)
+
+
+def _pooled(leaf: Any) -> bool:
+    return any(device.platform in ("gpu", "cuda", "rocm") for device in leaf.sharding.device_set)
 
 
 def _away(leaf: Any) -> bool:
@@ -129,6 +149,9 @@ class Folder:
     def steps(self) -> list[int]:
         """What is here."""
         return list(self._like)
+
+    def expect(self, held: int, value: PyTree) -> None:
+        """A disk says by itself when it is full."""
 
     def put(self, step: int, value: PyTree) -> None:
         """Keep `value`, whose buffers must not be donated from now on."""

@@ -152,6 +152,28 @@ def test_states_that_leave_the_device(name, monkeypatch):
     assert kinds and set(kinds) == {"pinned_host"}
 
 
+def test_more_states_than_are_pinned_are_refused_first(monkeypatch):
+    """A GPU's pool of the host's memory has a limit, which a schedule may exceed hours later."""
+    problem, batches = trainings.make(20), []
+
+    def read(step):
+        batches.append(step)
+        return trainings.reader(problem).fn(step)
+
+    fn = bx.replay.value_and_metagrad(
+        trainings.inner, trainings.quality, trainings.adam, 20, schedule=bx.replay.everything()
+    )
+    arguments = problem.params, problem.outer, bx.replay.reader(read), problem.batch
+    monkeypatch.setattr(_shelf, "_on_host", lambda leaf: False)
+    monkeypatch.setattr(_shelf, "_pooled", lambda leaf: True)
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "1e-6")
+    with pytest.raises(ValueError, match=r"schedule: got one that keeps 19 states.*1e-06 GiB"):
+        fn(*arguments)
+    assert len(batches) <= 1
+    monkeypatch.setenv("XLA_PJRT_GPU_HOST_MEMORY_LIMIT_GB", "1")
+    assert fn(*arguments).info["held"] == 19
+
+
 @pytest.mark.turns
 def test_killed_processes(tmp_path):
     """Without a word, on the way there, on the way back, and to the end in a fourth process: the
