@@ -181,19 +181,25 @@ def _chunk(
         lambda s: jnp.zeros((capacity, *s.shape), s.dtype), jax.eval_shape(pack, shapes)
     )
 
+    state = state._replace(step=None)  # one counter is enough
+    # scalars travel together: each by itself would be a kernel a step
+    together, apart = packing(state)
+
     def unfinished(carry):
         i, state, _ = carry
-        return (i < jnp.minimum(n, capacity)) & (state.code == 0)
+        return (i < jnp.minimum(n, capacity)) & (apart(state).code == 0)
 
     def body(carry):
         i, state, rows = carry
-        state, row = step(state._replace(step=first + i), dynamic, data, row_of(known, i))
+        state = apart(state)._replace(step=first + i)
+        state, row = step(state, dynamic, data, row_of(known, i))
         rows = jax.tree.map(lambda buffer, value: write(buffer, value, i), rows, pack(row))
-        return i + 1, state._replace(step=None), rows  # one counter is enough
+        return i + 1, together(state._replace(step=None)), rows
 
     count, state, rows = lax.while_loop(
-        unfinished, body, (jnp.zeros((), jnp.int32), state._replace(step=None), rows)
+        unfinished, body, (jnp.zeros((), jnp.int32), together(state), rows)
     )
+    state = apart(state)
     state = state._replace(step=first + count - results.failed(state.code).astype(first.dtype))
     rows = jax.vmap(unpack)(rows)
     rows |= {name: rows[name].astype(jnp.int32) for name in ("code", "warnings")}

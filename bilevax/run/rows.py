@@ -36,7 +36,7 @@ def _as(value: Any, dtype: Any) -> Any:
     return value if value.dtype == dtype else lax.bitcast_convert_type(value, dtype)
 
 
-def packing(shapes: dict[Any, Any]) -> tuple[Any, ...]:
+def packing(shapes: Any) -> tuple[Any, ...]:
     """Scalars of one size as one vector, and back: one write of the history, not one a column,
     which short steps feel.
     """

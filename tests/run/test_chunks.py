@@ -285,3 +285,39 @@ def test_a_double_loop_looks_at_its_batches_once_a_call_and_not_in_the_step():
         out.result is bx.RESULTS.nonfinite_batch
         and out.history["code"][-1] == bx.RESULTS.nonfinite_batch
     )
+
+
+def test_scalars_of_the_state_travel_together():
+    """Each by itself is a kernel a step on a GPU, which short steps feel."""
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(optax.adam(0.1), 2), bx.hypergradient.implicit(), optax.adam(0.1)
+    )
+
+    def run(y, x):
+        inner = lambda y, x, batch: 0.5 * jnp.sum((y - x) ** 2)
+        outer = lambda y, x, batch: 0.5 * jnp.sum((y - 3.0) ** 2)
+        return bx.solve_bilevel(inner, outer, y, x, algorithm=algorithm, num_steps=3).outer_params
+
+    jaxpr = jax.make_jaxpr(run)(jnp.zeros(2), jnp.zeros(2))
+    (loop,) = [
+        eqn
+        for eqn in loops(jaxpr.jaxpr)
+        if any(v.aval.shape[:1] == (3,) for v in eqn.outvars)  # the history's rows
+    ]
+    scalars = [
+        v.aval
+        for v in loop.outvars
+        if not v.aval.shape and not jax.dtypes.issubdtype(v.aval.dtype, jax.dtypes.prng_key)
+    ]
+    assert [aval.dtype for aval in scalars] == [jnp.int32], scalars  # the counter
+
+
+def loops(jaxpr):
+    """The outermost `while_loop`s of a program."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name == "while":
+            yield eqn
+            continue
+        for inner in jax.tree.leaves(eqn.params, is_leaf=lambda a: hasattr(a, "jaxpr")):
+            if hasattr(inner, "jaxpr"):
+                yield from loops(inner.jaxpr)
