@@ -261,6 +261,8 @@ class Hypergradient(NamedTuple):
       precision: the `jax.default_matmul_precision` that its cotangent needs. None: the user's own.
       mapping: what it differentiates beside the inner objective, as `objective` makes one: a
         constraint, say.
+      constant: the solution counts as a constant, so that only what the outer objective itself
+        reads has a derivative.
       rows: like `vjp`, with a pullback of several cotangents at once (a leading axis), over solvers
         whose solutions are
         stationary points. None: they are pulled back one by one, vectorised.
@@ -281,6 +283,7 @@ class Hypergradient(NamedTuple):
     extends: bool = True
     precision: str | None = None
     mapping: Objective | None = None
+    constant: bool = False
     rows: HypergradientVjp | None = None
 
     def __repr__(self) -> str:

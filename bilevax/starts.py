@@ -248,6 +248,20 @@ def _learned(outer: PyTree, found: Dependence, reacts: list[bool]) -> None:
         )
 
 
+def _read_above(method: Hypergradient, paths: list[str], found: Dependence) -> None:
+    """Refuse a leaf of which the outer objective itself has no derivative, where nothing else
+    counts.
+    """
+    for place, own in zip(paths, found.direct, strict=True):
+        if not own:
+            raise ValueError(
+                f"hypergradient: got {method!r}, for which the lower level's solution is a "
+                f"constant, and the outer objective itself has no derivative in {place}; expected "
+                "one that reads it: its hypergradient would be zero. Try "
+                "hypergradient.implicit() or unrolled(), which follow the solution."
+            )
+
+
 def _unread(place: str) -> ValueError:
     return ValueError(
         f"{place}: neither objective reads it, nor the start of the solve, nor the inner solver; "
@@ -326,6 +340,9 @@ def structure(
         # what only compares values feels every term; a projected step may read what it likes
         stationary=(method.batches > 0 or method.sees_model) and solver.optimality is None,
     )
+    if method.constant:
+        _read_above(method, paths, found)
+        return
     objectives = found.read
     start = [False] * len(paths)
     if problem.inner_init is not None:

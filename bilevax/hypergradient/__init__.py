@@ -1,6 +1,7 @@
 """Hypergradient methods: how a cotangent on a solved lower level is pulled back."""
 
 from bilevax.hypergradient.black_box import black_box
+from bilevax.hypergradient.direct import direct
 from bilevax.hypergradient.finite_difference import finite_difference
 from bilevax.hypergradient.fixed_point import fixed_point
 from bilevax.hypergradient.forward import forward
@@ -19,6 +20,7 @@ def __dir__() -> list[str]:
 
 __all__ = [
     "black_box",
+    "direct",
     "finite_difference",
     "fixed_point",
     "forward",

@@ -102,6 +102,12 @@ class Level:
                 f"{where}, hypergradient: got {check.describe(self.hypergradient)}; expected a "
                 f"Hypergradient.{check.method_hint(self.hypergradient)}"
             )
+        if self.hypergradient is not None and self.hypergradient.constant:
+            raise ValueError(
+                f"{where}, hypergradient: got {self.hypergradient!r}, for which this level's "
+                "solution is a constant; expected one that follows it. Where a level above is not "
+                f"to follow it: let it read jax.lax.stop_gradient(params[{self.name!r}])."
+            )
         if self.reads is not None:
             if not isinstance(self.reads, (list, tuple, set, frozenset)) or not all(
                 isinstance(name, str) for name in self.reads

@@ -38,8 +38,6 @@ import optax
 from jax import lax
 
 import bilevax as bx
-from bilevax.base import Bound, Hypergradient
-from bilevax.hypergradient.parts import forward
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
@@ -157,19 +155,8 @@ def loss(weights, cells, batch):
 # ---- the search
 
 
-def ignored():
-    """First order: the weights count as constants."""
-
-    def vjp(lower, inner_state, outer, feed, ctx, state):
-        solution, info = forward(lower, inner_state, outer, feed)
-        zeros = jax.tree.map(jnp.zeros_like, outer)
-        return solution, lambda w: (zeros, None, state, info)
-
-    return Hypergradient(lambda inner: (), Bound("ignored", vjp), batches=0, extends=False)
-
-
 METHODS = {
-    FIRST: ignored(),
+    FIRST: bx.hypergradient.direct(),
     DIFFERENCE: bx.hypergradient.finite_difference(scale=0.05),  # the mean rate of the weights
     UNROLLED: bx.hypergradient.unrolled(),
 }

@@ -567,3 +567,46 @@ def test_settings_are_refused():
         sama(product="hvp")
     with pytest.raises(TypeError, match="nudge: got 0.1"):
         sama(nudge=0.1)
+
+
+def test_the_direct_term_alone():
+    """The outer objective's own gradient at what the solver reached, statistics and all; what it
+    does not read itself is refused, and so is a level."""
+    solver = bx.inner.optax(optax.sgd(0.1), 3)
+
+    def inner(y, x, batch, model_state):
+        return jnp.mean((batch * y - x["a"]) ** 2), {"mean": jnp.mean(batch * y)}
+
+    def outer(y, x, batch, model_state):
+        value = jnp.sum(x["a"] * y**2) + model_state["mean"] * jnp.sum(jnp.exp(x["b"]))
+        return value, model_state
+
+    inner, outer = (bx.objective(fn, stateful=True) for fn in (inner, outer))
+    y, x = jnp.ones(2), {"a": jnp.array([1.0, 3.0]), "b": jnp.array([0.5, 0.2])}
+    batch, model = jnp.array([1.0, 2.0]), {"mean": jnp.zeros(())}
+    fn = bx.value_and_hypergrad(
+        inner, outer, solver=solver, hypergradient=bx.hypergradient.direct()
+    )
+    found = fn(y, x, batch, batch, state=fn.init(y, model_state=model))
+    want = jax.grad(
+        lambda x: (
+            jnp.sum(x["a"] * found.inner_params**2)
+            + found.state.model["mean"] * jnp.sum(jnp.exp(x["b"]))
+        )
+    )(x)
+    close(found.grad, want, 1e-14)
+    assert not warnings_in(int(found.info["warnings"])) and int(found.info["mixed_products"]) == 0
+    plain = lambda y, x, batch: jnp.mean((batch * y - x["a"]) ** 2)
+    above = lambda y, x, batch: jnp.sum(x["a"] * y**2)
+    with pytest.raises(ValueError, match=r"hypergradient: got direct\(\).*outer_params\['b'\]"):
+        bx.solve_bilevel(
+            lambda y, x, batch: plain(y, x, batch) + jnp.sum(jnp.exp(x["b"]) * y**2),
+            above, y, x, inner_data=batch, outer_data=batch, num_steps=2,
+            algorithm=bx.algorithms.double_loop(
+                solver, bx.hypergradient.direct(), optax.sgd(0.1)
+            ),
+        )  # fmt: skip
+    with pytest.raises(
+        ValueError, match=r"Level 'y', hypergradient: got direct\(\).*stop_gradient"
+    ):
+        bx.Level("y", lambda p, b: 0.0, solver=solver, hypergradient=bx.hypergradient.direct())
