@@ -41,7 +41,8 @@ class Host:
 
     def expect(self, held: int, value: PyTree) -> None:
         """Refuse so many values like this one before anything is done, where XLA's pool is smaller:
-        training would go on for hours until it is full."""
+        training would go on for hours until it is full.
+        """
         leaves = [leaf for leaf in jax.tree.leaves(value) if not _on_host(leaf)]
         need = held * sum(_local_bytes(leaf) for leaf in leaves)
         limit = float(os.environ.get(_LIMIT) or _DEFAULT)
