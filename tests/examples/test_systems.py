@@ -34,9 +34,10 @@ def load():
     """A system by name; a recipe has the name of one of them."""
     pytest.importorskip("sklearn")
     before = list(sys.path)
+    sys.path.insert(0, str(SYSTEMS.parent))
 
-    def load(name):
-        spec = importlib.util.spec_from_file_location(f"systems_{name}", SYSTEMS / f"{name}.py")
+    def load(name, folder=SYSTEMS):
+        spec = importlib.util.spec_from_file_location(f"systems_{name}", folder / f"{name}.py")
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         return module
@@ -83,6 +84,46 @@ def test_a_mask_keeps_its_share(load):
     assert sum(int(k.sum()) for k in kept) == 40
     lowest = min(float(s[k].min()) for s, k in zip(scores, kept, strict=True) if k.any())
     assert all(float(s[~k].max()) < lowest for s, k in zip(scores, kept, strict=True))
+
+
+def test_a_score_of_a_unit_moves_all_that_leads_to_it(load):
+    """For a loss that is linear in what is masked the bilinear pullback is the exact mixed product,
+    summed over a unit's weights; and each layer keeps its own share of units."""
+    pruning = load("pruning")
+    w = {"w": [jax.random.normal(jax.random.key(i), (3, 4)) for i in range(2)], "b": []}
+    scores = pruning.magnitudes(w["w"], pruning.UNITS)
+    assert [s.shape for s in scores] == [(1, 4)]  # the last weights have no mask
+    np.testing.assert_allclose(scores[0][0], np.sqrt(np.mean(np.square(w["w"][0]), 0)), rtol=1e-6)
+
+    def loss(params, scores, batch):
+        kept = [(s > 0.8).astype(s.dtype) for s in scores]
+        first, last = pruning.masked(bx.nn.straight_through(kept, scores), params["w"])
+        return jnp.sum(first * batch) + jnp.sum(last)
+
+    def found(method):
+        solver = bx.inner.optax(optax.sgd(0.0), 1)
+        fn = bx.value_and_hypergrad(loss, loss, solver=solver, hypergradient=method)
+        return fn(w, scores, jnp.arange(12.0).reshape(3, 4), jnp.ones((3, 4))).grad[0]
+
+    exact = bx.hypergradient.one_step(0.5)
+    np.testing.assert_allclose(found(pruning.bilinear(0.5)), found(exact), rtol=1e-5)
+    assert np.abs(found(exact) - found(pruning.bilinear(0.0))).max() > 0.1
+    layers = [jax.random.normal(jax.random.key(i), (1, 20)) * 10**i for i in range(2)]
+    kept = pruning.share(layers, pruning.UNITS, 0.25)
+    assert [int((s > 0).sum()) for s in kept] == [5, 5]
+    kept = pruning.share(layers, pruning.WEIGHTS, jnp.array([0.5, 0.1]))
+    assert [int((s > 0).sum()) for s in kept] == [10, 2]
+
+
+def test_a_product_with_patches_is_a_convolution(load):
+    pruning = load("pruning")
+    x = jax.random.normal(jax.random.key(0), (2, 6, 6, 3))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 3, 5))
+    expected = lax.conv_general_dilated(
+        x, w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    found = pruning.layer(w, jnp.arange(5.0), x)
+    np.testing.assert_allclose(found, expected + jnp.arange(5.0), rtol=1e-4, atol=1e-5)
 
 
 def test_the_proximal_term_pulls_to_where_the_solve_began(load):
