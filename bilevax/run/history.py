@@ -33,7 +33,8 @@ class History:
         """Add the first `count` of these rows."""
         flat = {
             jax.tree_util.keystr(path): np.asarray(leaf)
-            for path, leaf in jax.tree_util.tree_leaves_with_path(rows)
+            # all columns leave the device at once, not one after the other
+            for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(rows))
         }
         if self._structure is None:
             self._structure = jax.tree.structure(rows), list(flat)
