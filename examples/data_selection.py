@@ -117,14 +117,12 @@ def training(pieces, rows, symbols, steps, seed):
     )
 
 
-def search(d, steps, rounds, seed):
-    """Weights by metagradient descent, and the held-out loss of each round."""
-    pieces, _, held, _, symbols = d
-    rng, weights, values = np.random.default_rng(seed), np.ones(len(pieces), np.float32), []
-    train = training(pieces, np.arange(len(pieces)), symbols, steps, seed)
-    outer = lambda params, weights, tokens: measure(params, tokens)
-    fn = bx.replay.value_and_metagrad(train.objective, outer, train.optimizer, steps)
-    total = np.zeros(len(pieces))
+def descent(train, measure, held, rounds, seed):
+    """Weights by metagradient descent, and what is measured on held-out examples in each round."""
+    rng, weights, values = np.random.default_rng(seed), np.ones(train.examples, np.float32), []
+    outer = lambda params, weights, held: measure(params, held)
+    fn = bx.replay.value_and_metagrad(train.objective, outer, train.optimizer, train.num_steps)
+    total = np.zeros(train.examples)
     for _ in range(rounds):
         found = fn(train.params, jnp.asarray(weights), bx.replay.reader(train.batch), held)
         values.append(float(found.value))
@@ -134,6 +132,12 @@ def search(d, steps, rounds, seed):
             weights - NOTCH * np.sign(gradient) * (rng.random(len(weights)) < MOVED), 0, 2
         ).astype(np.float32)
     return weights - 1e-3 * total / np.abs(total).max(), values
+
+
+def search(d, steps, rounds, seed):
+    pieces, _, held, _, symbols = d
+    train = training(pieces, np.arange(len(pieces)), symbols, steps, seed)
+    return descent(train, measure, held, rounds, seed)
 
 
 # ---- a rater of pieces

@@ -1,6 +1,6 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
 proximal term; the world of four rooms, its returns and its actor; the cell of a supernet; a mark
-in text, and who finds it; what networks are merged by."""
+in text, and who finds it; what networks are merged by; what examples are worth."""
 
 import importlib.util
 import sys
@@ -330,3 +330,56 @@ def test_a_greedy_soup_takes_what_does_no_harm(load):
     value = np.array([0.9, 0.1, 0.95, 0.5, 0.94, 0.2, 0.3, 0.4])
     taken = merging.greedy(lambda i: value[i].mean() + 0.04 * (len(i) > 1))
     assert taken == [2, 4]
+
+
+def test_datamodels_of_what_is_linear_find_it(load):
+    """Outputs that are sums over what was in: the regression gives each example's share."""
+    system = load("selection_unlearning")
+    rng = np.random.default_rng(0)
+    kept = np.argsort(rng.random((400, 30))) < 15
+    share = rng.normal(size=(30, 41))
+    outputs = (kept - 0.5) @ share
+    of_logits, of_loss, explained = system.datamodels(kept, outputs)
+    shift = lambda a: a - a.mean(0)  # as many are in each time: a common part cannot be seen
+    np.testing.assert_allclose(shift(of_logits), shift(share[:, :-1]), atol=1e-2)
+    np.testing.assert_allclose(shift(of_loss), shift(share[:, -1:]), atol=1e-2)
+    assert min(explained) > 0.999
+
+
+def test_divergence_of_margins_is_that_of_normal_distributions(load):
+    """By the integral of the definition; and zero for the same networks."""
+    system = load("selection_unlearning")
+    rng = np.random.default_rng(0)
+    found, truth = rng.normal(size=(6, 3)), 0.3 + 2 * rng.normal(size=(7, 3))
+    x = np.linspace(-60.0, 60.0, 200_001)
+    log = lambda a: (
+        -((x - a.mean()) ** 2) / (2 * a.var(ddof=1)) - np.log(2 * np.pi * a.var(ddof=1)) / 2
+    )
+    one = lambda a, b: np.sum(np.exp(log(a)) * (log(a) - log(b))) * (x[1] - x[0])
+    expected = np.mean([one(a, b) for a, b in zip(found.T, truth.T, strict=True)])
+    np.testing.assert_allclose(system.divergence(found, truth), expected, rtol=1e-6)
+    assert system.divergence(truth, truth) == 0.0
+
+
+@pytest.mark.slow
+def test_first_order_through_the_training_is_the_sum_of_influences(load):
+    """The forward derivative along what goes, and the metagradients of two logits."""
+    system = load("selection_unlearning")
+    corpus, _, _ = system.problem(0, system.SMALL, True)
+    train = system.training(corpus, 20, 0)
+    ones, gone = jnp.ones(train.examples), jnp.arange(train.examples) < 20
+    of = lambda params: system.said(params, corpus)[5, :2]
+    along = jax.jvp(lambda w: of(train.retrain(w)), (ones,), (-gone.astype(jnp.float32),))[1]
+    found = bx.attribution.metagradient(train, lambda params, _: of(params)).scores
+    np.testing.assert_allclose(along, -found[:, gone].sum(1), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_matching_brings_a_network_to_what_it_is_to_say(load):
+    system = load("selection_unlearning")
+    corpus, _, _ = system.problem(0, system.SMALL, True)
+    here, there = (system.trained(corpus, 60, seed) for seed in (0, 1))
+    wanted, gone = system.said(there, corpus), np.arange(len(corpus["y"])) < 20
+    found = system.matched(here, corpus, wanted, gone, 300, 0)
+    away = lambda p: float(jnp.mean((system.said(p, corpus) - wanted) ** 2))
+    assert away(found) < 0.3 * away(here)
