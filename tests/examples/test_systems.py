@@ -1,6 +1,7 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
 proximal term; the world of four rooms, its returns and its actor; the cell of a supernet; a mark
-in text, and who finds it; what networks are merged by; what examples are worth."""
+in text, and who finds it; what networks are merged by; what examples are worth; MAML of several
+steps."""
 
 import importlib.util
 import sys
@@ -383,3 +384,55 @@ def test_matching_brings_a_network_to_what_it_is_to_say(load):
     found = system.matched(here, corpus, wanted, gone, 300, 0)
     away = lambda p: float(jnp.mean((system.said(p, corpus) - wanted) ** 2))
     assert away(found) < 0.3 * away(here)
+
+
+@pytest.mark.slow
+def test_several_steps_with_learned_rates_are_those_by_hand(load):
+    """MAML++ on one batch of tasks: the hypergradient in start and rates, and a loop under grad."""
+    load("merging")  # which puts the examples' folder on the path
+    import omniglot
+
+    rng = np.random.default_rng(0)
+    images = rng.integers(0, 255, (8, 20, 14, 14)).astype(np.uint8)
+    draw = omniglot.sampler(images, ways=5, shots=1, queries=2, tasks=omniglot.TASKS)
+    form, tasks = omniglot.FORMS["MAML++"], draw(jax.random.key(0), 0)
+    outer = form.outer(omniglot.network(jax.random.key(1), ways=5, width=3, layers=1))
+
+    def by_hand(outer):
+        def one(support, query):
+            w, losses = outer["start"], []
+            for step in range(omniglot.SEVERAL):
+                grads = jax.grad(omniglot.fit)(w, None, support)
+                w = jax.tree.map(lambda a, g, r: a - r[step] * g, w, grads, outer["rates"])  # noqa: B023
+                losses.append(omniglot.query(w, None, query)[0])
+            return losses[-1] / 2 + sum(losses[:-1]) / (len(losses) - 1) / 2
+
+        return jnp.mean(jax.vmap(one)(tasks["support"], tasks["query"]))
+
+    value, grad = jax.jit(jax.value_and_grad(by_hand))(outer)
+    found = jax.jit(omniglot.estimate(form))(outer, tasks)
+    np.testing.assert_allclose(found.value, value, rtol=1e-5)
+    for got, want in zip(jax.tree.leaves(found.grad), jax.tree.leaves(grad), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_implicit_maml_takes_a_third_of_the_memory_of_sixteen_steps(load):
+    """As the compiler counts, beside plain reverse mode, which keeps all steps; mixed mode, the
+    library's own for unrolling, keeps their parameters alone and is as small."""
+    load("merging")  # which puts the examples' folder on the path
+    import omniglot
+
+    images = np.zeros((8, 20, 14, 14), np.uint8)
+    draw = omniglot.sampler(images, ways=5, shots=1, queries=10, tasks=omniglot.TASKS)
+    w = omniglot.network(jax.random.key(0), ways=5, width=omniglot.WIDTH, layers=omniglot.LAYERS)
+
+    def counted(name, **changed):
+        form = omniglot.FORMS[name]._replace(**changed)
+        gradient = lambda learned, tasks: omniglot.estimate(form)(learned, tasks).grad
+        return omniglot.megabytes(gradient, w, draw)
+
+    plain = bx.hypergradient.unrolled(checkpoint="none")
+    implicit = counted("iMAML, 16 steps")
+    assert implicit < 0.36 * counted("MAML, 16 steps", method=plain)
+    assert counted("MAML, 16 steps") < 1.3 * implicit
