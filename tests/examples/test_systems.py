@@ -153,6 +153,22 @@ def test_a_potential_is_a_baseline_and_a_value_of_what_was_cut_off(load):
     np.testing.assert_allclose(shaped, plain - np.asarray(phi)[cells[:-1]] + end, atol=1e-6)
 
 
+def test_a_potential_of_the_cart_is_a_baseline_and_nothing_where_the_pole_is_down(load):
+    """Of two episodes one falls in the second step: (1 - gamma) a step while it is up, less the
+    potential where they begin; where the other is cut off, its potential there as well."""
+    cart = load("cart_pole", SYSTEMS.parent)
+    g, up = cart.GAMMA, jnp.array([[1, 1], [1, 1], [1, 0], [1, 0]], bool)
+    phi = jnp.sin(jnp.arange(8.0)).reshape(4, 2)
+    found = np.asarray(cart.returns(up, phi))
+    stays = (1 - g) * np.array([1 + g + g**2, 1 + g, 1]) + g ** np.array([3, 2, 1]) * float(
+        phi[3, 0]
+    )
+    falls = (1 - g) * np.array([1 + g, 1])
+    np.testing.assert_allclose(found[:, 0], stays - phi[:3, 0], atol=1e-6)
+    np.testing.assert_allclose(found[:2, 1], falls - phi[:2, 1], atol=1e-6)
+    assert found[2, 1] == 0
+
+
 def test_success_and_optimal_values_of_a_policy_that_knows_the_way(load):
     """By the chain's matrix; and the best policy's values do not change by one more backup."""
     four = load("reinforcement")
