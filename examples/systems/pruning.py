@@ -442,6 +442,7 @@ def studied(pieces, net, kind, args):
     images, found = images_of(net, args.small), {}
     left_out = () if args.all else (EXACT,)
     left_out += () if kind == WEIGHTS else (SHARES, LONG)
+    left_out += (DIRECT, REWIND_SHORT) if args.small else ()
     names = [name for name in ROWS if name not in left_out]
     s = Settings(dense=1, budget=args.steps, long=1) if args.small else Settings(budget=args.steps)
     tuned = {name: s._replace(**TUNED[net, kind].get(name, {})) for name in names}
