@@ -45,10 +45,11 @@ def folder() -> Path:
 def features(texts: Sequence[str], length: int = 128) -> np.ndarray:
     """Frozen sentence embeddings, unit vectors of 384 float32 a row, computed once and kept in the
     user's cache."""
-    return bert.features(folder(), texts, cache=_cache(), length=length)
+    return bert.features(folder(), texts, cache=cache(), length=length)
 
 
-def _cache() -> Path:
+def cache() -> Path:
+    """Of this user, where what was computed once is kept."""
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "bilevax"
 
 
@@ -60,7 +61,7 @@ def hidden_states(
     tokens, mask = bert.tokenize(folder(), texts, length)
     tokens, mask = (np.pad(a, ((0, 0), (0, length - a.shape[1]))) for a in (tokens, mask))
     asked = json.dumps([list(texts), layers, length]).encode()
-    path = _cache() / f"hidden-{hashlib.sha256(asked).hexdigest()[:20]}.npy"
+    path = cache() / f"hidden-{hashlib.sha256(asked).hexdigest()[:20]}.npy"
     if not path.is_file():
         model = bert.load_bert(folder())
         model.layers = nnx.List(model.layers[:layers])
@@ -91,12 +92,18 @@ class Top(nnx.Module):
             model.norm.num_features, classes, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)
         )
 
-    def __call__(self, hidden, mask):
+    def features(self, hidden, mask):
         x = hidden.astype(jnp.float32)
         for layer in self.layers:
             x = layer(x, mask)
-        kept = mask.astype(x.dtype)[..., None]
-        mean = jnp.sum(x * kept, 1) / jnp.sum(kept, 1)
-        return self.head(
-            mean * (mean.shape[-1] ** 0.5 / jnp.linalg.norm(mean, axis=-1, keepdims=True))
-        )  # entries of size one
+        return pooled(x, mask)
+
+    def __call__(self, hidden, mask):
+        return self.head(self.features(hidden, mask))
+
+
+def pooled(x, mask):
+    """The mean over tokens, its entries of size one."""
+    kept = mask.astype(x.dtype)[..., None]
+    mean = jnp.sum(x * kept, 1) / jnp.sum(kept, 1)
+    return mean * (mean.shape[-1] ** 0.5 / jnp.linalg.norm(mean, axis=-1, keepdims=True))

@@ -1,7 +1,7 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
 proximal term; the world of four rooms, its returns and its actor; the cell of a supernet; a mark
 in text, and who finds it; what networks are merged by; what examples are worth; MAML of several
-steps."""
+steps; directions of a bit a weight, and a language model's layer."""
 
 import importlib.util
 import sys
@@ -452,3 +452,72 @@ def test_implicit_maml_takes_a_third_of_the_memory_of_sixteen_steps(load):
     implicit = counted("iMAML, 16 steps")
     assert implicit < 0.36 * counted("MAML, 16 steps", method=plain)
     assert counted("MAML, 16 steps") < 1.3 * implicit
+
+
+def test_a_direction_is_a_bit_a_weight(load):
+    """The same again by its key, slice by slice as the whole, and taken back by going back."""
+    mezo = load("mezo")
+    params = {"a": jnp.zeros((3, 4, 70)), "b": jnp.zeros(5)}
+    direction = mezo.words(jax.random.key(0), params)
+    assert sum(word.size for word in jax.tree.leaves(direction)) == 3 * 4 * 3 + 1
+    ahead = mezo.moved(params, direction, 0.5)
+    signs = np.concatenate([np.ravel(a) for a in jax.tree.leaves(ahead)]) / 0.5
+    assert set(signs) == {-1.0, 1.0} and abs(signs.mean()) < 4 / np.sqrt(signs.size)
+    one = mezo.moved(params["a"][1], direction["a"][1], 0.5)
+    np.testing.assert_array_equal(one, ahead["a"][1])
+    back = mezo.moved(ahead, mezo.words(jax.random.key(0), params), -0.5)
+    np.testing.assert_array_equal(back["a"], params["a"])
+
+
+def test_mezo_is_the_gradient_on_average(load):
+    """On a quadratic the central difference is exact, so a step is -rate (g.z) z, and g in the
+    mean over directions; the rate's hypergradient through two steps, by differences."""
+    mezo = load("mezo")
+    h, start = jnp.array([1.0, 2.0, 3.0, 0.5]), jnp.array([1.0, -1.0, 0.5, 2.0])
+    inner = lambda y, x, batch: 0.5 * jnp.sum(h * y * y)
+    outer = lambda y, x, batch: jnp.sum((y - 1) ** 2)
+
+    def moved(key):
+        value = lambda direction, by: inner(mezo.moved(start, direction, by), None, None)
+        along, _ = mezo.slope(value, start, key, 0.1)
+        return mezo.moved(jnp.zeros(4), mezo.words(key, start), along)
+
+    many = jax.jit(jax.vmap(moved))(jax.random.split(jax.random.key(0), 4000))
+    error = np.std(many, 0) / np.sqrt(len(many))
+    np.testing.assert_array_less(np.abs(many.mean(0) - h * start), 4 * error)
+    fn = bx.value_and_hypergrad(
+        inner, outer, solver=mezo.mezo_solver(2), hypergradient=bx.hypergradient.forward()
+    )
+    at = jax.jit(lambda x: fn(start, x, key=jax.random.key(1)))
+    expected = (at(jnp.float32(-1.95)).value - at(jnp.float32(-2.05)).value) / 0.1
+    assert abs(expected) > 0.1
+    np.testing.assert_allclose(at(jnp.float32(-2.0)).grad, expected, rtol=2e-2)
+
+
+def test_a_layer_of_a_language_model(load):
+    """By hand in NumPy, pairs turned as complex numbers; at one place alone; and adapters that
+    change nothing."""
+    mezo = load("mezo")
+    smollm, t = mezo.smollm, 5
+    weights = smollm.random(jax.random.key(0), 1)["layers"]
+    weights = {name: a[0] for name, a in weights.items()}
+    w = {name: np.asarray(a, float) for name, a in weights.items()}
+    x = np.random.default_rng(0).normal(size=(t, smollm.WIDTH))
+    norm = lambda z: z / np.sqrt((z**2).mean(-1, keepdims=True) + 1e-5)
+    turn = np.exp(1j * np.outer(np.arange(t), 1e5 ** (-np.arange(32) / 32)))
+    y, heads = norm(x), []
+    for i in range(9):
+        cut = lambda name, i: (y @ w[name])[:, 64 * i : 64 * i + 64]
+        pairs = lambda z: (z[:, ::2] + 1j * z[:, 1::2]) * turn
+        scores = (pairs(cut("query", i)) @ pairs(cut("key", i // 3)).conj().T).real / 8
+        shares = np.exp(scores - scores.max(-1, keepdims=True)) * np.tri(t)
+        heads.append(shares / shares.sum(-1, keepdims=True) @ cut("value", i // 3))
+    z = x + np.concatenate(heads, -1) @ w["attention_out"]
+    gate = norm(z) @ w["gate"]
+    z = z + (gate / (1 + np.exp(-gate)) * (norm(z) @ w["up"])) @ w["down"]
+    rows = jnp.float32(np.stack([x, x[::-1]]))
+    whole = jax.jit(smollm.layer)(weights, rows)
+    np.testing.assert_allclose(whole[0], z, atol=2e-4)
+    weights["up"] = (weights["up"], *mezo.adapter("last", "up", weights["up"]))
+    last = jax.jit(smollm.layer)(weights, rows, jnp.array([4, 2]))
+    np.testing.assert_allclose(last[:, 0], whole[jnp.array([0, 1]), jnp.array([4, 2])], atol=1e-4)
