@@ -92,18 +92,12 @@ class Top(nnx.Module):
             model.norm.num_features, classes, kernel_init=nnx.initializers.zeros, rngs=nnx.Rngs(0)
         )
 
-    def features(self, hidden, mask):
+    def __call__(self, hidden, mask):
         x = hidden.astype(jnp.float32)
         for layer in self.layers:
             x = layer(x, mask)
-        return pooled(x, mask)
-
-    def __call__(self, hidden, mask):
-        return self.head(self.features(hidden, mask))
-
-
-def pooled(x, mask):
-    """The mean over tokens, its entries of size one."""
-    kept = mask.astype(x.dtype)[..., None]
-    mean = jnp.sum(x * kept, 1) / jnp.sum(kept, 1)
-    return mean * (mean.shape[-1] ** 0.5 / jnp.linalg.norm(mean, axis=-1, keepdims=True))
+        kept = mask.astype(x.dtype)[..., None]
+        mean = jnp.sum(x * kept, 1) / jnp.sum(kept, 1)
+        return self.head(
+            mean * (mean.shape[-1] ** 0.5 / jnp.linalg.norm(mean, axis=-1, keepdims=True))
+        )  # entries of size one

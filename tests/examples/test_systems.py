@@ -494,6 +494,7 @@ def test_mezo_is_the_gradient_on_average(load):
     np.testing.assert_allclose(at(jnp.float32(-2.0)).grad, expected, rtol=2e-2)
 
 
+@pytest.mark.slow
 def test_a_layer_of_a_language_model(load):
     """By hand in NumPy, pairs turned as complex numbers; at one place alone; and adapters that
     change nothing."""
