@@ -44,7 +44,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import data
 import data_selection
 import report
-from poisoning import BATCH, finetuned, losses, measure, newton, optimizer, orders, scores
+from poisoning import BATCH, each, finetuned, losses, measure, newton, optimizer, orders, scores
 
 import bilevax as bx
 
@@ -113,9 +113,8 @@ def problem(seed, sizes, small):
     x, y, x_test, y_test = images(small)
     rows = np.random.default_rng(seed).permutation(len(y))
     split = rows[: sizes.corpus], rows[sizes.corpus : sizes.corpus + sizes.held]
-    corpus, held = ({"x": jnp.asarray(x[i]), "y": jnp.asarray(y[i])} for i in split)
-    test = {"x": jnp.asarray(x_test[: sizes.test]), "y": jnp.asarray(y_test[: sizes.test])}
-    return corpus, held, test
+    corpus, held = ({"x": x[i], "y": y[i]} for i in split)
+    return corpus, held, {"x": x_test[: sizes.test], "y": y_test[: sizes.test]}
 
 
 def start(key, pixels):
@@ -199,7 +198,7 @@ def datamodels(kept, outputs):
 def halves(corpus, held, of_loss, steps, sizes, seed):
     """Indices of the examples that each way keeps, and the held-out loss by rounds of descent."""
     train = training(corpus, steps, seed)
-    own = np.asarray(losses(train.retrain(jnp.ones(train.examples)), corpus))
+    own = np.asarray(each(train.retrain(jnp.ones(train.examples)), corpus))
     weights, values = data_selection.descent(train, measure, held, sizes.rounds, seed)
     harm = {
         EASY: lambda: own,
@@ -227,7 +226,7 @@ def selection(p, of_loss, steps, sizes, seed):
     chosen, values = halves(corpus, held, of_loss, steps, sizes, seed)
     take = lambda rows, i: jax.tree.map(lambda a: a[i], rows)
     every, rng = np.arange(len(corpus["y"])), np.random.default_rng(seed)
-    both = jax.tree.map(lambda a, b: jnp.concatenate([a, b]), corpus, held)
+    both = jax.tree.map(lambda a, b: np.concatenate([a, b]), corpus, held)
     parts = {ALL: lambda: corpus} | ({ADDED: lambda: both} if ADDED in sizes.rows else {})
     parts[RANDOM] = lambda: take(corpus, rng.permutation(every)[: len(every) // 2])
     parts |= {name: partial(take, corpus, i) for name, i in chosen.items()}
@@ -246,7 +245,7 @@ def selection(p, of_loss, steps, sizes, seed):
 
 def alike(corpus, count):
     """Of one class those farthest along its pictures' first principal direction."""
-    x, of_class = np.asarray(corpus["x"]), np.flatnonzero(corpus["y"] == ALIKE_CLASS)
+    x, of_class = corpus["x"], np.flatnonzero(corpus["y"] == ALIKE_CLASS)
     x = x[of_class] - x[of_class].mean(0)
     along = x @ np.linalg.svd(x, full_matrices=False)[2][0]
     return of_class[np.argsort(along)[:count]]
