@@ -85,7 +85,8 @@ def alike(names, **changes):
 
 
 # By row: what was best where 99 % of the weights or 90 % of the units go, on 2,000 training images
-# of another seed that were held out. The MLP's long rounds take what its short ones take.
+# of another seed that were held out. Not tuned: by units rewound rounds, on the MLP all its rounds
+# by units and those rewound or long by weights; they take what one-shot or short rounds take.
 TUNED = {
     ("cnn", WEIGHTS): {
         **alike((ONE_SHOT, REWIND, REWIND_SHORT), rate=2e-2),
