@@ -1,7 +1,8 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
-proximal term; the world of four rooms, its returns and its actor; the cell of a supernet; a mark
-in text, and who finds it; what networks are merged by; what examples are worth; MAML of several
-steps; directions of a bit a weight, and a language model's layer."""
+proximal term; the world of four rooms, its returns and its actor; the cell of a supernet; a mark in
+text, and who finds it; what networks are merged by; what examples are worth; MAML of several steps;
+directions of a bit a weight, and a language model's layer; what a learner is aware of; crops and
+their overlap."""
 
 import importlib.util
 import sys
@@ -522,3 +523,39 @@ def test_a_layer_of_a_language_model(load):
     weights["up"] = (weights["up"], *mezo.adapter("last", "up", weights["up"]))
     last = jax.jit(smollm.layer)(weights, rows, jnp.array([4, 2]))
     np.testing.assert_allclose(last[:, 0], whole[jnp.array([0, 1]), jnp.array([4, 2])], atol=1e-4)
+
+
+def test_a_learner_is_not_trained_to_please_its_own_weights(load):
+    """Weights read losses and outputs, and are constants to the learner: its gradient is by hand
+    that of the same numbers. They begin at what they are given, and tasks share what is there."""
+    own = load("self_directed")
+    tasks, n = len(own.TASKS), 3
+    keys = jax.random.split(jax.random.key(0), 4)
+    net, memory = own.learner(keys[0]), own.fresh_memory()
+    rows = lambda key, *lead: {
+        "x": jax.random.normal(key, (*lead, own.SIDE**2)),
+        "y": jnp.zeros(lead, jnp.int32),
+    }
+    begin = jnp.full(tasks, 0.7)
+    batch = {**rows(keys[1], tasks, n), "target": rows(keys[2], 4), "begin": begin}
+    rngs = own.nnx.Rngs(0)
+    aware = own.nnx.split(bx.nn.WeightNet(3 + tasks, own.AWARE, rngs=rngs))[1]
+    upper = {"tasks": jnp.zeros(tasks), "net": aware}
+    logp = own.task_logp(net, batch)
+    losses = own.losses_of(logp, batch)
+    np.testing.assert_allclose(own.weights(upper, logp, losses, memory, begin), 0.7, rtol=1e-6)
+    moved = jax.tree.map(lambda a: a + jax.random.normal(keys[3], a.shape), upper)
+    by = own.weights(moved, logp, losses, memory, begin)
+    assert by.std() > 0.1
+    alone = own.weights({"tasks": moved["tasks"]}, logp, losses, memory, begin)
+    np.testing.assert_allclose(alone[:, 0].mean(), 0.7, rtol=1e-6)
+
+    def hand(net):
+        return own.target_loss(net, batch["target"]) + jnp.mean(
+            by * own.losses_of(own.task_logp(net, batch), batch)
+        )
+
+    got = jax.jit(jax.grad(lambda net: own.weighted_loss(net, moved, batch, memory)[0]))(net)
+    want = jax.jit(jax.grad(hand))(net)
+    for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+        np.testing.assert_allclose(a, b, atol=1e-6)
