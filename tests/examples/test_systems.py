@@ -530,32 +530,80 @@ def test_a_learner_is_not_trained_to_please_its_own_weights(load):
     that of the same numbers. They begin at what they are given, and tasks share what is there."""
     own = load("self_directed")
     tasks, n = len(own.TASKS), 3
-    keys = jax.random.split(jax.random.key(0), 4)
-    net, memory = own.learner(keys[0]), own.fresh_memory()
-    rows = lambda key, *lead: {
-        "x": jax.random.normal(key, (*lead, own.SIDE**2)),
-        "y": jnp.zeros(lead, jnp.int32),
+    rng, rngs = np.random.default_rng(0), own.nnx.Rngs(0)
+    rows = lambda *lead: {
+        "x": np.float32(rng.normal(size=(*lead, own.SIDE**2))),
+        "y": np.zeros(lead, np.int32),
     }
-    begin = jnp.full(tasks, 0.7)
-    batch = {**rows(keys[1], tasks, n), "target": rows(keys[2], 4), "begin": begin}
-    rngs = own.nnx.Rngs(0)
+    batch = {**rows(tasks, n), "target": rows(4), "begin": np.full(tasks, 0.7, np.float32)}
     aware = own.nnx.split(bx.nn.WeightNet(3 + tasks, own.AWARE, rngs=rngs))[1]
     upper = {"tasks": jnp.zeros(tasks), "net": aware}
-    logp = own.task_logp(net, batch)
-    losses = own.losses_of(logp, batch)
-    np.testing.assert_allclose(own.weights(upper, logp, losses, memory, begin), 0.7, rtol=1e-6)
-    moved = jax.tree.map(lambda a: a + jax.random.normal(keys[3], a.shape), upper)
-    by = own.weights(moved, logp, losses, memory, begin)
-    assert by.std() > 0.1
-    alone = own.weights({"tasks": moved["tasks"]}, logp, losses, memory, begin)
-    np.testing.assert_allclose(alone[:, 0].mean(), 0.7, rtol=1e-6)
+    moved = jax.tree.map(lambda a: a + np.float32(rng.normal(size=a.shape)), upper)
 
-    def hand(net):
-        return own.target_loss(net, batch["target"]) + jnp.mean(
-            by * own.losses_of(own.task_logp(net, batch), batch)
+    @jax.jit
+    def found(batch, upper, moved):
+        net, memory = own.learner(jax.random.key(0)), own.fresh_memory()
+
+        def by(upper, net):
+            logp = own.task_logp(net, batch)
+            losses = own.losses_of(logp, batch)
+            return losses, own.weights(upper, logp, losses, memory, batch["begin"])
+
+        numbers = by(moved, net)[1]
+        hand = lambda net: (
+            own.target_loss(net, batch["target"]) + jnp.mean(numbers * by(upper, net)[0])
         )
+        got = jax.grad(lambda net: own.weighted_loss(net, moved, batch, memory)[0])(net)
+        alone = by({"tasks": moved["tasks"]}, net)[1]
+        return got, jax.grad(hand)(net), by(upper, net)[1], numbers, alone
 
-    got = jax.jit(jax.grad(lambda net: own.weighted_loss(net, moved, batch, memory)[0]))(net)
-    want = jax.jit(jax.grad(hand))(net)
+    got, want, first, numbers, alone = found(batch, upper, moved)
+    np.testing.assert_allclose(first, 0.7, rtol=1e-6)
+    np.testing.assert_allclose(alone[:, 0].mean(), 0.7, rtol=1e-6)
+    assert numbers.std() > 0.1
     for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
         np.testing.assert_allclose(a, b, atol=1e-6)
+
+
+def test_crops_are_of_one_place_and_from_the_labelled_part(load):
+    """Each place is given its number; what is cut from features at two sizes and from the mask has
+    the same numbers, and none from outside the middle."""
+    prompts = load("prompts")
+    half, size = 64, prompts.CROP
+    number = jnp.arange(half * half, dtype=jnp.float32).reshape(1, half, half)
+    images = {
+        "y": jnp.concatenate([number, -number]),
+        "fine": jnp.concatenate([number, -number])[..., None],
+        "coarse": jnp.concatenate([number, -number])[:, ::2, ::2, None],
+    }
+    cut = jax.jit(prompts.crops)
+    for extent in (half, size + 8):
+        out = cut(images, jnp.array([0]), extent, jax.random.key(1))
+        np.testing.assert_array_equal(out["fine"][..., 0], out["y"])
+        np.testing.assert_array_equal(out["coarse"][..., 0], out["y"][:, ::2, ::2])
+        rows = np.asarray(out["y"]) // half
+        low = (half - extent) // 2
+        assert rows.min() >= low and rows.max() < half - low
+        assert len(np.unique(rows[:, 0, 0])) > 1
+
+
+def test_overlap_of_what_is_drawn(load, monkeypatch):
+    """Two of three places right, one too much: Dice 4/6, intersection over union 2/4; means over
+    images, of which the other is empty."""
+    prompts = load("prompts")
+    said = jnp.array([[1.0, 1.0], [1.0, -1.0]]), jnp.full((2, 2), -1.0)
+    mask = jnp.array([[1.0, 1.0], [0.0, 1.0]]), jnp.ones((2, 2))
+    part = {"said": jnp.stack(said), "y": jnp.stack(mask)}
+    monkeypatch.setattr(prompts, "logits", lambda weights, prompt, part: part["said"])
+    dice, union = prompts.overlap(None, None, part)
+    np.testing.assert_allclose((dice, union), (4 / 6 / 2, 2 / 4 / 2), rtol=1e-6)
+
+
+def test_a_convolution_by_one_product(load):
+    prompts = load("prompts")
+    keys = jax.random.split(jax.random.key(0))
+    x, w = jax.random.normal(keys[0], (2, 6, 5, 3)), jax.random.normal(keys[1], (3, 3, 3, 4))
+    expected = lax.conv_general_dilated(
+        x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(prompts.conv(x, w), expected, atol=1e-5)
