@@ -295,7 +295,7 @@ ALGORITHMS = {
         bx.inner.optax(OPT, 1), bx.hypergradient.sama(), PROMPT_OPT
     ),
     "direct": bx.algorithms.double_loop(
-        bx.inner.optax(OPT, 1), bx.hypergradient.one_step(1e-12), PROMPT_OPT
+        bx.inner.optax(OPT, 1), bx.hypergradient.direct(), PROMPT_OPT
     ),
 }
 
