@@ -129,6 +129,33 @@ def cifar10() -> Split:
     return Split(x_train, y_train.astype(np.int32), x_test, y_test.astype(np.int32))
 
 
+class Xrays(NamedTuple):
+    """Chest X-rays of 28 x 28 as they are (uint8), 1 for pneumonia."""
+
+    x_train: np.ndarray
+    y_train: np.ndarray
+    x_val: np.ndarray
+    y_val: np.ndarray
+    x_test: np.ndarray
+    y_test: np.ndarray
+
+
+def pneumonia() -> Xrays:
+    """Chest X-rays of children, of which nine in ten in training have pneumonia."""
+    path = local("pneumonia.npz")
+    if path is None:
+        raise Unavailable(
+            "pneumonia.npz is not on this machine: put PneumoniaMNIST of MedMNIST into the folder "
+            "that BILEVAX_DATA names."
+        )
+    with np.load(path) as file:
+        parts = ("train", "val", "test")
+        return Xrays(*(
+            file[f"{part}_{what}"] if what == "images" else file[f"{part}_{what}"][:, 0].astype(int)
+            for part in parts for what in ("images", "labels")
+        ))  # fmt: skip
+
+
 class Census(NamedTuple):
     """The census income data: features (float32, one-hot or standardised by the training rows), 1
     for above 50K, 1 for men; their names."""

@@ -608,3 +608,40 @@ def test_a_convolution_by_one_product(load):
         x, w, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
     )
     np.testing.assert_allclose(prompts.conv(x, w), expected, atol=1e-5)
+
+
+@pytest.mark.turns
+def test_pairs_by_an_assignment(load):
+    """The loss's hypergradient is the change of the assignment under dearer wrong pairs, through
+    the similarities; nothing where the right pairs win by the margin."""
+    matching = load("matching")
+    x = jax.random.normal(jax.random.key(0), (2, 5, 8, 8, 2))
+    w = jax.random.normal(jax.random.key(1), (3, 3, 2, 4))
+    want = lax.conv_general_dilated(
+        x[0], w, (2, 2), ((1, 1), (1, 1)), dimension_numbers=("NHWC", "HWIO", "NHWC")
+    )
+    np.testing.assert_allclose(matching.convolved(x[0], w, 2), want, atol=1e-4)
+    params = matching.network(jax.random.key(2))
+    params = {name: params[name] for name in ("convolutions", "projection")}
+    views, amount = (x[0, ..., :1], x[1, ..., :1]), 0.2
+    found = matching.similarities(params, views)
+    costs = amount * np.eye(5) - np.asarray(found)
+    first = matching.assigned(costs)
+    change = matching.assigned(costs + amount * (1 - np.eye(5))) - first
+    assert np.abs(change).sum() > 0
+    slope = lambda p: -jnp.sum(change * matching.similarities(p, views)) / amount / 5
+    cost, loss = matching.levels(0.0, 1.0, amount)
+    gradient = lambda views, margin: bx.value_and_hypergrad(
+        matching.levels(0.0, 1.0, margin)[0],
+        loss,
+        solver=bx.inner.black_box(matching.assigned, host=True),
+        hypergradient=bx.hypergradient.black_box(matching.assigned, 5 * amount, host=True),
+    )(jnp.zeros((5, 5)), params, views, views)
+    out = gradient(views, amount)
+    assert float(out.value) == 1 - np.trace(first) / 5
+    for got, want in zip(
+        jax.tree.leaves(out.grad), jax.tree.leaves(jax.grad(slope)(params)), strict=True
+    ):
+        np.testing.assert_allclose(got, want, atol=1e-5)
+    right = gradient((views[0], views[0]), 0.0)
+    assert float(right.value) == 0 and not any(map(np.any, jax.tree.leaves(right.grad)))
