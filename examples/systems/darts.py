@@ -53,8 +53,10 @@ FIRST, DIFFERENCE, UNROLLED = "first order", "second order, difference", "second
 LONG = "first order, twice as long"
 EARLY, PERTURBED = "first order, stopped early", "first order, by perturbation"
 SPLIT = "split by gradients, first order"
-RANDOM, ALIKE = "random search", "3x3 convolutions everywhere"
-ROWS = (FIRST, LONG, DIFFERENCE, UNROLLED, EARLY, PERTURBED, SPLIT, RANDOM, ALIKE)
+RANDOM, EVOLVED = "random search", "regularised evolution"
+ALIKE = "3x3 convolutions everywhere"
+ROWS = (FIRST, LONG, DIFFERENCE, UNROLLED, EARLY, PERTURBED, SPLIT, RANDOM, EVOLVED, ALIKE)
+POPULATION, TOURNAMENT = 5, 3
 COST = {FIRST: 2, DIFFERENCE: 4, UNROLLED: 4}  # gradients of a step
 
 
@@ -325,6 +327,24 @@ def random_search(d, count, rng, key):
     return cells[int(np.argmax(proxies))]
 
 
+def evolution(evaluate, count, rng):
+    """The best of so many cells of which all but the first few are the best of three that are
+    alive, one operation changed; the oldest dies."""
+    draw = lambda: rng.integers(0, len(OPERATIONS), len(EDGES)).tolist()
+    history = []
+    for number in range(count):
+        cell = draw()
+        if number >= POPULATION:
+            alive = history[-POPULATION:]
+            asked = rng.choice(POPULATION, TOURNAMENT, replace=False)
+            cell = list(max((alive[i] for i in asked), key=lambda member: member[0])[1])
+            edge = rng.integers(len(EDGES))
+            others = [o for o in range(len(OPERATIONS)) if o != cell[edge]]
+            cell[edge] = int(rng.choice(others))
+        history.append((evaluate(cell, number), cell))
+    return max(history, key=lambda member: member[0])[1]
+
+
 # ---- the table, and runs
 
 
@@ -372,6 +392,29 @@ def problem(images, seed, rows, channels):
     return {"train": part(first), "other": part(second), **sizes}
 
 
+def shot_epochs(d, epochs):
+    """What splitting costs, in epochs of gradients: a search, four proxies, the similarities."""
+    matched = 3 * len(EDGES) * len(OPERATIONS) * min(MATCHED / d["epoch"], 1)
+    return COST[FIRST] * (epochs // 3 + 4 * (epochs // 6)) + 4 * PROXY + matched
+
+
+def row_of(cell, known, gradients):
+    return {
+        "percentile": percentile(cell, known),
+        "test": float(known[name_of(cell)]),
+        "skips": cell.count(SKIP),
+        "gradients": gradients,
+    }
+
+
+def evolved(d, known, seed, epochs):
+    """For as many gradients as random search."""
+    key, count = jax.random.key(seed), int(np.ceil(shot_epochs(d, epochs) / PROXY))
+    evaluate = lambda cell, i: proxy(d, cell, jax.random.fold_in(key, i))
+    cell = evolution(evaluate, count, np.random.default_rng(300 + seed))
+    return {"row": row_of(cell, known, count * PROXY * d["epoch"]), "cell": name_of(cell)}
+
+
 def one(d, known, seed, epochs, orders):
     key, rng = jax.random.key(seed), np.random.default_rng(200 + seed)
     begun, allowed = start(key, d["channels"]), jnp.ones((len(EDGES), len(OPERATIONS)), bool)
@@ -388,19 +431,13 @@ def one(d, known, seed, epochs, orders):
             cells[EARLY] = chosen(mixtures[max(stop - 1, 0)])
             gradients[EARLY] = COST[FIRST] * min(stop + 1, epochs)
     cells[SPLIT], cosines = few_shot(d, epochs, begun, allowed, key)
-    matched = 3 * len(EDGES) * len(OPERATIONS) * min(MATCHED / d["epoch"], 1)
-    gradients[SPLIT] = COST[FIRST] * (epochs // 3 + 4 * (epochs // 6)) + 4 * PROXY + matched
+    gradients[SPLIT] = shot_epochs(d, epochs)
     count = int(np.ceil(gradients[SPLIT] / PROXY))
     cells[RANDOM], gradients[RANDOM] = random_search(d, count, rng, key), count * PROXY
     cells[ALIKE], gradients[ALIKE] = [CONVOLUTION] * len(EDGES), 0
     return {
         "rows": {
-            name: {
-                "percentile": percentile(cells[name], known),
-                "test": float(known[name_of(cells[name])]),
-                "skips": cells[name].count(SKIP),
-                "gradients": gradients[name] * d["epoch"],
-            }
+            name: row_of(cells[name], known, gradients[name] * d["epoch"])
             for name in ROWS
             if name in cells
         },
@@ -454,11 +491,17 @@ def main(argv=None):
     settings = {"epochs": args.steps, "rows": rows, "channels": channels}
     settings["orders"] = orders = list(METHODS) if args.all else few
     pieces = report.Pieces(args, settings)
-    make = lambda s: lambda: one(problem(images, s, rows, channels), known, s, args.steps, orders)
-    found = [pieces(f"seed {seed}", make(seed)) for seed in range(args.seeds)]
+    of = lambda seed: (problem(images, seed, rows, channels), known, seed, args.steps)
+    found = []
+    for seed in range(args.seeds):
+        one_seed = pieces(f"seed {seed}", lambda seed=seed: one(*of(seed), orders))
+        more = pieces(f"seed {seed}, evolution", lambda seed=seed: evolved(*of(seed)))
+        one_seed["rows"][EVOLVED], one_seed["cells"][EVOLVED] = more["row"], more["cell"]
+        found.append(one_seed)
     results = {
         name: {key: [f["rows"][name][key] for f in found] for key in found[0]["rows"][name]}
-        for name in found[0]["rows"]
+        for name in ROWS
+        if name in found[0]["rows"]
     }
     names = {"percentile": "percentile", "test": "table's accuracy", "skips": "skips",
              "gradients": "gradients"}  # fmt: skip

@@ -645,3 +645,21 @@ def test_pairs_by_an_assignment(load):
         np.testing.assert_allclose(got, want, atol=1e-5)
     right = gradient((views[0], views[0]), 0.0)
     assert float(right.value) == 0 and not any(map(np.any, jax.tree.leaves(right.grad)))
+
+
+def test_evolution_changes_one_operation_and_finds_the_better(load):
+    """Children differ in one edge from one of the last five; the best ever seen is returned."""
+    darts = load("darts")
+    seen = []
+
+    def evaluate(cell, number):
+        assert number == len(seen)
+        seen.append(cell)
+        return sum(o == darts.CONVOLUTION for o in cell)
+
+    best = darts.evolution(evaluate, 60, np.random.default_rng(0))
+    worth = [sum(o == darts.CONVOLUTION for o in cell) for cell in seen]
+    assert len(seen) == 60 and best == seen[int(np.argmax(worth))] and max(worth) >= 5
+    for place in range(darts.POPULATION, 60):
+        alive = seen[place - darts.POPULATION : place]
+        assert 1 in [sum(a != b for a, b in zip(seen[place], c, strict=True)) for c in alive]
