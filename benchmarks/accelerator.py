@@ -274,9 +274,11 @@ class Runner:
             )
 
     def run(self) -> dict[str, Any]:
-        parts = self.args.parts
-        some = tuple(spec for specs in WAVES for spec in specs if parts and spec.name in parts)
-        for specs in (some,) if parts else WAVES:
+        waves = WAVES
+        if self.args.parts:  # few, which compile together
+            named = (spec for specs in WAVES for spec in specs if spec.name in self.args.parts)
+            waves = (tuple(named),)
+        for specs in waves:
             chosen = list(specs)
             if (
                 self.args.rehearse and not self.args.parts

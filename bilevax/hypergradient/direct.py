@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from bilevax import tree
 from bilevax.base import Bound, Ctx, Feed, Hypergradient, InnerState, Lower, Pullback, PyTree
-from bilevax.hypergradient._solve import forward
+from bilevax.hypergradient._solve import forward_with
 
 
 def direct() -> Hypergradient:
@@ -69,6 +69,7 @@ def _init(inner: PyTree) -> Any:
 def _vjp(
     lower: Lower, inner_state: InnerState, outer: PyTree, feed: Feed, ctx: Ctx, state: PyTree
 ) -> tuple[InnerState, Pullback]:
-    solution, info = forward(lower, inner_state, outer, feed)
+    # what holds the solution in place, a constraint, say, plays no part either
+    solution, info, _ = forward_with(lower, inner_state, outer, feed)
     counts = {name: jnp.int32(count) for name, count in _cost(lower.solver).items()}
     return solution, lambda cotangent: (tree.zeros_like(outer), None, state, {**info, **counts})

@@ -138,7 +138,8 @@ class Run:
         self.digests: dict[int, list[Any]] = {}
         self.waiting: deque[Any] = deque()
         self.executed = self.checked = 0
-        self.again = fn.schedule.counts(fn.num_steps).executed > fn.num_steps
+        self.counts = fn.schedule.counts(fn.num_steps)
+        self.again = self.counts.executed > fn.num_steps
         self.rebuilt = False  # whether the current state was reached by steps done again
         self.turned = False
 
@@ -148,6 +149,8 @@ class Run:
         """All of it."""
         begin = turned = time.perf_counter()
         self.node = self._first()
+        grads = self.node.state.params if self.fn.training.save else None
+        self.shelf.expect(self.counts.held, (self.node.state, grads))
         where, resumed = self._resume()
         try:
             for kind, step in self.fn.schedule.actions(self.fn.num_steps):
@@ -172,10 +175,7 @@ class Run:
         return self._report(outer, init, info)
 
     def _first(self) -> _Node:
-        state = bound(self.pieces.begin(self.params, self.given, self.model))
-        grads = state.params if self.fn.training.save else None
-        self.shelf.expect(self.fn.schedule.counts(self.fn.num_steps).held, (state, grads))
-        return _Node(0, state, None, False)
+        return _Node(0, bound(self.pieces.begin(self.params, self.given, self.model)), None, False)
 
     def _finish(self) -> tuple[PyTree, PyTree]:
         end = self.end

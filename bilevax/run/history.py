@@ -32,7 +32,7 @@ class History:
     def append(self, rows: dict[Any, Any], count: int) -> None:
         """Add the first `count` of these rows."""
         flat = {
-            jax.tree_util.keystr(path): np.asarray(leaf)
+            jax.tree_util.keystr(path): leaf
             # all columns leave the device at once, not one after the other
             for path, leaf in jax.tree_util.tree_leaves_with_path(jax.device_get(rows))
         }

@@ -37,8 +37,8 @@ def _as(value: Any, dtype: Any) -> Any:
 
 
 def packing(shapes: Any) -> tuple[Any, ...]:
-    """Scalars of one size as one vector, and back: one write of the history, not one a column,
-    which short steps feel.
+    """Scalars of one size as one vector, and back: one write of the history, not one a column, and
+    one array of the state from step to step, which short steps feel.
     """
     leaves, treedef = jax.tree.flatten(shapes)
     groups: dict[Any, Any] = {}

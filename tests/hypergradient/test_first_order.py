@@ -610,3 +610,12 @@ def test_the_direct_term_alone():
         ValueError, match=r"Level 'y', hypergradient: got direct\(\).*stop_gradient"
     ):
         bx.Level("y", lambda p, b: 0.0, solver=solver, hypergradient=bx.hypergradient.direct())
+    bounded = bx.value_and_hypergrad(
+        lambda y, x, batch: jnp.sum((y - x) ** 2),
+        lambda y, x, batch: jnp.sum(x * y),
+        solver=bx.inner.qp(inequality=lambda y, x, batch: y - 1.0),
+        hypergradient=bx.hypergradient.direct(),
+    )
+    found = bounded(jnp.zeros(1), jnp.full(1, 3.0))
+    np.testing.assert_allclose(found.grad, [1.0], atol=1e-8)  # y at its bound
+    assert not warnings_in(int(found.info["warnings"]))
