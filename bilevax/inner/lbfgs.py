@@ -274,7 +274,18 @@ def _rescaled(
         return jnp.where(keep, 1 / jnp.maximum(new, floor), d)
 
     gamma = jnp.where(keep, su / jnp.where(keep, uu, jnp.ones_like(uu)), state.gamma)
-    return jax.tree.map(leaf, scale, s, u), gamma
+    new = jax.tree.map(leaf, scale, s, u)
+    # No pair makes the product of the entries smaller, so that they would grow from solve to solve,
+    # without end. The factor that they share is gamma's, and a power of four moves no digit.
+    tops = [jnp.max(d, initial=0.0).astype(su.dtype) for d in jax.tree.leaves(new)]
+    top = jnp.max(jnp.stack(tops))
+    power = jnp.frexp(top)[1] // 2 * 2
+    down = jnp.ldexp(jnp.ones_like(top), -power)
+
+    def within(d):
+        return jnp.maximum(d * down.astype(d.dtype), jnp.finfo(d.dtype).tiny ** 0.5)
+
+    return jax.tree.map(within, new), jnp.ldexp(gamma, power)
 
 
 # ---- the solve
