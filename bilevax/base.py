@@ -393,6 +393,9 @@ class Algorithm(NamedTuple):
     `differentiates`: it moves the outer parameters along derivatives of both objectives, where what
     goes through ``stop_gradient`` counts for nothing. False: by differences of values, or by what
     only itself knows.
+    `descends`: it goes to no point whose value it finds larger. The latest iterate that is scored
+    is then the one to keep: a smaller value of before was taken where the inner level was solved
+    less.
     """
 
     init: AlgorithmInit
@@ -402,6 +405,7 @@ class Algorithm(NamedTuple):
     finite: Callable[..., Any] | None = None
     around: Callable[[Callable[[Hypergradient], Hypergradient]], Algorithm] | None = None
     differentiates: bool = True
+    descends: bool = False
 
     def __repr__(self) -> str:
         return repr(self.step)

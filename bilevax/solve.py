@@ -93,7 +93,8 @@ def solve_bilevel(
       metrics: `bilevax.metrics` of a function of held-out data, or the function itself.
       tol: stop when the hypergradient's norm is at most `tol` times its first value.
       keep: ``"best"`` returns the iterate of the smallest outer value (or of the metric that
-        `metrics` selects), ``"last"`` the last.
+        `metrics` selects; of `maid`, which only descends, the latest whose value can be told),
+        ``"last"`` the last.
       state: ``solution.state`` of an earlier run of the same problem, to go on from it; its
         parameters, key and step replace the arguments. ``inner_params`` and ``outer_params`` then
         only say the structure.

@@ -116,7 +116,7 @@ def one_step(
     if best is not None:
         score = jnp.asarray(score, best.score.dtype)
         chosen = plan.metrics is not None and plan.metrics.select is not None
-        better, watch = improves(watch, info, best, score, chosen)
+        better, watch = improves(watch, info, best, score, chosen, plan.algorithm.descends)
         better &= ~failed
         watch = tree.where(better, watch, watch._replace(kept=state.watch.kept))
         best = tree.where(better, Best(score, state.step, inner.params, inner.model, outer), best)

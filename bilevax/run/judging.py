@@ -83,19 +83,21 @@ def settled(watch: Watch, info: StepInfo, tol: Any) -> Any:
 
 
 def improves(
-    watch: Watch, info: StepInfo, best: Any, score: Any, chosen: bool
+    watch: Watch, info: StepInfo, best: Any, score: Any, chosen: bool, descends: bool = False
 ) -> tuple[Any, Watch]:
     """Whether to keep this step's iterate, and the watch if it is kept.
 
     A value is that of an outer problem only where the inner level has caught up. Of steps that
     cannot tell, those whose inner gradient is not large beside the typical one; what was kept
-    before the inner level caught up gives way to the next that may be kept. A score that was
-    `chosen` is taken as it is.
+    before the inner level caught up gives way to the next that may be kept. Of an algorithm that
+    `descends`, each that may be compared is better than those before. A score that was `chosen` is
+    taken as it is.
     """
     if chosen:
         return score < best.score, watch
     if info.lag is None:
-        return jnp.asarray(info.scored) & (score < best.score), watch
+        less = jnp.isfinite(score) if descends else score < best.score
+        return jnp.asarray(info.scored) & less, watch
     lag = jnp.asarray(info.lag, watch.typical.dtype)
     outdated = watch.kept > CAUGHT_UP * watch.typical
     fits = jnp.asarray(info.scored) & (lag <= CAUGHT_UP * watch.typical)

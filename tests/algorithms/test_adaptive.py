@@ -104,6 +104,36 @@ def test_unknowns_in_units_of_their_own_cost_the_adjoint_nothing():
     assert solution.history["adjoint_steps"][5:].max() <= 25
 
 
+def test_what_is_kept_is_where_the_descent_has_come_to():
+    """The first solves do not see the features of small units: the value is then less than the
+    minimum, and no value of later steps comes below it."""
+    rng = np.random.RandomState(0)
+    units, penalties = np.logspace(-3, 3, 6), np.zeros(6)
+    a = rng.randn(40, 6)
+    t = a @ rng.randn(6) + 0.3 * rng.randn(40)
+    c = rng.randn(40, 6)
+    d = 0.5 * c @ rng.randn(6)
+
+    def value(penalties):  # at the lower level's solution, which knows no units
+        w = np.linalg.solve(a.T @ a / 40 + np.diag(np.exp(penalties)), a.T @ t / 40)
+        return np.mean((c @ w - d) ** 2) + 1e-3 * np.sum(np.square(penalties))
+
+    fit = lambda w, x, b: jnp.mean((b[0] @ w - b[1]) ** 2)
+    solution = bx.solve_bilevel(
+        lambda w, x, b: fit(w, x, b) + jnp.sum(jnp.exp(x) * (units * w) ** 2),
+        lambda w, x, b: fit(w, x, b) + 1e-3 * jnp.sum(x**2),
+        jnp.zeros(6),
+        jnp.asarray(penalties),
+        inner_data=(a * units, t),
+        outer_data=(c * units, d),
+        algorithm=METHOD,
+        num_steps=60,
+    )
+    best = value(np.asarray(solution.state.algorithm.outer))
+    assert solution.history["value"].min() < 0.99 * best < 0.5 * value(penalties)
+    np.testing.assert_allclose(value(np.asarray(solution.outer_params)), best, rtol=1e-6)
+
+
 def test_no_step_goes_where_the_lower_level_cannot_be_solved():
     """The solver says that it solves nothing beyond 1, and the minimum is at 3."""
     lbfgs = bx.inner.lbfgs()

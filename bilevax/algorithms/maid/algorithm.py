@@ -154,7 +154,10 @@ def maid(
         decrease=numbers.positive(decrease, "decrease", upper=1),
     )
     return Algorithm(
-        Bound("maid", _init, **settings), Bound("maid", _step, **settings), Draws(1, 0, 1)
+        Bound("maid", _init, **settings),
+        Bound("maid", _step, **settings),
+        Draws(1, 0, 1),
+        descends=True,
     )
 
 
