@@ -118,14 +118,16 @@ def far_off(lower: Lower, opt: PyTree, w: PyTree, hq: PyTree, q: PyTree) -> Scal
     """The warning that q is `ROUGH`, however small its residual ``r = w − Hq``, by the inner
     solver's estimate B of the inverse Hessian: ``⟨r, Br⟩ > ROUGH² ⟨w, q⟩``, which is the relative
     error in the norm of H. It has no unit, and a residual has: with unknowns in units of their own
-    a small one says nothing.
+    a small one says nothing. ``⟨w, Bw⟩`` counts for ``⟨w, q⟩`` where it is larger: a B that knows
+    nothing yet is the identity, whatever the unit of H.
     """
     product = lower.solver.inverse_hessian
     if product is None:
         return jnp.int32(0)
     opt, w, hq, q = jax.lax.stop_gradient((opt, w, hq, q))
     r = tree.sub(w, hq)
-    far = tree.dot(r, product(opt, r)) > ROUGH**2 * jnp.abs(tree.dot(w, q))
+    size = jnp.maximum(jnp.abs(tree.dot(w, q)), tree.dot(w, product(opt, w)))
+    far = tree.dot(r, product(opt, r)) > ROUGH**2 * size
     return warning(far, RESULTS.adjoint_not_converged)
 
 

@@ -49,7 +49,8 @@ def shine(
       tol: relative residual at which the refinement stops.
       max_residual: relative residual above which the warning ``adjoint_not_converged`` stands;
         ``jnp.inf``
-        accepts anything. None: 0.1. Above 1 no adjoint at all would have been better.
+        accepts anything. None: 0.1, and the same of the error in the norm of H as B tells it, which
+        has no unit. Above 1 no adjoint at all would have been better.
 
     Returns:
       A `Hypergradient` for ``inner.lbfgs``. Its info has ``inner_grad_norm``,
@@ -117,22 +118,27 @@ def _vjp(
 
         (inner_grad, _), products = jax.linearize(gradients, solution.params)
         q = product(solution.opt, w)
-        iterations = jnp.int32(0)
+        iterations, found = jnp.int32(0), jnp.int32(RESULTS.success)
         if refine:
             preconditioner = Bound("inverse_hessian", _apply, product=product, memory=solution.opt)
             q, refined = linear_solvers.cg(maxiter=refine, tol=tol, preconditioner=preconditioner)(
                 lambda v: products(v)[0], w, q
             )
             iterations = refined.iterations
+            # that the few iterations missed their tolerance is no news, that they met no positive
+            # definite matrix is
+            missed = refined.code == RESULTS.adjoint_not_converged
+            found = jnp.where(missed, found, refined.code)
         hq, mixed = products(q)
         w_norm = tree.norm(w)
         residual = tree.norm(tree.sub(hq, w)) / jnp.where(w_norm > 0, w_norm, 1)
-        code = jnp.where(
-            jnp.isfinite(residual), jnp.int32(RESULTS.success), jnp.int32(RESULTS.adjoint_nonfinite)
-        )
+        code = jnp.where(jnp.isfinite(residual), found, jnp.int32(RESULTS.adjoint_nonfinite))
         linear_info = LinearInfo(iterations, residual, code)
+        warned = info["warnings"]
+        if max_residual is None:
+            warned |= _adjoint.far_off(lower, solution.opt, w, hq, q)
         report = _adjoint.report(
-            info,
+            {**info, "warnings": warned},
             linear_info,
             max_residual,
             w,

@@ -9,7 +9,7 @@ import pytest
 import bilevax as bx
 from bilevax import linear
 from bilevax.inner.lbfgs import inverse_hessian_product
-from bilevax.results import warning
+from bilevax.results import warning, warnings_in
 from tests.problems import PROBLEMS, flatten
 from tests.units import ridge_in_units
 
@@ -95,6 +95,36 @@ def test_a_residual_that_says_nothing_is_not_believed(span, right):
         assert float(est.info["adjoint_residual"]) <= 1e-3 and (off < 0.05) == right
         said = int(est.info["warnings"]) & int(warning(True, bx.RESULTS.adjoint_not_converged))
         assert (said == 0) == (right or max_residual is not None)
+
+
+def quadratic(eigenvalues, dtype, method):
+    """An estimate whose inner problem is solved at its start, so that B is still the identity."""
+    basis, _ = np.linalg.qr(np.random.default_rng(1).standard_normal((5, 5)))
+    hessian = jnp.asarray(basis * eigenvalues @ basis.T, dtype)
+    fn = bx.value_and_hypergrad(
+        lambda y, x, b: (y - x) @ hessian @ (y - x) / 2,
+        lambda y, x, b: jnp.sum((y - 1.0) ** 2),
+        solver=bx.inner.lbfgs(),
+        hypergradient=method,
+    )
+    x = jnp.arange(5, dtype=dtype) / 4
+    return fn(x, x), 2 * (x - 1)
+
+
+def test_the_unit_of_the_objective_is_no_cause_for_doubt():
+    est, want = quadratic(1e14 * np.arange(1.0, 6), jnp.float32, bx.hypergradient.implicit())
+    np.testing.assert_allclose(est.grad, want, atol=1e-5)
+    assert int(est.info["warnings"]) == 0
+
+
+@pytest.mark.parametrize("last, failed", [(-0.1, False), (0.0, True)])
+def test_refining_tells_of_a_matrix_that_is_not_positive_definite(last, failed):
+    eigenvalues = np.array([1.0, 2.0, 3.0, 4.0, last])
+    for method in (bx.hypergradient.shine(refine=20), bx.hypergradient.implicit()):
+        est, _ = quadratic(eigenvalues, jnp.float64, method)
+        found = warnings_in(int(est.info["warnings"]))
+        assert (bx.RESULTS.adjoint_breakdown if failed else bx.RESULTS.negative_curvature) in found
+        assert bx.RESULTS(int(est.info["code"])).failed == failed
 
 
 def test_several_right_sides_are_not_believed_either():
