@@ -22,6 +22,8 @@ def _bits(leaf: Any, packed: bool) -> Any:
     """The leaf's bits as uint32: 64-bit entries as two along a last axis, `packed` narrow ones
     together where they come out even.
     """
+    if jnp.issubdtype(leaf.dtype, jnp.complexfloating):
+        leaf = jnp.stack([leaf.real, leaf.imag], -1)
     if (
         packed
         and leaf.dtype in _PACKED

@@ -124,6 +124,32 @@ def test_aux_keys_and_empty_leaves_come_back(tmp_path):
     )
 
 
+def test_complex_data_and_states_come_back(tmp_path):
+    def inner(y, x, b, model_state):
+        return jnp.mean((b.real * y - x * b.imag) ** 2), {"turned": model_state["turned"] * 1j}
+
+    def run(steps, **keywords):
+        return bx.solve_bilevel(
+            bx.objective(inner, stateful=True),
+            lambda y, x, b: (y - 1.0) ** 2,
+            jnp.zeros(()),
+            jnp.zeros(()),
+            inner_data=jnp.asarray([1 + 1j, 2 - 1j]),
+            model_state={"turned": jnp.asarray(1 + 2j)},
+            algorithm=bx.algorithms.double_loop(
+                bx.inner.optax(optax.sgd(0.1), 1), bx.hypergradient.implicit(), optax.sgd(0.1)
+            ),
+            num_steps=steps,
+            keep="last",
+            **keywords,
+        )
+
+    run(3, checkpoint=every(tmp_path))
+    resumed = run(7, checkpoint=every(tmp_path))
+    assert resumed.stats["resumed_from"] == 3
+    jax.tree.map(np.testing.assert_array_equal, resumed.state, run(7).state)
+
+
 def test_multilevel_runs_are_saved_too(tmp_path):
     levels = [
         bx.Level(
