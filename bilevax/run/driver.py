@@ -22,6 +22,7 @@ from bilevax.run.options import Options
 from bilevax.run.solution import Solution
 from bilevax.run.state import Best, Plan, Ready, RunState
 from bilevax.run.window import first_data, stream_of
+from bilevax.sharding.placement import automatic
 
 
 def ready(
@@ -60,6 +61,10 @@ def ready(
         options.tol,
     )
     sources = tuple(named.values())
+    if options.sharding is None:
+        sources, start, outer, fixed, key, state = automatic(
+            (sources, start, outer, fixed, key, state)
+        )
     print_of = functools.cache(lambda: _fingerprint(*given))
     if jax.process_count() > 1 and options.sharding is not None:
         _agree(options, print_of()["parts"])
@@ -88,8 +93,7 @@ def ready(
     if options.sharding is not None:
         plan = plan._replace(layout=layout.of_run(options.sharding, shapes, start, outer, spec))
     static, dynamic = split(plan)
-    if plan.layout is not None:
-        dynamic = plan.layout.put_everywhere(dynamic)
+    dynamic = automatic(dynamic) if plan.layout is None else plan.layout.put_everywhere(dynamic)
 
     if state is not None:
         check.same_structure(

@@ -152,6 +152,25 @@ def _auto(mesh: Mesh) -> Mesh:
     )
 
 
+def automatic(arrays: PyTree) -> PyTree:
+    """`arrays`, those on a mesh with Explicit axes placed anew, as they lie, on its Auto one."""
+
+    def explicit(leaf: Any) -> bool:
+        known = isinstance(leaf, jax.Array) and not isinstance(leaf, jax.core.Tracer)
+        mesh = getattr(leaf.sharding, "mesh", None) if known else None
+        return isinstance(mesh, Mesh) and _auto(mesh) is not mesh
+
+    def placed(leaf: Any) -> Any:
+        if not explicit(leaf):
+            return leaf
+        where = leaf.sharding
+        auto = NamedSharding(_auto(where.mesh), where.spec, memory_kind=where.memory_kind)
+        return jax.device_put(leaf, auto)
+
+    # as it came where nothing is to be done: who shares a tree may be known by its identity
+    return jax.tree.map(placed, arrays) if any(map(explicit, jax.tree.leaves(arrays))) else arrays
+
+
 def data_parallel(devices: Any = None, *, axis: str = "data", mean: bool = False) -> Sharding:
     """Every device holds all of the state and a part of each batch's rows.
 

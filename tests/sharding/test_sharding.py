@@ -229,6 +229,30 @@ def test_a_mesh_with_explicit_axes():
     )
 
 
+def test_arrays_on_a_mesh_with_explicit_axes_and_no_sharding():
+    """As ``jax.make_mesh`` makes one where nothing is said: they are taken as they lie."""
+    mesh = jax.make_mesh((8,), ("data",), axis_types=(AxisType.Explicit,))
+    split = lambda a: jax.device_put(a, jax.NamedSharding(mesh, P("data")))
+    placed = run("implicit", inner_data=split(TRAIN), outer_data=split(VALID))
+    assert equal(placed, alone("implicit"))
+    g, f = lambda y, x, b: jnp.sum((y - x) ** 2), lambda y, x, b: jnp.sum((y - 1.0) ** 2)
+    solve = lambda x: bx.solve_bilevel(
+        g,
+        f,
+        x,
+        x,
+        algorithm=bx.algorithms.double_loop(
+            bx.inner.optax(optax.sgd(0.1), 2), H.implicit(), optax.sgd(0.1)
+        ),
+        num_steps=3,
+        keep="last",
+    )
+    whole, parts = solve(jnp.arange(8.0)), solve(split(jnp.arange(8.0)))
+    np.testing.assert_allclose(parts.outer_params, whole.outer_params, rtol=1e-12)
+    assert parts.outer_params.sharding.spec == P("data")
+    assert solve(parts.outer_params).outer_params.sharding == parts.outer_params.sharding
+
+
 def test_a_state_goes_from_one_device_to_eight():
     half = run("sama", num_steps=2)
     assert equal(
