@@ -432,6 +432,11 @@ def _advice(
             statistics = (
                 "It takes the model's statistics as constants, and the outer objective reads them. "
             )
+        if method.constant:
+            return statistics + (
+                f"{method!r} counts the solution as a constant, and leaves out how the solver's "
+                "steps move with the outer parameters. Try hypergradient.unrolled()."
+            )
         return statistics + (
             f"{method!r} takes the solver's point for a solution, which is not the derivative of "
             "the solver's own steps. Try "
@@ -470,6 +475,7 @@ def _advice(
     elif method_error > tol / 2:
         cause = "although its adjoint residual is small (damping, another batch, low precision)"
         cause = "which solves no adjoint system" if math.isnan(residual) else cause
+        cause = "since the solution counts as a constant" if method.constant else cause
         said.append(
             f"{method!r} is off by {method_error:.1e} at the very point, {cause}. Compare with "
             "hypergradient.implicit()."

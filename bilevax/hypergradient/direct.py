@@ -20,7 +20,8 @@ def direct() -> Hypergradient:
     objective reads the architecture itself and costs one gradient. It is right where ``∂_y f`` is
     zero, and elsewhere off by what was left out, however well the lower level is solved. A
     network's statistics (its model state) are taken as constants like the solution, which is no
-    warning here.
+    warning here. A derivative of ``Estimate.inner_params`` is zero, too. Of several objectives, one
+    that does not read the outer parameters itself has a hypergradient of zero.
 
     Returns:
       A first-order `Hypergradient` (``order=1``). Its info has the counters ``gradients``, ``hvps``

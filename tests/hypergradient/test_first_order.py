@@ -619,3 +619,9 @@ def test_the_direct_term_alone():
     found = bounded(jnp.zeros(1), jnp.full(1, 3.0))
     np.testing.assert_allclose(found.grad, [1.0], atol=1e-8)  # y at its bound
     assert not warnings_in(int(found.info["warnings"]))
+    for reference, said in (("solver", "leaves out how the solver's steps"), ("dense", "constant")):
+        report = bx.check_hypergradient(
+            plain, above, y, {"a": x["a"]}, inner_batch=batch, outer_batch=batch,
+            solver=solver, hypergradient=bx.hypergradient.direct(), reference=reference,
+        )  # fmt: skip
+        assert not report.ok and said in report.advice
