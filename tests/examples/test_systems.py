@@ -1,7 +1,7 @@
 """What the systems are built from: the pullback through a mask, the share that a mask keeps, the
 proximal term; the world of four rooms, its returns and its actor; the cell of a supernet; a mark in
 text, and who finds it; what networks are merged by; what examples are worth; MAML of several steps;
-directions of a bit a weight, and a language model's layer; what a learner is aware of; crops and
+directions of a bit a weight, and layers of language models; what a learner is aware of; crops and
 their overlap."""
 
 import importlib.util
@@ -495,12 +495,41 @@ def test_mezo_is_the_gradient_on_average(load):
     np.testing.assert_allclose(at(jnp.float32(-2.0)).grad, expected, rtol=2e-2)
 
 
+def test_an_encoder_is_moved_layer_by_layer(load):
+    """As the same encoder with all of its weights moved before; adapters change nothing at first,
+    and the head is moved, too."""
+    mezo = load("mezo")
+    tasks, nnx, rngs = mezo.tasks, mezo.tasks.nnx, mezo.tasks.nnx.Rngs(0)
+    config = bx.nn.bert.BertConfig(10, 8, 2, 2, 16, 12, hidden_dropout_prob=0.0)
+    top = nnx.Sequential()
+    top.layers = nnx.List([bx.nn.bert.BertLayer(config, rngs=rngs) for _ in range(2)])
+    top.head = nnx.Linear(8, tasks.KINDS, rngs=rngs)
+    starts, features = tasks.minilm(top)
+    rng = np.random.default_rng(0)
+    batch = {
+        "hidden": np.float16(rng.normal(size=(3, 5, 8))),
+        "mask": np.arange(5) < np.c_[[5, 3, 2]],
+    }
+    found = {}
+    for kind, start in starts.items():
+        direction = mezo.words(jax.random.key(1), start.params)
+        move = lambda params, direction: mezo.moved(params, direction, 0.1)
+        there = jax.jit(start.logits)(move(start.params, direction), start.frozen, batch)
+        by_layer = lambda *args, start=start, move=move: start.logits(*args, move)
+        args = start.params, start.frozen, batch, direction
+        np.testing.assert_allclose(jax.jit(by_layer)(*args), there, rtol=1e-5, atol=1e-6)
+        assert np.abs(there).max() > 0.1
+        head = {"w": jnp.eye(8), "b": jnp.zeros(8)}
+        found[kind] = jax.jit(start.logits)(start.params | {"head": head}, start.frozen, batch)
+    np.testing.assert_allclose(found[tasks.LORA], found[tasks.ALL], atol=1e-6)
+
+
 @pytest.mark.slow
 def test_a_layer_of_a_language_model(load):
     """By hand in NumPy, pairs turned as complex numbers; at one place alone; and adapters that
     change nothing."""
     mezo = load("mezo")
-    smollm, t = mezo.smollm, 5
+    smollm, t = mezo.tasks.smollm, 5
     weights = smollm.random(jax.random.key(0), 1)["layers"]
     weights = {name: a[0] for name, a in weights.items()}
     w = {name: np.asarray(a, float) for name, a in weights.items()}
@@ -520,7 +549,7 @@ def test_a_layer_of_a_language_model(load):
     rows = jnp.float32(np.stack([x, x[::-1]]))
     whole = jax.jit(smollm.layer)(weights, rows)
     np.testing.assert_allclose(whole[0], z, atol=2e-4)
-    weights["up"] = (weights["up"], *mezo.adapter("last", "up", weights["up"]))
+    weights["up"] = (weights["up"], *mezo.tasks.adapter("last", "up", weights["up"]))
     last = jax.jit(smollm.layer)(weights, rows, jnp.array([4, 2]))
     np.testing.assert_allclose(last[:, 0], whole[jnp.array([0, 1]), jnp.array([4, 2])], atol=1e-4)
 
