@@ -177,6 +177,14 @@ def reconstruction(autoencoder, logits, x, key):
     these autoencoders."""
     order = jnp.argsort(-lax.stop_gradient(logits) - jax.random.gumbel(key, logits.shape), -1)
     masked, kept = order[:, :HIDDEN], order[:, HIDDEN:]
+    error = errors(autoencoder, masked, kept, x)
+    weight = jax.nn.sigmoid(jnp.take_along_axis(logits, masked, 1))
+    return jnp.mean(weight * error) / jnp.mean(weight)
+
+
+def errors(autoencoder, masked, kept, x):
+    """Of each hidden patch."""
+    order = jnp.concatenate([masked, kept], 1)
     decoder = autoencoder["decoder"]
     visible = encode(autoencoder["encoder"], x, kept) @ decoder["into"]
     tokens = jnp.concatenate(
@@ -184,9 +192,7 @@ def reconstruction(autoencoder, logits, x, key):
     )
     tokens = tokens + jnp.take_along_axis(jnp.asarray(places())[None], order[..., None], 1)
     guess = blocks(tokens, decoder["blocks"])[:, :HIDDEN] @ decoder["pixels"]
-    error = jnp.mean((guess - norm(jnp.take_along_axis(x, masked[..., None], 1))) ** 2, -1)
-    weight = jax.nn.sigmoid(jnp.take_along_axis(logits, masked, 1))
-    return jnp.mean(weight * error) / jnp.mean(weight)
+    return jnp.mean((guess - norm(jnp.take_along_axis(x, masked[..., None], 1))) ** 2, -1)
 
 
 def autoencoder_loss(params, batch, *, key):
@@ -226,7 +232,7 @@ def ordered(lower, mask, test):
     return {"ordered": jnp.sum(above * pairs) / jnp.sum(pairs)}
 
 
-def learn(splits, steps, seed, checkpoint=None):
+def learn(splits, steps, seed, checkpoint=None, levels=LEVELS, metrics=None):
     train, held = (
         {"x": jnp.asarray(p.x), "y": jnp.asarray(p.y)} for p in (splits.pretrain, splits.validation)
     )
@@ -236,7 +242,7 @@ def learn(splits, steps, seed, checkpoint=None):
         "planted": np.zeros((100, PATCHES), bool) if planted is None else planted[:100],
     }
     solution = bx.solve_multilevel(
-        LEVELS,
+        levels,
         init(jax.random.key(seed)),
         data={
             "autoencoder": bx.data.minibatches({"x": train["x"]}, BATCH),
@@ -245,7 +251,7 @@ def learn(splits, steps, seed, checkpoint=None):
         },
         num_steps=steps,
         key=jax.random.key(seed),
-        metrics=bx.metrics(ordered, shown, every=5),
+        metrics=metrics or bx.metrics(ordered, shown, every=5),
         keep="last",
         checkpoint=checkpoint,
     )
@@ -288,24 +294,25 @@ def all_features(encoder, x):
 
 
 def probed(w, x, y):
-    """Accuracy of a linear probe."""
-    return float(jnp.mean((jnp.argmax(x @ w["w"] + w["b"], -1) == y).astype(jnp.float32)))
+    """Accuracy and loss of a linear probe."""
+    right = jnp.argmax(x @ w["w"] + w["b"], -1) == y
+    return float(jnp.mean(right.astype(jnp.float32))), float(probe_loss(w, x, y, 0.0))
 
 
 def probe(splits, of):
-    """Test accuracy of a softmax regression on features, standardised by the pretraining images,
-    with the L2 that is best on validation images."""
+    """Test accuracy and loss of a softmax regression on features, standardised by the pretraining
+    images, with the L2 that is best on validation images."""
     train, held, test = (np.asarray(of(p.x)) for p in splits)
     mean, spread = train.mean(0), train.std(0) + 1e-6
     train, held, test = ((a - mean) / spread for a in (train, held, test))
     start = {"w": jnp.zeros((train.shape[1], CLASSES)), "b": jnp.zeros(CLASSES)}
-    best = (0.0, 0.0)  # accuracy on validation and on test images
+    best = ((0.0,), ())  # accuracy and loss on validation images, and on test images
     for l2 in (1e-4, 1e-3, 1e-2):
         w = fit_probe(start, train, splits.pretrain.y, l2)
         best = max(
             best,
             (probed(w, held, splits.validation.y), probed(w, test, splits.test.y)),
-            key=lambda pair: pair[0],
+            key=lambda pair: pair[0][0],
         )
     return best[1]
 
@@ -347,10 +354,10 @@ def compare(splits, steps, seed, checkpoint):
         UNTRAINED: start["autoencoder"]["encoder"],
     }
     rows = {
-        name: {"test": probe(splits, partial(all_features, encoder))}
+        name: {"test": probe(splits, partial(all_features, encoder))[0]}
         for name, encoder in encoders.items()
     }
-    rows[RAW] = {"test": probe(splits, lambda x: x.reshape(len(x), -1))}
+    rows[RAW] = {"test": probe(splits, lambda x: x.reshape(len(x), -1))[0]}
     for name, value in seconds.items():
         rows[name]["seconds"] = value
     logits = np.asarray(mask_logits(solution.outer_params, splits.test.x))

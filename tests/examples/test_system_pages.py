@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
-SYSTEMS = sorted((ROOT / "examples" / "systems").glob("*.py"))
+SCRIPTS = sorted((ROOT / "examples" / "systems").glob("*.py"))
+WHY = [path for path in SCRIPTS if path.stem.endswith("_why")]  # experiments on a system's result
+SYSTEMS = [path for path in SCRIPTS if path not in WHY]
 NUMBERS = ("One", "Two", "Three", "Four", "Five", "Six", "Eight", "Ten")
 
 
@@ -29,6 +31,14 @@ def test_page_of_a_system(script):
     )
     assert row and row[0].count("|") == 7 and re.search(r"gain|equal|below", row[0]), "no row"
     stored = json.loads((ROOT / "docs" / "gallery" / f"{name}.json").read_text())
+    assert stored["settings"]["small"] is False and len(stored["results"]) > 1
+
+
+@pytest.mark.parametrize("script", WHY, ids=lambda path: path.stem)
+def test_an_experiment_is_on_its_systems_page(script):
+    page = (ROOT / "docs" / "systems" / f"{script.stem.removesuffix('_why')}.md").read_text()
+    assert f"examples/systems/{script.name}" in page and "\n## Why" in page
+    stored = json.loads((ROOT / "docs" / "gallery" / f"{script.stem}.json").read_text())
     assert stored["settings"]["small"] is False and len(stored["results"]) > 1
 
 
