@@ -283,6 +283,7 @@ def watched(net, upper, parts):
         "validation": tempered(net, parts["validation"]),
         "held": hit(parts["validation"]),
         "test": hit(parts["test"]),
+        "loss": tempered(net, parts["test"]),
     }
 
 
@@ -294,20 +295,19 @@ def drawn(tasks, key):
 
 OPT = optax.adam(RATE, eps_root=1e-12)
 UPPER = {"tasks": optax.adam(TASK_RATE), "net": optax.adam(NET_RATE)}
-ALGORITHMS = {
-    names: bx.algorithms.double_loop(
-        bx.inner.optax(OPT, INNER),
-        bx.hypergradient.unrolled(),
-        optax.multi_transform({n: UPPER[n] for n in names}, {n: n for n in names}),
-    )
-    for names in (("tasks",), ("net",), ("tasks", "net"))
-}
 
 
-@partial(jax.jit, static_argnames=("names", "steps"))
-def selected(problems, begin, keys, names, steps):
+@partial(jax.jit, static_argnames=("names", "steps", "ahead", "upper"))
+def selected(problems, begin, keys, names, steps, ahead=INNER, upper=None):
     """Both levels, all seeds side by side: the history of what is watched, and the weights of
-    tasks and, at the end, of each example."""
+    tasks and, at the end, of each example; and the outer variables. `upper`: their optimizer, where
+    it is another."""
+    transforms, every = {n: upper or UPPER[n] for n in names}, EVERY * INNER // ahead
+    algorithm = bx.algorithms.double_loop(
+        bx.inner.optax(OPT, ahead),
+        bx.hypergradient.unrolled(),
+        optax.multi_transform(transforms, {n: n for n in names}),
+    )
 
     def one(parts, begin, key):
         net_key, run_key = jax.random.split(key)
@@ -327,19 +327,19 @@ def selected(problems, begin, keys, names, steps):
             inner_data=draw,
             outer_data=parts["validation"],
             model_state=fresh_memory(),
-            algorithm=ALGORITHMS[names],
-            num_steps=steps + 1,  # what is watched is watched after the steps 0, EVERY, ...
+            algorithm=algorithm,
+            num_steps=steps + 1,  # what is watched is watched after the steps 0, every, ...
             key=run_key,
-            metrics=bx.metrics(watched, parts, every=EVERY),
+            metrics=bx.metrics(watched, parts, every=every),
             keep="last",
         )
         logp = task_logp(solution.inner_params, parts["tasks"])
         losses = losses_of(logp, parts["tasks"])
         by = weights(solution.outer_params, logp, losses, solution.model_state, begin)
-        history = {name: solution.history[name][EVERY::EVERY] for name in watched_names}
-        return history, by
+        history = {name: solution.history[name][every::every] for name in watched_names}
+        return history, by, solution.outer_params
 
-    watched_names = ("validation", "held", "test")
+    watched_names = ("validation", "held", "test", "loss")
     return jax.vmap(one)(problems, begin, keys)
 
 
@@ -436,7 +436,7 @@ def all_rows(problems, keys, seeds, steps, sizes):
     begin = jnp.asarray(tuned[:, None] * ones, jnp.float32)
     kinds = {BY_TASK: ("tasks",), BY_EXAMPLE: ("net",), BOTH: ("tasks", "net")}
     for name, names in list(kinds.items())[-sizes.kinds :]:
-        history, by = selected(problems, begin, keys, names, steps)
+        history, by, _ = selected(problems, begin, keys, names, steps)
         rows[name], _ = chosen([history])
         right = np.asarray(problems["tasks"]["right"])
         by = np.asarray(by)
