@@ -307,13 +307,8 @@ def draw(path, found):
                 steps, accuracy = np.maximum(curves[0, :, 0], 0.7), curves[:, :, 2].mean(0)
                 left.plot(steps, accuracy, "o-", ms=3, color=COLORS[name], label=name)
                 test = np.mean(one["rows"][name]["test"])
-                right.plot(
-                    one["MB"].get(name, one["MB"]["MeZO, adapters"]),
-                    test,
-                    "o",
-                    ms=8,
-                    color=COLORS[name],
-                )
+                planned = one["MB"]["MeZO, adapters" if name == FROM_ZERO else name]
+                right.plot(planned, test, "o", ms=8, color=COLORS[name])
             right.axvline(one["MB"]["weights"], color=report.GREY, linestyle=":")
             left.set(xscale="log", xlabel="steps", ylabel="validation accuracy", title=task)
             right.set(xlabel="MB of a step; dotted: the weights", ylabel="test accuracy")

@@ -1,10 +1,6 @@
 """Ranks of a language model's adapters: a component with a factor of zero is not there, rows of
 equal parameters, the gates' hypergradient through the model, and the shapes of all its layers."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -13,30 +9,12 @@ import pytest
 
 import bilevax as bx
 
-EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
-
-
-@pytest.fixture(autouse=True)
-def as_run():
-    """As a script is run: single precision, no strictness."""
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
+pytestmark = pytest.mark.usefixtures("as_run")
 
 
 @pytest.fixture(scope="module")
-def own():
-    pytest.importorskip("sklearn")
-    before = list(sys.path)
-    path = EXAMPLES / "systems" / "autolora_lm.py"
-    spec = importlib.util.spec_from_file_location("systems_autolora_lm", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    sys.path[:] = before
+def own(load):
+    return load("autolora_lm")
 
 
 def begun(own, layers, rank, seed=0):

@@ -4,10 +4,6 @@ text, and who finds it; what networks are merged by; what examples are worth; MA
 directions of a bit a weight, and layers of language models; what a learner is aware of; crops and
 their overlap."""
 
-import importlib.util
-import sys
-from pathlib import Path
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,35 +13,7 @@ from jax import lax
 
 import bilevax as bx
 
-SYSTEMS = Path(__file__).resolve().parents[2] / "examples" / "systems"
-
-
-@pytest.fixture(autouse=True)
-def as_run():
-    """As a script is run: single precision, no strictness."""
-    with (
-        jax.enable_x64(False),
-        jax.numpy_dtype_promotion("standard"),
-        jax.numpy_rank_promotion("allow"),
-    ):
-        yield
-
-
-@pytest.fixture(scope="module")
-def load():
-    """A system by name; a recipe has the name of one of them."""
-    pytest.importorskip("sklearn")
-    before = list(sys.path)
-    sys.path.insert(0, str(SYSTEMS.parent))
-
-    def load(name, folder=SYSTEMS):
-        spec = importlib.util.spec_from_file_location(f"systems_{name}", folder / f"{name}.py")
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        return module
-
-    yield load
-    sys.path[:] = before
+pytestmark = pytest.mark.usefixtures("as_run")
 
 
 def test_bilinear_pullback_has_the_mask_in_it(load):
@@ -157,7 +125,7 @@ def test_a_potential_is_a_baseline_and_a_value_of_what_was_cut_off(load):
 def test_a_potential_of_the_cart_is_a_baseline_and_nothing_where_the_pole_is_down(load):
     """Of two episodes one falls in the second step: (1 - gamma) a step while it is up, less the
     potential where they begin; where the other is cut off, its potential there as well."""
-    cart = load("cart_pole", SYSTEMS.parent)
+    cart = load("cart_pole", "..")
     g, up = cart.GAMMA, jnp.array([[1, 1], [1, 1], [1, 0], [1, 0]], bool)
     phi = jnp.sin(jnp.arange(8.0)).reshape(4, 2)
     found = np.asarray(cart.returns(up, phi))
