@@ -221,6 +221,7 @@ _COLUMNS_OF = {
     "no_tuning": {"value": "outer value", "relative": "gradient over the first"},
     "multihost": {"first": "first loss", "last": "last loss"},
     "omniglot": {"test": "accuracy, new characters"},
+    "omniglot_5": {"test": "accuracy, new characters"},
 }
 _ROWS_OF = {
     "nested_argmin": "method",
@@ -232,6 +233,7 @@ _ROWS_OF = {
     "poisoning": "blamed by",
     "learned_schedule": "learning rates",
     "omniglot": "learner",
+    "omniglot_5": "learner",
 }
 
 
