@@ -9,6 +9,10 @@ learned as in mlo_mae.py, and with the sign of its hypergradient turned; what it
 fixed through a pretraining of its own, for the image that it looked at, or for another one; masks
 of one parameter that are not learned, a multiple of a patch's contrast, which decides what is
 hidden, or how much a patch counts.
+
+What came out: masks that stay and go by contrast lose, whichever way (4 seeds: test loss +.077 and
++.061 above uniform masking's 1.592, by weights alone +.022 and +.011). On one seed the learned
+network loses .062, and its own validation loss is no lower than at rate 0.
 """
 
 from __future__ import annotations

@@ -133,7 +133,7 @@ def draw(path, rows, seen, should):
         right.axvline(0.0, color=report.GREY)
         right.set_yticks(place, own.TASKS)
         right.invert_yaxis()
-        right.set(xlabel="minus the derivative, scaled; right: helps")
+        right.set(xlabel="how much it helps, by derivative")
         right.legend(fontsize=7)
 
 
