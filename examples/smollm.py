@@ -30,6 +30,10 @@ MATRICES = {  # by their names in the file
     "up": "ffn_up",
     "down": "ffn_down",
 }
+_WIDE = {"key": SHARED * HEAD, "value": SHARED * HEAD, "gate": INNER, "up": INNER}
+SIDES = {  # inputs and outputs of a matrix
+    name: (INNER if name == "down" else WIDTH, _WIDE.get(name, WIDTH)) for name in MATRICES
+}
 NORMS = {"attention_norm": "attn_norm", "norm": "ffn_norm"}
 
 
@@ -191,13 +195,11 @@ def hidden_states(tokens: np.ndarray, layers: int, batch: int = 32) -> np.ndarra
 
 def random(key: jax.Array, layers: int, symbols: int = 16) -> dict:
     """Weights of the same shapes that know nothing."""
-    wide = {"key": SHARED * HEAD, "value": SHARED * HEAD, "gate": INNER, "up": INNER}
     keys = iter(jax.random.split(key, 1 + len(MATRICES)))
 
     def matrix(name):
-        ins = INNER if name == "down" else WIDTH
-        shape = (layers, ins, wide.get(name, WIDTH))
-        return jax.random.normal(next(keys), shape) * ins**-0.5
+        ins, outs = SIDES[name]
+        return jax.random.normal(next(keys), (layers, ins, outs)) * ins**-0.5
 
     return {
         "embed": jax.random.normal(next(keys), (symbols, WIDTH)),

@@ -44,13 +44,7 @@ import bilevax as bx
 KIND = "man_pages"
 RANK, MOST, BATCH, INNER_STEPS = 8, 20, 4, 3  # MOST: of an adapter some of which are masked
 NAMES = list(smollm.MATRICES)
-WIDE = {"key": smollm.SHARED * smollm.HEAD, "value": smollm.SHARED * smollm.HEAD}
-WIDE |= {"gate": smollm.INNER, "up": smollm.INNER}
-SIDES = {  # inputs and outputs of a matrix
-    name: (smollm.INNER if name == "down" else smollm.WIDTH, WIDE.get(name, smollm.WIDTH))
-    for name in NAMES
-}
-COST = np.array([sum(SIDES[name]) for name in NAMES])  # parameters of a component
+COST = np.array([sum(smollm.SIDES[name]) for name in NAMES])  # parameters of a component
 RATES, OUTER_RATE, TUNING_SEED = (3e-3, 1e-2, 3e-2), 0.1, 100
 GATED_RATES = 1e-2, 3e-2, 1e-1  # where a factor of 1/8 makes what is learned smaller
 STANDING, UNIFORM, TWICE, AUTO, SHUFFLED, SIZE, LAST = (
@@ -143,7 +137,7 @@ def adapters(key, layers: int, rank: int) -> dict:
     whatever the rank."""
 
     def one(number, name):
-        ins, outs = SIDES[name]
+        ins, outs = smollm.SIDES[name]
         keys = jax.vmap(partial(jax.random.fold_in, jax.random.fold_in(key, number)))(
             jnp.arange(rank)
         )

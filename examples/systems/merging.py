@@ -213,15 +213,19 @@ def by_layer(coefficients):
 
 def entropy(body, head, batch):
     """Of the predictions: needs no label."""
-    logp = jax.nn.log_softmax(logits(body, head, batch["x"]))
+    return spread_of(logits(body, head, batch["x"]))
+
+
+def spread_of(logits):
+    """The mean entropy of a softmax."""
+    logp = jax.nn.log_softmax(logits)
     return -jnp.mean(jnp.sum(jnp.exp(logp) * logp, -1))
 
 
 def entropy_unscaled(body, head, batch):
-    """With the spread of a batch's logits made one: to be sure by larger numbers gains nothing."""
+    """With the spread of a batch's logits given: to be sure by larger numbers gains nothing."""
     found = logits(body, head, batch["x"])
-    logp = jax.nn.log_softmax(SHARPNESS * found / jnp.std(found))
-    return -jnp.mean(jnp.sum(jnp.exp(logp) * logp, -1))
+    return spread_of(SHARPNESS * found / jnp.std(found))
 
 
 def loss_at_best_temperature(body, head, batch):

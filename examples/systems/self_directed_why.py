@@ -4,7 +4,7 @@ how far it looks ahead, each changed alone.
     python examples/systems/self_directed_why.py
 
 Weights of tasks only. The learner is judged by a hundred validation images or by a thousand, after
-two, eight or twenty updates; nobody trains on them. Every run has 1,200 updates, and the weights'
+two or twenty updates; nobody trains on them. Every run has 1,200 updates, and the weights'
 rate grows as their steps get fewer. The uniform weight, and that of the two related tasks, are
 tuned, and every row is stopped, by the same validation images.
 

@@ -660,3 +660,49 @@ def test_evolution_changes_one_operation_and_finds_the_better(load):
     for place in range(darts.POPULATION, 60):
         alive = seen[place - darts.POPULATION : place]
         assert 1 in [sum(a != b for a, b in zip(seen[place], c, strict=True)) for c in alive]
+
+
+def test_merging_by_what_accuracy_sees(load):
+    """Ten times as large logits change neither the entropy without its scale nor, where the best
+    temperature is within the grid, the loss; the plain ones they do. The temperature is the best of
+    those by hand; the search of accuracy finds a maximum along each coefficient."""
+    merging, rng = load("merging"), np.random.default_rng(0)
+    body = [{"w": jnp.eye(10), "b": jnp.zeros(10)}]
+    head, x = jnp.float32(rng.normal(size=(10, 10))), jnp.float32(rng.uniform(size=(40, 10)))
+    batch = {"x": x, "y": jnp.argmax(x @ head + rng.normal(size=(40, 10)), 1)}
+    for objective, same in (
+        (merging.entropy, False),
+        (merging.entropy_unscaled, True),
+        (merging.loss, False),
+    ):
+        values = [float(objective(body, by * head, batch)) for by in (1.0, 10.0)]
+        assert np.isclose(*values, rtol=1e-5) == same, objective
+    values = [float(merging.loss(body, t * head, batch)) for t in merging.TEMPERATURES]
+    at_best = float(merging.loss_at_best_temperature(body, head, batch))
+    np.testing.assert_allclose(at_best, min(values), rtol=1e-6)
+    twice = float(merging.loss_at_best_temperature(body, 2 * head, batch))
+    assert np.argmin(values) in (1, 2, 3), values
+    np.testing.assert_allclose(twice, at_best, rtol=1e-6)
+    goal = np.round(rng.uniform(0, 0.4, (len(merging.TASKS), merging.LAYERS)) / 0.05) * 0.05
+    found = merging.searched(lambda tried: -np.abs(tried - goal).sum((1, 2)), 0.2)
+    np.testing.assert_allclose(found, goal, atol=1e-6)
+
+
+def test_first_order_maml_is_the_gradient_where_a_task_has_come_to(load):
+    """After five steps of its own rate, by a loop."""
+    omniglot = load("omniglot", "..")
+    images = np.random.default_rng(0).integers(0, 255, (8, 20, 14, 14)).astype(np.uint8)
+    draw = omniglot.sampler(images, ways=5, shots=1, queries=2, tasks=omniglot.TASKS)
+    form, tasks = omniglot.FORMS["first-order MAML"], draw(jax.random.key(0), 0)
+    start = omniglot.network(jax.random.key(1), ways=5, width=3, layers=1)
+
+    def one(task):
+        w = start
+        for _ in range(omniglot.FIRST):
+            grads = jax.grad(omniglot.fit)(w, None, task["support"])
+            w = jax.tree.map(lambda a, g: a - omniglot.FIRST_RATE * g, w, grads)
+        return jax.grad(lambda w: omniglot.query(w, None, task["query"])[0])(w)
+
+    want = jax.tree.map(lambda g: g.mean(0), jax.jit(jax.vmap(one))(tasks))
+    found = jax.jit(omniglot.estimate(form))(start, tasks).grad
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), found, want)
